@@ -1,0 +1,1 @@
+"""From files on disk to batches of pixels: sources, shards, index, plan, reader, DALI graphs."""

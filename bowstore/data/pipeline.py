@@ -1,0 +1,320 @@
+"""The DALI graphs: the perturbed train view and the clean view, one definition for CPU and GPU.
+
+Everything random comes from the plan through `external_source`; DALI itself draws nothing. On a GPU decoding is
+`mixed` and all that follows runs on the GPU; without one the same graph runs on the CPU (`device_id=None`).
+
+Legend: B batch, C channels, H W pixels of the network input.
+"""
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, math, types
+from PIL import Image
+from torch import Tensor
+
+from bowstore.config import Triple, ViewConfig
+from bowstore.data.plan import Plan
+from bowstore.data.reader import ImageSource, prefetched, touch
+from bowstore.errors import DataError
+
+_PREFETCH = 2
+T = TypeVar("T")
+_WINDOW, _MIRROR = ("encoded", "start", "shape"), ("mirror",)
+_JITTER = ("brightness", "contrast", "saturation", "hue")
+_MIX = ("in_ids", "anchors", "shapes")
+_INPUTS: dict[str, tuple[Any, int]] = {  # element type and dimensions of every external input
+    "encoded": (types.UINT8, 1),
+    "start": (types.INT32, 1),
+    "shape": (types.INT32, 1),
+    "mirror": (types.INT32, 0),
+    **{name: (types.FLOAT, 0) for name in _JITTER},
+    "in_ids": (types.INT32, 1),
+    "anchors": (types.INT32, 2),
+    "shapes": (types.INT32, 2),
+}
+
+
+@dataclass(frozen=True)
+class CleanView:
+    """The un-augmented image as the network sees it.
+
+    Attributes:
+        size: side of the square output, pixels.
+        resize: short side before cropping, pixels; None resizes the whole image to size x size.
+        squash: True squashes the resized image to size x size instead of cropping its centre (VOC07 protocol).
+        mean: RGB mean on the scale 0 to 1.
+        std: RGB deviation on the scale 0 to 1.
+    """
+
+    size: int
+    resize: int | None
+    squash: bool
+    mean: Triple
+    std: Triple
+
+
+def clean_view(view: ViewConfig, *, squash: bool = False) -> CleanView:
+    """The clean view that goes with a training view."""
+    return CleanView(size=view.size, resize=view.resize, squash=squash, mean=view.mean, std=view.std)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch of this rank.
+
+    Attributes:
+        images_BCHW: normalised; channels_last in memory; float32 on CPU, float16 on a GPU.
+        plan: the rows and numbers behind it.
+    """
+
+    images_BCHW: Tensor
+    plan: Plan
+
+
+def train_batches(
+    source: ImageSource,
+    view: ViewConfig,
+    plans: Iterable[Plan],
+    *,
+    batch: int,
+    device: torch.device,
+    threads: int | None = None,
+) -> Iterator[Batch]:
+    """Yield the perturbed images of `plans`, in order.
+
+    Args:
+        source: gives the encoded bytes.
+        view: sizes, normalisation, and whether CutMix is on.
+        plans: this rank's steps.
+        batch: largest number of samples in a plan.
+        device: where the images are wanted.
+        threads: decoding threads; None for one a core.
+
+    Raises:
+        DataError: an image that cannot be decoded.
+    """
+    jitter = any((view.brightness, view.contrast, view.saturation, view.hue, view.grey))
+    names = _WINDOW + _MIRROR + (_JITTER if jitter else ()) + (_MIX if view.cutmix else ())
+    feed = _Feed((partial(_train_feed, source, plan, view) for plan in plans), names)
+    pipe = _pipeline(batch, device, threads)
+    with pipe:
+        inputs = feed.declare()
+        images = _decode_window(inputs, device)
+        images = fn.resize(images, size=[view.size, view.size], antialias=True)
+        if jitter:
+            images = fn.color_twist(images, **{name: inputs[name] for name in _JITTER})
+        if view.cutmix:
+            images = _paste(inputs, images, view.size)
+        pipe.set_outputs(_normalise(images, view, mirror=inputs["mirror"], half=device.type == "cuda"))
+    for plan, images_BCHW in _run(pipe, feed, lambda plan: _undecodable(source, plan.rows)):
+        yield Batch(images_BCHW, plan)
+
+
+def clean_batches(
+    source: ImageSource,
+    view: CleanView,
+    rows: NDArray[np.int64] | Sequence[NDArray[np.int64]],
+    *,
+    batch: int,
+    device: torch.device,
+    threads: int | None = None,
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Yield (rows (B,), images_BCHW float32, normalised) of the un-augmented images, in order.
+
+    Args:
+        source: gives the encoded bytes.
+        view: geometry and normalisation.
+        rows: int64 rows, cut into batches of `batch`; or a list of arrays, each one batch.
+        batch: largest number of images in a batch.
+        device: where the images are wanted.
+        threads: decoding threads; None for one a core.
+
+    Raises:
+        DataError: an image that cannot be decoded.
+    """
+    if isinstance(rows, np.ndarray):
+        rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    feed = _Feed((partial(_clean_feed, source, part) for part in rows), ("encoded",))
+    pipe = _pipeline(batch, device, threads)
+    with pipe:
+        encoded = feed.declare()["encoded"]
+        images = fn.decoders.image(encoded, device=_decoder(device), output_type=types.RGB, adjust_orientation=False)
+        if view.resize is not None:
+            images = _short_side(images, _bounds(encoded), view.resize, None if view.squash else view.size)
+        if view.resize is None or view.squash:
+            images = fn.resize(images, size=[view.size, view.size], antialias=True)
+        pipe.set_outputs(_normalise(images, view))
+    yield from _run(pipe, feed, lambda part: _undecodable(source, part))
+
+
+def _pipeline(batch: int, device: torch.device, threads: int | None) -> Pipeline:
+    gpu = device.type == "cuda"
+    return Pipeline(
+        batch_size=batch,
+        num_threads=threads or os.cpu_count() or 1,
+        device_id=(device.index or 0) if gpu else None,
+        prefetch_queue_depth=_PREFETCH,
+        seed=0,
+    )
+
+
+def _decoder(device: torch.device) -> str:
+    return "mixed" if device.type == "cuda" else "cpu"
+
+
+def _bounds(encoded: Any) -> Any:
+    """Height and width of the encoded image, int32, as they lie in the file (no EXIF rotation)."""
+    return fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:2], dtype=types.INT32)
+
+
+def _short_side(images: Any, bounds: Any, resize: int, crop: int | None) -> Any:
+    """Resize the short side, then crop the centre; sizes and offsets are rounded as torchvision rounds them.
+
+    torchvision truncates the long side and rounds half a pixel of offset to the even neighbour; DALI's own modes
+    round both up, which moves many images by a pixel.
+    """
+    short = math.min(bounds[0], bounds[1])
+    scaled = fn.cast(bounds * resize, dtype=types.FLOAT) / fn.cast(short, dtype=types.FLOAT)
+    target = math.floor(scaled + 1e-3)  # a fraction is at least 1 / short; the rest is float32's rounding
+    images = fn.resize(images, size=target, antialias=True)
+    if crop is None:
+        return images
+    gap = fn.cast(target, dtype=types.INT32) - crop
+    half = gap // 2
+    start = half + (gap - 2 * half) * (half - 2 * (half // 2))
+    return fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
+
+
+def _decode_window(inputs: dict[str, Any], device: torch.device) -> Any:
+    """Decode only the planned window, kept inside the image.
+
+    A window outside the image ends the process in DALI 2.4's CPU decoder, so the bounds come from the bytes
+    themselves (`peek_image_shape`), not from the index.
+    """
+    encoded = inputs["encoded"]
+    bounds = _bounds(encoded)
+    start = math.max(math.min(inputs["start"], bounds - 1), 0)
+    shape = math.max(math.min(inputs["shape"], bounds - start), 1)
+    return fn.decoders.image_slice(
+        encoded,
+        device=_decoder(device),
+        start=start,
+        shape=shape,
+        axes=[0, 1],
+        output_type=types.RGB,
+        adjust_orientation=False,
+    )
+
+
+def _paste(inputs: dict[str, Any], images: Any, size: int) -> Any:
+    """CutMix: the whole image, then the partner's box over it."""
+    anchors = inputs["anchors"]
+    return fn.multi_paste(
+        images,
+        in_ids=inputs["in_ids"],
+        in_anchors=anchors,
+        out_anchors=anchors,
+        shapes=inputs["shapes"],
+        output_size=[size, size],
+    )
+
+
+def _normalise(images: Any, view: ViewConfig | CleanView, *, mirror: Any = 0, half: bool = False) -> Any:
+    """Centre crop (a no-op at the right size), flip, (x - mean) / std; HWC, which is channels_last."""
+    return fn.crop_mirror_normalize(
+        images,
+        crop=(view.size, view.size),
+        mirror=mirror,
+        mean=[255 * value for value in view.mean],
+        std=[255 * value for value in view.std],
+        dtype=types.FLOAT16 if half else types.FLOAT,
+        output_layout="HWC",
+    )
+
+
+def _train_feed(source: ImageSource, plan: Plan, view: ViewConfig) -> tuple[Plan, dict[str, Any]]:
+    """Read a plan's bytes and lay out its numbers by the names of the graph's inputs (runs in a thread)."""
+    encoded = source.read(plan.rows)
+    touch(encoded)
+    place = np.arange(len(plan.rows), dtype=np.int32)
+    empty = plan.box[:, 2] * plan.box[:, 3] == 0  # an empty box is refused: paste the image over itself
+    whole = np.broadcast_to(np.array([0, 0, view.size, view.size], np.int32), plan.box.shape)
+    box = np.where(empty[:, None], whole, plan.box)
+    return plan, {
+        "encoded": encoded,
+        "start": np.ascontiguousarray(plan.window[:, :2]),
+        "shape": np.ascontiguousarray(plan.window[:, 2:]),
+        "mirror": plan.mirror,
+        "brightness": plan.brightness,
+        "contrast": plan.contrast,
+        "saturation": plan.saturation,
+        "hue": plan.hue,
+        "in_ids": np.stack([place, np.where(empty, place, plan.partner)], axis=1).astype(np.int32),
+        "anchors": np.stack([whole[:, :2], box[:, :2]], axis=1),
+        "shapes": np.stack([whole[:, 2:], box[:, 2:]], axis=1),
+    }
+
+
+def _clean_feed(source: ImageSource, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    encoded = source.read(rows)
+    touch(encoded)
+    return rows, {"encoded": encoded}
+
+
+class _Feed(Generic[T]):
+    """Feeds the graph from jobs that run ahead in a thread; remembers what each batch in flight was."""
+
+    def __init__(self, jobs: Iterable[Callable[[], tuple[T, dict[str, Any]]]], names: Sequence[str]) -> None:
+        self._names = names
+        self._ready = prefetched(jobs, _PREFETCH)
+        self.in_flight: deque[T] = deque()
+
+    def declare(self) -> dict[str, Any]:
+        """The graph's external inputs by name (call inside the pipeline's context)."""
+        nodes = fn.external_source(
+            source=self._next,
+            num_outputs=len(self._names),
+            dtype=[_INPUTS[name][0] for name in self._names],
+            ndim=[_INPUTS[name][1] for name in self._names],
+            batch=True,
+        )
+        return dict(zip(self._names, nodes, strict=True))
+
+    def _next(self) -> list[Any]:
+        what, values = next(self._ready)  # StopIteration is how DALI learns of the end
+        self.in_flight.append(what)
+        return [values[name] for name in self._names]
+
+
+def _run(pipe: Pipeline, feed: _Feed[T], blame: Callable[[T], str]) -> Iterator[tuple[T, Tensor]]:
+    """Run to the end of the feed and hand out in order; `blame` names the bad image of a batch that failed."""
+    while True:
+        try:
+            (output,) = pipe.run()
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "Critical error in pipeline" not in str(error) or not feed.in_flight:
+                raise
+            raise DataError(blame(feed.in_flight[0])) from error
+        yield feed.in_flight.popleft(), torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+
+
+def _undecodable(source: ImageSource, rows: NDArray[np.int64]) -> str:
+    """Say which of `rows` cannot be decoded, by trying each with Pillow (DALI does not tell)."""
+    for row, data in zip(rows.tolist(), source.read(rows), strict=True):
+        try:
+            with Image.open(io.BytesIO(data.tobytes())) as image:
+                image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"image {source.name(row)!r} cannot be decoded ({error}); remove it, or make the shards again"
+    return f"an image among {source.name(int(rows[0]))!r} and the {len(rows) - 1} after it cannot be decoded by DALI"

@@ -1,0 +1,196 @@
+"""What a training run reads, and how each image is perturbed: a pure function of (seed, epoch, position).
+
+An epoch here is one pass over the rows. Every number comes from the counter-based generator Philox: the order of
+a pass from the key (seed, pass), and the random numbers of a sample from its position in the pass. Any step can be
+recomputed alone, and no number depends on the number of ranks.
+
+Legend: N rows, B samples of one rank's batch, T tries for a crop window.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bowstore.config import ViewConfig
+from bowstore.data.index import Index
+from bowstore.errors import UsageError
+
+MIX_GROUP = 4  # CutMix partners lie in groups of this many consecutive positions
+_TRIES = 10
+_DRAWS = 32  # uniform numbers a sample; a multiple of the four words of one Philox block
+_ORDER, _SAMPLES = 0, 1  # streams of one (seed, pass)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank's batch: which rows, and the perturbation of each.
+
+    Attributes:
+        rows: int64 (B,), rows of the index.
+        window: int32 (B, 4), crop window in the image: top, left, height, width in pixels.
+        mirror: int32 (B,), 1 for a horizontal flip.
+        brightness: float32 (B,), factor.
+        contrast: float32 (B,), factor around mid-grey.
+        saturation: float32 (B,), factor; 0 makes the image grey.
+        hue: float32 (B,), degrees.
+        partner: int32 (B,), place in this batch of the CutMix partner (itself without CutMix).
+        box: int32 (B, 4), the pasted box in the output: top, left, height, width in pixels (0 without CutMix).
+        kept: float32 (B,), the paper's lambda: share of the output's area that is not pasted over, exactly.
+    """
+
+    rows: NDArray[np.int64]
+    window: NDArray[np.int32]
+    mirror: NDArray[np.int32]
+    brightness: NDArray[np.float32]
+    contrast: NDArray[np.float32]
+    saturation: NDArray[np.float32]
+    hue: NDArray[np.float32]
+    partner: NDArray[np.int32]
+    box: NDArray[np.int32]
+    kept: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of a run: which positions of which pass each step takes.
+
+    Attributes:
+        images: number of rows N in use (the first N of the index).
+        batch: samples a step over all ranks.
+        seed: the run's seed.
+        rank: this process.
+        world: number of processes.
+    """
+
+    images: int
+    batch: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch % (self.world * MIX_GROUP):
+            raise UsageError(
+                f"optim.batch {self.batch} must be a multiple of {self.world * MIX_GROUP} "
+                f"({self.world} ranks x CutMix groups of {MIX_GROUP})"
+            )
+        if self.images < self.batch:
+            raise UsageError(f"{self.images} images are fewer than one batch of {self.batch}; lower optim.batch")
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Steps of one pass over the rows; the same on every rank, the incomplete rest is dropped."""
+        return self.images // self.batch
+
+    @property
+    def rank_batch(self) -> int:
+        """Samples a step on this rank."""
+        return self.batch // self.world
+
+
+def generator(seed: int, epoch: int, stream: int, block: int = 0) -> np.random.Generator:
+    """The Philox stream of a pass, started at counter `block` (four 64-bit words each)."""
+    return np.random.Generator(np.random.Philox(key=[seed, (epoch << 8) | stream], counter=[block, 0, 0, 0]))
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> NDArray[np.int32]:
+    """Order of a pass: a permutation of the rows, int32 (N,)."""
+    return generator(seed, epoch, _ORDER).permutation(np.arange(images, dtype=np.int32))
+
+
+def plans(schedule: Schedule, index: Index, view: ViewConfig, *, start: int, stop: int) -> Iterator[Plan]:
+    """Yield this rank's plan of the steps `start` to `stop` (exclusive)."""
+    order: NDArray[np.int32] | None = None
+    current = -1
+    for step in range(start, stop):
+        epoch, step_of_pass = divmod(step, schedule.steps_per_pass)
+        if order is None or epoch != current:
+            order, current = epoch_order(schedule.images, schedule.seed, epoch), epoch
+        first = step_of_pass * schedule.batch + schedule.rank * schedule.rank_batch
+        rows = order[first : first + schedule.rank_batch].astype(np.int64)
+        draws = generator(schedule.seed, epoch, _SAMPLES, first * _DRAWS // 4).random((len(rows), _DRAWS))
+        yield perturb(rows, index.height[rows], index.width[rows], draws, view)
+
+
+def perturb(
+    rows: NDArray[np.int64],
+    height: NDArray[np.int32],
+    width: NDArray[np.int32],
+    draws: NDArray[np.float64],
+    view: ViewConfig,
+) -> Plan:
+    """Turn uniform draws (B, 32) into the perturbation g of the paper (section 3 of its supplement).
+
+    Args:
+        rows: int64 (B,).
+        height: (B,) pixels of each image.
+        width: (B,) pixels.
+        draws: float64 (B, 32) in [0, 1).
+        view: strengths.
+    """
+    jitter = 2 * draws[:, 23:26] - 1
+    factor = 1 + jitter * np.array([view.brightness, view.contrast, view.saturation])
+    saturation = np.where(draws[:, 27] < view.grey, 0.0, factor[:, 2])
+    partner, box = _mix(draws[:, 28:32], view)
+    return Plan(
+        rows=rows,
+        window=_windows(height, width, draws[:, :22], view),
+        mirror=((draws[:, 22] < 0.5) & view.flip).astype(np.int32),
+        brightness=factor[:, 0].astype(np.float32),
+        contrast=factor[:, 1].astype(np.float32),
+        saturation=saturation.astype(np.float32),
+        hue=(360 * view.hue * (2 * draws[:, 26] - 1)).astype(np.float32),
+        partner=partner,
+        box=box,
+        kept=(1 - box[:, 2].astype(np.float64) * box[:, 3] / view.size**2).astype(np.float32),
+    )
+
+
+def _windows(
+    height: NDArray[np.int32], width: NDArray[np.int32], draws: NDArray[np.float64], view: ViewConfig
+) -> NDArray[np.int32]:
+    """Crop windows int32 (B, 4) of random area and ratio, the first of ten tries that fits.
+
+    As torchvision's RandomResizedCrop: area uniform, ratio log-uniform; where no try fits, the largest centred
+    window whose ratio is in range.
+    """
+    area_B1 = (height.astype(np.float64) * width)[:, None]
+    low, high = view.area
+    area_BT = area_B1 * (low + (high - low) * draws[:, :_TRIES])
+    logs = np.log(view.ratio)
+    ratio_BT = np.exp(logs[0] + (logs[1] - logs[0]) * draws[:, _TRIES : 2 * _TRIES])
+    widths = np.rint(np.sqrt(area_BT * ratio_BT)).astype(np.int64)
+    heights = np.rint(np.sqrt(area_BT / ratio_BT)).astype(np.int64)
+    fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
+    first = fits.argmax(axis=1)
+    pick = np.arange(len(first))
+    own = width / np.maximum(height, 1)
+    fall_w = np.where(own > view.ratio[1], np.rint(height * view.ratio[1]), width)
+    fall_h = np.where(own < view.ratio[0], np.rint(width / view.ratio[0]), height)
+    found = fits.any(axis=1)
+    w = np.clip(np.where(found, widths[pick, first], fall_w), 1, width).astype(np.int64)
+    h = np.clip(np.where(found, heights[pick, first], fall_h), 1, height).astype(np.int64)
+    top = np.where(found, np.floor(draws[:, 20] * (height - h + 1)), (height - h) // 2)
+    left = np.where(found, np.floor(draws[:, 21] * (width - w + 1)), (width - w) // 2)
+    return np.stack([top, left, h, w], axis=1).astype(np.int32)
+
+
+def _mix(draws: NDArray[np.float64], view: ViewConfig) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """CutMix partner (B,) and box (B, 4): lambda uniform, centre uniform, box clipped to the output.
+
+    The partner is the neighbour 1 to 3 places further in the group of four, by the first sample's draw.
+    """
+    count = len(draws)
+    place = np.arange(count, dtype=np.int32)
+    if not view.cutmix:
+        return place, np.zeros((count, 4), np.int32)
+    start = place - place % MIX_GROUP
+    shift = 1 + np.floor(draws[start, 0] * (MIX_GROUP - 1)).astype(np.int32)
+    partner = (start + (place - start + shift) % MIX_GROUP).astype(np.int32)
+    side = view.size * np.sqrt(draws[:, 1])  # the share 1 - lambda of the area is uniform
+    centre = draws[:, 2:4] * view.size
+    low = np.clip(np.rint(centre - side[:, None] / 2), 0, view.size).astype(np.int32)
+    high = np.clip(np.rint(centre + side[:, None] / 2), 0, view.size).astype(np.int32)
+    return partner, np.concatenate([low, high - low], axis=1)

@@ -1,0 +1,41 @@
+"""The errors a user can meet: one line each, with the value, the bound and the remedy.
+
+Every leaf also derives from the builtin that fits, so that Python callers may catch either. The command line
+prints the message alone and leaves with `exit_code`.
+"""
+
+
+class BowstoreError(Exception):
+    """Base of all errors that bowstore raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(BowstoreError, ValueError):
+    """A flag, a configuration value or an argument that cannot be used; nothing was started."""
+
+    exit_code = 2
+
+
+class MissingError(BowstoreError, FileNotFoundError):
+    """A file, folder, run or store that should be there is not."""
+
+
+class DataError(BowstoreError, ValueError):
+    """Images, shards or features that cannot be used as they are."""
+
+
+class CorruptError(DataError):
+    """Bytes that differ from what was recorded when they were written."""
+
+
+class MismatchError(DataError):
+    """Two things that must belong together do not: store and shards, run and configuration."""
+
+
+class BusyError(BowstoreError, BlockingIOError):
+    """Another process holds what this one needs."""
+
+
+class TrainingError(BowstoreError, ArithmeticError):
+    """Training went wrong numerically (a loss that is not finite)."""

@@ -1,0 +1,1 @@
+"""Backbones by name, and the heads that are trained on top of them."""

@@ -1,0 +1,136 @@
+"""Progress of long steps: a bar with items/s and time left on a terminal, plain lines in a log.
+
+Everything goes to stderr; stdout is for results alone.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+_LOG_EVERY_SECONDS = 10.0
+
+
+def say(message: str) -> None:
+    """Print one line for the user, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """One long step of `total` items; use as a context manager and call `advance`.
+
+    Args:
+        what: the step's name, for example "encode".
+        total: number of items, or None when it is not known.
+        unit: what an item is, for example "images".
+        done: items that an earlier run finished; they count as done but not for the rate.
+        shown: False silences it (ranks other than 0).
+    """
+
+    def __init__(
+        self, what: str, total: int | None, unit: str = "images", *, done: int = 0, shown: bool = True
+    ) -> None:
+        self.what, self.total, self.unit, self.count = what, total, unit, done
+        self._first = done
+        self._shown = shown
+        self._note = ""
+        self._start = self._last_line = time.monotonic()
+        self._bar = _TerminalBar(what, total, unit) if shown and sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start(self.count)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._shown and kind is None:
+            say(self._line(final=True))
+
+    @property
+    def rate(self) -> float:
+        """Items a second since the start of this process's part."""
+        return (self.count - self._first) / max(time.monotonic() - self._start, 1e-9)
+
+    def advance(self, items: int = 1, note: str = "") -> None:
+        """Count `items` more; `note` is a short text shown behind (a loss, what binds)."""
+        self.count += items
+        self._note = note or self._note
+        if self._bar:
+            self._bar.update(self.count, self.rate, self._note)
+        elif self._shown and time.monotonic() - self._last_line >= _LOG_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            say(self._line(final=False))
+
+    def _line(self, *, final: bool) -> str:
+        seconds = time.monotonic() - self._start
+        of = f"/{self.total}" if self.total is not None else ""
+        parts = [f"{self.what}: {self.count}{of} {self.unit}", f"{self.rate:.1f} {self.unit}/s"]
+        if final:
+            parts.append(f"{seconds:.1f} s")
+        elif self.total is not None and self.rate > 0:
+            parts.append(f"{format_seconds((self.total - self.count) / self.rate)} left")
+        if self._note:
+            parts.append(self._note)
+        return ", ".join(parts)
+
+
+class _TerminalBar:
+    """The rich bar behind `Progress`; rich is imported only when there is a terminal."""
+
+    def __init__(self, what: str, total: int | None, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._progress = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.1f} " + unit + "/s"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task(what, total=total, rate=0.0, note="")
+
+    def start(self, count: int) -> None:
+        self._progress.start()
+        self._progress.update(self._task, completed=count)
+
+    def update(self, count: int, rate: float, note: str) -> None:
+        self._progress.update(self._task, completed=count, rate=rate, note=note)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """Time left as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def track(items: Iterable[T], what: str, total: int, unit: str) -> Iterator[T]:
+    """Yield `items`, counting each as progress."""
+    with Progress(what, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+@contextmanager
+def timed(stages: dict[str, float], name: str) -> Iterator[None]:
+    """Add the block's wall-clock seconds to `stages[name]`."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        stages[name] = stages.get(name, 0.0) + time.monotonic() - start

@@ -1,0 +1,88 @@
+"""Processes of one job: who am I, and the few collectives that training needs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bowstore.errors import UsageError
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the job's processes.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: number of processes.
+        device: this process's device.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values = values / self.size
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank raised its flag; the same answer on every rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def choose_device(setting: str, local_rank: int = 0) -> torch.device:
+    """The device of a setting (auto, cpu, cuda).
+
+    Raises:
+        UsageError: cuda was asked for and there is none.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise UsageError("runtime.device is cuda, but torch sees no GPU; check the driver, or --set runtime.device=cpu")
+    if setting == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def joined(setting: str) -> Iterator[World]:
+    """Join the job that torchrun started (NCCL on GPUs, gloo on CPUs), or be alone without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(setting, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cpu":
+        # torchrun pins each process to one thread unless told; share the cores out instead.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield World(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,278 @@
+"""Training, top to bottom: set-up, the step, the loop.
+
+Legend: B batch, C channels, H W pixels.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bowstore.config import TrainConfig, dump
+from bowstore.data.index import Index, open_index
+from bowstore.data.pipeline import Batch, train_batches
+from bowstore.data.plan import Schedule, plans
+from bowstore.data.reader import ShardReader
+from bowstore.errors import MismatchError, TrainingError, UsageError
+from bowstore.files import exclusive_lock
+from bowstore.progress import say
+from bowstore.train import checkpoint as ckpt
+from bowstore.train.distributed import World, joined
+from bowstore.train.metrics import Meter, RunLog
+from bowstore.train.rundir import claim_run, write_environment
+from bowstore.train.schedule import learning_rate, total_steps
+from bowstore.train.tasks import Network, Task, build_task
+
+_STOPPED_EXIT_CODE = 143
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a finished run was.
+
+    Attributes:
+        run: its directory.
+        steps: total number of steps.
+        images_per_second: rate of this sitting, over all ranks, without its first steps.
+        wait_share: share of the time spent waiting for images.
+        last: the last logged metrics; empty when the run had been finished before.
+        first: whether this process is rank 0, which prints the report.
+    """
+
+    run: Path
+    steps: int
+    images_per_second: float
+    wait_share: float
+    last: dict[str, float] = field(default_factory=dict)
+    first: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "run": str(self.run),
+            "steps": self.steps,
+            "images_per_second": self.images_per_second,
+            "wait_share": self.wait_share,
+            "metrics": self.last,
+        }
+
+    def text(self) -> str:
+        """A few lines for people."""
+        if not self.last:
+            return f"{self.run}: finished already ({self.steps} steps); take another --name to train again"
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.last.items())
+        return (
+            f"{self.run}: {self.steps} steps, {self.images_per_second:.0f} images/s "
+            f"({100 * self.wait_share:.1f} % of the time waiting for images)\n{metrics}"
+        )
+
+
+def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainReport:
+    """Train one configuration to its end, going on from the newest checkpoint where there is one.
+
+    Args:
+        config: with `shards`, and for task words `words.store`, resolved.
+        runs: folder of run directories.
+        resume: go on in a run directory that holds another configuration.
+
+    Raises:
+        BusyError: another process trains in the run directory.
+        MismatchError: the directory holds another configuration, or the data changed since its checkpoint.
+        TrainingError: the loss is not finite.
+    """
+    assert config.shards is not None, "the command line resolves shards"
+    run = runs / config.name
+    with ExitStack() as stack:
+        # --- who and where
+        world = stack.enter_context(joined(config.runtime.device))
+        if world.first:
+            stack.enter_context(exclusive_lock(run / ".lock", f"run directory {run}"))
+            claim_run(run, config, resume=resume)
+        world.barrier()
+
+        # --- data
+        index = open_index(config.shards)
+        schedule = data_schedule(config, index, world)
+        steps = total_steps(config.optim, schedule.steps_per_pass)
+
+        # --- network, optimiser, state
+        task = build_task(config, index, world)
+        network = task.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = build_optimizer(network, config)
+        state = ckpt.load_newest(run)
+        first = _restore(state, network, optimizer, task, run) if state else 0
+        if first >= steps:
+            return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
+        model = wrap_network(network, config, world)
+        if world.first:
+            write_environment(run, world, task.inputs)
+
+        # --- the loop
+        batches = train_batches(
+            ShardReader(index),
+            config.view,
+            plans(schedule, index, config.view, start=first, stop=steps),
+            batch=schedule.rank_batch,
+            device=world.device,
+            threads=config.runtime.threads or _threads(world),
+        )
+        log = None
+        if world.first:
+            log = RunLog(config, run, task.constants, first=first, steps_per_pass=schedule.steps_per_pass)
+            stack.callback(log.close)
+        stop_requested = stack.enter_context(_stop_signal())
+        meter = Meter(world.device)
+        for step, batch in enumerate(meter.waiting_for(batches), start=first):
+            rate = learning_rate(step, config.optim, schedule.steps_per_pass)
+            scalars = train_step(model, optimizer, task, batch, rate, amp=config.runtime.amp)
+            meter.count(config.optim.batch, scalars)
+            done = step + 1
+            stopping = stop_requested() if world.size == 1 else False
+            if done % config.runtime.log_every_steps == 0 or done == steps or stopping:
+                values = meter.read(world)  # the only place that waits for the device
+                _check_finite(values["loss"], done, rate, run)
+                stopping = world.any(stop_requested())
+                if log:
+                    log.write(done, {**values, "lr": rate})
+            if log:
+                log.progress.advance(config.optim.batch)
+            if done % config.runtime.checkpoint_every_steps == 0 or done == steps or stopping:
+                if world.first:
+                    _save(run, config, done, network, optimizer, task)
+            if stopping:
+                say(f"stopped by a signal at step {done} of {steps}; run the command again to go on")
+                raise SystemExit(_STOPPED_EXIT_CODE)
+        report = TrainReport(run, steps, *meter.rates(), last=log.last if log else {}, first=world.first)
+        return _finish(run, config, network, world, report)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Batch, rate: float, *, amp: bool
+) -> dict[str, Tensor]:
+    """One step of SGD on one batch; returns the loss and the task's scalars, still on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    images_BCHW, target = task.prepare(batch)
+    mixed = amp and images_BCHW.is_cuda
+    with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=mixed):
+        logits = model(images_BCHW if mixed else images_BCHW.float())
+    loss, scalars = task.loss(logits, target)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return {"loss": loss.detach(), **scalars}
+
+
+def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:
+    """SGD with weight decay on weights; never on gamma, on batch norm and biases as configured."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        small = parameter.ndim <= 1
+        exempt = name.endswith("gamma") or (small and not config.optim.decay_norm_and_bias)
+        (free if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.optim.lr,
+        momentum=config.optim.momentum,
+        nesterov=config.optim.nesterov and config.optim.momentum > 0,
+    )
+
+
+def data_schedule(config: TrainConfig, index: Index, world: World) -> Schedule:
+    """The order of a run over the rows it may use.
+
+    Raises:
+        UsageError: `images` is more than there are, or the batch does not fit.
+    """
+    images = len(index)
+    if config.images is not None:
+        if config.images > images:
+            raise UsageError(f"images {config.images} is more than the {images} in {config.shards}; lower it")
+        images = config.images
+    return Schedule(images, config.optim.batch, config.seed, world.rank, world.size)
+
+
+def _threads(world: World) -> int:
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def wrap_network(network: Network, config: TrainConfig, world: World) -> nn.Module:
+    """The network in train mode, behind DDP and torch.compile where they apply."""
+    model: Any = network.train()
+    if world.size > 1:
+        model = DistributedDataParallel(model, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+    if config.runtime.compile and world.device.type == "cuda":
+        model = torch.compile(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _restore(state: dict[str, Any], network: Network, optimizer: torch.optim.Optimizer, task: Task, run: Path) -> int:
+    """Load a checkpoint into network and optimiser; return its step."""
+    if state["inputs"] != task.inputs:
+        changed = [name for name in task.inputs if state["inputs"].get(name) != task.inputs[name]]
+        raise MismatchError(
+            f"{' and '.join(changed)} changed since the checkpoint of {run} was written; restore them, or train "
+            f"under another --name"
+        )
+    ckpt.load_weights(network.backbone, state["backbone"], str(run))
+    ckpt.load_weights(network.head, state["head"], str(run))
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _save(run: Path, config: TrainConfig, step: int, network: Network, optimizer: Any, task: Task) -> None:
+    state = {
+        "step": step,
+        "config": dump(config),
+        "inputs": task.inputs,
+        "backbone": network.backbone.state_dict(),
+        "head": network.head.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    ckpt.save_checkpoint(run, state, keep=config.runtime.keep_checkpoints)
+
+
+def _finish(run: Path, config: TrainConfig, network: Network, world: World, report: TrainReport) -> TrainReport:
+    if world.first and not ckpt.is_finished(run):
+        ckpt.save_backbone(run / ckpt.BACKBONE_FILE, network.backbone, config)
+    world.barrier()
+    return report
+
+
+def _check_finite(loss: float, step: int, rate: float, run: Path) -> None:
+    if not loss < float("inf"):  # also true for NaN
+        raise TrainingError(
+            f"the loss is {loss} by step {step} at learning rate {rate:g}; lower optim.lr and run again: training "
+            f"goes on from the last checkpoint in {run / 'checkpoints'}"
+        )
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGTERM into a flag; a second one ends the process at once."""
+    flag = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal flag
+        flag = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    try:
+        before = signal.signal(signal.SIGTERM, on_signal)
+    except ValueError:  # not in the main thread: a caller of the Python interface keeps its own handling
+        yield lambda: False
+        return
+    try:
+        yield lambda: flag
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,87 @@
+"""Run directories: whose they are, what they hold, and when one may be gone on with."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from bowstore.config import TrainConfig, dump
+from bowstore.errors import MismatchError
+from bowstore.files import atomic_file, write_json
+from bowstore.progress import say
+from bowstore.train.checkpoint import CONFIG_FILE, read_run_config
+from bowstore.train.distributed import World
+
+_PACKAGES = ("bowstore", "torch", "torchvision", "nvidia-dali-cuda130", "zarr", "numpy")
+_FREE_KEYS = ("runtime", "student")  # these may change between a run's sittings
+
+
+def claim_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
+    """Make the run directory, or check that the one there holds this configuration.
+
+    Raises:
+        MismatchError: another configuration is there and `resume` is false; the message names the first difference.
+    """
+    path = run / CONFIG_FILE
+    if path.exists():
+        differences = _differences(dump(read_run_config(run)), dump(config))
+        if differences and not resume:
+            raise MismatchError(
+                f"run directory {run} holds another configuration ({differences[0]}); take another --name, or "
+                f"--resume to go on from its checkpoint with the new values"
+            )
+        for difference in differences:
+            say(f"resumed with {difference}")
+    run.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(yaml.safe_dump(dump(config), sort_keys=False).encode())
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if not prefix and key in _FREE_KEYS:
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} is {before} there, {after} here")
+    return found
+
+
+def write_environment(run: Path, world: World, inputs: dict[str, str]) -> None:
+    """Record versions, device and the identity of the inputs in `environment.json`."""
+    write_json(
+        run / "environment.json",
+        {
+            "versions": {"python": platform.python_version(), **package_versions()},
+            "device": device_name(world.device),
+            "world_size": world.size,
+            "torch_threads": torch.get_num_threads(),
+            "command": sys.argv[1:],
+            "inputs": inputs,
+        },
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # bowstore on the path without an installation
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """A device as people call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})"

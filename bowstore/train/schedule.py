@@ -1,0 +1,21 @@
+"""Durations and learning rates as pure functions of the step."""
+
+from bowstore.config import OptimConfig
+
+
+def steps_per_epoch(optim: OptimConfig, steps_per_pass: int) -> int:
+    """Steps of one epoch: as configured (the paper's 2000), or one pass over the images."""
+    return optim.steps_per_epoch or steps_per_pass
+
+
+def total_steps(optim: OptimConfig, steps_per_pass: int) -> int:
+    """Steps of the whole run."""
+    return optim.epochs * steps_per_epoch(optim, steps_per_pass)
+
+
+def learning_rate(step: int, optim: OptimConfig, steps_per_pass: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up, then a factor after each milestone epoch."""
+    epoch = step / steps_per_epoch(optim, steps_per_pass)
+    if epoch < optim.warmup_epochs:
+        return optim.lr * (step + 1) / (optim.warmup_epochs * steps_per_epoch(optim, steps_per_pass))
+    return float(optim.lr * optim.factor ** sum(epoch >= milestone for milestone in optim.milestones))

@@ -1,0 +1,141 @@
+"""Which files a command means when its flags do not say: the rules of a workspace, in one place."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from bowstore.config import (
+    WORKSPACE_FILE,
+    TrainConfig,
+    Workspace,
+    bundled_configs,
+    load_train_config,
+)
+from bowstore.errors import MissingError, UsageError
+from bowstore.files import atomic_file
+
+RECIPES = {
+    "cifar10": ("cifar10_rotnet.yaml", "cifar10_bownet.yaml"),
+    "imagenette": ("imagenette_rotnet.yaml", "imagenette_bownet.yaml"),
+    "imagenet": ("imagenet_rotnet.yaml", "imagenet_conv4.yaml", "imagenet_conv5.yaml"),
+}
+
+
+def init_workspace(folder: Path, recipe: str | None) -> list[Path]:
+    """Write `bowstore.yaml` and the recipe's configurations into `folder`; return what was written.
+
+    Raises:
+        UsageError: a workspace is already there.
+    """
+    path = folder / WORKSPACE_FILE
+    if path.exists():
+        raise UsageError(f"{path} is already there; edit it, or name another folder")
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in RECIPES[recipe] if recipe else ():
+        target = folder / "configs" / name
+        if not target.exists():
+            shutil.copyfile(bundled_configs() / name, target)
+            written.append(target)
+    config = f"configs/{RECIPES[recipe][1]}" if recipe else "null"
+    with atomic_file(path) as file:
+        file.write(_WORKSPACE_TEXT.format(config=config).encode())
+    return [path, *written]
+
+
+_WORKSPACE_TEXT = """\
+# Paths and defaults of this bowstore workspace; flags and --set override them.
+shards: data/shards/train        # written by: bowstore shards SRC data/shards
+val_shards: null                 # null: data/shards/val, or data/shards/test
+store: data/words.zarr           # written by: bowstore encode
+runs: runs
+teacher: null                    # run or checkpoint; null: the newest finished rotation run
+config: {config}                 # what `bowstore train` trains; null: the student named by the teacher
+voc: data/VOCdevkit/VOC2007      # for: bowstore eval voc07
+"""
+
+
+def find_run(workspace: Workspace, name: str | Path) -> Path:
+    """A run directory or checkpoint by path, or by name below the workspace's runs.
+
+    Raises:
+        MissingError: neither exists; the message lists the runs there are.
+    """
+    for path in (Path(name), workspace.runs / name):
+        if path.exists():
+            return path
+    there = sorted(p.parent.name for p in workspace.runs.glob("*/config.yaml"))
+    raise MissingError(f"no run or file {str(name)!r}; runs in {workspace.runs}: {', '.join(there) or 'none'}")
+
+
+def newest_run(workspace: Workspace, *, task: str | None = None) -> Path:
+    """The run that finished last, of a task if given.
+
+    Raises:
+        MissingError: there is none.
+    """
+    from bowstore.train.checkpoint import BACKBONE_FILE, read_run_config
+
+    finished = sorted(workspace.runs.glob(f"*/{BACKBONE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in finished:
+        if task is None or read_run_config(path.parent).task == task:
+            return path.parent
+    kind = f"finished {task} run" if task else "finished run"
+    raise MissingError(f"no {kind} in {workspace.runs}; `bowstore train --config ...` makes one, or name it by flag")
+
+
+def resolve_teacher(workspace: Workspace, teacher: str | None) -> Path:
+    """The teacher a command means: the flag, the workspace's, or the newest finished rotation run."""
+    named = teacher or workspace.teacher
+    return find_run(workspace, named) if named else newest_run(workspace, task="rotation")
+
+
+def resolve_train(
+    workspace: Workspace, config: Path | None, overrides: Sequence[str] = (), *, store: Path | None = None
+) -> TrainConfig:
+    """The configuration that `bowstore train` runs, with every path and the store's layer filled in.
+
+    Without `config`: the workspace's, or else the student that the store's teacher names.
+
+    Raises:
+        MissingError: no configuration is named anywhere.
+    """
+    path = config or workspace.config or _student(store or workspace.store)
+    resolved = load_train_config(path, overrides)
+    updates: dict[str, object] = {"shards": resolved.shards or workspace.shards}
+    if resolved.task == "words":
+        from bowstore.words.store import open_store
+
+        words_store = store or resolved.words.store or workspace.store
+        layer = open_store(words_store).layer(resolved.words.layer).name
+        updates["words"] = resolved.words.model_copy(update={"store": words_store, "layer": layer})
+    return resolved.model_copy(update=updates)
+
+
+def _student(store: Path) -> Path:
+    from bowstore.words.store import open_store
+
+    if not store.exists():
+        raise MissingError(
+            f"no --config was given and there is no word store {store}: train a teacher with --config first, then "
+            f"`bowstore encode`"
+        )
+    student = open_store(store).layer().attributes["teacher"]["student"]
+    if not student:
+        raise MissingError(f"the teacher of {store} names no student configuration; give --config")
+    return Path("configs") / str(student)
+
+
+def val_shards(workspace: Workspace) -> Path:
+    """Shards to test on: the workspace's, or val or test beside the train shards.
+
+    Raises:
+        MissingError: neither exists.
+    """
+    if workspace.val_shards:
+        return workspace.val_shards
+    candidates = [workspace.shards.parent / name for name in ("val", "test")]
+    for path in candidates:
+        if path.is_dir():
+            return path
+    raise MissingError(f"no test shards: neither {candidates[0]} nor {candidates[1]} exists; give --test")

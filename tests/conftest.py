@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+import torch
+from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
+
+from bowstore.data.index import Index, build_index
+
+
+@pytest.fixture
+def make_shard_set(tmp_path: Path) -> ShardMaker:
+    """Makes indexed shards of textured images: make(count, per_shard=..., folder=..., classes=...)."""
+
+    def make(
+        count: int, *, per_shard: int = 40, folder: str = "shards", classes: int = 4, size: int = 32, first: int = 0
+    ) -> Index:
+        root = tmp_path / folder
+        samples = []
+        for number in range(first, first + count):
+            height, width = size + number % 5, size + number % 3
+            data = encode_jpeg(textured_image(number, height, width))
+            samples.append((f"c{number % classes}/{number:05d}", data, number % classes))
+        for shard, start in enumerate(range(0, count, per_shard)):
+            write_tar(root / f"train-{shard:06d}.tar", samples[start : start + per_shard])
+        return build_index(root, classes=tuple(f"c{n}" for n in range(classes)))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)

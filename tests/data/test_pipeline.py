@@ -1,0 +1,271 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from bowstore.config import ViewConfig
+from bowstore.data.index import build_index, open_index
+from bowstore.data.pipeline import CleanView, clean_batches, clean_view, train_batches
+from bowstore.data.plan import Plan, Schedule, plans
+from bowstore.data.reader import FileReader, ShardReader
+from bowstore.errors import DataError
+
+CPU = torch.device("cpu")
+PLAIN = ViewConfig(
+    size=32, resize=None, mean=(0, 0, 0), std=(1, 1, 1), brightness=0, contrast=0, saturation=0, hue=0, grey=0,
+    flip=False, cutmix=False, area=(0.3, 1.0),
+)  # fmt: skip
+
+
+class Memory:
+    """Encoded images in memory."""
+
+    def __init__(self, images: list[bytes]) -> None:
+        self._images = [np.frombuffer(data, np.uint8) for data in images]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, row: int) -> str:
+        return f"memory/{row}"
+
+    def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self._images[row] for row in rows]
+
+
+def a_plan(count: int, view: ViewConfig, **changes: object) -> Plan:
+    values: dict[str, object] = {
+        "rows": np.arange(count),
+        "window": np.tile(np.array([0, 0, 48, 40], np.int32), (count, 1)),
+        "mirror": np.zeros(count, np.int32),
+        "brightness": np.ones(count, np.float32),
+        "contrast": np.ones(count, np.float32),
+        "saturation": np.ones(count, np.float32),
+        "hue": np.zeros(count, np.float32),
+        "partner": np.arange(count, dtype=np.int32),
+        "box": np.zeros((count, 4), np.int32),
+        "kept": np.ones(count, np.float32),
+    }
+    return Plan(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def images(count: int, height: int = 48, width: int = 40) -> list[bytes]:
+    return [encode_jpeg(textured_image(number, height, width)) for number in range(count)]
+
+
+def decoded(data: bytes) -> torch.Tensor:
+    return tvf.pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def run_train(data: list[bytes], view: ViewConfig, plan: Plan) -> torch.Tensor:
+    (batch,) = train_batches(Memory(data), view, [plan], batch=len(data), device=CPU)
+    return batch.images_BCHW
+
+
+def assert_close(ours: torch.Tensor, oracle: torch.Tensor, bound: float) -> None:
+    """Mean absolute difference on the scale 0 to 255."""
+    difference = 255 * (ours - oracle).abs().mean().item()
+    assert difference < bound, f"mean absolute pixel error {difference:.2f}, bound {bound}"
+
+
+def test_crop_and_resize_agree_with_torchvision() -> None:
+    data = images(8)
+    window = np.array([[n, 2 * n, 48 - 2 * n, 40 - 3 * n] for n in range(8)], np.int32)
+    ours = run_train(data, PLAIN, a_plan(8, PLAIN, window=window))
+    for number in range(8):
+        top, left, height, width = window[number].tolist()
+        crop = tvf.crop(decoded(data[number]), top, left, height, width)
+        oracle = tvf.resize(crop, [32, 32], antialias=True).float() / 255
+        assert_close(ours[number], oracle, 1.5)
+
+
+def test_flip_and_normalise_are_exact_after_resize() -> None:
+    data = images(4)
+    straight = run_train(data, PLAIN, a_plan(4, PLAIN))
+    view = PLAIN.model_copy(update={"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "flip": True})
+    mirrored = run_train(data, view, a_plan(4, view, mirror=np.array([0, 1, 0, 1], np.int32)))
+    expected = (straight - torch.tensor(view.mean)[:, None, None]) / torch.tensor(view.std)[:, None, None]
+    expected[1::2] = expected[1::2].flip(-1)
+    assert torch.allclose(mirrored, expected, atol=1e-4)
+
+
+def test_jitter_agrees_with_the_linear_model_of_colour() -> None:
+    data = images(6)
+    view = PLAIN.model_copy(update={"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "grey": 0.2})
+    brightness = np.array([0.6, 1.4, 1, 1, 1, 1], np.float32)
+    contrast = np.array([1, 1, 0.6, 1.4, 1, 1], np.float32)
+    saturation = np.array([1, 1, 1, 1, 0, 1.4], np.float32)
+    plain = run_train(data, PLAIN, a_plan(6, PLAIN))
+    ours = run_train(data, view, a_plan(6, view, brightness=brightness, contrast=contrast, saturation=saturation))
+    for number in range(6):
+        oracle = tvf.adjust_brightness(plain[number], float(brightness[number]))
+        oracle = (oracle - 0.5) * float(contrast[number]) + 0.5
+        oracle = tvf.adjust_saturation(oracle.clamp(0, 1), float(saturation[number]))
+        assert_close(ours[number], oracle, 4.0)
+
+
+def test_grey_has_equal_channels() -> None:
+    view = PLAIN.model_copy(update={"grey": 1.0})
+    ours = run_train(images(2), view, a_plan(2, view, saturation=np.zeros(2, np.float32)))
+    assert (ours.amax(1) - ours.amin(1)).max().item() * 255 <= 2
+
+
+def test_hue_keeps_brightness_and_turns_colour() -> None:
+    view = PLAIN.model_copy(update={"hue": 0.1})
+    red = np.zeros((48, 40, 3), np.uint8)
+    red[..., 0], red[..., 1], red[..., 2] = 180, 60, 60
+    data = [encode_jpeg(red)] * 2
+    ours = run_train(data, view, a_plan(2, view, hue=np.array([36, -36], np.float32))).mean((2, 3)) * 255
+    assert ours[0, 1] > ours[0, 2] + 20  # towards yellow
+    assert ours[1, 2] > ours[1, 1] + 20  # towards magenta
+
+
+def test_cutmix_pastes_exactly_the_partners_box() -> None:
+    data = images(4)
+    view = PLAIN.model_copy(update={"cutmix": True})
+    box = np.array([[4, 6, 10, 12], [0, 0, 32, 32], [0, 0, 0, 0], [20, 20, 12, 12]], np.int32)
+    partner = np.array([1, 2, 3, 0], np.int32)
+    plain = run_train(data, PLAIN, a_plan(4, PLAIN))
+    ours = run_train(data, view, a_plan(4, view, box=box, partner=partner))
+    for number in range(4):
+        top, left, height, width = box[number].tolist()
+        expected = plain[number].clone()
+        place = (slice(None), slice(top, top + height), slice(left, left + width))
+        expected[place] = plain[partner[number]][place]
+        assert torch.equal(ours[number], expected)
+
+
+def test_windows_outside_the_image_are_clamped_not_fatal() -> None:
+    window = np.array([[40, 30, 500, 500], [-5, -5, 10, 10], [100, 100, 1, 1], [0, 0, 0, 0]], np.int32)
+    ours = run_train(images(4), PLAIN, a_plan(4, PLAIN, window=window))
+    assert ours.shape == (4, 3, 32, 32)
+    assert torch.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_exif_orientation_does_not_move_the_window(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(textured_image(3, 20, 60)).save(buffer, "JPEG", quality=95, exif=exif)
+    window = np.array([[0, 0, 20, 60]], np.int32)
+    ours = run_train([buffer.getvalue()], PLAIN, a_plan(1, PLAIN, window=window))
+    upright = run_train([encode_jpeg(textured_image(3, 20, 60))], PLAIN, a_plan(1, PLAIN, window=window))
+    assert_close(ours, upright, 3.0)
+
+
+def test_one_pixel_images_pass() -> None:
+    data = [encode_jpeg(np.full((1, 1, 3), 100, np.uint8)), encode_jpeg(textured_image(1, 1, 50))]
+    ours = run_train(data, PLAIN, a_plan(2, PLAIN, window=np.array([[0, 0, 1, 1], [0, 3, 1, 20]], np.int32)))
+    assert ours.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_the_clean_view_agrees_with_torchvision(squash: bool) -> None:
+    data = [encode_jpeg(textured_image(n, 60 + 7 * n, 90 - 5 * n)) for n in range(5)]
+    view = CleanView(size=32, resize=40, squash=squash, mean=(0, 0, 0), std=(1, 1, 1))
+    ((rows, ours),) = clean_batches(Memory(data), view, np.arange(5), batch=8, device=CPU)
+    assert rows.tolist() == [0, 1, 2, 3, 4]
+    crop = v2.Resize((32, 32), antialias=True) if squash else v2.CenterCrop(32)
+    oracle = v2.Compose([v2.Resize(40, antialias=True), crop])
+    for number in range(5):
+        assert_close(ours[number], oracle(decoded(data[number])).float() / 255, 1.5)
+
+
+def test_the_whole_image_view_takes_odd_batches_in_order() -> None:
+    view = clean_view(PLAIN)
+    parts = list(clean_batches(Memory(images(7)), view, np.array([6, 5, 4, 3, 2, 1, 0]), batch=3, device=CPU))
+    assert [rows.tolist() for rows, _ in parts] == [[6, 5, 4], [3, 2, 1], [0]]
+    alone = list(clean_batches(Memory(images(7)), view, [np.array([2])], batch=1, device=CPU))
+    assert torch.equal(alone[0][1][0], parts[1][1][1])
+
+
+def test_batches_stay_what_they_were_while_later_ones_are_made(make_shard_set: ShardMaker) -> None:
+    index = make_shard_set(96)
+    view = ViewConfig(size=32, resize=None)
+    batches, copies = [], []
+    schedule = Schedule(96, 8, 0)
+    for batch in train_batches(
+        ShardReader(index), view, plans(schedule, index, view, start=0, stop=24), batch=8, device=CPU
+    ):
+        batches.append(batch.images_BCHW)
+        copies.append(batch.images_BCHW.clone())
+    assert len(batches) == 24
+    assert all(torch.equal(a, b) for a, b in zip(batches, copies, strict=True))
+    assert batches[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_restart_in_mid_epoch_gives_the_same_pixels(make_shard_set: ShardMaker) -> None:
+    index = make_shard_set(40)
+    view = ViewConfig(size=32, resize=None)
+    schedule = Schedule(40, 8, 7)
+
+    def pixels(start: int) -> list[torch.Tensor]:
+        steps = plans(schedule, index, view, start=start, stop=12)
+        return [b.images_BCHW for b in train_batches(ShardReader(index), view, steps, batch=8, device=CPU)]
+
+    whole = pixels(0)
+    for start in (3, 5, 9):
+        assert all(torch.equal(a, b) for a, b in zip(pixels(start), whole[start:], strict=True))
+
+
+def test_two_ranks_see_the_pixels_of_one(make_shard_set: ShardMaker) -> None:
+    index = make_shard_set(40)
+    view = ViewConfig(size=32, resize=None)
+
+    def pixels(rank: int, world: int) -> list[torch.Tensor]:
+        schedule = Schedule(40, 16, 7, rank, world)
+        steps = plans(schedule, index, view, start=0, stop=4)
+        source = ShardReader(index)
+        return [b.images_BCHW for b in train_batches(source, view, steps, batch=16 // world, device=CPU)]
+
+    both = [torch.cat(parts) for parts in zip(pixels(0, 2), pixels(1, 2), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(both, pixels(0, 1), strict=True))
+
+
+def test_the_colour_of_every_image_matches_its_row(tmp_path: Path) -> None:
+    colours = np.array([[(row * 37) % 200 + 20, (row * 59) % 200 + 20, (row * 83) % 200 + 20] for row in range(48)])
+    samples = [(f"k/{row:04d}", encode_jpeg(np.full((33, 35, 3), colours[row], np.uint8)), None) for row in range(48)]
+    write_tar(tmp_path / "a-000000.tar", samples[:20])
+    write_tar(tmp_path / "a-000001.tar", samples[20:])
+    index = build_index(tmp_path)
+    view = PLAIN.model_copy(update={"cutmix": True})
+    for rank in range(2):
+        steps = plans(Schedule(48, 16, 0, rank, 2), index, view, start=0, stop=6)
+        for batch in train_batches(ShardReader(index), view, steps, batch=8, device=CPU):
+            plan, seen = batch.plan, batch.images_BCHW.permute(0, 2, 3, 1).numpy() * 255
+            for place in range(8):
+                top, left, height, width = plan.box[place]
+                inside = np.zeros((32, 32), bool)
+                inside[top : top + height, left : left + width] = True
+                other = plan.rows[plan.partner[place]]
+                assert [np.abs(seen[place][inside] - colours[other]).max(initial=0) < 4] == [True]
+                assert np.abs(seen[place][~inside] - colours[plan.rows[place]]).max(initial=0) < 4
+                assert plan.kept[place] == pytest.approx(1 - inside.mean(), abs=1e-6)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    paths = []
+    for number, data in enumerate(images(3)):
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(data if number != 1 else data[:100])
+        paths.append(path)
+    view = clean_view(PLAIN)
+    with pytest.raises(DataError, match=r"1\.jpg.*cannot be decoded"):
+        list(clean_batches(FileReader(paths), view, np.arange(3), batch=4, device=CPU))
+
+
+def test_the_pipeline_reads_what_the_index_maps(make_shard_set: ShardMaker) -> None:
+    index = open_index(make_shard_set(10).root)
+    view = clean_view(PLAIN)
+    ((_, ours),) = clean_batches(ShardReader(index), view, np.arange(10), batch=10, device=CPU)
+    files = Memory([encode_jpeg(textured_image(n, 32 + n % 5, 32 + n % 3)) for n in range(10)])
+    ((_, direct),) = clean_batches(files, view, np.arange(10), batch=10, device=CPU)
+    assert torch.equal(ours, direct)

@@ -1,0 +1,61 @@
+"""A small VOC devkit: coloured shapes on noise, several an image, some of them marked difficult."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {"blue": (40, 60, 230), "green": (30, 200, 60), "red": (230, 40, 40)}
+SIZES = ((60, 44), (44, 60), (96, 40), (33, 33), (24, 50))  # width, height: any shape has to do
+
+
+def write_devkit(
+    root: Path, *, trainval: int = 24, test: int = 15, seed: int = 0, classes: tuple[str, ...] = tuple(COLOURS)
+) -> Path:
+    """Write a devkit below `root` and return its VOC2007 folder.
+
+    Each class is in about half of the images; image 2 of each split has the first class as a difficult object only.
+
+    Args:
+        root: an existing folder.
+        trainval: images of that split.
+        test: images of that split.
+        seed: of labels, places and noise.
+        classes: among `COLOURS`.
+    """
+    voc = root / "VOCdevkit" / "VOC2007"
+    images, lists = voc / "JPEGImages", voc / "ImageSets" / "Main"
+    images.mkdir(parents=True)
+    lists.mkdir(parents=True)
+    draws = np.random.default_rng(seed)
+    number = 0
+    for split, count in (("trainval", trainval), ("test", test)):
+        labels = np.where(draws.random((count, len(classes))) < 0.5, 1, -1)
+        for k in range(len(classes)):  # at least three of each sign, whatever was drawn
+            labels[4 + k : 10 + k, k] = (1, -1, 1, -1, 1, -1)
+        labels[2, 0] = 0
+        ids = [f"{number + place:06d}" for place in range(1, count + 1)]
+        number += count
+        for place, image_id in enumerate(ids):
+            _image(draws, dict(zip(classes, labels[place], strict=True)), SIZES[place % len(SIZES)]).save(
+                images / f"{image_id}.jpg", quality=95
+            )
+        for k, name in enumerate(classes):
+            lines = [f"{image_id} {labels[place, k]:2d}\n" for place, image_id in enumerate(ids)]
+            (lists / f"{name}_{split}.txt").write_text("".join(lines))
+        (lists / f"{split}.txt").write_text("".join(f"{image_id}\n" for image_id in ids))
+    return voc
+
+
+def _image(draws: np.random.Generator, labels: dict[str, int], size: tuple[int, int]) -> Image.Image:
+    """Noise with one disc of the class's colour for each present class, a speck for each difficult one."""
+    width, height = size
+    image = Image.fromarray(draws.integers(90, 150, (height, width, 3), dtype=np.uint8))
+    pen = ImageDraw.Draw(image)
+    for name, label in labels.items():
+        if label < 0:
+            continue
+        radius = min(size) / 4 if label == 1 else 2
+        x, y = draws.uniform(radius, width - radius), draws.uniform(radius, height - radius)
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[name])
+    return image
