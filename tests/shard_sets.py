@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from bowstore.data.index import Index
+from bowstore.words.layer import LayerSpec
+from bowstore.words.store import create_store, writing_lock
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -29,10 +31,11 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def textured_image(number: int, height: int, width: int) -> np.ndarray:
-    """A smooth colour image that differs by number; JPEG changes it little."""
+    """A smooth colour image that differs by number, its hue by number modulo 4; JPEG changes it little."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     waves = [np.sin((number % 7 + 1) * x / 9 + c) + np.cos((number % 5 + 1) * y / 7 - c) for c in range(3)]
-    base = np.array([(37 * number) % 256, (91 * number) % 256, (53 * number) % 256])
+    colours = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60)]  # four classes that can be learned
+    base = np.array(colours[number % 4]) + (37 * number) % 50
     return np.clip(0.5 * base + 40 * np.stack(waves, -1) + 64, 0, 255).astype(np.uint8)
 
 
@@ -49,3 +52,21 @@ def write_tar(path: Path, samples: Sequence[tuple[str, bytes, int | None]]) -> N
 
 
 ShardMaker = Callable[..., Index]
+
+
+def write_store(path: Path, index: Index, *, words: int = 12, grid: int = 4, seed: int = 0) -> Path:
+    """A complete store of one layer whose words follow the image's class, so that there is something to learn."""
+    generator = np.random.default_rng(seed)
+    maps = generator.integers(0, words, (len(index), grid, grid))
+    own = index.label[:, None, None] % words
+    maps = np.where(generator.random(maps.shape) < 0.7, own, maps).astype(np.uint16)
+    with writing_lock(path):
+        writer = create_store(path, fingerprint=index.fingerprint, key_hash_N=np.asarray(index.key_hash))
+        teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
+        spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=(grid, grid), channels=8)
+        layer = writer.add_layer("block3", spec, np.zeros((words, 8), np.float32))
+        for chunk in range(layer.chunks):
+            writer.write_chunk("block3", chunk, maps[layer.rows(chunk)])
+        present = np.array([(maps == word).any((1, 2)).sum() for word in range(words)], np.int64)
+        writer.mark_complete("block3", present, {})
+    return path

@@ -1,0 +1,304 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shard_sets import ShardMaker, write_store
+
+from bowstore.config import OptimConfig, TrainConfig, validate
+from bowstore.data.pipeline import Batch
+from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, TrainingError, UsageError
+from bowstore.files import exclusive_lock
+from bowstore.train import checkpoint, loop
+from bowstore.train.checkpoint import load_backbone, load_checkpoint, load_newest
+from bowstore.train.distributed import World, choose_device
+from bowstore.train.metrics import read_metrics
+from bowstore.train.schedule import learning_rate, total_steps
+from bowstore.train.tasks import build_task
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def make_config(make_shard_set: ShardMaker, tmp_path: Path) -> Make:
+    index = make_shard_set(72)
+
+    def make(task: str = "words", **changes: Any) -> TrainConfig:
+        if task == "words" and not (tmp_path / "words.zarr").exists():
+            write_store(tmp_path / "words.zarr", index)
+        values: dict[str, Any] = {
+            "name": f"{task}-run",
+            "task": task,
+            "shards": str(index.root),
+            "view": {"size": 16, "resize": None, "cutmix": task == "words"},
+            "model": {"arch": "wrn-10-1", "strides": [2, 2, 1]},
+            "words": {"store": str(tmp_path / "words.zarr"), "layer": "block3"} if task == "words" else {},
+            "optim": {"batch": 16, "epochs": 3, "lr": 0.05, "milestones": [2]},
+            "runtime": {"log_every_steps": 2, "checkpoint_every_steps": 5, "threads": 1},
+        }
+        for key, value in changes.items():
+            values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        return validate(TrainConfig, values, "test")
+
+    return make
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state = load_newest(run)
+    assert state is not None
+    return {**{f"b.{k}": v for k, v in state["backbone"].items()}, **{f"h.{k}": v for k, v in state["head"].items()}}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_learning_rate_schedule_of_the_paper() -> None:
+    cifar = OptimConfig(epochs=30, steps_per_epoch=2000, lr=0.1, milestones=(12, 24))
+    assert total_steps(cifar, 390) == 60_000
+    rates = [learning_rate(step, cifar, 390) for step in (0, 23_999, 24_000, 47_999, 48_000, 59_999)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    imagenet = OptimConfig(epochs=140, lr=0.03, milestones=(60, 100, 130))
+    assert total_steps(imagenet, 5004) == 140 * 5004
+    rates = [learning_rate(epoch * 5004, imagenet, 5004) for epoch in (0, 59, 60, 100, 130, 139)]
+    assert rates == pytest.approx([3e-2, 3e-2, 3e-3, 3e-4, 3e-5, 3e-5])
+    warm = OptimConfig(epochs=10, lr=1.0, warmup_epochs=2)
+    assert [learning_rate(step, warm, 5) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+
+
+def test_weight_decay_spares_gamma_always_and_small_parameters_on_request(make_config: Make) -> None:
+    for spare in (True, False):
+        config = make_config(optim={"decay_norm_and_bias": not spare})
+        from bowstore.data.index import open_index
+
+        assert config.shards is not None
+        task = build_task(config, open_index(config.shards), World(0, 1, torch.device("cpu")))
+        decayed, free = loop.build_optimizer(task.network, config).param_groups
+        assert any(p is task.network.head.gamma for p in free["params"])
+        assert free["weight_decay"] == 0
+        assert decayed["weight_decay"] == config.optim.weight_decay
+        assert all(p.ndim > 1 for p in decayed["params"]) == spare
+
+
+@pytest.mark.parametrize("task", ["rotation", "words"])
+def test_a_run_leaves_everything_it_promises(make_config: Make, tmp_path: Path, task: str) -> None:
+    report = loop.train(make_config(task), tmp_path / "runs")
+    run = tmp_path / "runs" / f"{task}-run"
+    assert report.steps == 12
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "backbone.safetensors", "tensorboard",
+    }  # fmt: skip
+    assert [line["step"] for line in read_metrics(run)] == [2, 4, 6, 8, 10, 12]
+    assert list((run / "tensorboard").glob("events.*"))
+    last = read_metrics(run)[-1]
+    names = {"loss", "lr", "epoch", "images_per_second"}
+    names |= {"accuracy"} if task == "rotation" else {"excess_loss", "gamma", "marginal_loss"}
+    assert names <= last.keys()
+    assert all(math.isfinite(value) for value in last.values())
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"]
+    loaded = load_backbone(run)
+    assert equal({f"b.{k}": v for k, v in loaded.backbone.state_dict().items()},
+                 {k: v for k, v in weights(run).items() if k.startswith("b.")})  # fmt: skip
+    assert not loaded.backbone.training
+    assert loop.train(make_config(task), tmp_path / "runs").text().endswith("take another --name to train again")
+
+
+def test_words_are_learned(make_config: Make, tmp_path: Path) -> None:
+    loop.train(make_config(optim={"epochs": 10, "milestones": [8]}, view={"cutmix": False, "grey": 0, "hue": 0}), tmp_path / "runs")
+    lines = read_metrics(tmp_path / "runs" / "words-run")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    assert lines[-1]["loss"] < lines[-1]["marginal_loss"] - 0.1
+    assert 0 < lines[-1]["excess_loss"] < lines[0]["excess_loss"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Make training die when it starts its `steps`-th step from now."""
+    original, count = loop.train_step, 0
+
+    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count == steps:
+            raise Interrupted
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+@pytest.mark.parametrize("task", ["rotation", "words"])
+@pytest.mark.parametrize("die_at", [3, 8, 12])
+def test_resume_equals_never_having_stopped(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, die_at: int
+) -> None:
+    """Also in mid-epoch, across an epoch's end (4 steps), and before the first checkpoint."""
+    config = make_config(task)
+    loop.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, die_at)
+        with pytest.raises(Interrupted):
+            loop.train(config, tmp_path / "cut")
+    loop.train(config, tmp_path / "cut")
+    name = f"{task}-run"
+    assert equal(weights(tmp_path / "whole" / name), weights(tmp_path / "cut" / name))
+    drop = ("images_per_second",)
+    before, after = (
+        [{k: v for k, v in line.items() if k not in drop} for line in read_metrics(tmp_path / part / name)]
+        for part in ("whole", "cut")
+    )
+    assert [line["step"] for line in after] == [line["step"] for line in before]
+    assert after[-1] == pytest.approx(before[-1])
+
+
+def test_seeds_differ(make_config: Make, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        loop.train(make_config(name=f"s{seed}", seed=seed, optim={"epochs": 1, "milestones": []}), tmp_path / "runs")
+    assert not equal(weights(tmp_path / "runs" / "s0"), weights(tmp_path / "runs" / "s1"))
+
+
+def test_another_configuration_in_the_run_directory_is_refused(make_config: Make, tmp_path: Path) -> None:
+    loop.train(make_config(optim={"epochs": 1, "milestones": []}), tmp_path / "runs")
+    other = make_config(optim={"epochs": 2, "milestones": []})
+    with pytest.raises(MismatchError, match=r"another configuration \(optim.epochs is 1 there, 2 here\).*--resume"):
+        loop.train(other, tmp_path / "runs")
+    assert loop.train(other, tmp_path / "runs", resume=True).steps == 8
+    assert load_newest(tmp_path / "runs" / "words-run")["step"] == 8  # type: ignore[index]
+
+
+def test_a_run_directory_in_use_is_refused(make_config: Make, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "words-run"
+    with (
+        exclusive_lock(run / ".lock", "it"),
+        pytest.raises(BusyError, match=r"run directory .*words-run is in use by process \d+ on"),
+    ):
+        loop.train(make_config(), tmp_path / "runs")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, count = loop.train_step, 0
+
+    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        scalars = original(*args, **kwargs)
+        return {**scalars, "loss": scalars["loss"] * float("nan")} if count == 7 else scalars
+
+    monkeypatch.setattr(loop, "train_step", step)
+    with pytest.raises(TrainingError, match=r"the loss is nan by step 8 .*lower optim\.lr"):
+        loop.train(make_config(), tmp_path / "runs")
+    state = load_newest(tmp_path / "runs" / "words-run")
+    assert state is not None
+    assert state["step"] == 5
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop.train(make_config(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 12)
+        with pytest.raises(Interrupted):
+            loop.train(make_config(), tmp_path / "runs")
+    run = tmp_path / "runs" / "words-run"
+    newest = run / "checkpoints" / "step-000000010.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    loop.train(make_config(), tmp_path / "runs")
+    assert "is not a whole bowstore checkpoint" in capsys.readouterr().err
+    assert equal(weights(run), weights(tmp_path / "whole" / "words-run"))
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"version": 1, "x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(CorruptError, match="is not a whole bowstore checkpoint"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_changed_words_stop_a_resumed_run(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from bowstore.data.index import open_index
+
+    config = make_config()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8)
+        with pytest.raises(Interrupted):
+            loop.train(config, tmp_path / "runs")
+    assert config.words.store is not None
+    assert config.shards is not None
+    shutil.rmtree(config.words.store)
+    write_store(config.words.store, open_index(config.shards), seed=9)
+    with pytest.raises(MismatchError, match="words changed since the checkpoint"):
+        loop.train(config, tmp_path / "runs")
+
+
+def test_loading_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingError, match="run .*empty holds no checkpoint yet"):
+        load_backbone(tmp_path / "empty")
+    with pytest.raises(MissingError, match=r"no checkpoint .*gone\.pt"):
+        load_backbone(tmp_path / "gone.pt")
+    with pytest.raises(MissingError, match=r"no file .*gone\.safetensors"):
+        load_backbone(tmp_path / "gone.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(CorruptError, match="is not a whole safetensors file"):
+        load_backbone(tmp_path / "bad.safetensors")
+
+
+def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
+    module = torch.nn.Linear(3, 2)
+    with pytest.raises(MismatchError, match=r"1 missing \['bias'\], 1 unknown \['other'\], 1 of another shape"):
+        checkpoint.load_weights(module, {"weight": torch.zeros(1, 3), "other": torch.zeros(1)}, "f")
+
+
+def test_more_images_than_there_are(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="images 1000 is more than the 72"):
+        loop.train(make_config(images=1000), tmp_path / "runs")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match=r"runtime\.device is cuda, but torch sees no GPU"):
+        choose_device("cuda")
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    config = make_config()
+    loop.train(config, tmp_path / "whole")
+    original, count = loop.train_step, 0
+
+    def step(model: Any, optimizer: Any, task: Any, batch: Batch, rate: float, *, amp: bool) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, optimizer, task, batch, rate, amp=amp)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        with pytest.raises(SystemExit) as stop:
+            loop.train(config, tmp_path / "runs")
+    assert stop.value.code == 143
+    state = load_newest(tmp_path / "runs" / "words-run")
+    assert state is not None
+    assert state["step"] == 3
+    loop.train(config, tmp_path / "runs")
+    assert equal(weights(tmp_path / "runs" / "words-run"), weights(tmp_path / "whole" / "words-run"))
