@@ -16,10 +16,10 @@ from bowstore.data.index import open_index
 from bowstore.data.pipeline import Batch, train_batches
 from bowstore.data.plan import plans
 from bowstore.data.reader import ShardReader
+from bowstore.environment import device_name, library_versions
 from bowstore.progress import Progress
 from bowstore.train.distributed import joined
 from bowstore.train.loop import build_optimizer, data_schedule, train_step, wrap_network
-from bowstore.train.rundir import device_name, package_versions
 from bowstore.train.tasks import build_task
 
 
@@ -50,7 +50,7 @@ class TrainingBench:
             "protocol": "bench/train",
             "protocol_version": 1,
             "device": self.device,
-            "versions": package_versions(),
+            "versions": library_versions(),
             "batch": self.batch,
             "images_per_second_loader": self.loader,
             "images_per_second_resident": self.resident,

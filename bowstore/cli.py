@@ -148,7 +148,7 @@ def encode(
     Vocabulary by k-means over sampled vectors, then one pass over all images. An interrupted run goes on.
     """
     from bowstore.config import load_workspace
-    from bowstore.train.distributed import choose_device
+    from bowstore.environment import choose_device
     from bowstore.words.encode import encode as run_encode
     from bowstore.workspace import resolve_teacher
 

@@ -203,7 +203,7 @@ def load_workspace(folder: Path | None = None) -> Workspace:
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return `values` with every `a.b=value` set; values are read as YAML."""
-    result = _copy(values)
+    result: dict[str, Any] = _copy(values)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:

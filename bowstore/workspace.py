@@ -74,7 +74,7 @@ def newest_run(workspace: Workspace, *, task: str | None = None) -> Path:
     Raises:
         MissingError: there is none.
     """
-    from bowstore.train.checkpoint import BACKBONE_FILE, read_run_config
+    from bowstore.models.saved import BACKBONE_FILE, read_run_config
 
     finished = sorted(workspace.runs.glob(f"*/{BACKBONE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in finished:

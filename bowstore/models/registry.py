@@ -83,9 +83,7 @@ def build_backbone(config: ModelConfig) -> Backbone:
     if match := _WIDE.fullmatch(config.arch):
         depth, width = int(match[1]), int(match[2])
         if (depth - 4) % 6 or depth < 10 or width < 1:
-            raise UsageError(
-                f"model.arch {config.arch!r}: depth {depth} must be 6 n + 4 (10, 16, 22, 28...)"
-            )
+            raise UsageError(f"model.arch {config.arch!r}: depth {depth} must be 6 n + 4 (10, 16, 22, 28...)")
         return Backbone(config.arch, *wide_resnet_stages(depth, width, config.strides))
     if config.arch in RESNETS:
         return Backbone(config.arch, *_resnet_stages(config.arch))

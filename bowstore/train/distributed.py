@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bowstore.errors import UsageError
+from bowstore.environment import choose_device
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -53,19 +53,6 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
-
-
-def choose_device(setting: str, local_rank: int = 0) -> torch.device:
-    """The device of a setting (auto, cpu, cuda).
-
-    Raises:
-        UsageError: cuda was asked for and there is none.
-    """
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise UsageError("runtime.device is cuda, but torch sees no GPU; check the driver, or --set runtime.device=cpu")
-    if setting == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank)
 
 
 @contextmanager

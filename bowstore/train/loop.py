@@ -23,6 +23,7 @@ from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.errors import MismatchError, TrainingError, UsageError
 from bowstore.files import exclusive_lock
+from bowstore.models import saved
 from bowstore.progress import say
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.distributed import World, joined
@@ -224,8 +225,8 @@ def _restore(state: dict[str, Any], network: Network, optimizer: torch.optim.Opt
             f"{' and '.join(changed)} changed since the checkpoint of {run} was written; restore them, or train "
             f"under another --name"
         )
-    ckpt.load_weights(network.backbone, state["backbone"], str(run))
-    ckpt.load_weights(network.head, state["head"], str(run))
+    saved.load_weights(network.backbone, state["backbone"], str(run))
+    saved.load_weights(network.head, state["head"], str(run))
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
 
@@ -243,8 +244,8 @@ def _save(run: Path, config: TrainConfig, step: int, network: Network, optimizer
 
 
 def _finish(run: Path, config: TrainConfig, network: Network, world: World, report: TrainReport) -> TrainReport:
-    if world.first and not ckpt.is_finished(run):
-        ckpt.save_backbone(run / ckpt.BACKBONE_FILE, network.backbone, config)
+    if world.first and not saved.is_finished(run):
+        saved.save_backbone(run / saved.BACKBONE_FILE, network.backbone, config)
     world.barrier()
     return report
 

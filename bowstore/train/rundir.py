@@ -1,8 +1,6 @@
 """Run directories: whose they are, what they hold, and when one may be gone on with."""
 
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +8,13 @@ import torch
 import yaml
 
 from bowstore.config import TrainConfig, dump
+from bowstore.environment import device_name, library_versions
 from bowstore.errors import MismatchError
 from bowstore.files import atomic_file, write_json
+from bowstore.models.saved import CONFIG_FILE, read_run_config
 from bowstore.progress import say
-from bowstore.train.checkpoint import CONFIG_FILE, read_run_config
 from bowstore.train.distributed import World
 
-_PACKAGES = ("bowstore", "torch", "torchvision", "nvidia-dali-cuda130", "zarr", "numpy")
 _FREE_KEYS = ("runtime", "student")  # these may change between a run's sittings
 
 
@@ -59,7 +57,7 @@ def write_environment(run: Path, world: World, inputs: dict[str, str]) -> None:
     write_json(
         run / "environment.json",
         {
-            "versions": {"python": platform.python_version(), **package_versions()},
+            "versions": library_versions(),
             "device": device_name(world.device),
             "world_size": world.size,
             "torch_threads": torch.get_num_threads(),
@@ -67,21 +65,3 @@ def write_environment(run: Path, world: World, inputs: dict[str, str]) -> None:
             "inputs": inputs,
         },
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # bowstore on the path without an installation
-            continue
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """A device as people call it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()})"

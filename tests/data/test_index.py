@@ -172,7 +172,7 @@ def test_a_label_that_is_no_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_folders_and_indexes_say_what_to_do(tmp_path: Path, make_shard_set: ShardMaker) -> None:
-    with pytest.raises(MissingError, match="no folder .*nowhere"):
+    with pytest.raises(MissingError, match=r"no folder .*nowhere"):
         build_index(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingError, match=r"no \*\.tar file in .*empty"):

@@ -59,7 +59,7 @@ def test_unknown_names() -> None:
     backbone = build_backbone(ModelConfig(arch="wrn-10-1"))
     with pytest.raises(UsageError, match="wrn-10-1 has no layer 'conv4'; its layers are conv1, block1, block2, block3"):
         backbone.feature_maps(torch.randn(1, 3, 32, 32), ("conv4",))
-    with pytest.raises(UsageError, match="model.arch 'resnet5' is unknown; did you mean 'resnet50'"):
+    with pytest.raises(UsageError, match=r"model\.arch 'resnet5' is unknown; did you mean 'resnet50'"):
         build_backbone(ModelConfig(arch="resnet5"))
     with pytest.raises(UsageError, match=r"depth 27 must be 6 n \+ 4"):
         build_backbone(ModelConfig(arch="wrn-27-10"))

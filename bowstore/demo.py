@@ -1,0 +1,127 @@
+"""`bowstore demo`: the four commands in a row, on rendered images, with a comparison at the end.
+
+The stages are the product's own; the folder that is left behind is an ordinary workspace, and an interrupted demo
+goes on where it stopped.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bowstore.config import Workspace, find_config
+from bowstore.evaluate.run import Evaluated, evaluate_run_linear
+from bowstore.files import write_json
+from bowstore.progress import format_seconds, say, timed
+
+LAYER, WORDS = "block3", 256
+_TRAIN_IMAGES, _VAL_IMAGES, _SIZE = 6000, 2000, 32
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        rows: evaluations of the random network, RotNet and BoWNet.
+        seconds: wall-clock seconds by stage.
+        peak_memory_bytes: of this process.
+        out: folder of the workspace.
+    """
+
+    rows: list[Evaluated]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    out: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "protocol": self.rows[0].result.protocol,
+            "accuracy": {row.name: row.result.metrics["top1"] for row in self.rows},
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "out": str(self.out),
+        }
+
+    def text(self) -> str:
+        """The table."""
+        first = self.rows[0].result
+        lines = [
+            "",
+            f"linear probe on frozen features ({first.protocol} v{first.protocol_version}), accuracy in %",
+            f"{_TRAIN_IMAGES} train and {_VAL_IMAGES} test images of 10 classes, {_SIZE} px",
+            "",
+        ]
+        lines += [f"  {row.name:24}{100 * row.result.metrics['top1']:6.1f}" for row in self.rows]
+        stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        lines += [
+            "",
+            f"{format_seconds(sum(self.seconds.values()))} in all ({stages}), "
+            f"peak memory {self.peak_memory_bytes / 1e9:.1f} GB; everything lies in {self.out}/",
+        ]
+        return "\n".join(lines)
+
+
+def run_demo(out: Path, *, seed: int = 0) -> DemoResult:
+    """Render, shard, train RotNet, encode, train BoWNet, evaluate; all below `out/seed-N`.
+
+    Args:
+        out: folder of the demo.
+        seed: of the images' order, the networks, and k-means.
+    """
+    import resource
+
+    from bowstore.data.shards import make_shards
+    from bowstore.data.synthetic import write_images
+    from bowstore.environment import choose_device
+    from bowstore.train.loop import train
+    from bowstore.words.encode import encode
+    from bowstore.workspace import resolve_train
+
+    folder = out / f"seed-{seed}"
+    workspace = Workspace(
+        shards=out / "shards/train", val_shards=out / "shards/val", store=folder / "words.zarr", runs=folder / "runs"
+    )
+    seconds: dict[str, float] = {}
+    with timed(seconds, "images"):
+        write_images(out / "images", train=_TRAIN_IMAGES, val=_VAL_IMAGES, size=_SIZE, seed=0)
+    with timed(seconds, "shards"):
+        for report in make_shards(out / "images", out / "shards", per_shard=2048):
+            say(report.summary())
+    with timed(seconds, "RotNet"):
+        teacher = resolve_train(workspace, find_config(Path("demo_rotnet.yaml")), [f"seed={seed}"])
+        say(train(teacher, workspace.runs).text())
+    with timed(seconds, "words"):
+        encoded = encode(
+            teacher=workspace.runs / teacher.name,
+            shards=workspace.shards,
+            store=workspace.store,
+            layer=LAYER,
+            k=WORDS,
+            seed=seed,
+            device=choose_device("auto"),
+        )
+        say(encoded.text())
+    with timed(seconds, "BoWNet"):
+        student = resolve_train(workspace, None, [f"seed={seed}"])
+        say(train(student, workspace.runs).text())
+    rows = []
+    with timed(seconds, "linear"):
+        for label, run, random_init in (
+            ("random network", student.name, True),
+            ("RotNet", teacher.name, False),
+            ("BoWNet", student.name, False),
+        ):
+            evaluated = evaluate_run_linear(
+                workspace.runs / run,
+                train=workspace.shards,
+                test=workspace.val_shards or workspace.shards,
+                random_init=random_init,
+            )
+            rows.append(Evaluated(label, evaluated.result))
+    peak_bytes = 1024 * max(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    result = DemoResult(rows, seconds, peak_bytes, out)
+    write_json(folder / "demo.json", result.as_dict())
+    return result

@@ -1,0 +1,264 @@
+"""Frozen features of images: the network's pooled output, or average-pooled maps of its layers.
+
+Legend: B batch, C H W of the images, c channels, h w places of a map, N images, d feature width.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isqrt
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bowstore.data.pipeline import CleanView, clean_batches
+from bowstore.data.reader import ImageSource
+from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.models.registry import Backbone
+from bowstore.progress import Progress
+
+MAX_DIMS = 9216
+Batches = Iterable[tuple[NDArray[np.int64], Tensor]]
+
+
+@dataclass(frozen=True)
+class WindowPool:
+    """Average pooling by a sliding square window, in places of the map.
+
+    Attributes:
+        kernel: side of the window.
+        stride: step of the window.
+        padding: border of zeros.
+        count_padding: True divides by all cells of the window (PyTorch's default, VISSL); False by those
+            inside the map (Caffe2's, FAIR).
+    """
+
+    kernel: int
+    stride: int
+    padding: int = 0
+    count_padding: bool = False
+
+    def __call__(self, maps_Bchw: Tensor) -> Tensor:
+        """Pooled maps (B, c, rows, columns)."""
+        return F.avg_pool2d(maps_Bchw, self.kernel, self.stride, self.padding, count_include_pad=self.count_padding)
+
+    def __str__(self) -> str:
+        return f"average {self.kernel}/{self.stride}/{self.padding}"
+
+
+@dataclass(frozen=True)
+class GridPool:
+    """Average pooling to a grid of nearly equal, possibly overlapping cells (PyTorch's adaptive pooling)."""
+
+    rows: int
+    columns: int
+
+    def __call__(self, maps_Bchw: Tensor) -> Tensor:
+        """Pooled maps (B, c, rows, columns)."""
+        return F.adaptive_avg_pool2d(maps_Bchw, (self.rows, self.columns))
+
+    def __str__(self) -> str:
+        return f"average grid {self.rows}x{self.columns}"
+
+
+Pool = WindowPool | GridPool
+
+# Pools of the FAIR benchmark for ResNet-50 at 224 pixels, by channels and side of the map (protocols 3.3):
+# (kernel, stride, padding).
+PUBLISHED_WINDOWS: Mapping[tuple[int, int], tuple[int, int, int]] = {
+    (64, 112): (10, 10, 4),
+    (64, 56): (5, 5, 2),
+    (256, 56): (16, 8, 0),
+    (512, 28): (13, 5, 0),
+    (1024, 14): (8, 3, 0),
+    (2048, 7): (6, 1, 0),
+}
+
+
+def choose_pool(channels: int, height: int, width: int, *, count_padding: bool = False) -> Pool:
+    """The pooling that brings a map to about 9k dimensions; the one place that holds this rule.
+
+    A map of a shape that ResNet-50 has at 224 pixels gets the published window (8/3/0 and 3x3x1024 for conv4,
+    6/1/0 and 2x2x2048 for conv5). Any other gets the finest square grid with at most 9216 dimensions, not
+    finer than the map, and at least one cell.
+
+    Args:
+        channels: c of the map.
+        height: h of the map.
+        width: w of the map.
+        count_padding: see `WindowPool`; matters only where there is padding.
+    """
+    if height == width and (channels, height) in PUBLISHED_WINDOWS:
+        return WindowPool(*PUBLISHED_WINDOWS[channels, height], count_padding=count_padding)
+    side = max(1, isqrt(MAX_DIMS // channels))
+    return GridPool(min(height, side), min(width, side))
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a feature is taken: a layer and how its map is pooled; no layer means the network's output."""
+
+    layer: str | None
+    pool: Pool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.layer} {self.pool}" if self.layer else "pooled output"
+
+
+POOLED: Mapping[str, Tap] = {"pooled": Tap(None)}
+
+
+def layer_taps(
+    backbone: Backbone,
+    layers: Sequence[str],
+    *,
+    size: int,
+    everywhere: bool = False,
+    count_padding: bool = False,
+) -> dict[str, Tap]:
+    """Taps of named layers, each pooled to about 9k dimensions (`choose_pool`), by layer.
+
+    The shapes of the maps are found by one black image.
+
+    Args:
+        backbone: the network; runs once where its weights are.
+        layers: names among `backbone.layers`.
+        size: side of the square input, pixels.
+        everywhere: True pools each map to one average over all places (obow) instead.
+        count_padding: see `WindowPool`.
+
+    Raises:
+        UsageError: a layer that the backbone does not have, or none at all.
+    """
+    if not layers:
+        raise UsageError(f"no layers given; those of {backbone.arch} are {', '.join(backbone.layers)}")
+    device = next(backbone.parameters()).device
+    with evaluating(backbone), torch.no_grad():
+        maps = backbone.feature_maps(torch.zeros(1, 3, size, size, device=device), layers)
+    return {
+        layer: Tap(
+            layer,
+            GridPool(1, 1) if everywhere else choose_pool(*maps[layer].shape[1:], count_padding=count_padding),
+        )
+        for layer in layers
+    }
+
+
+def extract(
+    backbone: Backbone,
+    source: ImageSource,
+    view: CleanView,
+    rows: NDArray[np.int64],
+    *,
+    taps: Mapping[str, Tap],
+    batch: int,
+    device: torch.device,
+    threads: int | None = None,
+    what: str = "features",
+) -> dict[str, NDArray[np.float32]]:
+    """Features of `rows` (N,) in their order, float32 (N, d) for each tap by its name.
+
+    The backbone is moved to `device` and runs in eval mode without gradients: its batch-norm statistics stay
+    as they are, and it gets its modes back. Memory: N * d * 4 bytes for each tap, on the host.
+
+    Args:
+        backbone: the network.
+        source: gives the encoded images.
+        view: geometry and normalisation.
+        rows: int64 (N,), rows of `source`.
+        taps: where features are taken, by name.
+        batch: images a forward pass.
+        device: where the network runs.
+        threads: decoding threads; None for one a core.
+        what: name of the step in the progress line.
+
+    Raises:
+        DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
+    """
+    batches = clean_batches(source, view, rows, batch=batch, device=device, threads=threads)
+    return collect(backbone.to(device), batches, rows, taps, name_of=source.name, what=what)
+
+
+def collect(
+    backbone: Backbone,
+    batches: Batches,
+    rows: NDArray[np.int64],
+    taps: Mapping[str, Tap],
+    *,
+    name_of: Callable[[int], str] = "row {}".format,
+    what: str = "features",
+) -> dict[str, NDArray[np.float32]]:
+    """`extract` behind the pipeline: run the network over `batches` and fill one array a tap.
+
+    Args:
+        backbone: the network, where the images are.
+        batches: (rows (B,), images_BCHW), in the order of `rows`.
+        rows: int64 (N,), the rows that are expected.
+        taps: where features are taken, by name.
+        name_of: name of a row for messages.
+        what: name of the step in the progress line.
+
+    Raises:
+        DataError: as `extract`.
+        MismatchError: the batches are not of the rows that were asked for.
+    """
+    if len(rows) == 0:
+        raise DataError(f"{what}: no images to take features of; name shards that hold at least one")
+    features: dict[str, NDArray[np.float32]] = {}
+    start = 0
+    with evaluating(backbone), torch.no_grad(), Progress(what, len(rows)) as progress:
+        for rows_B, images_BCHW in batches:
+            stop = start + len(rows_B)
+            if not np.array_equal(rows_B, rows[start:stop]):
+                raise MismatchError(f"{what}: images {start} to {stop - 1} came in another order than asked for")
+            for name, pooled_Bd in _tap(backbone, images_BCHW, taps).items():
+                values_Bd = pooled_Bd.float().cpu().numpy()
+                _refuse_non_finite(values_Bd, rows_B, f"{what}: {taps[name]}", name_of)
+                if name not in features:
+                    features[name] = np.empty((len(rows), values_Bd.shape[1]), np.float32)
+                features[name][start:stop] = values_Bd
+            start = stop
+            progress.advance(len(rows_B))
+    if start != len(rows):
+        raise MismatchError(f"{what}: {start} of {len(rows)} images came out of the pipeline")
+    return features
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Hold all modules in eval mode for the length of the block, then give each its own mode back."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tap(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+    """Features (B, d) of one batch by the tap's name; the network runs once for all layers together."""
+    layers = sorted({tap.layer for tap in taps.values() if tap.layer is not None})
+    maps = backbone.feature_maps(images_BCHW, layers) if layers else {}
+    features: dict[str, Tensor] = {}
+    for name, tap in taps.items():
+        if tap.layer is None:
+            features[name] = backbone(images_BCHW)
+        else:
+            maps_Bchw = maps[tap.layer]
+            features[name] = (tap.pool(maps_Bchw) if tap.pool else maps_Bchw).flatten(1)
+    return features
+
+
+def _refuse_non_finite(
+    values_Bd: NDArray[np.float32], rows_B: NDArray[np.int64], where: str, name_of: Callable[[int], str]
+) -> None:
+    bad = np.flatnonzero(~np.isfinite(values_Bd).all(axis=1))
+    if len(bad):
+        raise DataError(
+            f"{where}: NaN or infinity for {name_of(int(rows_B[bad[0]]))} and {len(bad) - 1} more of the "
+            f"{len(rows_B)} images of its batch; the weights are broken or the images' normalisation is wrong"
+        )

@@ -1,0 +1,121 @@
+"""Evaluations of a run on disk: which network, which protocol, where the result goes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bowstore.config import dump
+from bowstore.environment import choose_device
+from bowstore.evaluate.linear import LinearConfig, evaluate_linear
+from bowstore.evaluate.protocol import Result, result_table
+from bowstore.evaluate.svm import CostList
+from bowstore.evaluate.voc import evaluate_voc07
+from bowstore.models.registry import build_backbone
+from bowstore.models.saved import LoadedBackbone, load_backbone
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation and the name it goes by."""
+
+    name: str
+    result: Result
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for --json: the result file's content."""
+        return dump(self.result)
+
+    def text(self) -> str:
+        """The table, beside the paper's figures where there are some."""
+        return result_table(self.result, self.name)
+
+
+def evaluate_run_linear(
+    path: Path,
+    *,
+    train: Path,
+    test: Path,
+    random_init: bool = False,
+    standardise: bool = False,
+    seed: int = 0,
+    batch: int = 128,
+    device: str = "auto",
+) -> Evaluated:
+    """Linear probe of a run, checkpoint or exported network; writes `eval/<protocol>.json` beside it.
+
+    Args:
+        path: what to evaluate.
+        train: labelled shards.
+        test: labelled shards.
+        random_init: evaluate the same network at its random initialisation (the run's own seed).
+        standardise: standardise features by the train split; has its own protocol id.
+        seed: of the linear layer and its order.
+        batch: images a forward pass.
+        device: auto, cpu or cuda.
+    """
+    loaded, name, out = _load(path, random_init)
+    result = evaluate_linear(
+        loaded.backbone,
+        train=train,
+        test=test,
+        view=loaded.view,
+        out=out,
+        config=LinearConfig(seed=seed, standardise=standardise),
+        run=name,
+        batch=batch,
+        device=choose_device(device),
+    )
+    return Evaluated(name, result)
+
+
+def evaluate_run_voc07(
+    path: Path,
+    *,
+    voc: Path,
+    random_init: bool = False,
+    costs: CostList = "fair",
+    layers: tuple[str, ...] = (),
+    jobs: int | None = None,
+    batch: int = 128,
+    device: str = "auto",
+) -> Evaluated:
+    """VOC07 linear SVMs of a run, checkpoint or exported network; writes `eval/voc07-svm-<costs>.json` beside it.
+
+    Args:
+        path: what to evaluate.
+        voc: devkit folder (VOC2007).
+        random_init: evaluate the same network at its random initialisation (the run's own seed).
+        costs: cost list, by the public code that uses it.
+        layers: which maps; none for the last two stages.
+        jobs: parallel fits; None for one a core.
+        batch: images a forward pass.
+        device: auto, cpu or cuda.
+    """
+    loaded, name, out = _load(path, random_init)
+    result = evaluate_voc07(
+        loaded.backbone,
+        voc=voc,
+        view=loaded.view,
+        out=out,
+        costs=costs,
+        layers=layers or None,
+        jobs=jobs,
+        run=name,
+        batch=batch,
+        device=choose_device(device),
+    )
+    return Evaluated(name, result)
+
+
+def _load(path: Path, random_init: bool) -> tuple[LoadedBackbone, str, Path]:
+    """The network, its name, and the folder that takes its results."""
+    loaded = load_backbone(path)
+    out = path if path.is_dir() else path.with_suffix("")
+    if not random_init:
+        return loaded, loaded.name, out
+    torch.manual_seed(int(loaded.config["seed"]))
+    backbone = build_backbone(loaded.model).eval()
+    fresh = LoadedBackbone(backbone, loaded.model, loaded.view, f"{loaded.name} (random)", loaded.config)
+    return fresh, fresh.name, out / "random"

@@ -1,0 +1,249 @@
+import io
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from bowstore.config import ModelConfig
+from bowstore.data.pipeline import CleanView
+from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.evaluate.features import (
+    POOLED,
+    GridPool,
+    Tap,
+    WindowPool,
+    choose_pool,
+    collect,
+    extract,
+    layer_taps,
+)
+from bowstore.models.registry import Backbone, build_backbone
+
+CPU = torch.device("cpu")
+# Protocols 3.3: channels, side of the map, window, side of the result, dimensions.
+POOLS = [
+    (64, 112, (10, 10, 4), 12, 9216),  # conv1
+    (64, 56, (5, 5, 2), 12, 9216),  # pool1
+    (256, 56, (16, 8, 0), 6, 9216),  # conv2
+    (512, 28, (13, 5, 0), 4, 8192),  # conv3
+    (1024, 14, (8, 3, 0), 3, 9216),  # conv4
+    (2048, 7, (6, 1, 0), 2, 8192),  # conv5
+]
+
+
+@pytest.mark.parametrize(("channels", "side", "window", "out", "dims"), POOLS)
+def test_published_pools(channels: int, side: int, window: tuple[int, int, int], out: int, dims: int) -> None:
+    pool = choose_pool(channels, side, side)
+    assert pool == WindowPool(*window)
+    pooled = pool(torch.ones(1, channels, side, side))
+    assert pooled.shape == (1, channels, out, out)
+    assert pooled[0].numel() == dims
+
+
+@pytest.mark.parametrize(("side", "kernel", "inside"), [(112, 10, 6), (56, 5, 3)])
+def test_padding_counts_or_not_at_the_border(side: int, kernel: int, inside: int) -> None:
+    # The first window covers `inside` of `kernel` rows and columns of a map of ones.
+    ones = torch.ones(1, 64, side, side)
+    valid = choose_pool(64, side, side)(ones)
+    padded = choose_pool(64, side, side, count_padding=True)(ones)
+    assert torch.equal(valid, torch.ones_like(valid))
+    assert padded[0, 0, 0, 0].item() == pytest.approx((inside / kernel) ** 2)
+    assert padded[0, 0, 0, 1].item() == pytest.approx(inside / kernel)
+    assert padded[0, 0, 1, 1].item() == 1
+
+
+def test_window_values_by_hand() -> None:
+    maps = torch.arange(49.0).reshape(1, 1, 7, 7)
+    pooled = WindowPool(6, 1)(maps)
+    assert pooled.flatten().tolist() == [20.0, 21.0, 27.0, 28.0]  # means of the four 6x6 windows
+
+
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "grid"),
+    [(512, 7, 7, (4, 4)), (256, 14, 14, (6, 6)), (640, 8, 8, (3, 3)), (64, 4, 4, (4, 4)), (64, 3, 9, (3, 9)),
+     (20000, 7, 7, (1, 1)), (1024, 13, 13, (3, 3))],
+)  # fmt: skip
+def test_grid_for_other_maps(channels: int, height: int, width: int, grid: tuple[int, int]) -> None:
+    pool = choose_pool(channels, height, width)
+    assert pool == GridPool(*grid)
+    assert pool(torch.zeros(1, channels, height, width)).shape[2:] == grid
+    assert channels * grid[0] * grid[1] <= max(9216, channels)
+
+
+def test_pools_have_names() -> None:
+    assert str(WindowPool(8, 3)) == "average 8/3/0"
+    assert str(GridPool(3, 3)) == "average grid 3x3"
+    assert str(Tap("conv4", WindowPool(8, 3))) == "conv4 average 8/3/0"
+    assert str(POOLED["pooled"]) == "pooled output"
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return build_backbone(ModelConfig(arch="wrn-10-1"))
+
+
+def batches(images: Tensor, size: int) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        yield np.arange(start, start + len(part), dtype=np.int64), part
+
+
+def rows(count: int) -> NDArray[np.int64]:
+    return np.arange(count, dtype=np.int64)
+
+
+def test_pooled_output_is_the_networks(backbone: Backbone) -> None:
+    images = torch.randn(5, 3, 16, 16)
+    features = collect(backbone, batches(images, 2), rows(5), POOLED)["pooled"]
+    backbone.eval()
+    with torch.no_grad():
+        expected = backbone(images).numpy()
+    assert features.dtype == np.float32
+    assert features.shape == (5, backbone.features)
+    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_are_pooled_maps(backbone: Backbone) -> None:
+    images = torch.randn(3, 3, 16, 16)
+    taps = layer_taps(backbone, backbone.layers[-2:], size=16)
+    features = collect(backbone, batches(images, 3), rows(3), taps)
+    backbone.eval()
+    for layer in backbone.layers[-2:]:
+        with torch.no_grad():
+            maps = backbone.feature_maps(images, [layer])[layer]
+        expected = taps[layer].pool
+        assert expected is not None
+        np.testing.assert_array_equal(features[layer], expected(maps).flatten(1).numpy())
+
+
+def test_everywhere_is_one_average(backbone: Backbone) -> None:
+    layer = backbone.layers[-1]
+    taps = layer_taps(backbone, [layer], size=16, everywhere=True)
+    images = torch.randn(3, 3, 16, 16)
+    features = collect(backbone, batches(images, 3), rows(3), {**taps, **POOLED})
+    np.testing.assert_allclose(features[layer], features["pooled"], rtol=1e-5, atol=1e-6)
+
+
+def test_resnet50_taps_of_the_protocol() -> None:
+    with torch.device("meta"):  # shapes without arithmetic
+        net = build_backbone(ModelConfig(arch="resnet50"))
+    taps = layer_taps(net, net.layers, size=224)
+    assert taps == {
+        "conv1": Tap("conv1", WindowPool(5, 5, 2)),  # its stem ends with the max-pool
+        "conv2": Tap("conv2", WindowPool(16, 8)),
+        "conv3": Tap("conv3", WindowPool(13, 5)),
+        "conv4": Tap("conv4", WindowPool(8, 3)),
+        "conv5": Tap("conv5", WindowPool(6, 1)),
+    }
+
+
+def test_statistics_and_modes_stay(backbone: Backbone) -> None:
+    backbone.train()
+    frozen = next(module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    modes = [module.training for module in backbone.modules()]
+    collect(backbone, batches(torch.randn(4, 3, 16, 16), 2), rows(4), POOLED)
+    layer_taps(backbone, backbone.layers, size=16)
+    assert [module.training for module in backbone.modules()] == modes
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_modes_come_back_after_an_error(backbone: Backbone) -> None:
+    backbone.train()
+    images = torch.full((1, 3, 16, 16), torch.nan)
+    with pytest.raises(DataError, match="NaN"):
+        collect(backbone, batches(images, 1), rows(1), POOLED)
+    assert all(module.training for module in backbone.modules())
+
+
+def test_batch_size_does_not_matter(backbone: Backbone) -> None:
+    images = torch.randn(7, 3, 16, 16)
+    one, seven = (collect(backbone, batches(images, size), rows(7), POOLED)["pooled"] for size in (1, 7))
+    np.testing.assert_allclose(one, seven, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_names_the_image(backbone: Backbone) -> None:
+    images = torch.randn(6, 3, 16, 16)
+    images[4] = torch.nan
+    with pytest.raises(DataError, match="pooled output: NaN or infinity for row 4 and 0 more of the 2 images"):
+        collect(backbone, batches(images, 2), rows(6), POOLED)
+    with pytest.raises(DataError, match="for image-4 and 0 more"):
+        collect(backbone, batches(images, 6), rows(6), POOLED, name_of="image-{}".format)
+
+
+def test_other_order_is_refused(backbone: Backbone) -> None:
+    images = torch.randn(4, 3, 16, 16)
+    with pytest.raises(MismatchError, match="images 0 to 1 came in another order"):
+        collect(backbone, batches(images, 2), rows(4)[::-1], POOLED)
+    with pytest.raises(MismatchError, match="4 of 5 images came out"):
+        collect(backbone, batches(images, 4), np.arange(5), POOLED)
+
+
+def test_no_rows(backbone: Backbone) -> None:
+    with pytest.raises(DataError, match="no images"):
+        collect(backbone, [], rows(0), POOLED)
+
+
+@pytest.mark.parametrize(("layers", "message"), [(["conv9"], "conv9.*its layers are"), ([], "no layers given")])
+def test_unknown_layer(backbone: Backbone, layers: Sequence[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        layer_taps(backbone, layers, size=16)
+
+
+class Patches:
+    """Encoded squares of one grey level each, by row."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self._encode(row) for row in rows.tolist()]
+
+    def name(self, row: int) -> str:
+        return f"patch {row}"
+
+    def _encode(self, row: int) -> NDArray[np.uint8]:
+        file = io.BytesIO()
+        Image.new("RGB", (20 + row, 12), (40 * row,) * 3).save(file, "PNG")
+        return np.frombuffer(file.getvalue(), np.uint8)
+
+
+class Levels(nn.Module):
+    """The mean of each channel, as a feature; has what extraction asks of a backbone."""
+
+    arch, layers = "levels", ("all",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.mean(dim=(2, 3)) * self.scale
+
+    def feature_maps(self, images_BCHW: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        return dict.fromkeys(layers, images_BCHW)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_extract_through_the_pipeline(squash: bool) -> None:
+    view = CleanView(size=8, resize=10, squash=squash, mean=(0, 0, 0), std=(1, 1, 1))
+    wanted = np.array([5, 0, 3, 3, 1], np.int64)
+    features = extract(
+        Levels(),  # type: ignore[arg-type]
+        Patches(),
+        view,
+        wanted,
+        taps=POOLED,
+        batch=2,
+        device=CPU,
+        threads=1,
+    )["pooled"]
+    np.testing.assert_allclose(features, np.repeat(40 * wanted[:, None] / 255, 3, axis=1), atol=1e-3)

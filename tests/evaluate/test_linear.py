@@ -1,0 +1,250 @@
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from bowstore.config import ModelConfig, ViewConfig, validate
+from bowstore.data.index import build_index
+from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.evaluate.linear import LinearConfig, evaluate_linear, learning_rate, linear_probe, standardised
+from bowstore.evaluate.protocol import Result, read_result
+from bowstore.models.registry import build_backbone
+
+QUICK = LinearConfig(epochs=5)
+Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+def blobs(images: int = 200, classes: int = 3, dims: int = 8, seed: int = 0, spread: float = 0.3) -> Arrays:
+    """Gaussian classes around the axes."""
+    draws = np.random.default_rng(seed)
+    labels = np.arange(images) % classes
+    features = np.eye(classes, dims)[labels] + spread * draws.standard_normal((images, dims))
+    return features.astype(np.float32), labels
+
+
+def test_schedule_of_the_paper() -> None:
+    config = LinearConfig()
+    rates = [learning_rate(epoch, config) for epoch in (0, 9, 10, 19, 20, 30, 40, 50, 59)]
+    assert rates == pytest.approx([0.1, 0.1, 0.03, 0.03, 0.009, 0.0027, 0.00081, 0.000243, 0.000243])
+    assert (config.epochs, config.weight_decay) == (60, 1e-3)
+
+
+def test_defaults_where_the_paper_is_silent() -> None:
+    config = LinearConfig()
+    assert (config.momentum, config.nesterov, config.batch, config.standardise) == (0.9, True, 128, False)
+
+
+def test_standardised_features_are_another_protocol() -> None:
+    assert LinearConfig().protocol == "linear/bownet-cifar"
+    assert LinearConfig(standardise=True).protocol == "linear/standardised"
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(ValueError, match="nesterov needs momentum above 0"):
+        LinearConfig(momentum=0)
+
+
+def test_learns_separable_classes() -> None:
+    result = linear_probe(*blobs(seed=0), *blobs(seed=1), config=LinearConfig(epochs=20))
+    assert result.accuracy_top1 > 0.95
+    assert result.train_accuracy_top1 > 0.95
+    assert result.accuracy_top5 is None
+    assert len(result.losses) == 20
+    assert result.losses[-1] < result.losses[0] < np.log(3)
+
+
+def test_same_seed_same_result_other_seed_other() -> None:
+    one, same, other = (
+        linear_probe(*blobs(), *blobs(seed=1), config=LinearConfig(epochs=3, seed=seed)) for seed in (0, 0, 1)
+    )
+    assert one.losses == same.losses
+    assert one.losses != other.losses
+
+
+def test_first_loss_is_that_of_knowing_nothing() -> None:
+    features, labels = blobs(images=40, classes=4)
+    result = linear_probe(features, labels, features, labels, config=LinearConfig(epochs=1, batch=40))
+    assert result.losses[0] == pytest.approx(np.log(4))
+
+
+def test_one_step_by_hand() -> None:
+    # Two images, two classes, zero weights: probabilities 1/2, gradient of w_0 is (-x_0 / 2 + x_1 / 2) / 2. The first
+    # Nesterov step is lr * (1 + momentum) * gradient; after it the loss of image 0 is -log sigmoid of the margin.
+    features = np.array([[1.0], [-1.0]], np.float32)
+    config = LinearConfig(epochs=2, batch=2, lr=0.1, momentum=0.9)
+    result = linear_probe(features, np.array([0, 1]), features, np.array([0, 1]), config=config)
+    weight = 0.1 * 1.9 * 0.5
+    assert result.losses[0] == pytest.approx(np.log(2))
+    assert result.losses[1] == pytest.approx(np.log1p(np.exp(-2 * weight)), rel=1e-5)
+
+
+def test_top5_with_more_than_five_classes() -> None:
+    train, test = blobs(120, 6, 6, seed=0, spread=3.0), blobs(120, 6, 6, seed=1, spread=3.0)
+    result = linear_probe(*train, *test, config=QUICK)
+    assert result.accuracy_top5 is not None
+    assert result.accuracy_top1 < result.accuracy_top5 < 1
+
+
+def test_top1_and_top5_by_hand() -> None:
+    features = np.eye(6, dtype=np.float32)
+    labels = np.arange(6)
+    config = LinearConfig(epochs=30, batch=6, lr=1.0)
+    wrong = labels.copy()
+    wrong[:3] = (labels[:3] + 1) % 6
+    result = linear_probe(features, labels, features, wrong, config=config)
+    assert result.accuracy_top1 == 0.5
+    assert result.accuracy_top5 is not None
+
+
+def test_standardised_by_train_statistics() -> None:
+    train, test = torch.tensor([[0.0, 5.0], [2.0, 5.0]]), torch.tensor([[4.0, 6.0]])
+    train_out, test_out = standardised(train, test)
+    assert train_out.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+    assert test_out.tolist() == [[3.0, 1.0]]
+
+
+def test_standardise_is_scale_free() -> None:
+    (train, labels), (test, test_labels) = blobs(), blobs(seed=1)
+    scale = np.array([1e-3, 1e3] * 4, np.float32)
+    config = LinearConfig(epochs=3, standardise=True)
+    one = linear_probe(train, labels, test, test_labels, config=config)
+    scaled = linear_probe(train * scale, labels, test * scale, test_labels, config=config)
+    assert scaled.losses == pytest.approx(one.losses, rel=1e-4)
+
+
+def test_ten_thousand_images_take_seconds() -> None:
+    # 12 of the 60 epochs take 0.5 s in one thread; two threads on a busy machine took half a minute.
+    train, test = blobs(10_000, 10, 128), blobs(1_000, 10, 128, seed=1)
+    assert linear_probe(*train, *test, config=LinearConfig(epochs=12)).seconds < 12
+
+
+class TestErrors:
+    def probe(self, labels: NDArray[np.int64], test_labels: NDArray[np.int64], classes: int | None = None) -> None:
+        features = np.ones((len(labels), 2), np.float32)
+        test_features = np.ones((len(test_labels), 2), np.float32)
+        linear_probe(features, labels, test_features, test_labels, config=QUICK, classes=classes)
+
+    def test_missing_labels(self) -> None:
+        with pytest.raises(DataError, match=r"train: 2 of 4 images have no label \(first: row 1\)"):
+            self.probe(np.array([0, -1, 1, -1]), np.array([0]))
+        with pytest.raises(DataError, match="test: 1 of 1 images have no label"):
+            self.probe(np.array([0, 1]), np.array([-1]))
+
+    def test_class_without_train_images(self) -> None:
+        with pytest.raises(DataError, match=r"1 of 3 classes have no train images \(first: class 1\)"):
+            self.probe(np.array([0, 2]), np.array([0]))
+        with pytest.raises(DataError, match=r"2 of 4 classes have no train images \(first: class 2\)"):
+            self.probe(np.array([0, 1]), np.array([0]), classes=4)
+
+    def test_test_labels_outside(self) -> None:
+        with pytest.raises(DataError, match=r"2 of 3 test images have labels \(first: 5\) outside the 2 train"):
+            self.probe(np.array([0, 1]), np.array([0, 5, 7]))
+
+    def test_train_labels_outside(self) -> None:
+        with pytest.raises(DataError, match="train labels reach 4 with 3 classes"):
+            self.probe(np.array([0, 1, 2, 4]), np.array([0]), classes=3)
+
+    def test_one_class(self) -> None:
+        with pytest.raises(DataError, match=r"1 class in 2 train images; .* at least 2"):
+            self.probe(np.array([0, 0]), np.array([0]))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_non_finite_features(self, bad: float) -> None:
+        features, labels = blobs(20)
+        features[7, 3] = bad
+        with pytest.raises(DataError, match=r"train: NaN or infinity in the features of 1 of 20 .*first: row 7"):
+            linear_probe(features, labels, *blobs(20), config=QUICK)
+        with pytest.raises(DataError, match="test: NaN or infinity"):
+            linear_probe(*blobs(20), features, labels, config=QUICK)
+
+    def test_shapes(self) -> None:
+        features, labels = blobs(20)
+        with pytest.raises(DataError, match=r"train: features of shape \(20, 8\) and 19 labels"):
+            linear_probe(features, labels[1:], features, labels)
+        with pytest.raises(DataError, match=r"test: features of shape \(0, 8\) and 0 labels"):
+            linear_probe(features, labels, features[:0], labels[:0])
+        with pytest.raises(DataError, match="train features have 8 dimensions, test features 7"):
+            linear_probe(features, labels, features[:, 1:], labels)
+
+    def test_diverging_loss(self) -> None:
+        features, labels = blobs(200)
+        with pytest.raises(DataError, match=r"loss is (nan|inf) in epoch 2 of 5 at lr 1e\+30: features up to"):
+            linear_probe(features, labels, features, labels, config=LinearConfig(epochs=5, lr=1e30))
+
+
+def write_shards(root: Path, images: int, seed: int, *, labelled: bool = True, names: tuple[str, ...]) -> Path:
+    """One tar of colour patches whose brightness is the class."""
+    draws = np.random.default_rng(seed)
+    root.mkdir()
+    with tarfile.open(root / "a-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(images):
+            label = number % len(names)
+            pixels = np.clip(60 + 120 * label + draws.normal(0, 8, (20, 24, 3)), 0, 255).astype(np.uint8)
+            encoded = io.BytesIO()
+            Image.fromarray(pixels).save(encoded, "PNG")
+            members = {"png": encoded.getvalue()} | ({"cls": str(label).encode()} if labelled else {})
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{seed}-{number:04d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    build_index(root, classes=names)
+    return root
+
+
+class TestWhole:
+    view = ViewConfig(size=16, resize=None)
+    names = ("dark", "light")
+
+    def evaluate(self, tmp_path: Path, train: Path, test: Path, config: LinearConfig | None = None) -> Result:
+        torch.manual_seed(0)
+        backbone = build_backbone(ModelConfig(arch="wrn-10-1"))
+        return evaluate_linear(
+            backbone, train=train, test=test, view=self.view, out=tmp_path / "run", config=config, run="r", batch=8
+        )
+
+    def test_from_shards_to_result_file(self, tmp_path: Path) -> None:
+        train = write_shards(tmp_path / "train", 30, 0, names=self.names)
+        test = write_shards(tmp_path / "test", 11, 1, names=self.names)
+        config = LinearConfig(epochs=10, standardise=True)
+        result = self.evaluate(tmp_path, train, test, config)
+        assert read_result(tmp_path / "run" / "eval" / "linear-standardised.json") == result
+        assert result.metrics == {"top1": 1.0}
+        assert result.inputs["run"] == "r"
+        assert result.inputs["train"] != result.inputs["test"]
+        assert len(result.inputs["weights_sha256"] or "") == 64
+        assert result.settings["images"] == {"train": 30, "test": 11}
+        assert result.settings["dims"] == 64
+        assert result.settings["probe"]["epochs"] == 10
+        assert len(result.details["losses"]) == 10
+        again = self.evaluate(tmp_path, train, test, config)
+        assert again.details["losses"] == result.details["losses"]
+        assert again.inputs == result.inputs
+
+    def test_same_images_twice(self, tmp_path: Path) -> None:
+        train = write_shards(tmp_path / "train", 6, 0, names=self.names)
+        with pytest.raises(MismatchError, match="hold the same images"):
+            self.evaluate(tmp_path, train, train)
+
+    def test_other_classes(self, tmp_path: Path) -> None:
+        train = write_shards(tmp_path / "train", 6, 0, names=self.names)
+        test = write_shards(tmp_path / "test", 6, 1, names=("light", "dark"))
+        with pytest.raises(MismatchError, match=r"2 classes and .* 2, or other ones"):
+            self.evaluate(tmp_path, train, test)
+
+    def test_no_labels_is_said_before_any_feature(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        train = write_shards(tmp_path / "train", 6, 0, labelled=False, names=self.names)
+        test = write_shards(tmp_path / "test", 6, 1, names=self.names)
+        with pytest.raises(DataError, match="train: 6 of 6 images have no label"):
+            self.evaluate(tmp_path, train, test)
+        assert "features" not in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_unknown_key_of_the_probe() -> None:
+    with pytest.raises(UsageError, match="did you mean 'epochs'"):
+        validate(LinearConfig, {"epoch": 3}, "--set")

@@ -1,0 +1,180 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from voc_devkit import write_devkit
+
+from bowstore.config import ModelConfig, ViewConfig
+from bowstore.errors import DataError, MismatchError, MissingError, UsageError
+from bowstore.evaluate.protocol import Result, read_result, result_table
+from bowstore.evaluate.voc import evaluate_voc07, read_split
+from bowstore.models.registry import build_backbone
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    return write_devkit(tmp_path)
+
+
+def main(voc: Path, name: str) -> Path:
+    return voc / "ImageSets" / "Main" / name
+
+
+def test_split_as_written(voc: Path) -> None:
+    split = read_split(voc, "trainval")
+    assert split.classes == ("blue", "green", "red")
+    assert split.ids[:3] == ("000001", "000002", "000003")
+    assert split.labels_NK.shape == (24, 3)
+    assert split.labels_NK.dtype == np.int8
+    assert set(np.unique(split.labels_NK)) == {-1, 0, 1}
+    assert split.labels_NK[2, 0] == -1  # listed as 0: difficult objects only
+    assert all(path.is_file() for path in split.paths)
+
+
+def test_label_mapping_and_order_of_ids(voc: Path) -> None:
+    for name in ("blue", "green", "red"):
+        main(voc, f"{name}_test.txt").write_text("000027  1\n000025  0\n000026 -1\n")
+    split = read_split(voc, "test")
+    assert split.ids == ("000025", "000026", "000027")
+    assert split.labels_NK[:, 0].tolist() == [-1, 0, 1]
+
+
+def test_fingerprint_sees_labels(voc: Path) -> None:
+    before = read_split(voc, "test").fingerprint
+    assert read_split(voc, "test").fingerprint == before
+    path = main(voc, "red_test.txt")
+    path.write_text(path.read_text().replace("-1", " 0", 1))
+    assert read_split(voc, "test").fingerprint != before
+
+
+class TestErrors:
+    def test_missing_folder_names_the_devkit(self, voc: Path, tmp_path: Path) -> None:
+        with pytest.raises(MissingError, match=r"no folder .*JPEGImages; did you mean .*VOC2007"):
+            read_split(voc.parent, "test")
+        with pytest.raises(MissingError, match="name the folder VOCdevkit/VOC2007"):
+            read_split(tmp_path / "nowhere", "test")
+
+    def test_missing_split_names_the_archive(self, voc: Path) -> None:
+        for path in voc.glob("ImageSets/Main/*_test.txt"):
+            path.unlink()
+        with pytest.raises(MissingError, match=r"extract VOCtest_06-Nov-2007.tar"):
+            read_split(voc, "test")
+
+    @pytest.mark.parametrize("line", ["000031", "000031 2", "000031 1 1", "", "000031 x"])
+    def test_malformed_line(self, voc: Path, line: str) -> None:
+        path = main(voc, "green_test.txt")
+        lines = path.read_text().splitlines()
+        lines[6] = line
+        path.write_text("\n".join(lines))
+        with pytest.raises(DataError, match=rf"green_test.txt:7: expected an image id and 1, 0 or -1, got '{line}'"):
+            read_split(voc, "test")
+
+    def test_image_listed_twice(self, voc: Path) -> None:
+        path = main(voc, "green_test.txt")
+        path.write_text(path.read_text() + "000025 1\n")
+        with pytest.raises(DataError, match=r"green_test.txt:16: image 000025 is listed twice"):
+            read_split(voc, "test")
+
+    def test_image_not_listed(self, voc: Path) -> None:
+        path = main(voc, "green_test.txt")
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+        with pytest.raises(
+            DataError, match=r"green_test.txt: image 000025 is not listed, but .*blue_test.txt lists it"
+        ):
+            read_split(voc, "test")
+
+    def test_empty_list(self, voc: Path) -> None:
+        main(voc, "blue_test.txt").write_text("")
+        with pytest.raises(DataError, match=r"blue_test.txt lists no images"):
+            read_split(voc, "test")
+
+    def test_not_text(self, voc: Path) -> None:
+        main(voc, "blue_test.txt").write_bytes(b"000025 1\n\xff")
+        with pytest.raises(DataError, match=r"blue_test.txt: byte 9 is not ASCII"):
+            read_split(voc, "test")
+
+    def test_missing_image_names_its_line(self, voc: Path) -> None:
+        (voc / "JPEGImages" / "000028.jpg").unlink()
+        with pytest.raises(MissingError, match=r"blue_test.txt:4: no image .*000028.jpg \(1 of 15 are missing\)"):
+            read_split(voc, "test")
+
+    def test_class_without_positives(self, voc: Path) -> None:
+        path = main(voc, "red_test.txt")
+        path.write_text(path.read_text().replace("  1", " -1"))
+        with pytest.raises(DataError, match=r"red_test.txt: class red has 0 positive images of 15"):
+            read_split(voc, "test")
+
+
+class TestWhole:
+    view = ViewConfig(size=24, resize=28)
+
+    def evaluate(self, voc: Path, out: Path, **options: object) -> Result:
+        torch.manual_seed(0)
+        backbone = build_backbone(ModelConfig(arch="wrn-10-1"))
+        settings = {"costs": "vissl", "jobs": 1, "batch": 8, "run": "demo"} | options
+        return evaluate_voc07(backbone, voc=voc, view=self.view, out=out, **settings)  # type: ignore[arg-type]
+
+    def test_from_devkit_to_result_file(self, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("bowstore.evaluate.voc.COSTS", {"vissl": (0.1, 1.0, 10.0)})
+        result = self.evaluate(voc, tmp_path / "run")
+        assert read_result(tmp_path / "run" / "eval" / "voc07-svm-vissl.json") == result
+        layers = [name.removeprefix("map_") for name in result.metrics if name != "map_best"]
+        assert layers == list(result.settings["layers"]) == list(result.details)
+        assert len(layers) == 2
+        assert result.metrics["map_best"] == max(result.metrics.values())
+        for layer in layers:
+            precisions = result.details[layer]["average_precision"]
+            assert list(precisions) == ["blue", "green", "red"]
+            assert result.metrics[f"map_{layer}"] == pytest.approx(np.mean(list(precisions.values())))
+            assert set(result.details[layer]["cost"].values()) <= set(result.settings["costs"])
+            assert result.details[layer]["fits"] == 3 * (3 * 3 + 1)
+            assert result.details[layer]["unconverged_fits"] >= 0
+        assert result.settings["view"]["squash"] is True
+        assert result.inputs["dataset"] is None
+        assert "paper" not in result_table(result)
+
+    def test_obow_pools_the_last_layer_everywhere(
+        self, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("bowstore.evaluate.voc.COSTS", {"obow": (1.0,)})
+        result = self.evaluate(voc, tmp_path, costs="obow")
+        (layer,) = result.settings["layers"]
+        assert result.settings["layers"][layer] == {"pool": "average grid 1x1", "dims": 64}
+        assert result.protocol == "voc07-svm/obow"
+
+    def test_layers_are_chosen_by_name(self, voc: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="conv9"):
+            self.evaluate(voc, tmp_path, layers=["conv9"])
+
+    def test_problems_are_said_before_any_feature(
+        self, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(UsageError, match="at least 1 job"):
+            self.evaluate(voc, tmp_path, jobs=0)
+        path = main(voc, "red_trainval.txt")
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(f"{line.split()[0]} {1 if n < 2 else -1}" for n, line in enumerate(lines)))
+        with pytest.raises(DataError, match="class red: 2 positive training images"):
+            self.evaluate(voc, tmp_path)
+        assert "features" not in capsys.readouterr().err
+
+    def test_other_classes_in_test(self, voc: Path, tmp_path: Path) -> None:
+        main(voc, "red_test.txt").unlink()
+        with pytest.raises(MismatchError, match=r"3 classes in trainval and 2 in test .*differs: red"):
+            self.evaluate(voc, tmp_path)
+
+    def test_same_image_in_both_splits(self, voc: Path, tmp_path: Path) -> None:
+        for path in voc.glob("ImageSets/Main/*_test.txt"):
+            path.write_text(path.read_text() + "000001 -1\n")
+        with pytest.raises(MismatchError, match=r"1 images are in both trainval and test \(first: 000001\)"):
+            self.evaluate(voc, tmp_path)
+
+
+def test_devkit_is_the_same_every_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = (write_devkit(tmp_path / name) for name in ("one", "two"))
+    for path in one.rglob("*.*"):
+        if path.is_file():
+            assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()

@@ -1,0 +1,80 @@
+"""Dependencies point one way, and what must stay light stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import bowstore
+
+PACKAGE = Path(bowstore.__file__).parent
+ALLOWED = {
+    "data": {"data"},
+    "models": {"models"},
+    "words": {"words", "data", "models"},
+    "train": {"train", "data", "models", "words"},
+    "evaluate": {"evaluate", "data", "models"},
+}
+EVERYWHERE = {"config", "environment", "errors", "files", "progress"}
+# train may know the store and the targets, never how words are made
+WORDS_FOR_TRAIN = {"bowstore.words.store", "bowstore.words.targets"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bowstore."):
+            found.add(node.module)
+    return found
+
+
+def test_dependencies_point_one_way() -> None:
+    for package, allowed in ALLOWED.items():
+        for path in (PACKAGE / package).glob("*.py"):
+            for module in imports(path):
+                part = module.split(".")[1]
+                assert part in allowed | EVERYWHERE, f"{path.name} imports {module}"
+                if package == "train" and part == "words":
+                    assert module in WORDS_FOR_TRAIN, f"{path.name} imports {module}"
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_training_loads_neither_faiss_nor_the_teacher() -> None:
+    code = (
+        "import sys, bowstore.train.loop, bowstore.train.tasks;"
+        "print([m for m in sys.modules if m == 'faiss' or m in ('bowstore.words.teacher', "
+        "'bowstore.words.vocabulary', 'bowstore.words.encode')])"
+    )
+    assert run(code).strip() == "[]"
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from bowstore.cli import main;"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
+        "print([m for m in ('torch', 'numpy', 'nvidia.dali', 'zarr', 'pydantic', 'faiss') if m in sys.modules])"
+    )
+    assert run(code).strip() == "[]"
+
+
+def test_modules_and_functions_keep_their_size() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                length = node.end_lineno - node.lineno + 1
+                assert length <= (120 if node.name == "train" else 80), f"{path.name}: {node.name} has {length} lines"
+
+
+def test_nothing_unsafe_is_loaded() -> None:
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "tools").glob("*.py")]:
+        text = path.read_text()
+        for word in ("pickle.load", "weights_only=False", "allow_pickle=True", "yaml.load(", "extractall"):
+            assert word not in text, f"{path.name} uses {word}"
