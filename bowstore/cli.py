@@ -113,16 +113,17 @@ def index(folder: Path, workers: int | None) -> None:
 @main.command()
 @click.argument("path", type=_PATH)
 @click.option("--shards", "shards_dir", type=_PATH, help="Also join the store with these shards by key.")
+@click.option("--repair", is_flag=True, help="Take a store's damaged chunks back, for `bowstore encode` to redo.")
 @click.option("--digest", "show_digest", is_flag=True, help="Print a store's digest as the last line.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
-def verify(path: Path, shards_dir: Path | None, show_digest: bool, as_json: bool) -> None:
+def verify(path: Path, shards_dir: Path | None, repair: bool, show_digest: bool, as_json: bool) -> None:
     """Check a word store, or a folder of shards, against what was recorded when it was written.
 
     Names every damaged chunk or shard and leaves with exit code 1 if there is one.
     """
     from bowstore.verify import verify_path
 
-    report = verify_path(path, shards=shards_dir, digest=show_digest)
+    report = verify_path(path, shards=shards_dir, digest=show_digest, repair=repair)
     _print(report.as_dict(), report.text(), as_json)
     if report.problems:
         sys.exit(1)

@@ -44,16 +44,22 @@ class PathReport:
         return "\n".join(lines)
 
 
-def verify_path(path: Path, *, shards: Path | None = None, digest: bool = False) -> PathReport:
+def verify_path(path: Path, *, shards: Path | None = None, digest: bool = False, repair: bool = False) -> PathReport:
     """Check a store or a folder of shards (or a folder of such folders).
+
+    Args:
+        path: what to check.
+        shards: with a store: also join its keys with these shards.
+        digest: with a store: report its digest.
+        repair: with a store: take damaged chunks back, so that encoding writes them anew.
 
     Raises:
         MissingError: nothing there, or neither a store nor shards.
     """
     if (path / "zarr.json").exists():
-        return _verify_store(path, shards, digest)
-    if shards or digest:
-        raise UsageError(f"--shards and --digest go with a word store, and {path} is none")
+        return _verify_store(path, shards, digest=digest, repair=repair)
+    if shards or digest or repair:
+        raise UsageError(f"--shards, --digest and --repair go with a word store, and {path} is none")
     from bowstore.data.index import INDEX_FILE
 
     folders = [path] if (path / INDEX_FILE).exists() else sorted(p.parent for p in path.glob(f"*/{INDEX_FILE}"))
@@ -62,11 +68,16 @@ def verify_path(path: Path, *, shards: Path | None = None, digest: bool = False)
     return _verify_shards(path, folders)
 
 
-def _verify_store(path: Path, shards: Path | None, digest: bool) -> PathReport:
+def _verify_store(path: Path, shards: Path | None, *, digest: bool, repair: bool) -> PathReport:
     from bowstore.words import verify
 
     report = verify.verify(path, shards)
     checked = f"{report.images} images, {report.chunks} chunks, layers {', '.join(report.layers) or 'none'}"
+    if repair and report.damaged:
+        count = verify.discard_damaged(path, report)
+        report.problems.append(
+            f"{count} damaged chunks were taken back; run `bowstore encode` again to write just these"
+        )
     words_digest = verify.digest(path) if digest and report.sound else None
     return PathReport(path, "store", checked, report.problems, words_digest)
 

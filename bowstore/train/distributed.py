@@ -41,6 +41,13 @@ class World:
             values = values / self.size
         return values
 
+    def wrapping_sum(self, value: int) -> int:
+        """Sum over the ranks modulo 2**64, on every rank."""
+        signed = torch.tensor((value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(signed)
+        return int(signed.item()) % 2**64
+
     def any(self, flag: bool) -> bool:
         """Whether any rank raised its flag; the same answer on every rank."""
         if self.size == 1:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bowstore.config import TrainConfig, dump
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import Batch, train_batches
-from bowstore.data.plan import Schedule, plans
+from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.errors import MismatchError, TrainingError, UsageError
 from bowstore.files import exclusive_lock
@@ -141,8 +142,9 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
                 values = meter.read(world)  # the only place that waits for the device
                 _check_finite(values["loss"], done, rate, run)
                 stopping = world.any(stop_requested())
+                order = keys_digest(batch.plan, index, schedule, world)
                 if log:
-                    log.write(done, {**values, "lr": rate})
+                    log.write(done, {**values, "lr": rate}, order)
             if log:
                 log.progress.advance(config.optim.batch)
             if done % config.runtime.checkpoint_every_steps == 0 or done == steps or stopping:
@@ -170,6 +172,13 @@ def train_step(
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return {"loss": loss.detach(), **scalars}
+
+
+def keys_digest(plan: Plan, index: Index, schedule: Schedule, world: World) -> str:
+    """16 hex digits over which key stands where in the step's global batch; the same for any number of ranks."""
+    place_B = np.arange(len(plan.rows), dtype=np.uint64) + np.uint64(schedule.rank * schedule.rank_batch)
+    mine = (index.key_hash[plan.rows] * (2 * place_B + np.uint64(1))).sum(dtype=np.uint64)
+    return f"{world.wrapping_sum(int(mine)):016x}"
 
 
 def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:

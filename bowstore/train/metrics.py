@@ -32,9 +32,9 @@ class MetricsLog:
         self._file = open(path, "a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the values of one step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+    def write(self, step: int, values: dict[str, float], order: str) -> None:
+        """Record the values of one step and the digest of its keys."""
+        self._file.write(json.dumps({"step": step, **values, "order": order}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -129,10 +129,10 @@ class RunLog:
         self.progress = Progress(what, total * batch, done=first * batch)
         self.progress.__enter__()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record one logging step and say so when the run is dead."""
+    def write(self, step: int, values: dict[str, float], order: str) -> None:
+        """Record one logging step, with the digest of its keys, and say so when the run is dead."""
         self.last = {"epoch": step / self._epoch_steps, **values, **self._constants}
-        self._metrics.write(step, {**self.last, "images_per_second": self.progress.rate})
+        self._metrics.write(step, {**self.last, "images_per_second": self.progress.rate}, order)
         self.progress.advance(0, note=f"loss {values['loss']:.4f}")
         marginal = self._constants.get("marginal_loss")
         if marginal is not None and step >= 2 * self._epoch_steps and values["loss"] > 0.995 * marginal:

@@ -1,0 +1,161 @@
+"""Zarr groups and arrays, made safe: durable writes, digests, errors of one line that name the place.
+
+The one place that turns a path into a Zarr store. Zarr's own local writes are atomic but not durable; it reads
+a missing chunk as fill values; its errors name no chunk.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zarr
+from numpy.typing import DTypeLike, NDArray
+from zarr.codecs import ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.errors import GroupNotFoundError
+from zarr.storage import LocalStore
+
+from bowstore.errors import BowstoreError, CorruptError, MismatchError
+from bowstore.files import TEMPORARY_MARK, atomic_file, fsync_path
+
+_ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is for
+# Whatever Zarr and its codecs raise for damaged bytes or metadata (seen by damaging each of them).
+READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, OSError)
+
+
+class DurableStore(LocalStore):
+    """Zarr's local store with durable writes: each object is whole or absent, even after a power cut."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write one object."""
+        self.set_sync(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write one object unless it is there."""
+        if not (self.root / key).exists():
+            self.set_sync(key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write one object, fsync it and every folder that gained an entry."""
+        path = self.root / key
+        new = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(value.as_buffer_like())
+        for folder in new:
+            fsync_path(folder.parent)
+
+
+def new_group(path: Path, attributes: dict[str, Any]) -> zarr.Group:
+    """Create a group at a path where nothing is."""
+    return zarr.create_group(DurableStore(path), attributes=attributes, zarr_format=3)
+
+
+def open_group(path: Path, *, writable: bool) -> zarr.Group:
+    """Open a group.
+
+    Raises:
+        MismatchError: no Zarr group lies there.
+        CorruptError: its metadata cannot be read.
+    """
+    store = DurableStore(path) if writable else LocalStore(path, read_only=True)
+    with reading(f"word store {path}"):
+        try:
+            return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
+        except GroupNotFoundError as error:
+            raise MismatchError(f"{path} is not a word store: it is no Zarr group; name another path") from error
+
+
+def stored_bytes(path: Path) -> int:
+    """Bytes of all objects below `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers left below `path`; only for the holder of the store's lock."""
+    for pattern in (f".*{TEMPORARY_MARK}*", "*.partial"):
+        for left in list(path.rglob(pattern)):
+            left.unlink(missing_ok=True)
+
+
+def subgroup(group: zarr.Group, name: str) -> zarr.Group:
+    """A group below a group."""
+    item = group.get(name)
+    if not isinstance(item, zarr.Group):
+        raise ValueError(f"group {name} is missing")
+    return item
+
+
+def array(group: zarr.Group, name: str, shape: tuple[int, ...] | None = None) -> zarr.Array[Any]:
+    """An array below a group; with `shape`, refused if it has another."""
+    item = group.get(name)
+    if not isinstance(item, zarr.Array):
+        raise ValueError(f"array {name} is missing")
+    if shape is not None and item.shape != shape:
+        raise ValueError(f"{name} has shape {item.shape}, not {shape}")
+    return item
+
+
+def create(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    *,
+    fill: float,
+    chunks: tuple[int, ...] | None = None,
+) -> zarr.Array[Any]:
+    """Create an array whose chunks (default: one) carry a checksum and are written even if all are fill."""
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks or shape,
+        dtype=np.dtype(dtype),
+        fill_value=fill,
+        compressors=[ZstdCodec(level=_ZSTD_LEVEL, checksum=True)],
+        config={"write_empty_chunks": True},
+    )
+
+
+def read(array: zarr.Array[Any], rows: slice = slice(None)) -> NDArray[Any]:
+    """Rows of an array, in memory."""
+    return np.asarray(array[rows])
+
+
+def array_digest(array: NDArray[Any]) -> int:
+    """xxh3-64 of an array's little-endian C-order bytes; never 0, which means "none"."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data) or 1
+
+
+def hex_digest(array: NDArray[Any]) -> str:
+    """`array_digest` as 16 hex digits, for attributes (JSON has no 64-bit integers)."""
+    return f"{array_digest(array):016x}"
+
+
+def read_checked(path: Path, group: zarr.Group, name: str, digest: object) -> NDArray[Any]:
+    """A whole array, checked against its recorded hex digest.
+
+    Raises:
+        CorruptError: missing, undecodable, or other than what was recorded.
+    """
+    what = f"array {name} of word store {path}"
+    with reading(what):
+        values = read(array(group, name))
+    if hex_digest(values) != digest:
+        raise CorruptError(f"{what} differs from its recorded digest {digest}; encode into a new store")
+    return values
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn whatever Zarr raises for damage into one line that names the place."""
+    try:
+        yield
+    except BowstoreError:
+        raise
+    except READ_ERRORS as error:
+        first = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CorruptError(f"{what} cannot be read ({first})") from error

@@ -1,0 +1,119 @@
+"""The nearest word of each feature vector (paper, Eq. 1).
+
+Legend: N vectors, D dimensions (the layer's channels), K words.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bowstore.errors import UsageError
+
+MAX_WORDS = 65535  # ids are uint16, and 65535 itself means "not written"
+
+# On a CPU a block of scores stays in cache between product and argmin; on a GPU it only has to fit in memory.
+_CPU_BLOCK, _CPU_BLOCK_WORDS = 1 << 21, 2048
+_GPU_BLOCK, _GPU_BLOCK_WORDS = 1 << 27, 1 << 15
+
+
+class PreparedWords(NamedTuple):
+    """A vocabulary laid out for `assign`.
+
+    Attributes:
+        words_DK: float32, the words as columns.
+        half_norm_K: float32, half their squared norms.
+    """
+
+    words_DK: Tensor
+    half_norm_K: Tensor
+
+
+def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
+    """Lay out a float32 vocabulary (K, D) for `assign`, on the device where it lies.
+
+    Raises:
+        UsageError: not a float32 matrix, or a number of words outside 1..65535.
+    """
+    if vocabulary_KD.ndim != 2 or vocabulary_KD.dtype != torch.float32:
+        shape = tuple(vocabulary_KD.shape)
+        raise UsageError(f"a vocabulary is a float32 matrix (K, D), not {vocabulary_KD.dtype} {shape}")
+    if not 1 <= len(vocabulary_KD) <= MAX_WORDS:
+        raise UsageError(f"{len(vocabulary_KD)} words: a vocabulary holds from 1 to {MAX_WORDS}")
+    half_norm_K = (vocabulary_KD.double().square().sum(dim=1) / 2).float()
+    return PreparedWords(vocabulary_KD.T.contiguous(), half_norm_K)
+
+
+@torch.no_grad()
+def assign(
+    features_ND: Tensor, words: PreparedWords, *, block: int | None = None, block_words: int | None = None
+) -> Tensor:
+    """Id of the word nearest in squared L2 distance, uint16 (N,), on the features' device (paper, Eq. 1).
+
+    Since |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x.c), the word with the least |c|^2 / 2 - x.c is the nearest;
+    equal scores go to the lower id. All in float32: the squared distance to the chosen word exceeds the least
+    one by at most 4 (D + 2) 2^-24 (|x| |c| + |c|^2 / 2), with |c| the largest norm of a word; in practice by
+    far less. Vectors must be finite: the caller checks.
+
+    Args:
+        features_ND: float32 (N, D).
+        words: from `prepare_words`, on the same device.
+        block: scores held at a time (4 bytes each); None for the device's default.
+        block_words: words scored at a time; None for the device's default.
+
+    Raises:
+        UsageError: features of another width or type than the words.
+    """
+    width, k = words.words_DK.shape
+    if features_ND.ndim != 2 or features_ND.shape[1] != width or features_ND.dtype != torch.float32:
+        shape = tuple(features_ND.shape)
+        raise UsageError(f"features {features_ND.dtype} {shape} do not fit words of {width} float32 dimensions")
+    gpu = features_ND.device.type == "cuda"
+    step_words = min(k, block_words or (_GPU_BLOCK_WORDS if gpu else _CPU_BLOCK_WORDS))
+    step = max(1, (block or (_GPU_BLOCK if gpu else _CPU_BLOCK)) // step_words)
+    ids_N = torch.empty(len(features_ND), dtype=torch.uint16, device=features_ND.device)
+    buffer = torch.empty(min(step, len(features_ND)) * step_words, device=features_ND.device)
+    with exact_float32():
+        for start in range(0, len(features_ND), step):
+            part = slice(start, start + step)
+            ids_N[part] = _nearest(features_ND[part], words, step_words, buffer).to(torch.uint16)
+    return ids_N
+
+
+def _nearest(features_BD: Tensor, words: PreparedWords, step_words: int, buffer: Tensor) -> Tensor:
+    """Running argmin over blocks of words for one block of vectors; int64 (B,)."""
+    rows, k = len(features_BD), words.words_DK.shape[1]
+    ids_B = torch.zeros(rows, dtype=torch.int64, device=features_BD.device)
+    least_B = torch.full((rows,), torch.inf, device=features_BD.device)
+    for first in range(0, k, step_words):
+        some = slice(first, min(first + step_words, k))
+        scores = buffer[: rows * (some.stop - first)].view(rows, -1)
+        torch.addmm(words.half_norm_K[some], features_BD, words.words_DK[:, some], alpha=-1, out=scores)
+        local_B = scores.argmin(dim=1)  # documented to give the first of equal values
+        score_B = scores.gather(1, local_B[:, None])[:, 0]
+        better_B = score_B < least_B
+        ids_B = torch.where(better_B, local_B + first, ids_B)
+        least_B = torch.where(better_B, score_B, least_B)
+    return ids_B
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Full float32 products inside the block: no TF32, no autocast, the same convolution algorithm every time.
+
+    Words are kept for good, so they must not depend on tensor cores' rounding or on the caller's settings.
+    """
+    cudnn: Any = torch.backends.cudnn
+    places = ((torch.backends.cuda.matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee"),
+              (cudnn, "deterministic", True), (cudnn, "benchmark", False))  # fmt: skip
+    before = [getattr(place, name) for place, name, _ in places]
+    try:
+        for place, name, value in places:
+            setattr(place, name, value)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for (place, name, _), value in zip(places, before, strict=True):
+            setattr(place, name, value)

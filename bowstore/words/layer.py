@@ -1,0 +1,139 @@
+"""One layer of a word store: what its words are, its chunks, and reading them with every check.
+
+Legend: N images, h w word grid, K words, c channels.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from bowstore.errors import CorruptError
+from bowstore.words.arrays import READ_ERRORS, array, array_digest, read, read_checked, reading, subgroup
+
+NOT_WRITTEN = 65535
+MIN_CHUNK_BYTES = 1 << 20
+CHUNK_STEP_ROWS = 256
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a layer's words are, kept as its attributes.
+
+    Attributes:
+        teacher: arch, layer, weights_sha256, name, student.
+        view: the clean view: size, resize, squash, mean, std.
+        vocabulary: how the vocabulary was made (seed, sample, iterations) and its health.
+        words: K.
+        grid: (h, w).
+        channels: c.
+    """
+
+    teacher: dict[str, Any]
+    view: dict[str, Any]
+    vocabulary: dict[str, Any]
+    words: int
+    grid: tuple[int, int]
+    channels: int
+
+
+def chunk_rows(images: int, grid: tuple[int, int]) -> int:
+    """Rows of a words chunk: a multiple of 256 with at least 1 MiB of words, or all rows of a small set."""
+    rows = math.ceil(MIN_CHUNK_BYTES / (2 * grid[0] * grid[1]) / CHUNK_STEP_ROWS) * CHUNK_STEP_ROWS
+    return max(1, min(rows, images))
+
+
+class Layer:
+    """One layer of an opened store: its attributes and arrays.
+
+    Attributes:
+        name: the layer.
+        attributes: plain values: those of `LayerSpec`, digests, statistics once complete.
+        complete: whether all its words are written.
+        grid: (h, w).
+        words: K.
+        images: N.
+        chunk_rows: rows of a chunk; the last may have fewer.
+        chunks: number of chunks.
+    """
+
+    def __init__(self, path: Path, group: zarr.Group, name: str, images: int) -> None:
+        self.path, self.name, self.images = path, name, images
+        with reading(f"layer {name!r} of word store {path}"):
+            self._root = group
+            attributes: dict[str, Any] = subgroup(group, name).attrs.asdict()
+            self.attributes = attributes
+            self.grid = (int(attributes["grid"][0]), int(attributes["grid"][1]))
+            self.words = int(attributes["words"])
+            self.complete = bool(attributes["complete"])
+            self._words = array(group, f"{name}/words", (images, *self.grid))
+            if self._words.fill_value != NOT_WRITTEN:
+                raise ValueError(f"fill value {self._words.fill_value}, not {NOT_WRITTEN}")
+            self.chunk_rows = int(self._words.chunks[0])
+            self.chunks = math.ceil(images / self.chunk_rows)
+            self._digests = array(group, f"{name}/chunk_digest", (self.chunks,))
+
+    def rows(self, chunk: int) -> slice:
+        """The rows of a chunk."""
+        return slice(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.images))
+
+    def place(self, chunk: int) -> str:
+        """A chunk's name for messages: its path in the store and its rows."""
+        rows = self.rows(chunk)
+        return f"{self.name}/words/c/{chunk}/0/0 (rows {rows.start}-{rows.stop - 1})"
+
+    def chunk_digests(self) -> NDArray[np.uint64]:
+        """Recorded digests, uint64 (chunks,); 0 where a chunk is not committed."""
+        with reading(f"array {self.name}/chunk_digest of word store {self.path}"):
+            return read(self._digests)
+
+    def read_chunk(self, chunk: int, digest: int) -> NDArray[np.uint16]:
+        """Words of one chunk, uint16 (rows, h, w), checked against its recorded digest.
+
+        Raises:
+            CorruptError: missing, undecodable, or not what was committed; names the chunk and its rows.
+        """
+        what = f"chunk {self.place(chunk)} of word store {self.path}"
+        with reading(what):
+            words = read(self._words, self.rows(chunk))
+        problem = self._chunk_problem(words, digest)
+        if problem:
+            raise CorruptError(f"{what} {problem}; run `bowstore verify --repair`, then `bowstore encode` again")
+        return words
+
+    def read_words(self) -> NDArray[np.uint16]:
+        """All words, uint16 (N, h, w), every chunk checked against its recorded digest.
+
+        Raises:
+            CorruptError: as `read_chunk`, for the first bad chunk.
+        """
+        digests = self.chunk_digests().tolist()
+        try:
+            words = read(self._words)
+            bad = next((i for i, d in enumerate(digests) if self._chunk_problem(words[self.rows(i)], d)), None)
+        except READ_ERRORS:
+            words, bad = np.empty((0, *self.grid), np.uint16), -1
+        if bad is not None:  # read again chunk by chunk: this names the bad one
+            words = np.concatenate([self.read_chunk(i, d) for i, d in enumerate(digests)])
+        return words
+
+    def read_array(self, name: str) -> NDArray[Any]:
+        """`vocabulary` or `document_frequency`, checked against its recorded digest.
+
+        Raises:
+            CorruptError: missing, undecodable, or other than what was recorded.
+        """
+        return read_checked(self.path, self._root, f"{self.name}/{name}", self.attributes.get(f"{name}_digest"))
+
+    def _chunk_problem(self, words: NDArray[np.uint16], digest: int) -> str | None:
+        if digest == 0:
+            return "was never committed"
+        if array_digest(words) == digest:
+            return None
+        if (words == NOT_WRITTEN).any():
+            return f"is missing or half written ({int((words == NOT_WRITTEN).sum())} words hold the fill value)"
+        return "differs from its recorded digest"

@@ -1,0 +1,173 @@
+"""Check a word store from end to end, take damaged chunks back, and compare stores.
+
+Legend: N images, h w word grid, K words.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from bowstore.data.index import Index, open_index
+from bowstore.errors import BowstoreError, CorruptError
+from bowstore.progress import Progress
+from bowstore.words.layer import Layer
+from bowstore.words.store import Store, open_for_writing, open_store, writing_lock
+
+_EXAMPLES = 5
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        path: the store.
+        images: N.
+        layers: names of all its layers.
+        chunks: words chunks that were read.
+        problems: one line each; empty means sound.
+        damaged: for each layer the committed chunks that have to be encoded again.
+    """
+
+    path: Path
+    images: int = 0
+    layers: tuple[str, ...] = ()
+    chunks: int = 0
+    problems: list[str] = field(default_factory=list)
+    damaged: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(path: Path, shards: Path | None = None) -> VerifyReport:
+    """Read all of a store and check it: metadata, every chunk, digests, word ids, keys.
+
+    Args:
+        path: the store.
+        shards: folder of indexed shards whose keys the store must hold, each once, no others; None skips that.
+
+    Raises:
+        MissingError: no shards of that name (what is wrong with the store itself is reported, not raised).
+    """
+    index = open_index(shards) if shards else None
+    report = VerifyReport(path)
+    try:
+        store = Store(path)
+    except BowstoreError as error:
+        report.problems.append(str(error))
+        return report
+    layers = store.every_layer()
+    report.images, report.layers = len(store), tuple(layer.name for layer in layers)
+    if not layers:
+        report.problems.append(f"word store {path} has no layer; run `bowstore encode` again")
+    with Progress("verify", sum(layer.chunks for layer in layers), "chunks") as progress:
+        for layer in layers:
+            _check_layer(layer, report, progress)
+    try:
+        key_hash_N = store.key_hash()
+    except CorruptError as error:
+        report.problems.append(str(error))
+        return report
+    _check_keys(key_hash_N, index, report)
+    return report
+
+
+def discard_damaged(path: Path, report: VerifyReport) -> int:
+    """Take back a report's damaged chunks, so that `bowstore encode` writes just these anew; return how many.
+
+    Raises:
+        BusyError: another process writes the store.
+    """
+    with writing_lock(path):
+        writer = open_for_writing(path)
+        for layer, chunks in report.damaged.items():
+            writer.discard_chunks(layer, chunks)
+    return sum(len(chunks) for chunks in report.damaged.values())
+
+
+def digest(path: Path) -> str:
+    """One digest over the vocabularies and words of a store's complete layers, as 32 hex digits.
+
+    Independent of chunks and compression: equal digests mean equal words.
+
+    Raises:
+        CorruptError: a chunk or an array that cannot be trusted.
+    """
+    store, total = open_store(path), xxhash.xxh3_128()
+    for name in sorted(store.layers):
+        for array in (store.vocabulary(name), store.load_words(name)):
+            total.update(f"{name} {array.dtype.name} {array.shape};".encode())
+            total.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+    return total.hexdigest()
+
+
+def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None:
+    try:
+        digests = layer.chunk_digests().tolist()
+        vocabulary = layer.read_array("vocabulary")
+        if layer.complete:
+            layer.read_array("document_frequency")
+    except CorruptError as error:
+        report.problems.append(str(error))
+        return
+    if vocabulary.shape[0] != layer.words or not np.isfinite(vocabulary).all():
+        report.problems.append(f"array {layer.name}/vocabulary {vocabulary.shape} is not {layer.words} finite words")
+    if not layer.complete:
+        done = sum(value != 0 for value in digests)
+        report.problems.append(
+            f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; "
+            "run `bowstore encode` again with the same settings"
+        )
+    for chunk, value in enumerate(digests):
+        if value or layer.complete:
+            problem = _chunk_problem(layer, chunk, value)
+            report.chunks += 1
+            if problem:
+                report.problems.append(problem)
+                report.damaged.setdefault(layer.name, []).append(chunk)
+        progress.advance()
+
+
+def _chunk_problem(layer: Layer, chunk: int, digest_value: int) -> str | None:
+    try:
+        words = layer.read_chunk(chunk, digest_value)
+    except CorruptError as error:
+        return str(error)
+    if (high := int(words.max())) >= layer.words:
+        return f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.words}"
+    return None
+
+
+def _check_keys(key_hash_N: NDArray[np.uint64], index: Index | None, report: VerifyReport) -> None:
+    values, counts = np.unique(key_hash_N, return_counts=True)
+    if len(values) < len(key_hash_N):
+        rows = np.flatnonzero(np.isin(key_hash_N, values[counts > 1]))
+        report.problems.append(
+            f"array key_hash: {int((counts > 1).sum())} keys occur more than once, for example in rows "
+            f"{_listed(rows)}; encode into a new store"
+        )
+    if index is None:
+        return
+    missing = np.flatnonzero(~np.isin(index.key_hash, values))
+    if len(missing):
+        names = ", ".join(index.key(row) for row in missing[:_EXAMPLES].tolist())
+        report.problems.append(
+            f"{len(missing)} of {len(index)} keys of {index.root} are missing from the store, for example "
+            f"{names}; encode these shards into a new store"
+        )
+    extra = np.flatnonzero(~np.isin(key_hash_N, index.key_hash))
+    if len(extra):
+        report.problems.append(
+            f"{len(extra)} of the store's {len(key_hash_N)} keys are not in {index.root}, for example those "
+            f"of rows {_listed(extra)}; encode these shards into a new store"
+        )
+
+
+def _listed(rows: NDArray[np.int64]) -> str:
+    return ", ".join(str(row) for row in rows[:_EXAMPLES].tolist())

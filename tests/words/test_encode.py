@@ -1,0 +1,306 @@
+import errno
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGES, write_shards, write_teacher
+
+from bowstore.data.index import open_index
+from bowstore.data.pipeline import clean_batches
+from bowstore.data.reader import ShardReader
+from bowstore.errors import BowstoreError, BusyError, CorruptError, DataError, MismatchError, MissingError, UsageError
+from bowstore.words import layer as layer_module
+from bowstore.words.encode import EncodeReport, encode
+from bowstore.words.store import Store, StoreWriter, join_rows, open_store, writing_lock
+from bowstore.words.teacher import load_teacher
+from bowstore.words.verify import digest, discard_damaged, verify
+
+CPU = torch.device("cpu")
+SETTINGS: dict[str, Any] = {"layer": "block3", "k": 24, "iterations": 3, "batch": 8, "device": CPU, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, shards: Path) -> Path:
+    """The store of an uninterrupted run, in five chunks; not to be changed."""
+    path = tmp_path_factory.mktemp("clean") / "words.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_module, "MIN_CHUNK_BYTES", 1)
+        patch.setattr(layer_module, "CHUNK_STEP_ROWS", 20)
+        encode(teacher=teacher_file, shards=shards, store=path, **SETTINGS)
+    return path
+
+
+@pytest.fixture
+def run(teacher_file: Path, shards: Path, tmp_path: Path, small_chunks: int) -> Any:
+    def call(**values: Any) -> EncodeReport:
+        paths = {"teacher": teacher_file, "shards": shards, "store": tmp_path / "words.zarr"}
+        return encode(**{**paths, **SETTINGS, **values})
+
+    return call
+
+
+def test_words_are_the_nearest_centroids_of_each_image(clean: Path, teacher_file: Path, shards: Path) -> None:
+    index, teacher, store = open_index(shards), load_teacher(teacher_file, "block3", CPU), open_store(clean)
+    words, centroids = store.load_words(), torch.from_numpy(store.vocabulary())
+    for rows, images in clean_batches(ShardReader(index), teacher.view, np.array([95, 3, 40]), batch=1, device=CPU):
+        vectors = teacher.maps(images)[0].flatten(1).T
+        expected = torch.cdist(vectors.double(), centroids.double()).argmin(dim=1)
+        assert (words[rows[0]].reshape(-1) == expected.numpy()).mean() > 0.9  # but for rounding at near ties
+    assert np.array_equal(join_rows(store, index), np.arange(IMAGES))
+    assert verify(clean, shards).sound
+
+
+def test_report(run: Any, shards: Path, clean: Path) -> None:
+    report = run()
+    assert (report.images, report.words, report.grid, report.channels) == (IMAGES, 24, (4, 4), 64)
+    assert (report.chunks, report.chunks_before, report.already_complete) == (5, 0, False)
+    assert set(report.seconds) == {"sample", "k-means", "assign", "finish"}
+    assert 1 < report.statistics["image_perplexity"] <= 16
+    assert report.statistics["unused_words"] == 0
+    assert report.vocabulary["sample_per_word"] == 256
+    assert report.vocabulary["sample"] == IMAGES * 16  # all there are
+    assert report.bytes_per_image > 8
+    assert report.vocabulary_bytes > 24 * 64 * 2
+    assert report.warnings == ()
+    assert digest(report.store) == digest(clean)
+    frequency = open_store(report.store).document_frequency()
+    words = open_store(report.store).load_words()
+    assert frequency.tolist() == [int((words == k).any(axis=(1, 2)).sum()) for k in range(24)]
+
+
+def test_attributes_say_where_the_words_come_from(clean: Path, teacher_file: Path) -> None:
+    attributes = open_store(clean).layer("block3").attributes
+    teacher = load_teacher(teacher_file, "block3", CPU)
+    assert attributes["teacher"] == teacher.provenance()
+    assert attributes["view"]["size"] == 16
+    assert attributes["vocabulary"]["seed"] == 0
+    assert attributes["words"] == 24
+    assert attributes["complete"] is True
+
+
+@pytest.mark.parametrize("batch", [1, 7, 96])
+def test_the_batch_size_does_not_matter(run: Any, clean: Path, batch: int) -> None:
+    words, expected = open_store(run(batch=batch).store), open_store(clean)
+    assert (words.load_words() == expected.load_words()).mean() > 0.999  # but for rounding at near ties
+
+
+def test_a_complete_layer_is_left_alone(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run()
+    stamp = (first.store / "block3/words/c/0/0/0").stat().st_mtime_ns
+    again = run()
+    assert "layer 'block3' of word store" in (text := capsys.readouterr().err)
+    assert "is already complete" in text
+    assert again.already_complete
+    assert again.chunks_before == 5
+    assert again.statistics == first.statistics
+    assert (first.store / "block3/words/c/0/0/0").stat().st_mtime_ns == stamp
+
+
+def test_another_layer_joins_the_store(run: Any, clean: Path) -> None:
+    run()
+    run(layer="block1", k=10)
+    store = open_store(run().store)
+    assert set(store.layers) == {"block1", "block3"}
+    assert np.array_equal(store.load_words("block3"), open_store(clean).load_words())
+    assert store.load_words("block1").shape == (IMAGES, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"k": 23}, "was begun with K 24, now it is 23; use the same value, or encode into a new store"),
+        ({"seed": 1}, "seed 0, now it is 1"),
+        ({"iterations": 4}, "iterations 3, now it is 4"),
+        ({"sample_per_word": 10}, "sample_per_word 256, now it is 10"),
+    ],
+)
+def test_other_settings_are_refused(clean: Path, run: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(MismatchError, match=re.escape(message)):
+        run(store=clean, **values)
+
+
+def test_another_teacher_view_or_data_set_is_refused(clean: Path, run: Any, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"teacher weights [0-9a-f]{64}, now it is [0-9a-f]{64}"):
+        run(store=clean, teacher=write_teacher(tmp_path / "other.safetensors", seed=1))
+    view = {"size": 16, "resize": 18, "cutmix": False}
+    with pytest.raises(MismatchError, match=r"clean view .*'resize': 16.* now it is .*'resize': 18"):
+        run(store=clean, teacher=write_teacher(tmp_path / "view.safetensors", view=view))
+    with pytest.raises(MismatchError, match=r"data set \w+ \(96 images\), but .* \(30 images\); encode into a new"):
+        run(store=clean, shards=write_shards(tmp_path / "shards", 30))
+
+
+def test_usage_errors_leave_nothing_behind(run: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no layer 'conv4'; its layers are conv1, block1, block2, block3"):
+        run(layer="conv4")
+    with pytest.raises(UsageError, match=r"K = 1537 words .* 96 images give 1536 \(16 each\)"):
+        run(k=1537)
+    with pytest.raises(MissingError, match=r"no index in .*; run `bowstore index"):
+        run(shards=tmp_path)
+    assert not (tmp_path / "words.zarr").exists()
+
+
+def test_the_store_is_locked_while_writing(run: Any, tmp_path: Path) -> None:
+    with writing_lock(tmp_path / "words.zarr"), pytest.raises(BusyError, match=r"words\.zarr is in use by process"):
+        run()
+
+
+def test_features_that_are_not_finite_name_the_image(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bowstore.words.teacher import Teacher
+
+    plain, calls = Teacher.maps, []
+
+    def broken(self: Teacher, images_BCHW: torch.Tensor) -> torch.Tensor:
+        maps = plain(self, images_BCHW)
+        calls.append(len(maps))
+        if len(calls) == 3:
+            maps[5, 0, 1, 2] = torch.nan
+        return maps
+
+    monkeypatch.setattr(Teacher, "maps", broken)
+    message = r"layer 'block3' of the teacher gives NaN or infinity for 1 images of a batch, for example img0021; check"
+    with pytest.raises(DataError, match=message):
+        run()
+
+
+def test_an_untrained_flat_teacher_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bowstore.words.teacher import Teacher
+
+    monkeypatch.setattr(Teacher, "maps", lambda self, images: torch.ones(len(images), 64, 4, 4))
+    with pytest.raises(DataError, match="hold only 1 distinct ones, too few for K = 24"):
+        run()
+
+
+def test_a_collapsed_vocabulary_warns(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bowstore.words.teacher import Teacher
+
+    def nearly_flat(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+        maps = torch.zeros(len(images), 64, 4, 4)
+        maps[:, 0, 0, 0] = images.mean((1, 2, 3)) + 10
+        return maps
+
+    monkeypatch.setattr(Teacher, "maps", nearly_flat)
+    report = run(k=8)
+    assert any("the vocabulary has collapsed" in line and "fills 94 %" in line for line in report.warnings)
+    assert "warning: the vocabulary has collapsed" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_where_it_was(run: Any, clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, written = StoreWriter.write_chunk, []
+
+    def failing(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
+        if chunk == 3 and 3 not in written:
+            written.append(3)
+            raise KeyboardInterrupt
+        written.append(chunk)
+        plain(self, layer, chunk, words)
+
+    monkeypatch.setattr(StoreWriter, "write_chunk", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    report = run()
+    assert written == [0, 1, 2, 3, 3, 4]
+    assert report.chunks_before == 3
+    assert "sample" not in report.seconds  # the vocabulary came from the store
+    assert digest(report.store) == digest(clean)
+
+
+def test_damaged_chunks_alone_are_encoded_again(run: Any, clean: Path, shards: Path) -> None:
+    path = run().store
+    (path / "block3/words/c/2/0/0").write_bytes(b"")
+    report = verify(path, shards)
+    assert report.damaged == {"block3": [2]}
+    discard_damaged(path, report)
+    assert run().chunks_before == 4
+    assert digest(path) == digest(clean)
+
+
+def test_a_chunk_damaged_before_the_end_stops_the_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = StoreWriter.write_chunk
+
+    def damaging(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
+        plain(self, layer, chunk, words)
+        if chunk == 4:
+            (self.path / layer / "words/c/1/0/0").unlink()
+
+    monkeypatch.setattr(StoreWriter, "write_chunk", damaging)
+    with pytest.raises(CorruptError, match=r"chunk block3/words/c/1/0/0 \(rows 20-39\) .* is missing"):
+        run()
+
+
+@pytest.mark.parametrize("at", [0, 3, 12, 20, 31])
+def test_a_full_disk_is_one_line_and_the_store_goes_on(
+    run: Any, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    plain, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(BowstoreError, match=r"no space left .* run the same command"):
+            run()
+    assert not list(tmp_path.rglob(".*.tmp-*"))
+    assert digest(run().store) == digest(clean)
+
+
+def test_a_disk_that_is_too_small_is_refused_at_the_start(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(1, 1, 5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BowstoreError, match=r"has 0 MB free, the words need 0 MB; free some"):
+        run()
+
+
+def _encode_and_die(renames: int, values: dict[str, Any]) -> None:
+    """Encode in small chunks; SIGKILL this process at its n-th rename, if it gets there."""
+    layer_module.MIN_CHUNK_BYTES, layer_module.CHUNK_STEP_ROWS = 1, 20
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    plain, calls = os.replace, []
+
+    def deadly(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == renames:
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain(source, target)
+
+    os.replace = deadly  # type: ignore[assignment]
+    encode(**values)
+
+
+def test_killed_again_and_again_it_ends_with_the_same_words(
+    clean: Path, teacher_file: Path, shards: Path, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bowstore.words.encode", "bowstore.models.saved"])
+    path = tmp_path / "words.zarr"
+    values = {"teacher": teacher_file, "shards": shards, "store": path, **SETTINGS}
+    deaths = 0
+    for renames in (2, 8, 18, 2, 3, 4, 10_000):  # in the store, the layer, its chunks and digests, at the end
+        process = context.Process(target=_encode_and_die, args=(renames, values))
+        process.start()
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        deaths += 1
+        if path.exists():
+            assert not Store(path).layers
+    assert deaths >= 4
+    assert digest(path) == digest(clean)
+    assert verify(path, shards).sound
+    assert not list(tmp_path.rglob("*.tmp-*"))
