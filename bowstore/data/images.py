@@ -1,0 +1,236 @@
+"""What one image file really is, and the bytes that a shard keeps of it.
+
+A shard must hold only what every later decoder reads alike: libjpeg, libpng, libwebp, and DALI's stricter
+parsers on CPU and GPU, for which one bad image ends the run. So each image is decoded in full here, once.
+Plain files are kept byte for byte; whatever a strict decoder might refuse or read differently is encoded
+anew; what cannot be decoded is refused with its reason.
+"""
+
+import io
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from bowstore.errors import DataError
+
+MAX_PIXELS = 178_956_970  # Pillow's own bound for an error: 2^29 bytes of RGB
+JPEG_QUALITY = 95
+# Named one by one, so that a hostile file never reaches Pillow's rarer plugins (EPS starts Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what a shard may hold
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_JPEG_FRAMES = frozenset({0xC0, 0xC2})  # baseline and progressive, Huffman-coded
+_JPEG_NO_FRAME = frozenset({0xC4, 0xC8, 0xCC})  # in the range of the frame markers, but tables and extensions
+_JPEG_SCAN = 0xDA
+_LUMA_SAMPLING = frozenset({(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)})
+_PNG_SIGNATURE_BYTES = 8
+_PNG_GREY, _PNG_RGB, _PNG_PALETTE = 0, 2, 3
+
+
+class UnusableImage(DataError):
+    """An image that no shard can hold; the message is the reason, without the file's name."""
+
+
+class Prepared(NamedTuple):
+    """One image as a shard keeps it.
+
+    Attributes:
+        data: the encoded image.
+        extension: jpg, png or webp, by content.
+        height: pixels, in the header and decoded alike.
+        width: pixels.
+        change: why it was encoded anew (for example "cmyk", "rotated", "gif"); None for bytes kept as is.
+    """
+
+    data: bytes
+    extension: str
+    height: int
+    width: int
+    change: str | None
+
+
+def prepare(data: bytes) -> Prepared:
+    """Decode an image in full and return the bytes to keep.
+
+    Kept as they are: baseline and progressive JPEG, PNG and still WebP, 8-bit RGB or grey, upright. All else
+    becomes RGB: JPEG sources JPEG (quality 95, no chroma subsampling), other sources PNG, without EXIF and
+    colour profile. Alpha is dropped, as `convert("RGB")` drops it; 16 bits lose their lower 8; of an
+    animation the first frame stays.
+
+    Args:
+        data: a file's bytes.
+
+    Raises:
+        UnusableImage: nothing that can be decoded, or more than `MAX_PIXELS` pixels.
+    """
+    if not data:
+        raise UnusableImage("empty file")
+    with warnings.catch_warnings():
+        # What Pillow only warns about is either decided here (size) or does not touch the pixels (EXIF).
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return _prepare(image, data)
+        except (UnusableImage, MemoryError):
+            raise
+        except UnidentifiedImageError as error:
+            known = data.startswith(_SIGNATURES)
+            reason = "damaged or cut header" if known else f"not an image: it starts with {data[:16]!r}"
+            raise UnusableImage(reason) from error
+        except Image.DecompressionBombError as error:
+            raise UnusableImage(f"more than {MAX_PIXELS} pixels") from error
+        except Exception as error:
+            # Decoders meet damaged bytes with any exception there is: struct.error, KeyError, SyntaxError...
+            raise UnusableImage(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _prepare(image: Image.Image, data: bytes) -> Prepared:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnusableImage(f"more than {MAX_PIXELS} pixels")
+    image.load()
+    orientation = _orientation(image)
+    change = _change_needed(image, data, orientation)
+    if change is None:
+        return Prepared(data, EXTENSIONS[image.format or ""], height, width, None)
+    rgb = _to_rgb(image)
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    rgb.info = {}  # `save` would write the profile and the resolution found here
+    encoded = io.BytesIO()
+    if image.format in ("JPEG", "MPO"):
+        rgb.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        return Prepared(encoded.getvalue(), "jpg", rgb.height, rgb.width, change)
+    rgb.save(encoded, "PNG")
+    return Prepared(encoded.getvalue(), "png", rgb.height, rgb.width, change)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 where there is none."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - broken EXIF ends in any exception, and turns nothing
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _change_needed(image: Image.Image, data: bytes, orientation: int) -> str | None:
+    """Why the bytes cannot be kept, or None."""
+    if orientation in _UPRIGHT:
+        return "rotated"
+    if image.format == "MPO":
+        return "animated"
+    if image.format not in EXTENSIONS:
+        return (image.format or "unknown").lower()
+    if getattr(image, "is_animated", False):
+        return "animated"
+    if image.mode == "CMYK":
+        return "cmyk"
+    if isinstance(image, JpegImageFile):
+        return None if _is_plain_jpeg(image, data) else "unusual-jpeg"
+    if image.format == "PNG":
+        return _png_change(data)
+    return None if image.mode == "RGB" else "alpha"
+
+
+def _is_plain_jpeg(image: JpegImageFile, data: bytes) -> bool:
+    """Whether every decoder reads this JPEG alike.
+
+    DALI's parser wants the header's segments to follow each other without a gap; libjpeg skips over garbage.
+    GPU decoders know neither arithmetic coding nor unusual sampling, and take three channels for YCbCr.
+    """
+    position, frame = 2, 0
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == _JPEG_SCAN:
+            break
+        if not 0xC0 <= marker <= 0xFE:
+            return False
+        if marker <= 0xCF and marker not in _JPEG_NO_FRAME:
+            frame = marker
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    else:
+        return False
+    return frame in _JPEG_FRAMES and _usual_channels(image)
+
+
+def _usual_channels(image: JpegImageFile) -> bool:
+    """Grey, or YCbCr with the chroma channels alike and no larger than luma."""
+    if image.mode == "L":
+        return True
+    layers = [layer[:3] for layer in image.layer]
+    identifiers = tuple(layer[0] for layer in layers)
+    luma, *chroma = (layer[1:] for layer in layers)
+    return (
+        image.mode == "RGB"
+        and identifiers in ((1, 2, 3), (0, 1, 2))
+        and luma in _LUMA_SAMPLING
+        and chroma == [(1, 1), (1, 1)]
+        and image.info.get("adobe_transform") != 0
+    )
+
+
+def _png_change(data: bytes) -> str | None:
+    """Why a decodable PNG cannot be kept: by its header and its chunks.
+
+    Raises:
+        UnusableImage: pixel data that differ from their checksum; Pillow does not look at the last one.
+    """
+    depth, colour, interlaced = data[24], data[25], data[28]
+    kinds = set(_whole_png_chunks(data))
+    if colour == _PNG_PALETTE:
+        return "palette"
+    if colour not in (_PNG_GREY, _PNG_RGB) or b"tRNS" in kinds:
+        return "alpha"
+    if depth != 8:
+        return "16-bit" if depth == 16 else "few-bits"
+    # Pillow does without IEND, DALI's parser does not.
+    return "unusual-png" if interlaced or b"IEND" not in kinds else None
+
+
+def _whole_png_chunks(data: bytes) -> Iterator[bytes]:
+    """Kinds of chunks, up to IEND or the first that is cut or, being no pixel data, is damaged."""
+    position = _PNG_SIGNATURE_BYTES
+    while position + 12 <= len(data):
+        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        if end + 4 > len(data):
+            return
+        if zlib.crc32(memoryview(data)[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            if kind == b"IDAT":
+                raise UnusableImage("damaged: the checksum of a PNG chunk with pixels is wrong")
+            return
+        yield kind
+        if kind == b"IEND":
+            return
+        position = end + 4
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB pixels; `convert` would clip 16-bit values at 255.
+
+    Raises:
+        UnusableImage: pixels whose range is not known (float, 32-bit integers).
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        high_bytes_HW = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return Image.fromarray(high_bytes_HW).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UnusableImage(f"pixels of Pillow's mode {image.mode} have no known range")
+    return image.convert("RGB")

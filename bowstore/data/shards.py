@@ -1,0 +1,351 @@
+"""Folders of images to WebDataset tars: shuffled once, each image decoded once; same input, same bytes.
+
+What lies in `OUT/<split>/`, in the order of writing:
+
+    .parts/plan.json           what is being made: source listing, settings, classes
+    <split>-000000.tar ...     the shards, each under a temporary name until whole
+    .parts/<split>-000000.json the record of a finished shard: size, digest, changes, quarantine
+    quarantine.jsonl           one line for each image left out: path below the source, reason
+    the index                  see `bowstore.data.index`
+    manifest.json              the records summed up; its presence says that the split is complete
+
+A process killed at any moment leaves finished shards with records, and perhaps one temporary file for each
+worker; the next run goes on with the shards that have no record.
+"""
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from PIL import __version__ as pillow_version
+
+from bowstore import __version__
+from bowstore.data.shard_writer import PARTS_FOLDER, Record, ShardJob, read_record, write_shards
+from bowstore.data.sources import Split, list_splits
+from bowstore.errors import BowstoreError, CorruptError, DataError, MismatchError, MissingError, UsageError
+from bowstore.files import atomic_file, exclusive_lock, read_json, sweep_temporary, write_json
+from bowstore.progress import Progress, say
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+QUARANTINE_FILE = "quarantine.jsonl"
+_PLAN_FILE = "plan.json"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class ShardsReport:
+    """What `make_shards` made, or found made, of one split.
+
+    Attributes:
+        split: train, val or test.
+        folder: where the shards lie.
+        classes: number of classes, 0 without labels.
+        found: images in the source.
+        written: images in the shards.
+        changed: images encoded anew or renamed, by kind.
+        quarantined: images left out.
+        shards: number of tars.
+        new: False if everything lay there already.
+        seconds: wall-clock time of this run.
+    """
+
+    split: str
+    folder: Path
+    classes: int
+    found: int
+    written: int
+    changed: dict[str, int]
+    quarantined: int
+    shards: int
+    new: bool
+    seconds: float
+
+    def summary(self) -> str:
+        """One line for the user."""
+        parts = [f"{self.split}: {self.written} of {self.found} images in {self.shards} shards in {self.folder}"]
+        if self.changed:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.changed.items())
+            parts.append(f"{sum(self.changed.values())} changed ({kinds})")
+        if self.quarantined:
+            parts.append(f"{self.quarantined} quarantined, see {self.folder / QUARANTINE_FILE}")
+        return ("" if self.new else "nothing to do; ") + "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One split of one run: what it is (`identity`, compared with what lies there) and where it goes."""
+
+    source: Path
+    folder: Path
+    split: Split
+    identity: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.identity).encode())
+
+    def jobs(self) -> list[ShardJob]:
+        """The shards: all images, shuffled once, in equal pieces."""
+        settings = self.identity["settings"]
+        order = np.random.Generator(np.random.Philox(settings["seed"])).permutation(len(self.split.images))
+        step, fingerprint = settings["per_shard"], self.fingerprint
+        return [
+            ShardJob(
+                str(self.source),
+                self.folder,
+                fingerprint,
+                f"{self.split.name}-{start // step:06d}.tar",
+                [self.split.images[row] for row in order[start : start + step].tolist()],
+            )
+            for start in range(0, len(order), step)
+        ]
+
+
+def make_shards(
+    source: Path, out: Path, *, seed: int = 0, per_shard: int = 4096, workers: int | None = None
+) -> list[ShardsReport]:
+    """Write the images below `source` as shards, with index and manifest, to `out/<split>`.
+
+    Runs on from where an earlier run was stopped; does nothing where everything lies there already. With more
+    than one worker it starts processes: a script that calls it needs the usual `if __name__ == "__main__"`.
+
+    Args:
+        source: folder as `bowstore.data.sources.list_splits` reads it.
+        out: folder for the splits; made if it is not there.
+        seed: of the one global shuffle.
+        per_shard: source images in a shard.
+        workers: processes; None for one a core; 1 for none beside this one.
+
+    Returns:
+        A report for each split, in the order train, val, test.
+
+    Raises:
+        UsageError: an argument out of range, or `out` is or lies in `source`.
+        MissingError: no `source`.
+        DataError: nothing to write, classes that differ between splits, files that change underneath.
+        MismatchError: `out` holds shards of another source or with other settings.
+        BusyError: another process writes to `out`.
+        BowstoreError: the disk is full, `out` cannot be written, a worker died.
+    """
+    for name, value, low in (("seed", seed, 0), ("per_shard", per_shard, 1), ("workers", workers, 1)):
+        if value is not None and value < low:
+            raise UsageError(f"{name} is {value}; it must be at least {low}")
+    splits = list_splits(source)
+    _check_places(source, out, splits)
+    settings = {"seed": seed, "per_shard": per_shard}
+    plans = [_Plan(source, out / split.name, split, _identity(split, settings)) for split in splits]
+    with _one_line_errors(out), exclusive_lock(out / ".lock", str(out)):
+        for plan in plans:  # refuse before the first hour of work, not after it
+            _refuse_other_content(plan)
+        reports = []
+        for plan in plans:
+            reports.append(_make_split(plan, workers or len(os.sched_getaffinity(0))))
+            say(reports[-1].summary())
+    return reports
+
+
+def _identity(split: Split, settings: dict[str, int]) -> dict[str, Any]:
+    return {
+        "format": "bowstore-shards",
+        "version": FORMAT_VERSION,
+        "split": split.name,
+        "source": {
+            "images": len(split.images),
+            "size_bytes": split.size_bytes,
+            "listing": split.listing_digest(),
+        },
+        "settings": settings,
+        "classes": list(split.classes),
+    }
+
+
+def _check_places(source: Path, out: Path, splits: Sequence[Split]) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a folder; take another name for the shards")
+    real_source, real_out = source.resolve(), out.resolve()
+    if real_out.is_relative_to(real_source):
+        raise UsageError(f"{out} lies in the source {source}; shards need a folder outside it")
+    for split in splits:
+        if real_source.is_relative_to(real_out / split.name):
+            raise UsageError(f"the source {source} lies in {out / split.name}, where shards would go; take another OUT")
+
+
+@contextmanager
+def _one_line_errors(out: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one line with a remedy."""
+    try:
+        yield
+    except BowstoreError:
+        raise
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise BowstoreError(
+                f"no space left for {out} ({error.strerror}); finished shards are kept: "
+                "free some space and run the same command again"
+            ) from error
+        raise BowstoreError(
+            f"cannot write {error.filename or out}: {error.strerror or error}; name a folder that you may write to"
+        ) from error
+
+
+def _refuse_other_content(plan: _Plan) -> None:
+    """Refuse a folder that holds other shards than the plan's, saying what differs."""
+    tars = sorted(path.name for path in plan.folder.glob("*.tar"))
+    if not tars:
+        return
+    recorded = _recorded_identity(plan.folder)
+    if recorded is None:
+        difference = f"that `bowstore shards` did not write, for example {tars[0]}"
+    else:
+        difference = _difference(recorded, plan)
+    if difference:
+        raise MismatchError(
+            f"{plan.folder} holds shards {difference}; take another OUT, or remove {plan.folder} to make it anew"
+        )
+
+
+def _recorded_identity(folder: Path) -> dict[str, Any] | None:
+    for path in (folder / MANIFEST_FILE, folder / PARTS_FOLDER / _PLAN_FILE):
+        try:
+            recorded = read_json(path)
+        except MissingError:
+            continue
+        if not isinstance(recorded, dict):
+            raise CorruptError(f"{path} holds no manifest; remove {folder} and run the command again")
+        return recorded
+    return None
+
+
+def _difference(recorded: dict[str, Any], plan: _Plan) -> str:
+    """What a recorded plan has otherwise, as the end of a sentence; empty if nothing."""
+    wanted = plan.identity
+    for name in ("format", "version", "split"):
+        if recorded.get(name) != wanted[name]:
+            return f"with {name} {recorded.get(name)}, not {wanted[name]}"
+    for name, value in wanted["settings"].items():
+        if recorded["settings"].get(name) != value:
+            return f"made with {name} {recorded['settings'].get(name)}, not {value}"
+    before, now = recorded["source"], wanted["source"]
+    if before != now:
+        return (
+            f"of {before['images']} images in {before['size_bytes']} bytes (listing {before['listing'][:8]}), "
+            f"but {plan.source} now has {now['images']} in {now['size_bytes']} bytes ({now['listing'][:8]})"
+        )
+    if recorded["classes"] != wanted["classes"]:
+        return f"of {len(recorded['classes'])} other classes, not of these {len(wanted['classes'])}"
+    return ""
+
+
+def _make_split(plan: _Plan, workers: int) -> ShardsReport:
+    """Write what is missing of one split, then its index, then its manifest."""
+    start = time.monotonic()
+    folder = plan.folder
+    manifest = _complete_manifest(folder)
+    new = manifest is None
+    if manifest is None:
+        _prepare_folder(plan)
+        manifest = _finish(plan, _write_missing(plan, workers))
+    counts = manifest["counts"]
+    return ShardsReport(
+        split=plan.split.name,
+        folder=folder,
+        classes=len(plan.split.classes),
+        found=counts["found"],
+        written=counts["written"],
+        changed=counts["changed"],
+        quarantined=counts["quarantined"],
+        shards=len(manifest["shards"]),
+        new=new,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _prepare_folder(plan: _Plan) -> None:
+    """Make the folder ready for writing: nothing of dead writers or of another plan, and no manifest."""
+    folder = plan.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    if not any(folder.glob("*.tar")):
+        shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
+    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
+    sweep_temporary(folder)
+    sweep_temporary(folder / PARTS_FOLDER)
+    write_json(folder / PARTS_FOLDER / _PLAN_FILE, plan.identity)
+
+
+def _complete_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, if it is there and all its shards have their sizes."""
+    try:
+        manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
+        whole = all((folder / shard["name"]).stat().st_size == shard["size_bytes"] for shard in manifest["shards"])
+    except FileNotFoundError:  # MissingError, too
+        return None
+    return manifest if whole else None
+
+
+def _write_missing(plan: _Plan, workers: int) -> list[Record]:
+    """Write the shards that have no valid record; return the records of all, in the order of their names."""
+    jobs = plan.jobs()
+    records = {job.name: record for job in jobs if (record := read_record(job))}
+    missing = [job for job in jobs if job.name not in records]
+    images_left = sum(len(job.images) for job in missing)
+    _warn_if_tight(plan.folder, missing)
+    total = len(plan.split.images)
+    with Progress(f"shards {plan.split.name}", total, done=total - images_left) as progress:
+        for record in write_shards(missing, workers, progress.advance):
+            records[record.name] = record
+    return [records[job.name] for job in jobs]
+
+
+def _warn_if_tight(folder: Path, missing: Sequence[ShardJob]) -> None:
+    needed = sum(max(image.size_bytes, 0) for job in missing for image in job.images)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        say(f"warning: {folder} has {free / 2**30:.2f} GiB free, the images to write take {needed / 2**30:.2f} GiB")
+
+
+def _finish(plan: _Plan, records: Sequence[Record]) -> dict[str, Any]:
+    """Quarantine list, index and manifest of a split whose shards are all there."""
+    from bowstore.data.index import build_index
+
+    quarantined = sorted((line for record in records for line in record.quarantined), key=lambda line: line["path"])
+    with atomic_file(plan.folder / QUARANTINE_FILE) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in quarantined)
+    shards = [record for record in records if record.samples]
+    if not shards:
+        raise DataError(
+            f"all {len(quarantined)} images of split {plan.split.name} in {plan.source} were quarantined; "
+            f"see {plan.folder / QUARANTINE_FILE} for the reasons"
+        )
+    build_index(plan.folder, classes=plan.split.classes)
+    sweep_temporary(plan.folder)  # workers of a killed run may have been alive still when this one began
+    sweep_temporary(plan.folder / PARTS_FOLDER)
+    changed: Counter[str] = Counter()
+    for record in shards:
+        changed.update(record.changed)
+    manifest = plan.identity | {
+        "bowstore": __version__,
+        "pillow": pillow_version,
+        "counts": {
+            "found": len(plan.split.images),
+            "written": sum(record.samples for record in shards),
+            "changed": dict(sorted(changed.items())),
+            "quarantined": len(quarantined),
+        },
+        "shards": [
+            {"name": r.name, "samples": r.samples, "size_bytes": r.size_bytes, "digest": r.digest} for r in shards
+        ],
+    }
+    write_json(plan.folder / MANIFEST_FILE, manifest)
+    return manifest
