@@ -2,8 +2,8 @@
 
 import os
 
-# Before torch loads its OpenMP runtime: waiting threads must sleep, not spin. Spinning ones take the cores that
-# DALI's decoding threads and other processes need (docs/results/threads.md: 5 times slower on two busy cores).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch loads its OpenMP runtime: a waiting thread spins briefly, then sleeps. The default spins for
+# milliseconds, on cores that DALI's decoding threads and other processes need (docs/results/threads.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from bowstore.config import Workspace, find_config
-from bowstore.evaluate.run import Evaluated, evaluate_run_linear
+from bowstore.evaluate.protocol import Result, comparison_table
+from bowstore.evaluate.run import evaluate_run_linear
 from bowstore.files import write_json
 from bowstore.progress import format_seconds, say, timed
 
 LAYER, WORDS = "block3", 256
-_TRAIN_IMAGES, _VAL_IMAGES, _SIZE = 6000, 2000, 32
+_TRAIN_IMAGES, _VAL_IMAGES, _SIZE = 10_000, 2_500, 32
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class DemoResult:
     """What the demo measured.
 
     Attributes:
-        rows: evaluations of the random network, RotNet and BoWNet.
+        rows: evaluations of the random network, RotNet and BoWNet, one for each protocol.
         seconds: wall-clock seconds by stage.
-        peak_memory_bytes: of this process.
+        peak_memory_bytes: of the largest process.
         out: folder of the workspace.
     """
 
-    rows: list[Evaluated]
+    rows: dict[str, list[Result]]
     seconds: dict[str, float]
     peak_memory_bytes: int
     out: Path
@@ -36,8 +37,10 @@ class DemoResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
         return {
-            "protocol": self.rows[0].result.protocol,
-            "accuracy": {row.name: row.result.metrics["top1"] for row in self.rows},
+            "top1": {
+                name: {f"{result.protocol} v{result.protocol_version}": result.metrics["top1"] for result in results}
+                for name, results in self.rows.items()
+            },
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "out": str(self.out),
@@ -45,21 +48,13 @@ class DemoResult:
 
     def text(self) -> str:
         """The table."""
-        first = self.rows[0].result
-        lines = [
-            "",
-            f"linear probe on frozen features ({first.protocol} v{first.protocol_version}), accuracy in %",
-            f"{_TRAIN_IMAGES} train and {_VAL_IMAGES} test images of 10 classes, {_SIZE} px",
-            "",
-        ]
-        lines += [f"  {row.name:24}{100 * row.result.metrics['top1']:6.1f}" for row in self.rows]
         stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
-        lines += [
-            "",
+        return (
+            f"\nLinear probe on frozen features, {_TRAIN_IMAGES} train and {_VAL_IMAGES} test images of 10 classes, "
+            f"top-1 accuracy in %\n\n{comparison_table(self.rows)}\n\n"
             f"{format_seconds(sum(self.seconds.values()))} in all ({stages}), "
-            f"peak memory {self.peak_memory_bytes / 1e9:.1f} GB; everything lies in {self.out}/",
-        ]
-        return "\n".join(lines)
+            f"peak memory {self.peak_memory_bytes / 1e9:.1f} GB; everything lies in {self.out}/"
+        )
 
 
 def run_demo(out: Path, *, seed: int = 0) -> DemoResult:
@@ -105,23 +100,26 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoResult:
     with timed(seconds, "BoWNet"):
         student = resolve_train(workspace, None, [f"seed={seed}"])
         say(train(student, workspace.runs).text())
-    rows = []
+    rows = {}
     with timed(seconds, "linear"):
-        for label, run, random_init in (
+        for name, run, random_init in (
             ("random network", student.name, True),
             ("RotNet", teacher.name, False),
             ("BoWNet", student.name, False),
         ):
-            evaluated = evaluate_run_linear(
-                workspace.runs / run,
-                train=workspace.shards,
-                test=workspace.val_shards or workspace.shards,
-                random_init=random_init,
-            )
-            rows.append(Evaluated(label, evaluated.result))
-    peak_bytes = 1024 * max(
-        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    result = DemoResult(rows, seconds, peak_bytes, out)
+            rows[name] = [_probe(workspace, run, random_init, standardise) for standardise in (False, True)]
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    result = DemoResult(rows, seconds, 1024 * max(usage), out)
     write_json(folder / "demo.json", result.as_dict())
     return result
+
+
+def _probe(workspace: Workspace, run: str, random_init: bool, standardise: bool) -> Result:
+    assert workspace.val_shards is not None, "the demo's workspace names its test shards"
+    return evaluate_run_linear(
+        workspace.runs / run,
+        train=workspace.shards,
+        test=workspace.val_shards,
+        random_init=random_init,
+        standardise=standardise,
+    ).result

@@ -151,7 +151,6 @@ def make_shards(
         reports = []
         for plan in plans:
             reports.append(_make_split(plan, workers or len(os.sched_getaffinity(0))))
-            say(reports[-1].summary())
     return reports
 
 
