@@ -1,6 +1,7 @@
 # make demo     install and run the whole job on rendered images
 # make test     install and run the tests
 # make check    ruff and mypy
+# make bench    the demo, then training with its loader over the same step on resident data
 # make shards SRC=... OUT=...   images to WebDataset shards
 VENV ?= .venv
 PYTHON ?= python3.11
@@ -35,8 +36,8 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install
-	$(BIN)/bowstore bench train
+bench: demo
+	$(BIN)/bowstore bench train --config configs/demo_bownet.yaml --set shards=demo/shards/train --store demo/seed-0/words.zarr
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache

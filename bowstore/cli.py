@@ -33,6 +33,14 @@ class _Group(click.Group):
             if ctx.params.get("debug"):
                 raise
             _fail(_os_error(error), 1)
+        except ModuleNotFoundError as error:
+            if error.name != "faiss" or ctx.params.get("debug"):
+                raise
+            _fail("FAISS is not installed; pip install 'bowstore[cpu]', or 'bowstore[gpu]' on a GPU machine", 1)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError" or ctx.params.get("debug"):
+                raise
+            _fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); lower the batch", 1)
         except KeyboardInterrupt:
             _fail("interrupted; run the command again to go on", 130)
 
@@ -194,7 +202,7 @@ def train(
     from bowstore.workspace import resolve_train
 
     flags = {"name": name, "shards": shards_dir, "seed": seed}
-    overrides += tuple(f"{key}={value}" for key, value in flags.items() if value is not None)
+    overrides += tuple(f"{key}={json.dumps(str(value))}" for key, value in flags.items() if value is not None)
     workspace = load_workspace()
     report = run_train(resolve_train(workspace, config, overrides, store=store), workspace.runs, resume=resume)
     if report.first:
@@ -223,7 +231,7 @@ def _run_options(command: Any) -> Any:
 @_run_options
 @click.option("--train", "train_shards", type=_PATH, help="Labelled train shards.  [default: the workspace's]")
 @click.option("--test", "test_shards", type=_PATH, help="Labelled test shards.  [default: the workspace's]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the linear layer.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of training.")
 @click.option("--standardise", is_flag=True, help="Standardise features (another protocol id).")
 def linear(
     name: str | None, random_init: bool, train_shards: Path | None, test_shards: Path | None, as_json: bool, **how: Any

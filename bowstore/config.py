@@ -18,6 +18,7 @@ WORKSPACE_FILE = "bowstore.yaml"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Triple = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -38,7 +39,7 @@ class ViewConfig(Strict):
     size: int = Field(224, ge=8, le=2048, description="side of the square network input, pixels")
     resize: int | None = Field(256, ge=8, description="short side before the clean centre crop, pixels")
     mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     area: tuple[float, float] = Field((0.08, 1.0), description="crop area, share of the image")
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="crop width / height")
     flip: bool = True
@@ -119,7 +120,7 @@ class TrainConfig(Strict):
     task: Literal["rotation", "words"]
     seed: int = Field(0, ge=0, lt=2**32)
     shards: Path | None = Field(None, description="shards with their index; null: the workspace's")
-    images: int | None = Field(None, ge=1, description="use only the first so many rows")
+    images: int | None = Field(None, ge=1, description="use at most so many, the first rows")
     view: ViewConfig = ViewConfig()
     model: ModelConfig = ModelConfig()
     words: WordsConfig = WordsConfig()

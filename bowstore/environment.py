@@ -1,5 +1,6 @@
 """What a number was measured with: the device and the versions of what decides it."""
 
+import os
 import platform
 from importlib import metadata
 
@@ -28,7 +29,22 @@ def choose_device(setting: str, local_rank: int = 0) -> torch.device:
         raise UsageError("device cuda was asked for, but torch sees no GPU; check the driver, or ask for cpu")
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"rank {local_rank} of this machine needs GPU {local_rank}, and torch sees {torch.cuda.device_count()}; "
+            f"lower --nproc-per-node"
+        )
     return torch.device("cuda", local_rank)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cores_per_rank() -> int:
+    """This process's share of the machine's cores, among the ranks that torchrun started on it."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def device_name(device: torch.device) -> str:

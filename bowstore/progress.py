@@ -5,12 +5,10 @@ Everything goes to stderr; stdout is for results alone.
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
 
-T = TypeVar("T")
 _LOG_EVERY_SECONDS = 10.0
 
 
@@ -116,14 +114,6 @@ def format_seconds(seconds: float) -> str:
     """Time left as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def track(items: Iterable[T], what: str, total: int, unit: str) -> Iterator[T]:
-    """Yield `items`, counting each as progress."""
-    with Progress(what, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.advance()
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Which files a command means when its flags do not say: the rules of a workspace, in one place."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +34,8 @@ def init_workspace(folder: Path, recipe: str | None) -> list[Path]:
     for name in RECIPES[recipe] if recipe else ():
         target = folder / "configs" / name
         if not target.exists():
-            shutil.copyfile(bundled_configs() / name, target)
+            with atomic_file(target) as file:
+                file.write((bundled_configs() / name).read_bytes())
             written.append(target)
     config = f"configs/{RECIPES[recipe][1]}" if recipe else "null"
     with atomic_file(path) as file:
@@ -120,7 +120,11 @@ def _student(store: Path) -> Path:
             f"no --config was given and there is no word store {store}: train a teacher with --config first, then "
             f"`bowstore encode`"
         )
-    student = open_store(store).layer().attributes["teacher"]["student"]
+    layers = [layer for layer in open_store(store).every_layer() if layer.complete]
+    students = {layer.attributes["teacher"]["student"] for layer in layers}
+    if len(students) > 1:
+        raise UsageError(f"the layers of {store} come from teachers of different students; give --config")
+    (student,) = students
     if not student:
         raise MissingError(f"the teacher of {store} names no student configuration; give --config")
     return Path("configs") / str(student)

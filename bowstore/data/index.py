@@ -9,8 +9,8 @@ Legend: N samples.
 
 import io
 import json
-import os
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from bowstore.data.tar import Member, image_extension, read_members, split_key
+from bowstore.environment import cores
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
 from bowstore.files import atomic_file, file_digest, read_json
 from bowstore.progress import Progress
@@ -114,11 +115,7 @@ def build_index(root: Path, *, classes: tuple[str, ...] = (), workers: int | Non
     paths = sorted(root.glob("*.tar"))
     if not paths:
         raise MissingError(f"no *.tar file in {root}; name the folder that holds the shards themselves")
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, Progress("index", len(paths), "shards") as progress:
-        parts: list[_ShardTable] = []
-        for part in pool.map(_scan_shard, paths):
-            parts.append(part)
-            progress.advance()
+    parts = _scan(paths, workers)
     columns, entries = _merge(parts, paths)
     _refuse_duplicates(columns)
     fingerprint = xxhash.xxh3_128(columns["key_hash"].tobytes())
@@ -218,6 +215,22 @@ class _Sample(NamedTuple):
     members: list[Member]
 
 
+def _scan(paths: Sequence[Path], workers: int | None) -> list["_ShardTable"]:
+    """The tables of all tars, in order, read in threads."""
+    parts: list[_ShardTable] = []
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(workers or cores()) as pool,
+        Progress("index", len(paths), "shards") as progress,
+    ):
+        # Pillow warns of half of what it refuses; a header alone costs nothing.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        for part in pool.map(_scan_shard, paths):
+            parts.append(part)
+            progress.advance()
+    return parts
+
+
 def _scan_shard(path: Path) -> _ShardTable:
     """Samples of one tar, from its headers and the headers of its images."""
     samples: list[_Sample] = []
@@ -246,9 +259,10 @@ def _sample(file: Any, path: Path, group: Sequence[Member]) -> _Sample:
         raise DataError(f"{path}: sample {key!r} has {len(images)} images, not one (members: {names})")
     file.seek(images[0].offset)
     try:
-        with Image.open(io.BytesIO(file.read(images[0].size))) as image:  # reads the header, decodes nothing
+        data = io.BytesIO(file.read(images[0].size))
+        with Image.open(data, formats=("JPEG", "PNG", "WEBP")) as image:  # reads the header, decodes nothing
             width, height = image.size
-    except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{path}: image {images[0].name!r} has no readable header ({error}); `bowstore shards` would set it aside"
         ) from error

@@ -7,7 +7,6 @@ Legend: B batch, C channels, H W pixels of the network input.
 """
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 from bowstore.config import Triple, ViewConfig
 from bowstore.data.plan import Plan
 from bowstore.data.reader import ImageSource, prefetched, touch
+from bowstore.environment import cores_per_rank
 from bowstore.errors import DataError
 
 _PREFETCH = 2
@@ -160,7 +160,7 @@ def _pipeline(batch: int, device: torch.device, threads: int | None) -> Pipeline
     gpu = device.type == "cuda"
     return Pipeline(
         batch_size=batch,
-        num_threads=threads or os.cpu_count() or 1,
+        num_threads=threads or cores_per_rank(),
         device_id=(device.index or 0) if gpu else None,
         prefetch_queue_depth=_PREFETCH,
         seed=0,
@@ -182,13 +182,11 @@ def _short_side(images: Any, bounds: Any, resize: int, crop: int | None) -> Any:
     torchvision truncates the long side and rounds half a pixel of offset to the even neighbour; DALI's own modes
     round both up, which moves many images by a pixel.
     """
-    short = math.min(bounds[0], bounds[1])
-    scaled = fn.cast(bounds * resize, dtype=types.FLOAT) / fn.cast(short, dtype=types.FLOAT)
-    target = math.floor(scaled + 1e-3)  # a fraction is at least 1 / short; the rest is float32's rounding
-    images = fn.resize(images, size=target, antialias=True)
+    target = (bounds * resize) // math.min(bounds[0], bounds[1])
+    images = fn.resize(images, size=fn.cast(target, dtype=types.FLOAT), antialias=True)
     if crop is None:
         return images
-    gap = fn.cast(target, dtype=types.INT32) - crop
+    gap = target - crop
     half = gap // 2
     start = half + (gap - 2 * half) * (half - 2 * (half // 2))
     return fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
@@ -297,9 +295,11 @@ class _Feed(Generic[T]):
 
 def _run(pipe: Pipeline, feed: _Feed[T], blame: Callable[[T], str]) -> Iterator[tuple[T, Tensor]]:
     """Run to the end of the feed and hand out in order; `blame` names the bad image of a batch that failed."""
+    gpu = pipe.device_id is not None
     while True:
         try:
-            (output,) = pipe.run()
+            # On a GPU, outputs and the reuse of their memory are ordered on the stream that reads them.
+            (output,) = pipe.run(torch.cuda.current_stream(pipe.device_id) if gpu else None)
         except StopIteration:
             return
         except RuntimeError as error:

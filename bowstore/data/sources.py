@@ -5,6 +5,7 @@ Reads names, sizes and times only; no image is opened here.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,9 +178,10 @@ def _refuse_unknown(folder: Path, found: Sequence[str], reference: str, known: S
 def make_keys(paths: Sequence[str]) -> list[str]:
     """Keys of image files, in the order given; the owner of the rule for names in shards.
 
-    A key is the path without its extension, with everything but ASCII letters, digits and a few marks
-    replaced by "_". Of paths that come out the same, all but the first get a hash of the path behind; so does
-    a key of more than `MAX_KEY_BYTES` bytes, which is cut.
+    A key is the path without its extension, with everything but ASCII letters, digits and a few marks replaced
+    by "_". Where that loses something (a mark was replaced, two paths come out the same, more than
+    `MAX_KEY_BYTES` bytes were cut), a hash of the path stands behind. So a key depends on its path alone but for
+    twins such as a.jpg and a.png, and when one twin is removed the other's key is new, never the lost one's.
 
     Args:
         paths: relative to the split's folder, each with an extension.
@@ -187,29 +189,28 @@ def make_keys(paths: Sequence[str]) -> list[str]:
     Returns:
         Unique keys without dots and white space, at most `MAX_KEY_BYTES` bytes each.
     """
-    plain = [_plain_key(path) for path in paths]
-    taken = set(plain)
+    stems = [path.rpartition(".")[0] for path in paths]
+    plain = [_plain_key(stem) for stem in stems]
+    often = Counter(plain)
     used: set[str] = set()
     keys = []
-    for path, key in zip(paths, plain, strict=True):
-        if key in used:
-            salt = path
-            while (candidate := _with_hash(key, salt, digits=8)) in taken:
+    for path, stem, key in zip(paths, stems, plain, strict=True):
+        if key != stem or often[key] > 1 or len(key) > MAX_KEY_BYTES:
+            salt, candidate = path, _with_hash(key, path)
+            while candidate in used or candidate in often:
                 salt += "'"
+                candidate = _with_hash(key, salt)
             key = candidate
-            taken.add(key)
         used.add(key)
         keys.append(key)
     return keys
 
 
-def _plain_key(path: str) -> str:
-    stem = path.rpartition(".")[0]
+def _plain_key(stem: str) -> str:
     # webdataset passes over names that begin and end with two underscores.
-    parts = (_NOT_IN_KEYS.sub("_", part).lstrip("_") or "x" for part in stem.split("/"))
-    key = "/".join(parts)
-    return key if len(key) <= MAX_KEY_BYTES else _with_hash(key, path, digits=16)
+    return "/".join(_NOT_IN_KEYS.sub("_", part).lstrip("_") or "x" for part in stem.split("/"))
 
 
-def _with_hash(key: str, salt: str, *, digits: int) -> str:
+def _with_hash(key: str, salt: str) -> str:
+    digits = 16
     return f"{key[: MAX_KEY_BYTES - digits - 1]}-{xxhash.xxh3_64_hexdigest(os.fsencode(salt))[:digits]}"

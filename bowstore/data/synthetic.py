@@ -338,7 +338,7 @@ def write_images(out: Path, *, train: int, val: int, size: int = 32, seed: int =
         sweep_temporary(folder)
     write_json(out / MARKER, arguments | {"complete": False})
     rows = [(split, index) for split, count in (("train", train), ("val", val)) for index in range(count)]
-    missing = [(split, index) for split, index in rows if not _image_path(out, split, index).exists()]
+    missing = [(split, index) for split, index in rows if not _is_written(_image_path(out, split, index))]
     with Progress("render", len(rows), done=len(rows) - len(missing)) as progress:
         _write_rows(out, missing, size, seed, workers, progress)
     write_json(out / MARKER, arguments | {"complete": True})
@@ -362,6 +362,10 @@ def _is_complete(out: Path, arguments: dict[str, int]) -> bool:
         if held.get(name) != value:
             raise MismatchError(f"{out} holds images of {name} {held.get(name)}, not {value}; name another folder")
     return bool(held.get("complete"))
+
+
+def _is_written(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0  # after a power cut a file may be there and empty
 
 
 def _image_path(out: Path, split: str, index: int) -> Path:

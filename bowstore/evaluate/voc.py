@@ -9,7 +9,7 @@ Legend: N images, K classes.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,8 @@ Split = Literal["trainval", "test"]
 _LABELS = {"1": PRESENT, "-1": ABSENT, "0": IGNORED}
 _LAST_STAGES = 2
 _VOC07_SHAPE = (5011, 4952, 20)  # images in trainval and test, classes
+
+_SIZE, _RESIZE = 224, 256  # pixels (protocols, section 3.1)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def evaluate_voc07(
     Args:
         backbone: the frozen network.
         voc: devkit folder with JPEGImages and ImageSets, holding both splits.
-        view: size, resize and normalisation; the protocol's are 224, 256 and ImageNet's.
+        view: its normalisation is used; size and resize are the protocol's, 224 and 256.
         out: run directory.
         costs: the public code whose cost list (and, for obow, pooling) is used.
         layers: which maps; None for the last two stages (obow: the last).
@@ -183,8 +185,9 @@ def evaluate_voc07(
     device, start = device or choose_device("auto"), time.monotonic()
     splits = _open_splits(voc, COSTS[costs], jobs)
     train, test = splits.values()
-    taps = _taps(backbone.to(device), layers, costs, view.size)
-    clean = clean_view(view, squash=True)
+    # The protocol fixes the geometry, whatever size the network was trained at.
+    clean = replace(clean_view(view, squash=True), size=_SIZE, resize=_RESIZE)
+    taps = _taps(backbone.to(device), layers, costs, clean.size)
     features = [
         extract(
             backbone,

@@ -123,8 +123,3 @@ def extra_residual_stage(backbone: Backbone) -> nn.Module:
     block = BasicBlock if backbone.arch in ("resnet18", "resnet34") else Bottleneck
     downsample = nn.Sequential(nn.Conv2d(width, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
     return block(width, width // block.expansion, stride=2, downsample=downsample)  # type: ignore[no-any-return]
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, validate
+from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, load_yaml, validate
 from bowstore.errors import CorruptError, MismatchError, MissingError
 from bowstore.files import atomic_file
 from bowstore.models.registry import Backbone, build_backbone
@@ -127,7 +126,7 @@ def read_run_config(run: Path) -> TrainConfig:
     path = run / CONFIG_FILE
     if not path.exists():
         raise MissingError(f"{run} is not a run directory (it has no {CONFIG_FILE})")
-    return validate(TrainConfig, yaml.safe_load(path.read_text()), str(path))
+    return validate(TrainConfig, load_yaml(path), str(path))
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -18,8 +18,10 @@ def save_checkpoint(run: Path, state: dict[str, Any], *, keep: int) -> Path:
     path = folder / f"step-{state['step']:09d}.pt"
     with atomic_file(path) as file:
         torch.save({"version": CHECKPOINT_VERSION, **state}, file)
-    for old in checkpoints(run)[keep:]:
-        old.unlink(missing_ok=True)
+    others = [other for other in checkpoints(run) if other != path]
+    # A name above this step is a damaged file that was passed over, or of a schedule that was given up.
+    for other in [*(o for o in others if o > path), *[o for o in others if o < path][keep - 1 :]]:
+        other.unlink(missing_ok=True)
     return path
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bowstore.environment import choose_device
+from bowstore.environment import choose_device, cores_per_rank
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -74,7 +74,7 @@ def joined(setting: str) -> Iterator[World]:
         return
     if device.type == "cpu":
         # torchrun pins each process to one thread unless told; share the cores out instead.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+        torch.set_num_threads(cores_per_rank())
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield World(dist.get_rank(), size, device)

@@ -3,7 +3,6 @@
 Legend: B batch, C channels, H W pixels.
 """
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,18 +21,19 @@ from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import Batch, train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader
-from bowstore.errors import MismatchError, TrainingError, UsageError
+from bowstore.errors import BowstoreError, MismatchError, TrainingError
 from bowstore.files import exclusive_lock
 from bowstore.models import saved
 from bowstore.progress import say
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.distributed import World, joined
 from bowstore.train.metrics import Meter, RunLog
-from bowstore.train.rundir import claim_run, write_environment
+from bowstore.train.rundir import check_run, write_config, write_environment
 from bowstore.train.schedule import learning_rate, total_steps
 from bowstore.train.tasks import Network, Task, build_task
 
 _STOPPED_EXIT_CODE = 143
+_ASK_EVERY_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
     with ExitStack() as stack:
         # --- who and where
         world = stack.enter_context(joined(config.runtime.device))
-        if world.first:
-            stack.enter_context(exclusive_lock(run / ".lock", f"run directory {run}"))
-            claim_run(run, config, resume=resume)
-        world.barrier()
+        _claim(run, config, world, stack, resume=resume)
 
         # --- data
         index = open_index(config.shards)
@@ -111,11 +108,14 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         optimizer = build_optimizer(network, config)
         state = ckpt.load_newest(run)
         first = _restore(state, network, optimizer, task, run) if state else 0
-        if first >= steps:
+        _same_start(first, world)
+        if first >= steps or (state is None and saved.is_finished(run)):
             return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
         model = wrap_network(network, config, world)
         if world.first:
+            write_config(run, config)
             write_environment(run, world, task.inputs)
+            (run / saved.BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
 
         # --- the loop
         batches = train_batches(
@@ -124,7 +124,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             plans(schedule, index, config.view, start=first, stop=steps),
             batch=schedule.rank_batch,
             device=world.device,
-            threads=config.runtime.threads or _threads(world),
+            threads=config.runtime.threads,
         )
         log = None
         if world.first:
@@ -137,17 +137,18 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             scalars = train_step(model, optimizer, task, batch, rate, amp=config.runtime.amp)
             meter.count(config.optim.batch, scalars)
             done = step + 1
-            stopping = stop_requested() if world.size == 1 else False
+            # Ranks must agree on when to stop; asking costs an all-reduce, so many ranks ask every few steps.
+            stopping = (world.size == 1 or done % _ASK_EVERY_STEPS == 0) and world.any(stop_requested())
             if done % config.runtime.log_every_steps == 0 or done == steps or stopping:
                 values = meter.read(world)  # the only place that waits for the device
                 _check_finite(values["loss"], done, rate, run)
-                stopping = world.any(stop_requested())
                 order = keys_digest(batch.plan, index, schedule, world)
                 if log:
                     log.write(done, {**values, "lr": rate}, order)
             if log:
                 log.progress.advance(config.optim.batch)
             if done % config.runtime.checkpoint_every_steps == 0 or done == steps or stopping:
+                _check_finite(meter.mean_loss(world), done, rate, run)  # never save what cannot be gone on from
                 if world.first:
                     _save(run, config, done, network, optimizer, task)
             if stopping:
@@ -198,22 +199,27 @@ def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:
     )
 
 
+def _claim(run: Path, config: TrainConfig, world: World, stack: ExitStack, *, resume: bool) -> None:
+    """Lock and check the run directory on rank 0; the others leave quietly if it is refused there."""
+    refusal: BowstoreError | None = None
+    if world.first:
+        try:
+            stack.enter_context(exclusive_lock(run / ".lock", f"run directory {run}"))
+            check_run(run, config, resume=resume)
+        except BowstoreError as error:
+            refusal = error
+    if world.any(refusal is not None):
+        raise refusal or SystemExit(1)
+
+
 def data_schedule(config: TrainConfig, index: Index, world: World) -> Schedule:
     """The order of a run over the rows it may use.
 
     Raises:
-        UsageError: `images` is more than there are, or the batch does not fit.
+        UsageError: the batch does not fit the images or the ranks.
     """
-    images = len(index)
-    if config.images is not None:
-        if config.images > images:
-            raise UsageError(f"images {config.images} is more than the {images} in {config.shards}; lower it")
-        images = config.images
+    images = min(len(index), config.images or len(index))
     return Schedule(images, config.optim.batch, config.seed, world.rank, world.size)
-
-
-def _threads(world: World) -> int:
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def wrap_network(network: Network, config: TrainConfig, world: World) -> nn.Module:
@@ -229,15 +235,33 @@ def wrap_network(network: Network, config: TrainConfig, world: World) -> nn.Modu
 def _restore(state: dict[str, Any], network: Network, optimizer: torch.optim.Optimizer, task: Task, run: Path) -> int:
     """Load a checkpoint into network and optimiser; return its step."""
     if state["inputs"] != task.inputs:
-        changed = [name for name in task.inputs if state["inputs"].get(name) != task.inputs[name]]
+        names = sorted(state["inputs"].keys() | task.inputs.keys())
+        changed = [name for name in names if state["inputs"].get(name) != task.inputs.get(name)]
         raise MismatchError(
             f"{' and '.join(changed)} changed since the checkpoint of {run} was written; restore them, or train "
             f"under another --name"
         )
     saved.load_weights(network.backbone, state["backbone"], str(run))
     saved.load_weights(network.head, state["head"], str(run))
-    optimizer.load_state_dict(state["optimizer"])
+    values = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise MismatchError(
+            f"the optimiser's parameter groups in the checkpoint of {run} are others ({error}); "
+            f"optim.decay_norm_and_bias cannot change within a run: train under another --name"
+        ) from error
+    for group, fresh in zip(optimizer.param_groups, values, strict=True):
+        group.update(fresh)  # --resume with new values means the new ones
     return int(state["step"])
+
+
+def _same_start(first: int, world: World) -> None:
+    """Refuse ranks that found different checkpoints, as with run directories that are not shared."""
+    if world.wrapping_sum(first) != first * world.size:
+        raise MismatchError(
+            f"rank {world.rank} starts at step {first}, others elsewhere: all ranks need the same runs folder"
+        )
 
 
 def _save(run: Path, config: TrainConfig, step: int, network: Network, optimizer: Any, task: Task) -> None:
@@ -262,8 +286,8 @@ def _finish(run: Path, config: TrainConfig, network: Network, world: World, repo
 def _check_finite(loss: float, step: int, rate: float, run: Path) -> None:
     if not loss < float("inf"):  # also true for NaN
         raise TrainingError(
-            f"the loss is {loss} by step {step} at learning rate {rate:g}; lower optim.lr and run again: training "
-            f"goes on from the last checkpoint in {run / 'checkpoints'}"
+            f"the loss is {loss} by step {step} at learning rate {rate:g}; lower optim.lr and run again with --resume "
+            f"to go on from the last checkpoint in {run / 'checkpoints'}, or under another --name from the start"
         )
 
 

@@ -95,6 +95,11 @@ class Meter:
             self._timed_images += images
             self._timed_wait_seconds += self._wait_seconds
 
+    def mean_loss(self, world: World) -> float:
+        """Mean loss since the last reading, over all ranks; not finite if any step's was not. 0 right after one."""
+        loss = self._sums["loss"] / self._steps if self._steps else torch.zeros((), device=self._device)
+        return float(world.mean(loss.clone()).item())
+
     def read(self, world: World) -> dict[str, float]:
         """Means since the last reading, over all ranks."""
         names = sorted(self._sums)

@@ -11,31 +11,34 @@ from bowstore.config import TrainConfig, dump
 from bowstore.environment import device_name, library_versions
 from bowstore.errors import MismatchError
 from bowstore.files import atomic_file, write_json
-from bowstore.models.saved import CONFIG_FILE, read_run_config
+from bowstore.models.saved import CONFIG_FILE, checkpoints, is_finished, read_run_config
 from bowstore.progress import say
 from bowstore.train.distributed import World
 
 _FREE_KEYS = ("runtime", "student")  # these may change between a run's sittings
 
 
-def claim_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
-    """Make the run directory, or check that the one there holds this configuration.
+def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
+    """Check that a run directory in which something was trained holds this configuration.
 
     Raises:
         MismatchError: another configuration is there and `resume` is false; the message names the first difference.
     """
-    path = run / CONFIG_FILE
-    if path.exists():
-        differences = _differences(dump(read_run_config(run)), dump(config))
-        if differences and not resume:
-            raise MismatchError(
-                f"run directory {run} holds another configuration ({differences[0]}); take another --name, or "
-                f"--resume to go on from its checkpoint with the new values"
-            )
-        for difference in differences:
-            say(f"resumed with {difference}")
-    run.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
+    if not (checkpoints(run) or is_finished(run)):
+        return
+    differences = _differences(dump(read_run_config(run)), dump(config))
+    if differences and not resume:
+        raise MismatchError(
+            f"run directory {run} holds another configuration ({differences[0]}); take another --name, or "
+            f"--resume to go on from its checkpoint with the new values"
+        )
+    for difference in differences:
+        say(f"resumed with {difference}")
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """Record the resolved configuration, once everything it names has been found usable."""
+    with atomic_file(run / CONFIG_FILE) as file:
         file.write(yaml.safe_dump(dump(config), sort_keys=False).encode())
 
 

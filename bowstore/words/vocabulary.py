@@ -136,7 +136,7 @@ def build_vocabulary(
         k: number of words.
         seed: of the initial words.
         iterations: of Lloyd's algorithm.
-        device: where the health figures are computed; k-means runs on the GPU where FAISS has one.
+        device: where the health figures are computed; k-means runs there too, if FAISS can.
         shown: whether to show progress.
 
     Raises:
@@ -155,7 +155,7 @@ def build_vocabulary(
             f"the sample's {len(sample_Sc)} feature vectors hold only {distinct} distinct ones, too few for "
             f"K = {k} words; is the teacher trained? Choose --K at most {distinct}, or another layer"
         )
-    centroids_Kc, splits, gpu = _kmeans(sample_Sc, k, seed=seed, iterations=iterations, shown=shown)
+    centroids_Kc, splits, gpu = _kmeans(sample_Sc, k, seed=seed, iterations=iterations, device=device, shown=shown)
     inertia, counts_K = _fit(sample_Sc, centroids_Kc, device)
     share_K = counts_K / counts_K.sum()
     return Vocabulary(
@@ -177,11 +177,11 @@ def build_vocabulary(
 
 
 def _kmeans(
-    sample_Sc: NDArray[np.float32], k: int, *, seed: int, iterations: int, shown: bool
+    sample_Sc: NDArray[np.float32], k: int, *, seed: int, iterations: int, device: torch.device, shown: bool
 ) -> tuple[NDArray[np.float32], list[int], bool]:
     """Centroids (K, c), how many clusters FAISS had to refill in each iteration, and whether on a GPU."""
     vectors, channels = sample_Sc.shape
-    gpu = torch.cuda.is_available() and hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
+    gpu = device.type == "cuda" and hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
     index: Any
     if gpu:
         resources = faiss.StandardGpuResources()  # has to outlive the index

@@ -153,12 +153,11 @@ def test_windows_outside_the_image_are_clamped_not_fatal() -> None:
 def test_an_exif_orientation_does_not_move_the_window(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    Image.fromarray(textured_image(3, 20, 60)).save(buffer, "JPEG", quality=95, exif=exif)
-    window = np.array([[0, 0, 20, 60]], np.int32)
-    ours = run_train([buffer.getvalue()], PLAIN, a_plan(1, PLAIN, window=window))
-    upright = run_train([encode_jpeg(textured_image(3, 20, 60))], PLAIN, a_plan(1, PLAIN, window=window))
-    assert_close(ours, upright, 3.0)
+    tagged, plain = io.BytesIO(), io.BytesIO()
+    Image.fromarray(textured_image(3, 20, 60)).save(tagged, "JPEG", quality=95, exif=exif)
+    Image.fromarray(textured_image(3, 20, 60)).save(plain, "JPEG", quality=95)
+    window = a_plan(1, PLAIN, window=np.array([[0, 0, 20, 60]], np.int32))
+    assert torch.equal(run_train([tagged.getvalue()], PLAIN, window), run_train([plain.getvalue()], PLAIN, window))
 
 
 def test_one_pixel_images_pass() -> None:

@@ -176,7 +176,10 @@ def test_another_configuration_in_the_run_directory_is_refused(make_config: Make
     with pytest.raises(MismatchError, match=r"another configuration \(optim.epochs is 1 there, 2 here\).*--resume"):
         loop.train(other, tmp_path / "runs")
     assert loop.train(other, tmp_path / "runs", resume=True).steps == 8
-    assert load_newest(tmp_path / "runs" / "words-run")["step"] == 8  # type: ignore[index]
+    run = tmp_path / "runs" / "words-run"
+    assert load_newest(run)["step"] == 8  # type: ignore[index]
+    exported = load_backbone(run).backbone.state_dict()
+    assert all(torch.equal(weights(run)[f"b.{name}"], value) for name, value in exported.items())
 
 
 def test_a_run_directory_in_use_is_refused(make_config: Make, tmp_path: Path) -> None:
@@ -271,9 +274,10 @@ def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
         saved.load_weights(module, {"weight": torch.zeros(1, 3), "other": torch.zeros(1)}, "f")
 
 
-def test_more_images_than_there_are(make_config: Make, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="images 1000 is more than the 72"):
-        loop.train(make_config(images=1000), tmp_path / "runs")
+@pytest.mark.parametrize(("images", "steps"), [(40, 2), (1000, 4)])
+def test_images_bounds_the_rows(make_config: Make, tmp_path: Path, images: int, steps: int) -> None:
+    config = make_config(images=images, optim={"epochs": 1, "milestones": []})
+    assert loop.train(config, tmp_path / "runs").steps == steps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

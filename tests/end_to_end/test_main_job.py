@@ -1,0 +1,239 @@
+"""The commands as users type them, on rendered images."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from voc_devkit import write_devkit
+
+from bowstore.cli import main
+from bowstore.data.synthetic import write_images
+from bowstore.train.checkpoint import load_newest
+from bowstore.train.metrics import read_metrics
+from bowstore.words.store import open_store
+
+QUICK = ["--set", "runtime.log_every_steps=1", "--set", "runtime.checkpoint_every_steps=4", "--set", "optim.batch=16"]
+SHORT = [*QUICK]
+for value in ("optim.epochs=2", "optim.milestones=[1]", "optim.steps_per_epoch=7"):
+    SHORT += ["--set", value]
+ROTNET = ["train", "--config", "cifar10_rotnet.yaml", *SHORT]
+BOWNET = ["train", *SHORT]
+ENCODE = ["encode", "--layer", "block3", "--K", "16", "--sample-per-word", "64", "--iterations", "5"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "images"
+    write_images(folder, train=120, val=60, size=32, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with shards, a teacher and a store."""
+    folder = tmp_path_factory.mktemp("workspace")
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        call("shards", images, "data/shards", "--workers", 1)
+        call(*ROTNET)
+        call(*ENCODE)
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def workspace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "workspace"
+    shutil.copytree(prepared, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def call(*arguments: object) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*arguments: object, code: int = 1) -> str:
+    """The one line of an error."""
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def bowstore(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bowstore", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, text=True, env=environment, start_new_session=True, **{**pipes, **options})  # type: ignore[call-overload, no-any-return]
+
+
+def test_the_four_commands(workspace: Path) -> None:
+    assert "finished already" in call(*ROTNET)
+    assert "already complete" in call(*ENCODE)
+    report = json.loads(call(*BOWNET, "--json"))
+    assert report["run"] == "runs/cifar10_bownet"
+    assert report["steps"] == 14
+    result = json.loads(call("eval", "linear", "--json"))
+    assert result["protocol"] == "linear/bownet-cifar"
+    assert 0 < result["metrics"]["top1"] <= 1
+    assert (workspace / "runs/cifar10_bownet/eval/linear-bownet-cifar.json").is_file()
+    assert "cifar10_bownet" in call("eval", "linear", "--run", "cifar10_bownet")
+    call("eval", "linear", "--random")
+    assert (workspace / "runs/cifar10_bownet/random/eval/linear-bownet-cifar.json").is_file()
+
+
+def test_voc07_as_typed(workspace: Path) -> None:
+    write_devkit(workspace / "data/VOCdevkit")
+    found = next((workspace / "data/VOCdevkit").rglob("JPEGImages")).parent
+    result = json.loads(call("eval", "voc07", "--voc", found, "--jobs", 1, "--costs", "vissl", "--json"))
+    assert result["protocol"] == "voc07-svm/vissl"
+    assert {"map_block2", "map_block3", "map_best"} <= result["metrics"].keys()
+
+
+def test_verify_names_the_chunk_of_a_flipped_byte(workspace: Path) -> None:
+    assert "no problem found" in call("verify", "data/words.zarr", "--shards", "data/shards/train")
+    digest = call("verify", "data/words.zarr", "--digest").splitlines()[-1]
+    assert len(digest) == 32
+    chunk = workspace / "data/words.zarr/block3/words/c/0/0/0"
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    result = invoke("verify", "data/words.zarr", "--shards", "data/shards/train")
+    assert result.exit_code == 1
+    assert "block3/words/c/0/0/0" in result.stdout
+    assert "block3/words/c/0/0/0" in refused(*BOWNET)
+    assert invoke("verify", "data/words.zarr", "--repair").exit_code == 1
+    call(*ENCODE)
+    assert call("verify", "data/words.zarr", "--digest").splitlines()[-1] == digest
+
+
+def test_verify_names_the_shard_of_a_flipped_byte(workspace: Path) -> None:
+    assert "180 images in 2 shards" in call("verify", "data/shards")
+    tar = workspace / "data/shards/train/train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[5000] ^= 1
+    tar.write_bytes(data)
+    result = invoke("verify", "data/shards")
+    assert result.exit_code == 1
+    assert "train-000000.tar" in result.stdout
+
+
+def test_a_store_joins_resharded_images_by_key(workspace: Path, images: Path) -> None:
+    call("shards", images, "other", "--seed", 7, "--per-shard", 50, "--workers", 1)
+    assert "no problem found" in call("verify", "data/words.zarr", "--shards", "other/train")
+    call(*BOWNET, "--shards", "other/train", "--name", "resharded")
+    first, second = Path("data/shards/train"), Path("other/train")
+    from bowstore.data.index import open_index
+    from bowstore.words.store import join_rows
+
+    store, old, new = open_store(Path("data/words.zarr")), open_index(first), open_index(second)
+    assert old.fingerprint != new.fingerprint
+    rows = join_rows(store, new)
+    assert [old.key(row) for row in rows] == list(new.keys())
+
+
+def test_a_store_of_other_images_is_refused(workspace: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "more", train=200, val=60, size=32, workers=1)
+    call("shards", tmp_path / "more", "more", "--workers", 1)
+    message = refused(*BOWNET, "--shards", "more/train", "--name", "x")
+    assert "80 of 200 keys of the shards are missing from word store data/words.zarr, for example" in message
+
+
+def test_mistakes_are_one_line(workspace: Path) -> None:
+    (workspace / "empty").mkdir()
+    cases: list[tuple[tuple[object, ...], int, str]] = [
+        (("shards", "nowhere", "out"), 1, "nowhere"),
+        (("shards", "empty", "out"), 1, "empty"),
+        (("encode", "--layer", "conv4", "--K", "16"), 2, "its layers are conv1, block1, block2, block3"),
+        (("encode", "--layer", "block2", "--K", "70000"), 2, "65535"),
+        (("encode", "--layer", "block2", "--K", "60000"), 2, "60000"),
+        (("encode", "--layer", "block3", "--K", "32"), 1, "K"),
+        (("encode", "--layer", "block3", "--K", "16", "--teacher", "nobody"), 1, "runs in runs: cifar10_rotnet"),
+        (("train", "--config", "nothing.yaml"), 1, "those that come with bowstore"),
+        (("train", "--set", "optim.lrr=1"), 2, "did you mean 'lr'?"),
+        (("train", "--store", "nowhere.zarr"), 1, "no word store nowhere.zarr"),
+        (("eval", "linear", "--run", "nobody"), 1, "no run or file 'nobody'"),
+        (("eval", "voc07"), 1, "VOC"),
+        (("verify", "nowhere"), 1, "neither a word store nor a folder of indexed shards"),
+        (("index", "empty"), 1, "no *.tar file"),
+        (("init",), 0, ""),
+    ]
+    for arguments, code, words in cases:
+        if code:
+            assert words in refused(*arguments, code=code), arguments
+    assert not (workspace / "out").exists()
+    call("init", "--recipe", "cifar10")
+    assert "is already there" in refused("init", code=2)
+    assert "finished already" in call(*ROTNET)
+
+
+def test_shards_changed_after_indexing_stop_everything(workspace: Path) -> None:
+    with open(workspace / "data/shards/train/train-000000.tar", "ab") as file:
+        file.write(bytes(1024))
+    for command in (ENCODE, BOWNET, ["eval", "linear", "--run", "cifar10_rotnet"]):
+        assert "changed after indexing" in refused(*command)
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not reach {count} lines")
+
+
+@pytest.mark.slow
+def test_kill_9_in_training_and_again(workspace: Path) -> None:
+    torch.set_num_threads(1)
+    call(*BOWNET, "--name", "whole")
+    for lines in (6, 11):
+        process = bowstore(*BOWNET, "--name", "cut")
+        wait_for_lines(workspace / "runs/cut/metrics.jsonl", lines)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = bowstore(*BOWNET, "--name", "cut")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    whole, cut = load_newest(Path("runs/whole")), load_newest(Path("runs/cut"))
+    assert whole is not None
+    assert cut is not None
+    for part in ("backbone", "head"):
+        assert all(torch.equal(cut[part][name], value) for name, value in whole[part].items())
+    assert [line["order"] for line in read_metrics(Path("runs/cut"))] == [
+        line["order"] for line in read_metrics(Path("runs/whole"))
+    ]
+
+
+@pytest.mark.slow
+def test_two_ranks_see_the_order_of_one(workspace: Path) -> None:
+    call(*BOWNET, "--name", "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    done = subprocess.run(
+        [*command, "-m", "bowstore", *BOWNET, "--name", "two"], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = read_metrics(Path("runs/one")), read_metrics(Path("runs/two"))
+    assert [line["order"] for line in two] == [line["order"] for line in one]
+    assert np.allclose([line["loss"] for line in two], [line["loss"] for line in one], rtol=0.2)
+    assert json.loads(Path("runs/two/environment.json").read_text())["world_size"] == 2

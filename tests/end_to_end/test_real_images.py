@@ -1,0 +1,94 @@
+"""Full-size ImageNet photographs and CIFAR-10, where they lie beside the checkout."""
+
+import io
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_sets import real_data
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from bowstore.config import ModelConfig, TrainConfig, ViewConfig, validate
+from bowstore.data.index import open_index
+from bowstore.data.pipeline import clean_batches, clean_view, train_batches
+from bowstore.data.plan import Schedule, plans
+from bowstore.data.reader import ShardReader
+from bowstore.data.shards import make_shards
+from bowstore.models.registry import build_backbone
+from bowstore.models.saved import save_backbone
+from bowstore.words.encode import encode
+from bowstore.words.store import open_store
+
+CPU = torch.device("cpu")
+
+
+def unpack(archive: Path, folder: Path, count: int, *, every: int = 1) -> Path:
+    """Copy some images out of an archive of train/CLASS/name files."""
+    with tarfile.open(archive) as tar:
+        images = (m for m in tar if m.isreg() and m.name.lower().endswith((".jpg", ".jpeg")) and "train/" in m.name)
+        for member in islice(images, 0, count * every, every):
+            path = folder / "train" / Path(member.name).parent.name / Path(member.name).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = tar.extractfile(member)
+            assert file is not None
+            path.write_bytes(file.read())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    unpack(real_data("imagenet-sample-250.tar"), folder / "images", 24)
+    (report,) = make_shards(folder / "images", folder / "shards", workers=1)
+    assert report.written == report.found == 24
+    return folder / "shards" / "train"
+
+
+def test_the_clean_view_of_photographs_agrees_with_torchvision(photographs: Path) -> None:
+    index = open_index(photographs)
+    source, view = ShardReader(index), ViewConfig()
+    oracle = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    mean, std = torch.tensor(view.mean)[:, None, None], torch.tensor(view.std)[:, None, None]
+    errors = []
+    for rows, images in clean_batches(source, clean_view(view), np.arange(24), batch=8, device=CPU):
+        for row, image in zip(rows, images, strict=True):
+            picture = Image.open(io.BytesIO(source.read(np.array([row]))[0].tobytes())).convert("RGB")
+            expected = oracle(tvf.pil_to_tensor(picture)).float()
+            errors.append((255 * (image * std + mean) - expected).abs().mean().item())
+    assert max(errors) < 1.0, f"mean absolute pixel error {max(errors):.2f} of 255"
+
+
+def test_the_train_view_of_photographs_is_whole(photographs: Path) -> None:
+    index, view = open_index(photographs), ViewConfig()
+    steps = plans(Schedule(24, 8, 0), index, view, start=0, stop=6)
+    batches = list(train_batches(ShardReader(index), view, steps, batch=8, device=CPU))
+    assert len(batches) == 6
+    for batch in batches:
+        assert batch.images_BCHW.shape == (8, 3, 224, 224)
+        assert torch.isfinite(batch.images_BCHW).all()
+        assert (batch.images_BCHW.flatten(1).std(1) > 0.05).all()
+
+
+def test_resnet50_words_have_the_papers_size(photographs: Path, tmp_path: Path) -> None:
+    config = validate(TrainConfig, {"name": "t", "task": "rotation", "view": {"cutmix": False}}, "test")
+    torch.manual_seed(0)
+    save_backbone(tmp_path / "teacher.safetensors", build_backbone(ModelConfig(arch="resnet50")), config)
+    report = encode(
+        teacher=tmp_path / "teacher.safetensors", shards=photographs, store=tmp_path / "words.zarr", layer="conv4",
+        k=64, sample_per_word=32, iterations=3, batch=8,
+    )  # fmt: skip
+    assert (report.grid, report.words) == ((14, 14), 64)
+    assert open_store(tmp_path / "words.zarr").load_words("conv4").shape == (24, 14, 14)
+
+
+def test_cifar_images_pass(tmp_path: Path) -> None:
+    unpack(real_data("cifar10-jpeg.tar.gz"), tmp_path / "images", 200)
+    (report,) = make_shards(tmp_path / "images", tmp_path / "shards", workers=1)
+    assert report.written == 200
+    index = open_index(tmp_path / "shards" / "train")
+    assert set(index.height.tolist()) == set(index.width.tolist()) == {32}
