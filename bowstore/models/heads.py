@@ -13,8 +13,8 @@ from bowstore.models.registry import Backbone, extra_residual_stage
 class CosineHead(nn.Module):
     """Word logits gamma * f . w_k / ||w_k|| (paper, Eq. 5): one learnable scale, no bias.
 
-    The features are not normalised. gamma starts at 1 and must stay out of weight decay: begun at 10 and decayed,
-    training never leaves the loss of the words' marginal frequencies (docs/results/gamma.md).
+    The features are not normalised. gamma starts at 1 and stays out of weight decay: begun at 10, training hardly
+    leaves the loss of the words' mean frequencies (docs/results/gamma.md).
     """
 
     def __init__(self, features: int, words: int, gamma: float = 1.0) -> None:
