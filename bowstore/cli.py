@@ -61,7 +61,7 @@ def _os_error(error: OSError) -> str:
 @click.version_option(__version__, prog_name="bowstore")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    r"""Learn image representations without labels by predicting bags of visual words.
+    """Learn image representations without labels by predicting bags of visual words.
 
     \b
     bowstore shards IMAGES data/shards          images to WebDataset shards
@@ -71,7 +71,7 @@ def main(debug: bool) -> None:
     bowstore eval voc07                         how good the representation is
 
     The current directory is the workspace; `bowstore init` writes its bowstore.yaml.
-    """
+    """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 
 @main.command()

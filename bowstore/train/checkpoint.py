@@ -1,5 +1,6 @@
 """Checkpoints of a run: written to a temporary name, fsynced and renamed; the newest whole one is gone on from."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ def save_checkpoint(run: Path, state: dict[str, Any], *, keep: int) -> Path:
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{state['step']:09d}.pt"
+    # torch's own writer turns a full disk into an internal error; through memory it stays an OSError.
+    buffer = io.BytesIO()
+    torch.save({"version": CHECKPOINT_VERSION, **state}, buffer)
     with atomic_file(path) as file:
-        torch.save({"version": CHECKPOINT_VERSION, **state}, file)
+        file.write(buffer.getbuffer())
     others = [other for other in checkpoints(run) if other != path]
     # A name above this step is a damaged file that was passed over, or of a schedule that was given up.
     for other in [*(o for o in others if o > path), *[o for o in others if o < path][keep - 1 :]]:

@@ -16,7 +16,7 @@ from bowstore.files import exclusive_lock
 from bowstore.models import saved
 from bowstore.models.saved import load_backbone, load_checkpoint
 from bowstore.train import loop
-from bowstore.train.checkpoint import load_newest
+from bowstore.train.checkpoint import load_newest, save_checkpoint
 from bowstore.train.distributed import World
 from bowstore.train.metrics import read_metrics
 from bowstore.train.schedule import learning_rate, total_steps
@@ -313,3 +313,96 @@ def test_sigterm_saves_and_the_next_run_goes_on(
     assert state["step"] == 3
     loop.train(config, tmp_path / "runs")
     assert equal(weights(tmp_path / "runs" / "words-run"), weights(tmp_path / "whole" / "words-run"))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    from contextlib import contextmanager
+
+    from bowstore.train import checkpoint
+
+    original, count = checkpoint.atomic_file, 0
+
+    @contextmanager
+    def full(path: Path) -> Any:
+        nonlocal count
+        count += 1
+        with original(path) as file:
+            yield file
+            if count == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    loop.train(make_config(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "atomic_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            loop.train(make_config(), tmp_path / "runs")
+    run = tmp_path / "runs" / "words-run"
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000000005.pt"]
+    loop.train(make_config(), tmp_path / "runs")
+    assert equal(weights(run), weights(tmp_path / "whole" / "words-run"))
+
+
+def test_a_poisoned_state_is_never_saved(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = loop.train_step, 0
+
+    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        scalars = original(*args, **kwargs)
+        return {**scalars, "loss": scalars["loss"] * float("nan")} if count == 7 else scalars
+
+    monkeypatch.setattr(loop, "train_step", step)
+    config = make_config(runtime={"log_every_steps": 100, "checkpoint_every_steps": 4})
+    with pytest.raises(TrainingError, match=r"the loss is nan by step 8 .*--resume"):
+        loop.train(config, tmp_path / "runs")
+    assert load_newest(tmp_path / "runs" / "words-run")["step"] == 4  # type: ignore[index]
+
+
+def test_a_resumed_run_takes_the_new_values(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.train(make_config(optim={"epochs": 1, "milestones": []}), tmp_path / "runs")
+    seen = []
+    original = loop.train_step
+
+    def step(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        seen.append([group["weight_decay"] for group in optimizer.param_groups])
+        return original(model, optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    other = make_config(optim={"epochs": 2, "milestones": [], "weight_decay": 0.125})
+    loop.train(other, tmp_path / "runs", resume=True)
+    assert len(seen) == 4
+    assert all(values == [0.125, 0.0] for values in seen)
+
+
+def test_a_start_that_failed_claims_nothing(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"optim\.batch 30 must be a multiple of 4"):
+        loop.train(make_config(optim={"batch": 30}), tmp_path / "runs")
+    with pytest.raises(UsageError, match=r"model\.arch 'wrn-9-1'"):
+        loop.train(make_config(model={"arch": "wrn-9-1"}), tmp_path / "runs")
+    assert loop.train(make_config(optim={"epochs": 1, "milestones": []}), tmp_path / "runs").steps == 4
+
+
+def test_a_finished_run_without_checkpoints_stays_finished(make_config: Make, tmp_path: Path) -> None:
+    import shutil
+
+    config = make_config(optim={"epochs": 1, "milestones": []})
+    loop.train(config, tmp_path / "runs")
+    run = tmp_path / "runs" / "words-run"
+    exported = (run / "backbone.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    assert "finished already" in loop.train(config, tmp_path / "runs").text()
+    assert (run / "backbone.safetensors").read_bytes() == exported
+
+
+def test_old_and_given_up_checkpoints_go_but_never_the_new_one(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (100, 200, 900):
+        (folder / f"step-{step:09d}.pt").write_bytes(b"damaged")
+    save_checkpoint(tmp_path, {"step": 300}, keep=2)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000000200.pt", "step-000000300.pt"]
+    save_checkpoint(tmp_path, {"step": 400}, keep=1)
+    assert [p.name for p in folder.iterdir()] == ["step-000000400.pt"]
