@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bowstore.config import dump
+from bowstore.data.index import Index, open_index
 from bowstore.environment import choose_device
 from bowstore.evaluate.linear import LinearConfig, evaluate_linear
 from bowstore.evaluate.protocol import Result, result_table
@@ -63,11 +64,18 @@ def evaluate_run_linear(
         view=loaded.view,
         out=out,
         config=LinearConfig(seed=seed, standardise=standardise),
+        dataset=known_dataset(open_index(train), open_index(test)),
         run=name,
         batch=batch,
         device=choose_device(device),
     )
     return Evaluated(name, result)
+
+
+def known_dataset(train: Index, test: Index) -> str | None:
+    """Name of the paper's data set that these shards can only be, by their numbers; its figures are then shown."""
+    sizes = (len(train.classes), len(train), len(test))
+    return {(100, 50_000, 10_000): "cifar100"}.get(sizes)
 
 
 def evaluate_run_voc07(
