@@ -139,6 +139,19 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(loop, "train_step", step)
 
 
+def poison_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Make the loss of one step not a number."""
+    original, count = loop.train_step, 0
+
+    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        scalars = original(*args, **kwargs)
+        return {**scalars, "loss": scalars["loss"] * float("nan")} if count == number else scalars
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
 @pytest.mark.parametrize("task", ["rotation", "words"])
 @pytest.mark.parametrize("die_at", [3, 8, 12])
 def test_resume_equals_never_having_stopped(
@@ -194,15 +207,7 @@ def test_a_run_directory_in_use_is_refused(make_config: Make, tmp_path: Path) ->
 def test_a_loss_that_is_not_finite_stops_the_run(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, count = loop.train_step, 0
-
-    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        nonlocal count
-        count += 1
-        scalars = original(*args, **kwargs)
-        return {**scalars, "loss": scalars["loss"] * float("nan")} if count == 7 else scalars
-
-    monkeypatch.setattr(loop, "train_step", step)
+    poison_step(monkeypatch, 7)
     with pytest.raises(TrainingError, match=r"the loss is nan by step 8 .*lower optim\.lr"):
         loop.train(make_config(), tmp_path / "runs")
     state = load_newest(tmp_path / "runs" / "words-run")
@@ -346,15 +351,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 
 
 def test_a_poisoned_state_is_never_saved(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, count = loop.train_step, 0
-
-    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        nonlocal count
-        count += 1
-        scalars = original(*args, **kwargs)
-        return {**scalars, "loss": scalars["loss"] * float("nan")} if count == 7 else scalars
-
-    monkeypatch.setattr(loop, "train_step", step)
+    poison_step(monkeypatch, 7)
     config = make_config(runtime={"log_every_steps": 100, "checkpoint_every_steps": 4})
     with pytest.raises(TrainingError, match=r"the loss is nan by step 8 .*--resume"):
         loop.train(config, tmp_path / "runs")
