@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bowstore.data.pipeline import Batch, train_batches
 from bowstore.data.plan import plans
 from bowstore.data.reader import ShardReader
 from bowstore.environment import device_name, library_versions
+from bowstore.files import write_json
 from bowstore.progress import Progress
 from bowstore.train.distributed import joined
 from bowstore.train.loop import build_optimizer, data_schedule, train_step, wrap_network
@@ -32,12 +34,14 @@ class TrainingBench:
         resident: images/s of the same step on one batch that stays where it is, each round.
         batch: images a step.
         device: where it ran.
+        inputs: identity of shards and words.
     """
 
     loader: list[float]
     resident: list[float]
     batch: int
     device: str
+    inputs: dict[str, str]
 
     @property
     def ratio(self) -> float:
@@ -50,6 +54,7 @@ class TrainingBench:
             "protocol": "bench/train",
             "protocol_version": 1,
             "device": self.device,
+            "inputs": self.inputs,
             "versions": library_versions(),
             "batch": self.batch,
             "images_per_second_loader": self.loader,
@@ -66,11 +71,12 @@ class TrainingBench:
         return "\n".join(lines)
 
 
-def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> TrainingBench:
+def bench_training(config: TrainConfig, out: Path, *, steps: int, rounds: int) -> TrainingBench:
     """Time training steps fed by the loader against the same steps on one resident batch.
 
     Args:
-        config: resolved, as for `bowstore train`; nothing is written.
+        config: resolved, as for `bowstore train`; nothing is trained for keeps.
+        out: result file.
         steps: timed steps of each side a round.
         rounds: interleaved rounds.
     """
@@ -108,7 +114,17 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> TrainingB
                 rate(batches, 4)
                 loader_rates.append(rate(batches, steps))
                 progress.advance()
-        return TrainingBench(loader_rates, resident_rates, config.optim.batch, device_name(world.device))
+        result = TrainingBench(
+            loader=loader_rates,
+            resident=resident_rates,
+            batch=config.optim.batch,
+            device=device_name(world.device),
+            inputs=task.inputs,
+        )
+        if world.first:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, result.as_dict())
+        return result
 
 
 def _repeat(batch: Batch) -> Iterator[Batch]:

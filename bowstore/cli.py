@@ -301,13 +301,14 @@ def bench() -> None:
 def bench_train(
     config: Path | None, overrides: tuple[str, ...], store: Path | None, steps: int, rounds: int, as_json: bool
 ) -> None:
-    """Training with the loader over the same step on resident data, interleaved."""
+    """Training with the loader over the same step on resident data, interleaved; written to RUNS/bench/train.json."""
     from bowstore.bench import bench_training
     from bowstore.config import load_workspace
     from bowstore.workspace import resolve_train
 
-    resolved = resolve_train(load_workspace(), config, overrides, store=store)
-    result = bench_training(resolved, steps=steps, rounds=rounds)
+    workspace = load_workspace()
+    resolved = resolve_train(workspace, config, overrides, store=store)
+    result = bench_training(resolved, workspace.runs / "bench" / "train.json", steps=steps, rounds=rounds)
     _print(result.as_dict(), result.text(), as_json)
 
 

@@ -152,7 +152,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
                 if world.first:
                     _save(run, config, done, network, optimizer, task)
             if stopping:
-                say(f"stopped by a signal at step {done} of {steps}; run the command again to go on")
+                if world.first:
+                    say(f"stopped by a signal at step {done} of {steps}; run the command again to go on")
                 raise SystemExit(_STOPPED_EXIT_CODE)
         report = TrainReport(run, steps, *meter.rates(), last=log.last if log else {}, first=world.first)
         return _finish(run, config, network, world, report)

@@ -102,6 +102,15 @@ def test_the_four_commands(workspace: Path) -> None:
     assert (workspace / "runs/cifar10_bownet/random/eval/linear-bownet-cifar.json").is_file()
 
 
+def test_bench_train(workspace: Path) -> None:
+    arguments = ["--config", "cifar10_rotnet.yaml", *SHORT[:6], "--steps", 5, "--rounds", 2]
+    result = json.loads(call("bench", "train", *arguments, "--json"))
+    assert result == json.loads((workspace / "runs/bench/train.json").read_text())
+    assert len(result["images_per_second_loader"]) == len(result["images_per_second_resident"]) == 2
+    assert result["ratio_over_resident"] > 0
+    assert "ratio, median of 2 rounds" in call("bench", "train", *arguments)
+
+
 def test_voc07_as_typed(workspace: Path) -> None:
     write_devkit(workspace / "data/VOCdevkit")
     found = next((workspace / "data/VOCdevkit").rglob("JPEGImages")).parent
