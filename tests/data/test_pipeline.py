@@ -245,7 +245,7 @@ def test_the_colour_of_every_image_matches_its_row(tmp_path: Path) -> None:
                 inside = np.zeros((32, 32), bool)
                 inside[top : top + height, left : left + width] = True
                 other = plan.rows[plan.partner[place]]
-                assert [np.abs(seen[place][inside] - colours[other]).max(initial=0) < 4] == [True]
+                assert np.abs(seen[place][inside] - colours[other]).max(initial=0) < 4
                 assert np.abs(seen[place][~inside] - colours[plan.rows[place]]).max(initial=0) < 4
                 assert plan.kept[place] == pytest.approx(1 - inside.mean(), abs=1e-6)
 

@@ -30,18 +30,18 @@ def test_every_row_once_an_epoch_and_every_epoch_in_another_order() -> None:
     assert not np.array_equal(orders[0], epoch_order(1003, seed=6, epoch=0))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_the_global_batch_does_not_depend_on_the_number_of_ranks(world: int) -> None:
     dims = Dims(100)
-    alone = run(Schedule(100, 16, 3), dims, 0, 14)
-    ranks = [run(Schedule(100, 16, 3, rank, world), dims, 0, 14) for rank in range(world)]
+    alone = run(Schedule(100, 32, 3), dims, 0, 14)
+    ranks = [run(Schedule(100, 32, 3, rank, world), dims, 0, 14) for rank in range(world)]
     for step, whole in enumerate(alone):
         parts = [rank[step] for rank in ranks]
         assert np.array_equal(np.concatenate([part.rows for part in parts]), whole.rows)
         for name in ("window", "mirror", "brightness", "contrast", "saturation", "hue", "box", "kept"):
             joined = np.concatenate([getattr(part, name) for part in parts])
             assert np.array_equal(joined, getattr(whole, name)), name
-        offset = np.repeat(np.arange(world) * 16 // world, 16 // world)
+        offset = np.repeat(np.arange(world) * 32 // world, 32 // world)
         assert np.array_equal(np.concatenate([part.partner for part in parts]) + offset, whole.partner)
 
 
