@@ -101,6 +101,20 @@ class OptimConfig(Strict):
         return self
 
 
+class StorageConfig(Strict):
+    """How bytes are read, and where local copies of remote shards and stores lie."""
+
+    read: Literal["auto", "mmap", "pread"] = Field(
+        "auto",
+        description="mmap: memory maps; pread: one read an image, for network file systems; auto: by the file system",
+    )
+    read_threads: int = Field(16, ge=1, description="images read at once with pread")
+    cache: Path | None = Field(None, description="folder of local copies; null: $BOWSTORE_CACHE, or ~/.cache/bowstore")
+    cache_gb: float = Field(200.0, gt=0, description="bound on the cache, 10^9 bytes")
+    retries: int = Field(5, ge=0, description="further tries of a transfer that fails")
+    timeout_s: float = Field(30.0, gt=0, description="seconds without a byte before a transfer counts as failed")
+
+
 class RuntimeConfig(Strict):
     """How to run; none of it changes what is learned beyond rounding."""
 
@@ -108,6 +122,10 @@ class RuntimeConfig(Strict):
     amp: bool = Field(True, description="bfloat16 autocast on a GPU")
     compile: bool = Field(True, description="torch.compile on a GPU")
     threads: int | None = Field(None, ge=1, description="decoding threads; null: cores a rank")
+    targets: Literal["auto", "resident", "host", "streamed"] = Field(
+        "auto", description="where the words lie: on the device, in host memory, on disk; auto: by their size"
+    )
+    storage: StorageConfig | None = Field(None, description="null: the workspace's")
     log_every_steps: int = Field(50, ge=1)
     checkpoint_every_steps: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
@@ -145,6 +163,7 @@ class Workspace(Strict):
     teacher: str | None = Field(None, description="run or checkpoint; null: the newest finished rotation run")
     config: Path | None = Field(None, description="configuration of `bowstore train`; null: the teacher's student")
     voc: Path = Field(Path("data/VOCdevkit/VOC2007"), description="VOC devkit folder of `bowstore eval voc07`")
+    storage: StorageConfig = StorageConfig()
 
 
 Model = TypeVar("Model", bound=Strict)

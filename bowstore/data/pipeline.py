@@ -74,10 +74,12 @@ class Batch:
     Attributes:
         images_BCHW: normalised; channels_last in memory; float32 on CPU, float16 on a GPU.
         plan: the rows and numbers behind it.
+        ahead: what `ahead(plan)` gave in the reading thread.
     """
 
     images_BCHW: Tensor
     plan: Plan
+    ahead: Any = None
 
 
 def train_batches(
@@ -88,6 +90,7 @@ def train_batches(
     batch: int,
     device: torch.device,
     threads: int | None = None,
+    ahead: Callable[[Plan], Any] | None = None,
 ) -> Iterator[Batch]:
     """Yield the perturbed images of `plans`, in order.
 
@@ -98,13 +101,14 @@ def train_batches(
         batch: largest number of samples in a plan.
         device: where the images are wanted.
         threads: decoding threads; None for one a core.
+        ahead: called with each plan in the reading thread, some batches ahead of need (streamed targets).
 
     Raises:
         DataError: an image that cannot be decoded.
     """
     jitter = any((view.brightness, view.contrast, view.saturation, view.hue, view.grey))
     names = _WINDOW + _MIRROR + (_JITTER if jitter else ()) + (_MIX if view.cutmix else ())
-    feed = _Feed((partial(_train_feed, source, plan, view) for plan in plans), names)
+    feed = _Feed((partial(_train_feed, source, plan, view, ahead) for plan in plans), names)
     pipe = _pipeline(batch, device, threads)
     with pipe:
         inputs = feed.declare()
@@ -115,8 +119,8 @@ def train_batches(
         if view.cutmix:
             images = _paste(inputs, images, view.size)
         pipe.set_outputs(_normalise(images, view, mirror=inputs["mirror"], half=device.type == "cuda"))
-    for plan, images_BCHW in _run(pipe, feed, lambda plan: _undecodable(source, plan.rows)):
-        yield Batch(images_BCHW, plan)
+    for (plan, found), images_BCHW in _run(pipe, feed, lambda what: _undecodable(source, what[0].rows)):
+        yield Batch(images_BCHW, plan, found)
 
 
 def clean_batches(
@@ -239,7 +243,9 @@ def _normalise(images: Any, view: ViewConfig | CleanView, *, mirror: Any = 0, ha
     )
 
 
-def _train_feed(source: ImageSource, plan: Plan, view: ViewConfig) -> tuple[Plan, dict[str, Any]]:
+def _train_feed(
+    source: ImageSource, plan: Plan, view: ViewConfig, ahead: Callable[[Plan], Any] | None
+) -> tuple[tuple[Plan, Any], dict[str, Any]]:
     """Read a plan's bytes and lay out its numbers by the names of the graph's inputs (runs in a thread)."""
     encoded = source.read(plan.rows)
     touch(encoded)
@@ -247,7 +253,7 @@ def _train_feed(source: ImageSource, plan: Plan, view: ViewConfig) -> tuple[Plan
     empty = plan.box[:, 2] * plan.box[:, 3] == 0  # an empty box is refused: paste the image over itself
     whole = np.broadcast_to(np.array([0, 0, view.size, view.size], np.int32), plan.box.shape)
     box = np.where(empty[:, None], whole, plan.box)
-    return plan, {
+    return (plan, ahead(plan) if ahead else None), {
         "encoded": encoded,
         "start": np.ascontiguousarray(plan.window[:, :2]),
         "shape": np.ascontiguousarray(plan.window[:, 2:]),

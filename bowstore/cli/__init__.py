@@ -1,0 +1,35 @@
+"""The command line: parse, resolve a configuration, call one function, print its result.
+
+Heavy imports stay inside the commands, so that `bowstore --help` answers at once. Results go to stdout, progress
+and messages to stderr; a user's mistake is one line and an exit code (2 for usage, 1 for failure).
+"""
+
+import click
+
+from bowstore import __version__
+from bowstore.cli.bench import bench
+from bowstore.cli.common import Group
+from bowstore.cli.data import index, shards, verify
+from bowstore.cli.evaluate import evaluate
+from bowstore.cli.jobs import demo, encode, init, train
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="bowstore")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Learn image representations without labels by predicting bags of visual words.
+
+    \b
+    bowstore shards IMAGES data/shards          images to WebDataset shards
+    bowstore train --config CONFIG              the teacher (rotation prediction)
+    bowstore encode --layer conv4 --K 20000     its feature maps to words, once, into a store
+    bowstore train                              BoWNet on the words, with no teacher in the loop
+    bowstore eval voc07                         how good the representation is
+
+    The current directory is the workspace; `bowstore init` writes its bowstore.yaml.
+    """  # noqa: D301 - click reads the backspace as "do not wrap"
+
+
+for command in (init, shards, index, verify, encode, train, evaluate, demo, bench):
+    main.add_command(command)

@@ -1,0 +1,106 @@
+"""Commands of the main job: init, encode, train, demo."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bowstore.cli.common import DEVICES, PATH, emit
+
+
+@click.command()
+@click.argument("folder", type=PATH, default=Path())
+@click.option(
+    "--recipe", type=click.Choice(["cifar10", "imagenette", "imagenet"]), help="Copy a recipe's configurations too."
+)
+def init(folder: Path, recipe: str | None) -> None:
+    """Write bowstore.yaml (paths and defaults of a workspace) into FOLDER."""
+    from bowstore.workspace import init_workspace
+
+    for path in init_workspace(folder, recipe):
+        click.echo(path)
+
+
+@click.command()
+@click.option("--layer", required=True, help="Layer of the teacher: conv1 ... conv5, or block1 ... block3.")
+@click.option("--K", "k", type=click.IntRange(1), required=True, help="Number of visual words, at most 65535.")
+@click.option("--teacher", help="Run, checkpoint or .safetensors file.  [default: newest finished rotation run]")
+@click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
+@click.option("--store", type=PATH, help="Word store to write.  [default: the workspace's]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sample and of k-means.")
+@click.option("--sample-per-word", type=click.IntRange(1), default=256, show_default=True, help="Vectors a word.")
+@click.option("--iterations", type=click.IntRange(1), default=25, show_default=True, help="Of k-means.")
+@click.option("--batch", type=click.IntRange(1), help="Images a batch.  [default: 64, 256 on a GPU]")
+@click.option("--device", type=DEVICES, default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
+def encode(
+    layer: str, k: int, teacher: str | None, shards_dir: Path | None, store: Path | None, as_json: bool, **how: Any
+) -> None:
+    """Quantize the teacher's feature map of every image over a k-means vocabulary, into a word store.
+
+    Vocabulary by k-means over sampled vectors, then one pass over all images. An interrupted run goes on.
+    """
+    from bowstore.config import load_workspace
+    from bowstore.environment import choose_device
+    from bowstore.words.encode import encode as run_encode
+    from bowstore.workspace import resolve_teacher
+
+    workspace = load_workspace()
+    how["device"] = choose_device(how["device"])
+    report = run_encode(
+        teacher=resolve_teacher(workspace, teacher),
+        shards=shards_dir or workspace.shards,
+        store=store or workspace.store,
+        layer=layer,
+        k=k,
+        **how,
+    )
+    emit(report.as_dict(), report.text(), as_json)
+
+
+@click.command()
+@click.option("--config", type=PATH, help="YAML file.  [default: the workspace's, or the teacher's student]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, for example optim.lr=0.1.")
+@click.option("--name", help="Name of the run directory.  [default: the configuration's]")
+@click.option("--shards", "shards_dir", type=PATH, help="Shards to train on.")
+@click.option("--store", type=PATH, help="Word store to train on.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of weights, order and augmentation.")
+@click.option("--resume", is_flag=True, help="Go on in a run directory that holds another configuration.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
+def train(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    name: str | None,
+    shards_dir: Path | None,
+    store: Path | None,
+    seed: int | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train a teacher (task rotation) or BoWNet (task words); under torchrun, on many devices.
+
+    A run that was interrupted goes on from its newest checkpoint when the same command is given again.
+    """
+    from bowstore.config import load_workspace
+    from bowstore.train.loop import train as run_train
+    from bowstore.workspace import resolve_train
+
+    flags = {"name": name, "shards": shards_dir, "seed": seed}
+    overrides += tuple(f"{key}={json.dumps(str(value))}" for key, value in flags.items() if value is not None)
+    workspace = load_workspace()
+    report = run_train(resolve_train(workspace, config, overrides, store=store), workspace.runs, resume=resume)
+    if report.first:
+        emit(report.as_dict(), report.text(), as_json)
+
+
+@click.command()
+@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="Folder of the demo's workspace.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
+def demo(out: Path, seed: int, as_json: bool) -> None:
+    """The whole job on rendered images: random, RotNet and BoWNet side by side, in minutes on two cores."""
+    from bowstore.demo import run_demo
+
+    result = run_demo(out, seed=seed)
+    emit(result.as_dict(), result.text(), as_json)
