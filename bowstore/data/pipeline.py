@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from bowstore.config import Triple, ViewConfig
+from bowstore.data.colour import colour_matrices
+from bowstore.data.colour import jitter as matrix_jitter
 from bowstore.data.plan import Plan
 from bowstore.data.reader import ImageSource, prefetched, touch
 from bowstore.environment import cores_per_rank
@@ -29,14 +31,15 @@ from bowstore.errors import DataError
 _PREFETCH = 2
 T = TypeVar("T")
 _WINDOW, _MIRROR = ("encoded", "start", "shape"), ("mirror",)
-_JITTER = ("brightness", "contrast", "saturation", "hue")
+_TWIST, _MATRIX = ("brightness", "contrast", "saturation", "hue"), ("colour",)
 _MIX = ("in_ids", "anchors", "shapes")
 _INPUTS: dict[str, tuple[Any, int]] = {  # element type and dimensions of every external input
     "encoded": (types.UINT8, 1),
     "start": (types.INT32, 1),
     "shape": (types.INT32, 1),
     "mirror": (types.INT32, 0),
-    **{name: (types.FLOAT, 0) for name in _JITTER},
+    **{name: (types.FLOAT, 0) for name in _TWIST},
+    "colour": (types.FLOAT, 2),
     "in_ids": (types.INT32, 1),
     "anchors": (types.INT32, 2),
     "shapes": (types.INT32, 2),
@@ -107,15 +110,18 @@ def train_batches(
         DataError: an image that cannot be decoded.
     """
     jitter = any((view.brightness, view.contrast, view.saturation, view.hue, view.grey))
-    names = _WINDOW + _MIRROR + (_JITTER if jitter else ()) + (_MIX if view.cutmix else ())
+    colour = (_TWIST if device.type == "cuda" else _MATRIX) if jitter else ()
+    names = _WINDOW + _MIRROR + colour + (_MIX if view.cutmix else ())
     feed = _Feed((partial(_train_feed, source, plan, view, ahead) for plan in plans), names)
     pipe = _pipeline(batch, device, threads)
     with pipe:
         inputs = feed.declare()
         images = _decode_window(inputs, device)
         images = fn.resize(images, size=[view.size, view.size], antialias=True)
-        if jitter:
-            images = fn.color_twist(images, **{name: inputs[name] for name in _JITTER})
+        if colour == _TWIST:
+            images = fn.color_twist(images, **{name: inputs[name] for name in _TWIST})
+        elif colour == _MATRIX:
+            images = matrix_jitter(images, inputs["colour"])
         if view.cutmix:
             images = _paste(inputs, images, view.size)
         pipe.set_outputs(_normalise(images, view, mirror=inputs["mirror"], half=device.type == "cuda"))
@@ -262,6 +268,7 @@ def _train_feed(
         "contrast": plan.contrast,
         "saturation": plan.saturation,
         "hue": plan.hue,
+        "colour": colour_matrices(plan),
         "in_ids": np.stack([place, np.where(empty, place, plan.partner)], axis=1).astype(np.int32),
         "anchors": np.stack([whole[:, :2], box[:, :2]], axis=1),
         "shapes": np.stack([whole[:, 2:], box[:, 2:]], axis=1),
