@@ -1,6 +1,7 @@
 """The fused colour jitter: equal to DALI's `color_twist`, which the GPU graph uses, and to the matrix by hand."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_the_matrix_does_what_color_twist_does() -> None:
     with pipe:
         given = fn.external_source(source=lambda: images, batch=True, layout="HWC")
         settings = {
-            name: fn.external_source(source=lambda name=name: getattr(plan, name), batch=True)
+            name: fn.external_source(source=partial(getattr, plan, name), batch=True)
             for name in ("brightness", "contrast", "saturation", "hue")
         }
         matrices = fn.external_source(source=lambda: colour_matrices(plan), batch=True)
