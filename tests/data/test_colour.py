@@ -1,7 +1,8 @@
 """The fused colour jitter: equal to DALI's `color_twist`, which the GPU graph uses, and to the matrix by hand."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ def a_plan(view: ViewConfig) -> Plan:
     return perturb(np.arange(IMAGES), side, side, generator(0, 0, 1).random((IMAGES, 32)), view)
 
 
+def always(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
 def pixels() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     # Different sizes, and one that is no multiple of a vector register.
@@ -30,12 +35,12 @@ def test_the_matrix_does_what_color_twist_does() -> None:
     assert (plan.saturation == 0).any(), "some images are grey"
     pipe = Pipeline(batch_size=IMAGES, num_threads=2, device_id=None)
     with pipe:
-        given = fn.external_source(source=lambda: images, batch=True, layout="HWC")
+        given = fn.external_source(source=always(images), batch=True, layout="HWC")
         settings = {
-            name: fn.external_source(source=partial(getattr, plan, name), batch=True)
+            name: fn.external_source(source=always(getattr(plan, name)), batch=True)
             for name in ("brightness", "contrast", "saturation", "hue")
         }
-        matrices = fn.external_source(source=lambda: colour_matrices(plan), batch=True)
+        matrices = fn.external_source(source=always(colour_matrices(plan)), batch=True)
         pipe.set_outputs(fn.color_twist(given, **settings), jitter(given, matrices))
     twisted, ours = pipe.run()
     for number in range(IMAGES):

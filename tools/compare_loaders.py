@@ -1,0 +1,333 @@
+"""bowstore's train view against other loaders: the same images, the same augmentation, the same number of cores.
+
+    python tools/compare_loaders.py --shards data/shards/train --json
+
+Five loaders make normalised batches of the full train view (random crop, flip, jitter, grey, CutMix):
+
+    bowstore         the loader of `bowstore train`
+    dali_reader      DALI's own WebDataset reader and random crop, then the same graph
+    torchvision      torchvision's DataLoader on image files, PIL transforms
+    torchvision_v2   the same with decode_jpeg and v2 transforms on tensors
+    webdataset       the webdataset package's loader, PIL transforms
+
+All run in one process tree, one after the other in interleaved rounds, each with as many threads or workers as
+there are cores; a loader's batches that were made ahead are drained before its clock starts. The ratio of a round
+is bowstore's rate over the other's in the same round; medians count.
+"""
+
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+from torchvision import transforms as pil
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms import v2
+
+from bowstore.config import ViewConfig
+from bowstore.data.colour import colour_matrices, jitter
+from bowstore.data.index import Index, open_index
+from bowstore.data.pipeline import train_batches
+from bowstore.data.plan import Schedule, plans
+from bowstore.data.reader import ShardReader
+from bowstore.environment import cores, library_versions
+from bowstore.errors import BowstoreError, UsageError
+from bowstore.progress import Progress
+
+Loader = Iterator[Any]
+_AHEAD = 2  # batches that every loader may make ahead, per worker
+
+
+def bowstore_loader(index: Index, view: ViewConfig, batch: int, workers: int, files: list[Path]) -> Loader:
+    """What `bowstore train` uses."""
+    schedule = Schedule(len(index), batch, seed=0)
+    steps = plans(schedule, index, view, start=0, stop=sys.maxsize)
+    return train_batches(ShardReader(index), view, steps, batch=batch, device=torch.device("cpu"), threads=workers)
+
+
+def dali_reader_loader(index: Index, view: ViewConfig, batch: int, workers: int, files: list[Path]) -> Loader:
+    """DALI reads the tars and draws the crop itself; flip, jitter and CutMix come from a plan, as in bowstore."""
+    schedule = Schedule(len(index), batch, seed=0)
+    steps = plans(schedule, index, view, start=0, stop=sys.maxsize)
+
+    def numbers() -> list[np.ndarray]:
+        plan = next(steps)
+        place = np.arange(batch, dtype=np.int32)
+        whole = np.broadcast_to(np.array([0, 0, view.size, view.size], np.int32), plan.box.shape)
+        box = np.where((plan.box[:, 2:].prod(axis=1) == 0)[:, None], whole, plan.box).astype(np.int32)
+        anchors, shapes = np.stack([whole[:, :2], box[:, :2]], 1), np.stack([whole[:, 2:], box[:, 2:]], 1)
+        return [plan.mirror, colour_matrices(plan), np.stack([place, plan.partner], 1), anchors, shapes]
+
+    pipe = Pipeline(batch_size=batch, num_threads=workers, device_id=None, prefetch_queue_depth=_AHEAD, seed=0)
+    tars = [str(index.root / entry.name) for entry in index.shards]
+    with pipe:
+        encoded = fn.readers.webdataset(
+            paths=tars,
+            index_paths=[str(Path(tar).with_suffix(".idx")) for tar in tars],
+            ext=["jpg;jpeg;png;webp"],
+            missing_component_behavior="error",
+            random_shuffle=True,
+            initial_fill=4096,
+        )
+        mirror, matrices, in_ids, anchors, shapes = fn.external_source(source=numbers, num_outputs=5, batch=True)
+        images = fn.decoders.image_random_crop(
+            encoded, random_area=view.area, random_aspect_ratio=view.ratio, output_type=types.RGB
+        )
+        images = jitter(fn.resize(images, size=[view.size, view.size], antialias=True), matrices)
+        size = [view.size, view.size]
+        images = fn.multi_paste(
+            images, in_ids=in_ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes, output_size=size
+        )
+        scale = {"mean": [255 * value for value in view.mean], "std": [255 * value for value in view.std]}
+        images = fn.crop_mirror_normalize(images, crop=tuple(size), mirror=mirror, output_layout="HWC", **scale)
+        pipe.set_outputs(images)
+    while True:
+        (output,) = pipe.run()
+        yield torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+
+
+class Files(Dataset[tuple[torch.Tensor, int]]):
+    """Image files through a transform."""
+
+    def __init__(
+        self, files: list[Path], read: Callable[[Path], Any], transform: Callable[[Any], torch.Tensor]
+    ) -> None:
+        self.files, self.read, self.transform = files, read, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.read(self.files[item])), 0
+
+
+class Mixed:
+    """Collate, then CutMix with one box for the whole batch (torchvision's own)."""
+
+    def __init__(self) -> None:
+        self.mix = v2.CutMix(num_classes=2)
+
+    def __call__(self, samples: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+        """One batch (B, C, H, W)."""
+        images, labels = default_collate(samples)
+        mixed: torch.Tensor = self.mix(images, labels)[0]
+        return mixed
+
+
+def read_pil(path: Path) -> Any:
+    """RGB image, decoded by Pillow."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def read_tensor(path: Path) -> torch.Tensor:
+    """RGB uint8 tensor, decoded by torchvision."""
+    return decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
+
+
+def pil_transform(view: ViewConfig) -> Any:
+    """The train view in torchvision's PIL transforms."""
+    return pil.Compose(
+        [
+            pil.RandomResizedCrop(view.size, scale=view.area, ratio=view.ratio),
+            pil.RandomHorizontalFlip(),
+            pil.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue),
+            pil.RandomGrayscale(view.grey),
+            pil.ToTensor(),
+            pil.Normalize(view.mean, view.std),
+        ]
+    )
+
+
+def tensor_transform(view: ViewConfig) -> Any:
+    """The train view in torchvision's v2 transforms."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(view.size, scale=view.area, ratio=view.ratio, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue),
+            v2.RandomGrayscale(view.grey),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(view.mean, view.std),
+        ]
+    )
+
+
+def _data_loader(data: Files, batch: int, workers: int) -> Loader:
+    sampler = RandomSampler(data, replacement=True, num_samples=10**12)
+    return iter(
+        DataLoader(
+            data,
+            batch,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=Mixed(),
+            prefetch_factor=_AHEAD,
+            drop_last=True,
+        )
+    )
+
+
+def torchvision_loader(index: Index, view: ViewConfig, batch: int, workers: int, files: list[Path]) -> Loader:
+    """DataLoader over image files, decoded and transformed by Pillow."""
+    return _data_loader(Files(files, read_pil, pil_transform(view)), batch, workers)
+
+
+def torchvision_v2_loader(index: Index, view: ViewConfig, batch: int, workers: int, files: list[Path]) -> Loader:
+    """DataLoader over image files, decoded and transformed as tensors."""
+    return _data_loader(Files(files, read_tensor, tensor_transform(view)), batch, workers)
+
+
+def webdataset_loader(index: Index, view: ViewConfig, batch: int, workers: int, files: list[Path]) -> Loader:
+    """The webdataset package: shards resampled, shuffled in a buffer, decoded by Pillow."""
+    import webdataset as wds
+
+    tars = [str(index.root / entry.name) for entry in index.shards]
+    data = (
+        wds.WebDataset(tars, resampled=True, shardshuffle=False, nodesplitter=None)
+        .shuffle(1000)
+        .decode("pilrgb", handler=wds.reraise_exception)
+        .to_tuple("jpg;jpeg;png;webp")
+        .map_tuple(pil_transform(view))
+        .map(_labelled)
+        .batched(batch, collation_fn=Mixed(), partial=False)
+    )
+    return iter(wds.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=_AHEAD))
+
+
+def _labelled(sample: tuple[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    return sample[0], 0
+
+
+LOADERS: dict[str, Callable[..., Loader]] = {
+    "bowstore": bowstore_loader,
+    "dali_reader": dali_reader_loader,
+    "torchvision": torchvision_loader,
+    "torchvision_v2": torchvision_v2_loader,
+    "webdataset": webdataset_loader,
+}
+
+
+def rate(loader: Loader, batches: int, drain: int, batch: int) -> float:
+    """Images/s over `batches` batches, after `drain` that may have been made ahead.
+
+    Ends once the loader has had time to make its batches ahead again, so that it takes no core from the next one.
+    """
+    for _ in range(drain):
+        next(loader)
+    begun = time.perf_counter()
+    for _ in range(batches):
+        next(loader)
+    seconds = time.perf_counter() - begun
+    time.sleep(1.25 * seconds * drain / batches)
+    return batches * batch / seconds
+
+
+def compare(
+    shards: Path, view: ViewConfig, names: list[str], *, batch: int, workers: int, batches: int, rounds: int
+) -> dict[str, Any]:
+    """Interleaved rounds of all loaders; rates, and bowstore's ratio over each."""
+    index = open_index(shards)
+    if len(index) < batch:
+        raise UsageError(f"{shards} holds {len(index)} images, fewer than one batch of {batch}; lower --batch")
+    with tempfile.TemporaryDirectory() as folder:
+        files = _unpack(index, Path(folder))
+        loaders = {name: LOADERS[name](index, view, batch, workers, files) for name in names}
+        drain = (_AHEAD + 1) * workers + 1
+        rates: dict[str, list[float]] = {name: [] for name in names}
+        with Progress("compare loaders", (rounds + 1) * len(names), "timings") as progress:
+            for number in range(rounds + 1):
+                for name, loader in loaders.items():
+                    measured = rate(loader, batches if number else 2, drain, batch)
+                    if number:  # the first round warms workers, allocators and the page cache
+                        rates[name].append(measured)
+                    progress.advance(note=f"{name} {measured:.0f} images/s")
+    return _result(rates, index, view, batch=batch, workers=workers, batches=batches)
+
+
+def _unpack(index: Index, folder: Path) -> list[Path]:
+    """The images as files, for the loaders that read files."""
+    reader, paths = ShardReader(index), []
+    for row in range(len(index)):
+        (data,) = reader.read(np.array([row]))
+        path = folder / f"{row:07d}.{Image.open(io.BytesIO(data.tobytes())).format.lower()}"
+        path.write_bytes(data.tobytes())
+        paths.append(path)
+    return paths
+
+
+def _result(rates: dict[str, list[float]], index: Index, view: ViewConfig, **settings: int) -> dict[str, Any]:
+    ours = rates.get("bowstore", [])
+    result: dict[str, Any] = {
+        "protocol": "bench/compare_loaders",
+        "protocol_version": 1,
+        "device": f"cpu, {cores()} cores",
+        "versions": library_versions(),
+        "inputs": {"shards": index.fingerprint},
+        "images": len(index),
+        "mean_image_bytes": float(index.size.mean()),
+        "view": view.model_dump(),
+        **settings,
+        "images_per_second": rates,
+    }
+    for name, theirs in rates.items():
+        if name != "bowstore" and ours:
+            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+            result[f"ratio_over_{name}"] = statistics.median(ratios)
+            result[f"ratios_over_{name}"] = ratios
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Lines for people."""
+    lines = [f"{'images/s, batch ' + str(result['batch']):24}{'median':>9}{'min':>9}{'max':>9}{'bowstore over it':>26}"]
+    for name, values in result["images_per_second"].items():
+        ratios = result.get(f"ratios_over_{name}")
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+        lines.append(f"{name:24}{statistics.median(values):9.0f}{min(values):9.0f}{max(values):9.0f}{ratio:>26}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--shards", type=click.Path(path_type=Path), required=True, help="Folder of indexed shards.")
+@click.option("--size", type=click.IntRange(8), default=224, show_default=True, help="Side of the view, pixels.")
+@click.option("--batch", type=click.IntRange(4), default=64, show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Threads or processes of each loader.  [default: one a core]")
+@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Timed batches a round.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--loader", "chosen", type=click.Choice(list(LOADERS)), multiple=True, help="Only these.  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
+def main(
+    shards: Path,
+    size: int,
+    batch: int,
+    workers: int | None,
+    batches: int,
+    rounds: int,
+    chosen: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Full train view on the same images: bowstore and four other loaders."""
+    view = ViewConfig(size=size, resize=max(size, 256))
+    names = list(dict.fromkeys(("bowstore", *chosen))) if chosen else list(LOADERS)
+    try:
+        result = compare(shards, view, names, batch=batch, workers=workers or cores(), batches=batches, rounds=rounds)
+    except BowstoreError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    click.echo(json.dumps(result, indent=2) if as_json else table(result))
+
+
+if __name__ == "__main__":
+    main()
