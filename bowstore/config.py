@@ -122,6 +122,7 @@ class RuntimeConfig(Strict):
     amp: bool = Field(True, description="bfloat16 autocast on a GPU")
     compile: bool = Field(True, description="torch.compile on a GPU")
     threads: int | None = Field(None, ge=1, description="decoding threads; null: cores a rank")
+    hw_decoder_load: Unit = Field(0.65, description="share of the JPEGs that a GPU's hardware decoder takes")
     targets: Literal["auto", "resident", "host", "streamed"] = Field(
         "auto", description="where the words lie: on the device, in host memory, on disk; auto: by their size"
     )

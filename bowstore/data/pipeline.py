@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from bowstore.environment import cores_per_rank
 from bowstore.errors import DataError
 
 _PREFETCH = 2
+HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
+Stage = Literal["decode", "resize", "jitter", "cutmix", "normalise"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 T = TypeVar("T")
 _WINDOW, _MIRROR = ("encoded", "start", "shape"), ("mirror",)
 _TWIST, _MATRIX = ("brightness", "contrast", "saturation", "hue"), ("colour",)
@@ -93,6 +96,7 @@ def train_batches(
     batch: int,
     device: torch.device,
     threads: int | None = None,
+    hw_load: float = HW_LOAD,
     ahead: Callable[[Plan], Any] | None = None,
 ) -> Iterator[Batch]:
     """Yield the perturbed images of `plans`, in order.
@@ -104,29 +108,57 @@ def train_batches(
         batch: largest number of samples in a plan.
         device: where the images are wanted.
         threads: decoding threads; None for one a core.
+        hw_load: share of the JPEG images that a GPU's hardware decoder takes.
         ahead: called with each plan in the reading thread, some batches ahead of need (streamed targets).
 
     Raises:
         DataError: an image that cannot be decoded.
     """
+    pipe, feed = train_pipeline(
+        source, view, plans, batch=batch, device=device, threads=threads, hw_load=hw_load, ahead=ahead
+    )
+    for (plan, found), images_BCHW in _run(pipe, feed, lambda what: _undecodable(source, what[0].rows)):
+        yield Batch(images_BCHW, plan, found)
+
+
+def train_pipeline(
+    source: ImageSource,
+    view: ViewConfig,
+    plans: Iterable[Plan],
+    *,
+    batch: int,
+    device: torch.device,
+    threads: int | None = None,
+    hw_load: float = HW_LOAD,
+    ahead: Callable[[Plan], Any] | None = None,
+    until: Stage = "normalise",
+) -> tuple[Pipeline, "Feed[tuple[Plan, Any]]"]:
+    """The pipeline behind `train_batches` and what feeds it; `until` ends the graph after an earlier stage.
+
+    Only benchmarks ask for less than the whole graph: the difference between two ends is what a stage costs.
+    """
     jitter = any((view.brightness, view.contrast, view.saturation, view.hue, view.grey))
     colour = (_TWIST if device.type == "cuda" else _MATRIX) if jitter else ()
-    names = _WINDOW + _MIRROR + colour + (_MIX if view.cutmix else ())
-    feed = _Feed((partial(_train_feed, source, plan, view, ahead) for plan in plans), names)
+    last = STAGES.index(until)
+    # DALI warns of inputs that no operator takes.
+    takes = {"decode": _WINDOW, "jitter": colour, "cutmix": _MIX if view.cutmix else (), "normalise": _MIRROR}
+    names = [name for stage in STAGES[: last + 1] for name in takes.get(stage, ())]
+    feed = Feed((partial(_train_feed, source, plan, view, ahead) for plan in plans), names)
     pipe = _pipeline(batch, device, threads)
     with pipe:
         inputs = feed.declare()
-        images = _decode_window(inputs, device)
-        images = fn.resize(images, size=[view.size, view.size], antialias=True)
-        if colour == _TWIST:
-            images = fn.color_twist(images, **{name: inputs[name] for name in _TWIST})
-        elif colour == _MATRIX:
-            images = matrix_jitter(images, inputs["colour"])
-        if view.cutmix:
-            images = _paste(inputs, images, view.size)
-        pipe.set_outputs(_normalise(images, view, mirror=inputs["mirror"], half=device.type == "cuda"))
-    for (plan, found), images_BCHW in _run(pipe, feed, lambda what: _undecodable(source, what[0].rows)):
-        yield Batch(images_BCHW, plan, found)
+        graph: dict[Stage, Callable[[Any], Any]] = {
+            "decode": lambda _: _decode_window(inputs, device, hw_load),
+            "resize": lambda images: fn.resize(images, size=[view.size, view.size], antialias=True),
+            "jitter": lambda images: _jitter(inputs, images, colour),
+            "cutmix": lambda images: _paste(inputs, images, view.size) if view.cutmix else images,
+            "normalise": lambda images: _normalise(images, view, mirror=inputs["mirror"], half=device.type == "cuda"),
+        }
+        images = None
+        for stage in STAGES[: last + 1]:
+            images = graph[stage](images)
+        pipe.set_outputs(images)
+    return pipe, feed
 
 
 def clean_batches(
@@ -137,6 +169,7 @@ def clean_batches(
     batch: int,
     device: torch.device,
     threads: int | None = None,
+    hw_load: float = HW_LOAD,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """Yield (rows (B,), images_BCHW float32, normalised) of the un-augmented images, in order.
 
@@ -147,17 +180,24 @@ def clean_batches(
         batch: largest number of images in a batch.
         device: where the images are wanted.
         threads: decoding threads; None for one a core.
+        hw_load: share of the JPEG images that a GPU's hardware decoder takes.
 
     Raises:
         DataError: an image that cannot be decoded.
     """
     if isinstance(rows, np.ndarray):
         rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    feed = _Feed((partial(_clean_feed, source, part) for part in rows), ("encoded",))
+    feed = Feed((partial(_clean_feed, source, part) for part in rows), ("encoded",))
     pipe = _pipeline(batch, device, threads)
     with pipe:
         encoded = feed.declare()["encoded"]
-        images = fn.decoders.image(encoded, device=_decoder(device), output_type=types.RGB, adjust_orientation=False)
+        images = fn.decoders.image(
+            encoded,
+            device=_decoder(device),
+            output_type=types.RGB,
+            adjust_orientation=False,
+            hw_decoder_load=hw_load,
+        )
         if view.resize is not None:
             images = _short_side(images, _bounds(encoded), view.resize, None if view.squash else view.size)
         if view.resize is None or view.squash:
@@ -202,7 +242,7 @@ def _short_side(images: Any, bounds: Any, resize: int, crop: int | None) -> Any:
     return fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
 
 
-def _decode_window(inputs: dict[str, Any], device: torch.device) -> Any:
+def _decode_window(inputs: dict[str, Any], device: torch.device, hw_load: float) -> Any:
     """Decode only the planned window, kept inside the image.
 
     A window outside the image ends the process in DALI 2.4's CPU decoder, so the bounds come from the bytes
@@ -220,7 +260,15 @@ def _decode_window(inputs: dict[str, Any], device: torch.device) -> Any:
         axes=[0, 1],
         output_type=types.RGB,
         adjust_orientation=False,
+        hw_decoder_load=hw_load,
     )
+
+
+def _jitter(inputs: dict[str, Any], images: Any, colour: Sequence[str]) -> Any:
+    """Colour jitter and grey: DALI's operator on a GPU, one matrix an image on the CPU; nothing without inputs."""
+    if colour == _TWIST:
+        return fn.color_twist(images, **{name: inputs[name] for name in _TWIST})
+    return matrix_jitter(images, inputs["colour"]) if colour else images
 
 
 def _paste(inputs: dict[str, Any], images: Any, size: int) -> Any:
@@ -281,8 +329,8 @@ def _clean_feed(source: ImageSource, rows: NDArray[np.int64]) -> tuple[NDArray[n
     return rows, {"encoded": encoded}
 
 
-class _Feed(Generic[T]):
-    """Feeds the graph from jobs that run ahead in a thread; remembers what each batch in flight was."""
+class Feed(Generic[T]):
+    """Feeds a graph from jobs that run ahead in a thread; remembers what each batch in flight was."""
 
     def __init__(self, jobs: Iterable[Callable[[], tuple[T, dict[str, Any]]]], names: Sequence[str]) -> None:
         self._names = names
@@ -306,7 +354,7 @@ class _Feed(Generic[T]):
         return [values[name] for name in self._names]
 
 
-def _run(pipe: Pipeline, feed: _Feed[T], blame: Callable[[T], str]) -> Iterator[tuple[T, Tensor]]:
+def _run(pipe: Pipeline, feed: Feed[T], blame: Callable[[T], str]) -> Iterator[tuple[T, Tensor]]:
     """Run to the end of the feed and hand out in order; `blame` names the bad image of a batch that failed."""
     gpu = pipe.device_id is not None
     while True:
