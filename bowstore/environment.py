@@ -1,8 +1,10 @@
-"""What a number was measured with: the device and the versions of what decides it."""
+"""What this process may use, and what a number was measured with: device, cores, memory, library versions."""
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -42,9 +44,55 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def local_ranks() -> int:
+    """Number of ranks that torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def cores_per_rank() -> int:
     """This process's share of the machine's cores, among the ranks that torchrun started on it."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // local_ranks())
+
+
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that can still be taken without swapping: the machine's, or less where a cgroup bounds it.
+
+    Args:
+        proc: the process file system.
+        cgroups: where cgroups are mounted; version 1 has its memory controller in the folder `memory` below.
+    """
+    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    return min([int(fields["MemAvailable"].split()[0]) << 10, *_cgroup_rooms(proc, cgroups)])
+
+
+def _cgroup_rooms(proc: Path, cgroups: Path) -> Iterator[int]:
+    """Bytes left in each cgroup that bounds this process; pages of inactive files count as free."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, inactive = cgroups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, inactive = cgroups / "memory", "total_inactive_file"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / place.lstrip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                bound = (folder / limit).read_text().strip()
+                if bound == "max":
+                    continue
+                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                taken = int((folder / usage).read_text()) - int(statistics.get(inactive, 0))
+            except OSError:  # a container sees the host's name of its cgroup, but only its own files
+                continue
+            yield max(0, int(bound) - taken)
 
 
 def device_name(device: torch.device) -> str:

@@ -39,3 +39,7 @@ class BusyError(BowstoreError, BlockingIOError):
 
 class TrainingError(BowstoreError, ArithmeticError):
     """Training went wrong numerically (a loss that is not finite)."""
+
+
+class TransferError(BowstoreError, ConnectionError):
+    """Bytes that could not be brought from another machine."""

@@ -8,17 +8,20 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import xxhash
 
 from bowstore.errors import BusyError, CorruptError, MissingError
+from bowstore.progress import say
 
 TEMPORARY_MARK = ".tmp-"
 _DIGEST_BLOCK_BYTES = 1 << 22
+_WAIT_SECONDS = 0.2
 
 
 def fsync_path(path: Path) -> None:
@@ -120,4 +123,26 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
+        yield
+
+
+@contextmanager
+def waiting_lock(path: Path, what: str, *, shown: bool = True) -> Iterator[None]:
+    """Hold `exclusive_lock` for the length of the block, waiting for the process that has it.
+
+    Args:
+        path: the lock's file.
+        what: its name for messages.
+        shown: whether to say so when there is something to wait for.
+    """
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(exclusive_lock(path, what))
+                break
+            except BusyError as error:
+                if shown:
+                    say(f"waiting: {str(error).split(';')[0]}")
+                shown = False
+                time.sleep(_WAIT_SECONDS)
         yield

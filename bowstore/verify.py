@@ -1,10 +1,20 @@
 """`bowstore verify`: does what lies on disk match what was recorded when it was written?"""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.config import StorageConfig
+from bowstore.data.shard_check import Problem
+from bowstore.errors import MissingError, UsageError
+from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
+
+if TYPE_CHECKING:
+    from bowstore.data.verify import FolderReport
+
+_SHOWN_PER_SHARD = 20
 
 
 @dataclass(frozen=True)
@@ -15,14 +25,20 @@ class PathReport:
         path: the store or folder of shards.
         kind: "store" or "shards".
         checked: what was looked at, for people.
-        problems: one line each; empty means all is well.
+        problems: all that was found; empty means all is well.
+        repairs: what was done about it and what to run next, in lines.
+        sound: whether nothing is wrong (any more).
+        odd: images of a deep check that every decoder reads, but not as plain RGB: how many of each kind.
         digest: a store's digest over vocabulary and words, where asked for.
     """
 
     path: Path
     kind: str
     checked: str
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    repairs: list[str] = field(default_factory=list)
+    sound: bool = True
+    odd: dict[str, int] = field(default_factory=dict)
     digest: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -31,68 +47,113 @@ class PathReport:
             "path": str(self.path),
             "kind": self.kind,
             "checked": self.checked,
-            "problems": self.problems,
+            "sound": self.sound,
+            "problems": [asdict(problem) for problem in self.problems],
+            "repairs": self.repairs,
+            "odd": self.odd,
             "digest": self.digest,
         }
 
     def text(self) -> str:
-        """Lines for people: the problems, or that there are none; a digest last."""
-        lines = [f"{self.path}: {self.checked}"]
-        lines += self.problems or ["no problem found"]
+        """Lines for people: the problems, or that there are none; what was done about them; a digest last."""
+        lines = [f"{self.path}: {self.checked}", *_shown(self.problems)]
+        if self.odd:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.odd.items()))
+            lines.append(f"not plain RGB, though every decoder reads them: {kinds}")
+        lines += self.repairs if self.problems else ["no problem found"]
         if self.digest:
             lines.append(self.digest)
         return "\n".join(lines)
 
 
-def verify_path(path: Path, *, shards: Path | None = None, digest: bool = False, repair: bool = False) -> PathReport:
-    """Check a store or a folder of shards (or a folder of such folders).
+def _shown(problems: list[Problem]) -> Iterator[str]:
+    """The first lines of each shard, with the number of the others."""
+    count: Counter[str | None] = Counter()
+    for problem in problems:
+        count[problem.shard] += 1
+        if problem.shard is None or count[problem.shard] <= _SHOWN_PER_SHARD:
+            yield problem.message
+    for shard, number in count.items():
+        if shard is not None and number > _SHOWN_PER_SHARD:
+            yield f"shard {shard}: {number - _SHOWN_PER_SHARD} problems more; --json lists all"
+
+
+def verify_path(
+    path: Path,
+    *,
+    shards: Path | None = None,
+    digest: bool = False,
+    deep: bool = False,
+    repair: bool = False,
+    workers: int | None = None,
+    storage: StorageConfig | None = None,
+) -> PathReport:
+    """Check a store or a folder of shards (or a folder of such folders); of remote ones, copies of all their files.
 
     Args:
         path: what to check.
         shards: with a store: also join its keys with these shards.
         digest: with a store: report its digest.
-        repair: with a store: take damaged chunks back, so that encoding writes them anew.
+        deep: with shards: decode every image. A store is always read as a whole.
+        repair: with a store: take damaged chunks back, so that encoding writes them anew; with shards see
+            `bowstore.data.verify.verify_folder`.
+        workers: processes for local shards; None for up to one a core.
+        storage: where copies of remote shards and stores lie.
 
     Raises:
         MissingError: nothing there, or neither a store nor shards.
+        UsageError: an option that goes with a store only.
     """
-    if (path / "zarr.json").exists():
-        return _verify_store(path, shards, digest=digest, repair=repair)
-    if shards or digest or repair:
-        raise UsageError(f"--shards, --digest and --repair go with a word store, and {path} is none")
-    from bowstore.data.index import INDEX_FILE
+    from bowstore.data.verify import is_shards_folder, verify_folder, verify_remote
 
-    folders = [path] if (path / INDEX_FILE).exists() else sorted(p.parent for p in path.glob(f"*/{INDEX_FILE}"))
+    storage = storage or StorageConfig()
+    store = path if not is_remote(path) else _remote_store(path, storage, repair=repair)
+    if store and (store / "zarr.json").exists():
+        return _verify_store(store, shards, storage, digest=digest, repair=repair)
+    if shards or digest:
+        raise UsageError(f"--shards and --digest go with a word store, and {path} is none")
+    if is_remote(path):
+        return _verify_shards(path, [verify_remote(path, storage, deep=deep, repair=repair)], deep=deep)
+    below = sorted(folder for folder in path.glob("*") if folder.is_dir())
+    folders = [folder for folder in (path, *below) if is_shards_folder(folder)]
     if not folders:
         raise MissingError(f"{path} is neither a word store nor a folder of indexed shards; run `bowstore index` first")
-    return _verify_shards(path, folders)
+    reports = [verify_folder(folder, deep=deep, repair=repair, workers=workers) for folder in folders]
+    return _verify_shards(path, reports, deep=deep)
 
 
-def _verify_store(path: Path, shards: Path | None, *, digest: bool, repair: bool) -> PathReport:
+def _remote_store(path: Path, storage: StorageConfig, *, repair: bool) -> Path | None:
+    """The copy of a remote word store; None where none is there."""
+    if not RemoteFolder(path, storage).exists("zarr.json"):
+        return None
+    if repair:
+        raise UsageError(f"{url_of(path)} is on another machine; run `bowstore verify --repair` where it lies")
+    return fetch_store(path, storage)
+
+
+def _verify_store(path: Path, shards: Path | None, storage: StorageConfig, *, digest: bool, repair: bool) -> PathReport:
     from bowstore.words import verify
 
-    report = verify.verify(path, shards)
+    report = verify.verify(path, shards, storage)
     checked = f"{report.images} images, {report.chunks} chunks, layers {', '.join(report.layers) or 'none'}"
+    problems = [Problem(message, "store") for message in report.problems]
+    repairs = []
     if repair and report.damaged:
         count = verify.discard_damaged(path, report)
-        report.problems.append(
-            f"{count} damaged chunks were taken back; run `bowstore encode` again to write just these"
-        )
+        repairs.append(f"{count} damaged chunks were taken back; run `bowstore encode` again to write just these")
     words_digest = verify.digest(path) if digest and report.sound else None
-    return PathReport(path, "store", checked, report.problems, words_digest)
+    return PathReport(path, "store", checked, problems, repairs, not problems, digest=words_digest)
 
 
-def _verify_shards(path: Path, folders: list[Path]) -> PathReport:
-    from bowstore.data.index import check_digests, open_index
-
-    problems: list[str] = []
-    images = shards = 0
-    for folder in folders:
-        try:
-            index = open_index(folder)
-        except BowstoreError as error:
-            problems.append(str(error))
-            continue
-        images, shards = images + len(index), shards + len(index.shards)
-        problems += check_digests(index)
-    return PathReport(path, "shards", f"{images} images in {shards} shards", problems)
+def _verify_shards(path: Path, reports: "list[FolderReport]", *, deep: bool) -> PathReport:
+    images, shards = (sum(getattr(report, name) for report in reports) for name in ("images", "shards"))
+    odd: Counter[str] = sum((report.odd for report in reports), Counter())
+    return PathReport(
+        path,
+        "shards",
+        f"{images} images in {shards} shards" + (", every image decoded" if deep else ""),
+        problems=[problem for report in reports for problem in report.problems],
+        repairs=[line for report in reports for line in report.repairs],
+        sound=not any(report.left for report in reports),
+        odd=dict(odd),
+    )

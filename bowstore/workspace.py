@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bowstore.config import (
     WORKSPACE_FILE,
+    StorageConfig,
     TrainConfig,
     Workspace,
     bundled_configs,
@@ -12,6 +13,7 @@ from bowstore.config import (
 )
 from bowstore.errors import MissingError, UsageError
 from bowstore.files import atomic_file
+from bowstore.remote import RemoteFolder, fetch_store, is_remote
 
 RECIPES = {
     "cifar10": ("cifar10_rotnet.yaml", "cifar10_bownet.yaml"),
@@ -93,28 +95,33 @@ def resolve_teacher(workspace: Workspace, teacher: str | None) -> Path:
 def resolve_train(
     workspace: Workspace, config: Path | None, overrides: Sequence[str] = (), *, store: Path | None = None
 ) -> TrainConfig:
-    """The configuration that `bowstore train` runs, with every path and the store's layer filled in.
+    """The configuration that `bowstore train` runs, with every path, the store's layer and the storage filled in.
 
-    Without `config`: the workspace's, or else the student that the store's teacher names.
+    Without `config`: the workspace's, or else the student that the store's teacher names. URLs stay URLs.
 
     Raises:
         MissingError: no configuration is named anywhere.
     """
-    path = config or workspace.config or _student(store or workspace.store)
+    path = config or workspace.config or _student(store or workspace.store, workspace.storage)
     resolved = load_train_config(path, overrides)
-    updates: dict[str, object] = {"shards": resolved.shards or workspace.shards}
+    storage = resolved.runtime.storage or workspace.storage
+    updates: dict[str, object] = {
+        "shards": resolved.shards or workspace.shards,
+        "runtime": resolved.runtime.model_copy(update={"storage": storage}),
+    }
     if resolved.task == "words":
         from bowstore.words.store import open_store
 
         words_store = store or resolved.words.store or workspace.store
-        layer = open_store(words_store).layer(resolved.words.layer).name
+        layer = open_store(fetch_store(words_store, storage)).layer(resolved.words.layer).name
         updates["words"] = resolved.words.model_copy(update={"store": words_store, "layer": layer})
     return resolved.model_copy(update=updates)
 
 
-def _student(store: Path) -> Path:
+def _student(path: Path, storage: StorageConfig) -> Path:
     from bowstore.words.store import open_store
 
+    store = fetch_store(path, storage)
     if not store.exists():
         raise MissingError(
             f"no --config was given and there is no word store {store}: train a teacher with --config first, then "
@@ -140,6 +147,12 @@ def val_shards(workspace: Workspace) -> Path:
         return workspace.val_shards
     candidates = [workspace.shards.parent / name for name in ("val", "test")]
     for path in candidates:
-        if path.is_dir():
+        if _has_index(path, workspace.storage) if is_remote(path) else path.is_dir():
             return path
     raise MissingError(f"no test shards: neither {candidates[0]} nor {candidates[1]} exists; give --test")
+
+
+def _has_index(path: Path, storage: StorageConfig) -> bool:
+    from bowstore.data.table import INDEX_FILE
+
+    return RemoteFolder(path, storage).exists(INDEX_FILE)

@@ -60,10 +60,23 @@ def write_store(path: Path, index: Index, *, words: int = 12, grid: int = 4, see
     maps = generator.integers(0, words, (len(index), grid, grid))
     own = index.label[:, None, None] % words
     maps = np.where(generator.random(maps.shape) < 0.7, own, maps).astype(np.uint16)
+    return write_words(path, maps, words=words, fingerprint=index.fingerprint, key_hash_N=np.asarray(index.key_hash))
+
+
+def write_words(
+    path: Path,
+    maps: np.ndarray,
+    *,
+    words: int = 12,
+    fingerprint: str = "f" * 32,
+    key_hash_N: np.ndarray | None = None,
+) -> Path:
+    """A complete store of one layer with the given words, uint16 (N, h, w)."""
+    keys = np.arange(1, len(maps) + 1, dtype=np.uint64) if key_hash_N is None else key_hash_N
     with writing_lock(path):
-        writer = create_store(path, fingerprint=index.fingerprint, key_hash_N=np.asarray(index.key_hash))
+        writer = create_store(path, fingerprint=fingerprint, key_hash_N=keys)
         teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
-        spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=(grid, grid), channels=8)
+        spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=maps.shape[1:], channels=8)
         layer = writer.add_layer("block3", spec, np.zeros((words, 8), np.float32))
         for chunk in range(layer.chunks):
             writer.write_chunk("block3", chunk, maps[layer.rows(chunk)])

@@ -1,4 +1,4 @@
-"""Write image folders as WebDataset shards: the script behind `make shards SRC=... OUT=...` (`bowstore shards`)."""
+"""Write images as WebDataset shards: the script behind `make shards SRC=... OUT=...` (`bowstore shards`)."""
 
 import sys
 

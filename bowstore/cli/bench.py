@@ -1,33 +1,182 @@
-"""Commands that measure this machine: bench train."""
+"""Commands that measure this machine: bench loader, reader, store, targets, train."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
-from bowstore.cli.common import PATH, emit
+from bowstore.cli.common import DEVICES, PATH, emit
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group()
 def bench() -> None:
-    """What each stage can do on this machine."""
+    """What each stage can do on this machine, and which one binds; results go to RUNS/bench/NAME.json."""
 
 
-@bench.command(name="train")
+def _options(*extra: Callable[[F], F]) -> Callable[[F], F]:
+    """Options that the benchmarks of stages share, and a command's own."""
+    common: tuple[Callable[[F], F], ...] = (
+        click.option("--shards", "shards_dir", type=PATH, help="Indexed shards.  [default: the workspace's]"),
+        click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone."),
+    )
+
+    def decorate(command: F) -> F:
+        for option in reversed((*extra, *common)):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_BATCH = click.option("--batch", type=click.IntRange(4), default=64, show_default=True, help="Images a batch.")
+_STORE = click.option("--store", type=PATH, help="Word store.  [default: the workspace's]")
+_LAYER = click.option("--layer", help="Layer of the store.  [default: its only one]")
+
+
+@bench.command()
+@_options(
+    click.option("--config", type=PATH, help="Take view and batch from a training configuration."),
+    click.option("--size", type=click.IntRange(8), default=224, show_default=True, help="Side of the view, pixels."),
+    _BATCH,
+    click.option("--batches", type=click.IntRange(1), default=12, show_default=True, help="Timed batches a round."),
+    click.option("--threads", type=click.IntRange(1), help="Decoding threads.  [default: one a core]"),
+    click.option("--device", type=DEVICES, default="auto", show_default=True),
+    click.option("--hw-load", "hw_loads", type=click.FloatRange(0, 1), multiple=True, help="GPU: sweep these shares."),
+)
+def loader(
+    config: Path | None,
+    size: int,
+    batch: int,
+    batches: int,
+    threads: int | None,
+    device: str,
+    hw_loads: tuple[float, ...],
+    shards_dir: Path | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """The train view, stage by stage: plan, read, decode, resize, jitter, CutMix, normalise; and which one binds."""
+    from bowstore.benchmarks.loader import LoaderSettings, bench_loader
+    from bowstore.config import ViewConfig, load_train_config, load_workspace
+    from bowstore.environment import choose_device, cores_per_rank
+
+    workspace = load_workspace()
+    view = ViewConfig(size=size, resize=max(size, 256))
+    if config:
+        loaded = load_train_config(config)
+        view, batch = loaded.view, loaded.optim.batch
+    settings = LoaderSettings(
+        view, batch, threads or cores_per_rank(), choose_device(device), batches, rounds, tuple(hw_loads)
+    )
+    result = bench_loader(shards_dir or workspace.shards, settings, workspace.storage)
+    _keep(workspace, "loader", result, as_json)
+
+
+@bench.command()
+@_options(
+    _BATCH,
+    click.option("--batches", type=click.IntRange(1), default=200, show_default=True, help="Timed batches a round."),
+)
+def reader(batch: int, batches: int, shards_dir: Path | None, rounds: int, as_json: bool) -> None:
+    """Encoded bytes of random rows: from memory maps, and by single reads as on a network file system."""
+    from bowstore.benchmarks.reader import bench_reader
+    from bowstore.config import load_workspace
+
+    workspace = load_workspace()
+    shards = shards_dir or workspace.shards
+    result = bench_reader(shards, batch=batch, batches=batches, rounds=rounds, storage=workspace.storage)
+    _keep(workspace, "reader", result, as_json)
+
+
+@bench.command()
+@_options(_STORE, _LAYER)
+def store(store: Path | None, layer: str | None, shards_dir: Path | None, rounds: int, as_json: bool) -> None:
+    """A word store: bulk load with every check, and the join of its keys with the shards'."""
+    from bowstore.benchmarks.store import bench_store
+    from bowstore.config import load_workspace
+
+    workspace = load_workspace()
+    shards = shards_dir or (workspace.shards if workspace.shards.exists() else None)
+    result = bench_store(store or workspace.store, shards, rounds=rounds, layer=layer, storage=workspace.storage)
+    _keep(workspace, "store", result, as_json)
+
+
+@bench.command()
+@_options(
+    _STORE,
+    _LAYER,
+    click.option("--batch", type=click.IntRange(1), default=256, show_default=True, help="Rows a batch."),
+    click.option("--batches", type=click.IntRange(1), default=200, show_default=True, help="Timed batches a round."),
+    click.option("--device", type=DEVICES, default="auto", show_default=True),
+)
+def targets(
+    store: Path | None,
+    layer: str | None,
+    batch: int,
+    batches: int,
+    device: str,
+    shards_dir: Path | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Bags of random rows from every tier: words on the device, in host memory, on disk."""
+    from bowstore.benchmarks.targets import bench_targets
+    from bowstore.config import load_workspace
+    from bowstore.environment import choose_device
+
+    workspace = load_workspace()
+    result = bench_targets(
+        store or workspace.store,
+        shards_dir or workspace.shards,
+        layer=layer,
+        batch=batch,
+        batches=batches,
+        rounds=rounds,
+        device=choose_device(device),
+        storage=workspace.storage,
+    )
+    _keep(workspace, "targets", result, as_json)
+
+
+@bench.command()
 @click.option("--config", type=PATH, help="YAML file.  [default: as for `bowstore train`]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, for example optim.batch=64.")
-@click.option("--store", type=PATH, help="Word store.")
-@click.option("--steps", type=click.IntRange(5), default=30, show_default=True, help="Timed steps a round.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
-def bench_train(
-    config: Path | None, overrides: tuple[str, ...], store: Path | None, steps: int, rounds: int, as_json: bool
+@_options(
+    click.option("--store", type=PATH, help="Word store."),
+    click.option("--steps", type=click.IntRange(5), default=30, show_default=True, help="Timed steps a round."),
+)
+def train(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    store: Path | None,
+    steps: int,
+    shards_dir: Path | None,
+    rounds: int,
+    as_json: bool,
 ) -> None:
-    """Training with the loader over the same step on resident data, interleaved; written to RUNS/bench/train.json."""
-    from bowstore.bench import bench_training
+    """Training with the loader over the same step on resident data."""
+    from bowstore.benchmarks.train import bench_training
     from bowstore.config import load_workspace
     from bowstore.workspace import resolve_train
 
     workspace = load_workspace()
+    if shards_dir:
+        overrides += (f"shards={str(shards_dir)!r}",)
     resolved = resolve_train(workspace, config, overrides, store=store)
-    result = bench_training(resolved, workspace.runs / "bench" / "train.json", steps=steps, rounds=rounds)
+    result = bench_training(resolved, steps=steps, rounds=rounds)
+    if result:
+        _keep(workspace, "train", result, as_json)
+
+
+def _keep(workspace: Any, name: str, result: Any, as_json: bool) -> None:
+    """Write the result file and print the result."""
+    from bowstore.files import write_json
+
+    out = workspace.runs / "bench" / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result.as_dict())
     emit(result.as_dict(), result.text(), as_json)

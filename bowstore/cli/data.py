@@ -1,59 +1,180 @@
-"""Commands from images to shards: shards, index, verify."""
+"""Commands from images to shards: data, shards, index, verify."""
 
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from bowstore.cli.common import PATH, emit
+from bowstore.data.sources import KINDS
+
+_WIDTH = 110
+
+
+@click.group("data", invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the kinds and downloads as JSON alone.")
+@click.pass_context
+def data_group(context: click.Context, as_json: bool) -> None:
+    """Show what `bowstore shards` reads: kinds of sources, what each expects on disk, what can be downloaded."""
+    if context.invoked_subcommand:
+        return
+    from bowstore.data.downloads import BY_HAND, DOWNLOADS
+
+    value = {
+        "sources": [{"name": kind.name, "expects": kind.expects, "example": kind.example} for kind in KINDS.values()],
+        "downloads": [{"name": item.name, "what": item.what, "shards": item.shards} for item in DOWNLOADS.values()],
+        "by_hand": BY_HAND,
+    }
+    lines = ["Sources of `bowstore shards SRC OUT` (the kind is found out, or named by --source):"]
+    for kind in KINDS.values():
+        lines += ["", *_entry(kind.name, kind.expects), f"    $ {kind.example}"]
+    lines += ["", "Downloads, `bowstore data download NAME DIR`:", ""]
+    for item in DOWNLOADS.values():
+        lines += _entry(item.name, item.what)
+    lines += ["", "To be had by hand:", ""]
+    for name, how in BY_HAND.items():
+        lines += _entry(name, how)
+    emit(value, "\n".join(lines), as_json)
+
+
+def _entry(name: str, text: str) -> list[str]:
+    indent = " " * 16
+    return textwrap.wrap(f"  {name:<13} {text}", _WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+@data_group.command("download")
+@click.argument("name")
+@click.argument("folder", type=PATH, metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
+def download(name: str, folder: Path, as_json: bool) -> None:
+    """Fetch the data set NAME into DIR with torchvision's downloader; `bowstore data` lists the names."""
+    from bowstore.data.downloads import DOWNLOADS, fetch
+
+    paths = [str(path) for path in fetch(name, folder)]
+    command = DOWNLOADS[name].shards.replace("DIR", str(folder))
+    emit({"name": name, "paths": paths, "shards": command}, f"{', '.join(paths)}; next: {command}", as_json)
 
 
 @click.command()
 @click.argument("src", type=PATH)
 @click.argument("out", type=PATH)
+@click.option("--source", "kind", type=click.Choice(list(KINDS)), help="What SRC is; default: found by its layout.")
+@click.option("--list", "lists", multiple=True, metavar="[SPLIT=]FILE", help="List or CSV of the images below SRC.")
+@click.option("--label-field", metavar="NAME", help="CSV column, JSON key or extension of the label; `none` for none.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the one global shuffle.")
 @click.option("--per-shard", type=click.IntRange(1), default=4096, show_default=True, help="Images a shard.")
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: one a core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON alone.")
-def shards(src: Path, out: Path, seed: int, per_shard: int, workers: int | None, as_json: bool) -> None:
-    """Turn class folders below SRC (train/, val/ or test/) into WebDataset shards in OUT.
+def shards(
+    src: Path,
+    out: Path,
+    kind: str | None,
+    lists: tuple[str, ...],
+    label_field: str | None,
+    seed: int,
+    per_shard: int,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Turn the images of SRC into WebDataset shards in OUT.
+
+    \b
+    SRC may be
+      folder        class folders, in train/, val/ or test/
+      list          any folder, with --list
+      cifar10       the Python archive, packed or extracted; cifar100 likewise
+      miniimagenet  images/ with train.csv, val.csv and test.csv
+      voc           a VOC devkit
+      places205     images with the lists of Places205 or Places365
+      webdataset    *.tar made elsewhere
+    `bowstore data` shows what each expects.
 
     Every image is decoded once; what cannot be decoded is set aside with its reason in OUT/SPLIT/quarantine.jsonl.
     A second run does nothing, an interrupted one goes on.
-    """
+    """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.data.shards import make_shards
+    from bowstore.remote import local_only
 
-    reports = make_shards(src, out, seed=seed, per_shard=per_shard, workers=workers)
+    local_only(out, "write into a local folder, then copy it there")
+    reports = make_shards(
+        src,
+        out,
+        kind=kind,
+        lists=lists,
+        label_field=label_field,
+        seed=seed,
+        per_shard=per_shard,
+        workers=workers,
+    )
     values = [{**asdict(report), "folder": str(report.folder)} for report in reports]
     emit(values, "\n".join(report.summary() for report in reports), as_json)
 
 
 @click.command()
 @click.argument("folder", type=PATH)
-@click.option("--workers", type=click.IntRange(1), help="Threads; default: one a core.")
-def index(folder: Path, workers: int | None) -> None:
-    """Index the WebDataset shards in FOLDER that were made elsewhere, so that they can be used as they are."""
-    from bowstore.data.index import build_index, known_classes
+@click.option("--image-ext", "image_ext", multiple=True, metavar="EXT", help="Extension of the image, as in 0.jpg.")
+@click.option("--label-field", metavar="NAME", help="Field of the .json member that is the label.")
+@click.option("--workers", type=click.IntRange(1), help="Processes; default: up to one a core.")
+def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, workers: int | None) -> None:
+    """Index the WebDataset shards in FOLDER that were made elsewhere, so that they can be used as they are.
 
-    built = build_index(folder, classes=known_classes(folder), workers=workers)
-    click.echo(f"{folder}: {len(built)} images in {len(built.shards)} shards, fingerprint {built.fingerprint}")
+    Where samples hold several images, --image-ext says which to take; given twice, the first that is there. The
+    label is a whole number in .cls, in .json (label, cls, class, target, or --label-field) or in .txt. Images without
+    a readable header are left out and listed in FOLDER/quarantine.jsonl.
+    """
+    from bowstore.data.index import build_index
+    from bowstore.data.index_build import known_classes
+    from bowstore.data.scan import ScanSettings
+    from bowstore.remote import local_only
+
+    local_only(folder, "index the shards where they lie, and copy the index there too")
+    settings = ScanSettings(tuple(extension.lower().lstrip(".") for extension in image_ext), label_field)
+    built = build_index(folder, classes=known_classes(folder), settings=settings, workers=workers)
+    labelled = int((built.label >= 0).sum())
+    click.echo(
+        f"{folder}: {len(built)} images in {len(built.shards)} shards, {labelled} with a label, "
+        f"fingerprint {built.fingerprint}"
+    )
 
 
 @click.command()
 @click.argument("path", type=PATH)
 @click.option("--shards", "shards_dir", type=PATH, help="Also join the store with these shards by key.")
-@click.option("--repair", is_flag=True, help="Take a store's damaged chunks back, for `bowstore encode` to redo.")
+@click.option("--deep", is_flag=True, help="Decode every image of shards, too.")
+@click.option("--repair", is_flag=True, help="Make good what can be made good, and say what to run for the rest.")
 @click.option("--digest", "show_digest", is_flag=True, help="Print a store's digest as the last line.")
+@click.option("--workers", type=click.IntRange(1), help="Processes for shards; default: up to one a core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
-def verify(path: Path, shards_dir: Path | None, repair: bool, show_digest: bool, as_json: bool) -> None:
+def verify(
+    path: Path,
+    shards_dir: Path | None,
+    deep: bool,
+    repair: bool,
+    show_digest: bool,
+    workers: int | None,
+    as_json: bool,
+) -> None:
     """Check a word store, or a folder of shards, against what was recorded when it was written.
 
-    Names every damaged chunk or shard and leaves with exit code 1 if there is one.
+    Names what is damaged by chunk, or by shard, member and byte, and leaves with exit code 1 if anything is.
+    --repair of a store takes damaged chunks back, for `bowstore encode` to redo. --repair of shards builds a stale
+    index anew; sets damaged shards aside, for `bowstore shards` to write them again; and leaves images that cannot
+    be decoded out of the index of shards made elsewhere.
     """
+    from bowstore.config import load_workspace
     from bowstore.verify import verify_path
 
-    report = verify_path(path, shards=shards_dir, digest=show_digest, repair=repair)
+    report = verify_path(
+        path,
+        shards=shards_dir,
+        digest=show_digest,
+        deep=deep,
+        repair=repair,
+        workers=workers,
+        storage=load_workspace().storage,
+    )
     emit(report.as_dict(), report.text(), as_json)
-    if report.problems:
+    if not report.sound:
         sys.exit(1)

@@ -46,6 +46,7 @@ def linear(
         train=train_shards or workspace.shards,
         test=test_shards or val_shards(workspace),
         random_init=random_init,
+        storage=workspace.storage,
         **how,
     )
     emit(result.as_dict(), result.text(), as_json)

@@ -54,6 +54,7 @@ def encode(
         store=store or workspace.store,
         layer=layer,
         k=k,
+        storage=workspace.storage,
         **how,
     )
     emit(report.as_dict(), report.text(), as_json)

@@ -24,11 +24,11 @@ from bowstore.config import Triple, ViewConfig
 from bowstore.data.colour import colour_matrices
 from bowstore.data.colour import jitter as matrix_jitter
 from bowstore.data.plan import Plan
-from bowstore.data.reader import ImageSource, prefetched, touch
+from bowstore.data.reader import ImageSource, prefetched
 from bowstore.environment import cores_per_rank
 from bowstore.errors import DataError
 
-_PREFETCH = 2
+PREFETCH = 2
 HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
 Stage = Literal["decode", "resize", "jitter", "cutmix", "normalise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -212,7 +212,7 @@ def _pipeline(batch: int, device: torch.device, threads: int | None) -> Pipeline
         batch_size=batch,
         num_threads=threads or cores_per_rank(),
         device_id=(device.index or 0) if gpu else None,
-        prefetch_queue_depth=_PREFETCH,
+        prefetch_queue_depth=PREFETCH,
         seed=0,
     )
 
@@ -302,7 +302,6 @@ def _train_feed(
 ) -> tuple[tuple[Plan, Any], dict[str, Any]]:
     """Read a plan's bytes and lay out its numbers by the names of the graph's inputs (runs in a thread)."""
     encoded = source.read(plan.rows)
-    touch(encoded)
     place = np.arange(len(plan.rows), dtype=np.int32)
     empty = plan.box[:, 2] * plan.box[:, 3] == 0  # an empty box is refused: paste the image over itself
     whole = np.broadcast_to(np.array([0, 0, view.size, view.size], np.int32), plan.box.shape)
@@ -325,7 +324,6 @@ def _train_feed(
 
 def _clean_feed(source: ImageSource, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, Any]]:
     encoded = source.read(rows)
-    touch(encoded)
     return rows, {"encoded": encoded}
 
 
@@ -334,7 +332,7 @@ class Feed(Generic[T]):
 
     def __init__(self, jobs: Iterable[Callable[[], tuple[T, dict[str, Any]]]], names: Sequence[str]) -> None:
         self._names = names
-        self._ready = prefetched(jobs, _PREFETCH)
+        self._ready = prefetched(jobs, PREFETCH)
         self.in_flight: deque[T] = deque()
 
     def declare(self) -> dict[str, Any]:

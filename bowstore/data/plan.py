@@ -97,7 +97,9 @@ def generator(seed: int, epoch: int, stream: int, block: int = 0) -> np.random.G
 
 def epoch_order(images: int, seed: int, epoch: int) -> NDArray[np.int32]:
     """Order of a pass: a permutation of the rows, int32 (N,)."""
-    return generator(seed, epoch, _ORDER).permutation(np.arange(images, dtype=np.int32))
+    order_N = np.arange(images, dtype=np.int32)
+    generator(seed, epoch, _ORDER).shuffle(order_N)  # in place: a second array of 400 million rows is 1.6 GB
+    return order_N
 
 
 def plans(schedule: Schedule, index: Index, view: ViewConfig, *, start: int, stop: int) -> Iterator[Plan]:
@@ -107,6 +109,7 @@ def plans(schedule: Schedule, index: Index, view: ViewConfig, *, start: int, sto
     for step in range(start, stop):
         epoch, step_of_pass = divmod(step, schedule.steps_per_pass)
         if order is None or epoch != current:
+            order = None  # one order in memory at a time
             order, current = epoch_order(schedule.images, schedule.seed, epoch), epoch
         first = step_of_pass * schedule.batch + schedule.rank * schedule.rank_batch
         rows = order[first : first + schedule.rank_batch].astype(np.int64)

@@ -21,11 +21,11 @@ from typing import IO, Any, NamedTuple
 import xxhash
 
 from bowstore.data.images import Prepared, UnusableImage, prepare
-from bowstore.data.sources import DANGLING, NO_LABEL, ImageFile
-from bowstore.errors import BowstoreError, CorruptError, DataError
+from bowstore.data.index_build import PARTS_FOLDER
+from bowstore.data.sources import DANGLING, NO_LABEL, ImageFile, Reader, Source, open_source
+from bowstore.errors import BowstoreError, CorruptError
 from bowstore.files import atomic_file, read_json, write_json
 
-PARTS_FOLDER = ".parts"
 _REPORT_EVERY_IMAGES = 50
 _POLL_SECONDS = 0.5
 _USUAL_SUFFIXES = {"jpg": ("jpg", "jpeg", "jpe", "jfif"), "png": ("png", "apng"), "webp": ("webp",)}
@@ -35,14 +35,12 @@ class ShardJob(NamedTuple):
     """One shard to write.
 
     Attributes:
-        source: folder that the images' paths are relative to.
         folder: where the tar goes.
         plan: fingerprint of all that decides the bytes.
         name: the tar's file name.
         images: in the order of writing.
     """
 
-    source: str
     folder: Path
     plan: str
     name: str
@@ -87,10 +85,13 @@ def read_record(job: ShardJob) -> Record | None:
     return record if record.plan == job.plan and size_bytes == record.size_bytes else None
 
 
-def write_shards(jobs: Sequence[ShardJob], workers: int, advance: Callable[[int], None]) -> Iterator[Record]:
+def write_shards(
+    source: Source, jobs: Sequence[ShardJob], workers: int, advance: Callable[[int], None]
+) -> Iterator[Record]:
     """Write shards, each with its record; yield the records as shards finish, in any order.
 
     Args:
+        source: where the images lie.
         jobs: what to write.
         workers: processes; with 1, or with a single job, all is done in this process.
         advance: hears the number of further images dealt with.
@@ -101,10 +102,11 @@ def write_shards(jobs: Sequence[ShardJob], workers: int, advance: Callable[[int]
         OSError: the disk is full, or the folder cannot be written.
     """
     if min(workers, len(jobs)) > 1:
-        yield from _write_in_processes(jobs, workers, advance)
-    else:
-        for job in jobs:
-            yield _write_shard(job, advance)
+        yield from _write_in_processes(source, jobs, workers, advance)
+        return
+    read = open_source(source)  # one for all shards: it may hold a whole archive
+    for job in jobs:
+        yield _write_shard(job, read, advance)
 
 
 class _DigestingFile:
@@ -121,7 +123,7 @@ class _DigestingFile:
         return self._file.write(data)
 
 
-def _write_shard(job: ShardJob, report: Callable[[int], None]) -> Record:
+def _write_shard(job: ShardJob, read: Reader, report: Callable[[int], None]) -> Record:
     """Write one tar and its record; `report` hears of every few images and may raise to stop."""
     # It brings torch along: two seconds that a run with nothing to do need not wait.
     from webdataset import TarWriter
@@ -134,7 +136,7 @@ def _write_shard(job: ShardJob, report: Callable[[int], None]) -> Record:
         with TarWriter(target, encoder=False, mtime=0) as tar:
             for number, image in enumerate(job.images, start=1):
                 try:
-                    prepared = prepare(_read(job.source, image))
+                    prepared = prepare(_read(read, image))
                 except UnusableImage as error:
                     quarantined.append({"path": image.path, "reason": str(error)})
                 else:
@@ -153,23 +155,10 @@ def _write_shard(job: ShardJob, report: Callable[[int], None]) -> Record:
     return record
 
 
-def _read(source: str, image: ImageFile) -> bytes:
+def _read(read: Reader, image: ImageFile) -> bytes:
     if image.size_bytes == DANGLING:
         raise UnusableImage("link to a file that does not exist")
-    path = os.path.join(source, image.path)
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}; make it readable, or remove it and start anew"
-        ) from error
-    if len(data) != image.size_bytes:
-        raise DataError(
-            f"{path} has {len(data)} bytes, {image.size_bytes} when it was listed: the source is changing; "
-            "run again, with another OUT, once it is at rest"
-        )
-    return data
+    return read(image)
 
 
 def _write_sample(tar: Any, image: ImageFile, prepared: Prepared) -> None:
@@ -186,12 +175,14 @@ def _changes(image: ImageFile, prepared: Prepared) -> list[str]:
     return [] if suffix in _USUAL_SUFFIXES[prepared.extension] else ["renamed"]
 
 
-def _write_in_processes(jobs: Sequence[ShardJob], workers: int, advance: Callable[[int], None]) -> Iterator[Record]:
+def _write_in_processes(
+    source: Source, jobs: Sequence[ShardJob], workers: int, advance: Callable[[int], None]
+) -> Iterator[Record]:
     """Yield records as shards finish. Workers stop within some images when this process leaves, or dies."""
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
     count, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_start_worker, initargs=(count, stop)
+        min(workers, len(jobs)), mp_context=context, initializer=_start_worker, initargs=(source, count, stop)
     )
     seen = 0
     try:
@@ -216,12 +207,12 @@ class _Stopped(Exception):
     """The main process wants no more shards."""
 
 
-_in_worker: tuple["Synchronized[int]", Event] | None = None
+_in_worker: tuple[Reader, "Synchronized[int]", Event] | None = None
 
 
-def _start_worker(count: "Synchronized[int]", stop: Event) -> None:
+def _start_worker(source: Source, count: "Synchronized[int]", stop: Event) -> None:
     global _in_worker
-    _in_worker = count, stop
+    _in_worker = open_source(source), count, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
@@ -236,7 +227,7 @@ def _leave_with_parent() -> None:
 
 def _write_shard_in_worker(job: ShardJob) -> Record:
     assert _in_worker, "the pool's initializer has run"
-    count, stop = _in_worker
+    read, count, stop = _in_worker
 
     def report(images: int) -> None:
         if stop.is_set():
@@ -244,4 +235,4 @@ def _write_shard_in_worker(job: ShardJob) -> Record:
         with count.get_lock():
             count.value += images
 
-    return _write_shard(job, report)
+    return _write_shard(job, read, report)

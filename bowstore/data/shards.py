@@ -1,4 +1,4 @@
-"""Folders of images to WebDataset tars: shuffled once, each image decoded once; same input, same bytes.
+"""Images on disk to WebDataset tars: shuffled once, each image decoded once; same input, same bytes.
 
 What lies in `OUT/<split>/`, in the order of writing:
 
@@ -30,15 +30,14 @@ import xxhash
 from PIL import __version__ as pillow_version
 
 from bowstore import __version__
-from bowstore.data.shard_writer import PARTS_FOLDER, Record, ShardJob, read_record, write_shards
-from bowstore.data.sources import Split, list_splits
+from bowstore.data.index_build import MANIFEST_FILE, PARTS_FOLDER, QUARANTINE_FILE
+from bowstore.data.shard_writer import Record, ShardJob, read_record, write_shards
+from bowstore.data.sources import FOLDER, Source, Split, find_kind, list_splits
 from bowstore.errors import BowstoreError, CorruptError, DataError, MismatchError, MissingError, UsageError
 from bowstore.files import atomic_file, exclusive_lock, read_json, sweep_temporary, write_json
 from bowstore.progress import Progress, say
 
 FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
-QUARANTINE_FILE = "quarantine.jsonl"
 _PLAN_FILE = "plan.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -50,7 +49,7 @@ class ShardsReport:
     Attributes:
         split: train, val or test.
         folder: where the shards lie.
-        classes: number of classes, 0 without labels.
+        classes: number of classes, 0 where they have no names.
         found: images in the source.
         written: images in the shards.
         changed: images encoded anew or renamed, by kind.
@@ -86,7 +85,7 @@ class ShardsReport:
 class _Plan:
     """One split of one run: what it is (`identity`, compared with what lies there) and where it goes."""
 
-    source: Path
+    source: Source
     folder: Path
     split: Split
     identity: dict[str, Any]
@@ -102,7 +101,6 @@ class _Plan:
         step, fingerprint = settings["per_shard"], self.fingerprint
         return [
             ShardJob(
-                str(self.source),
                 self.folder,
                 fingerprint,
                 f"{self.split.name}-{start // step:06d}.tar",
@@ -113,16 +111,27 @@ class _Plan:
 
 
 def make_shards(
-    source: Path, out: Path, *, seed: int = 0, per_shard: int = 4096, workers: int | None = None
+    source: Path,
+    out: Path,
+    *,
+    kind: str | None = None,
+    lists: Sequence[str] = (),
+    label_field: str | None = None,
+    seed: int = 0,
+    per_shard: int = 4096,
+    workers: int | None = None,
 ) -> list[ShardsReport]:
-    """Write the images below `source` as shards, with index and manifest, to `out/<split>`.
+    """Write the images of a source as shards, with index and manifest, to `out/<split>`.
 
     Runs on from where an earlier run was stopped; does nothing where everything lies there already. With more
     than one worker it starts processes: a script that calls it needs the usual `if __name__ == "__main__"`.
 
     Args:
-        source: folder as `bowstore.data.sources.list_splits` reads it.
+        source: file or folder in one of the layouts of `bowstore.data.sources`.
         out: folder for the splits; made if it is not there.
+        kind: name of the layout; None to find out.
+        lists: as in `bowstore.data.sources.list_splits`.
+        label_field: as in `bowstore.data.sources.list_splits`.
         seed: of the one global shuffle.
         per_shard: source images in a shard.
         workers: processes; None for one a core; 1 for none beside this one.
@@ -131,9 +140,10 @@ def make_shards(
         A report for each split, in the order train, val, test.
 
     Raises:
-        UsageError: an argument out of range, or `out` is or lies in `source`.
+        UsageError: an argument out of range or of another kind, or `out` is or lies in `source`.
         MissingError: no `source`.
-        DataError: nothing to write, classes that differ between splits, files that change underneath.
+        DataError: a source of no kind or several, nothing to write, classes that differ between splits, files that
+            change underneath.
         MismatchError: `out` holds shards of another source or with other settings.
         BusyError: another process writes to `out`.
         BowstoreError: the disk is full, `out` cannot be written, a worker died.
@@ -141,10 +151,11 @@ def make_shards(
     for name, value, low in (("seed", seed, 0), ("per_shard", per_shard, 1), ("workers", workers, 1)):
         if value is not None and value < low:
             raise UsageError(f"{name} is {value}; it must be at least {low}")
-    splits = list_splits(source)
+    found = Source(source, find_kind(source, kind, listed=bool(lists)).name)
+    splits = list_splits(source, found.kind, lists=lists, label_field=label_field)
     _check_places(source, out, splits)
     settings = {"seed": seed, "per_shard": per_shard}
-    plans = [_Plan(source, out / split.name, split, _identity(split, settings)) for split in splits]
+    plans = [_Plan(found, out / split.name, split, _identity(found.kind, split, settings)) for split in splits]
     with _one_line_errors(out), exclusive_lock(out / ".lock", str(out)):
         for plan in plans:  # refuse before the first hour of work, not after it
             _refuse_other_content(plan)
@@ -154,16 +165,19 @@ def make_shards(
     return reports
 
 
-def _identity(split: Split, settings: dict[str, int]) -> dict[str, Any]:
+def _identity(kind: str, split: Split, settings: dict[str, int]) -> dict[str, Any]:
+    source: dict[str, Any] = {
+        "images": len(split.images),
+        "size_bytes": split.size_bytes,
+        "listing": split.listing_digest(),
+    }
+    if kind != FOLDER:  # there, paths and classes say all; and its manifests of before kinds stay valid
+        source |= {"kind": kind, "labels": split.label_digest()}
     return {
         "format": "bowstore-shards",
         "version": FORMAT_VERSION,
         "split": split.name,
-        "source": {
-            "images": len(split.images),
-            "size_bytes": split.size_bytes,
-            "listing": split.listing_digest(),
-        },
+        "source": source,
         "settings": settings,
         "classes": list(split.classes),
     }
@@ -236,10 +250,15 @@ def _difference(recorded: dict[str, Any], plan: _Plan) -> str:
         if recorded["settings"].get(name) != value:
             return f"made with {name} {recorded['settings'].get(name)}, not {value}"
     before, now = recorded["source"], wanted["source"]
+    kinds = [source.get("kind", FOLDER) for source in (before, now)]
+    if kinds[0] != kinds[1]:
+        return f"of a source of kind {kinds[0]}, not {kinds[1]}"
+    if before != now and before | {"labels": now.get("labels")} == now:
+        return f"of the same {now['images']} images with other labels or keys"
     if before != now:
         return (
             f"of {before['images']} images in {before['size_bytes']} bytes (listing {before['listing'][:8]}), "
-            f"but {plan.source} now has {now['images']} in {now['size_bytes']} bytes ({now['listing'][:8]})"
+            f"but {plan.source.path} now has {now['images']} in {now['size_bytes']} bytes ({now['listing'][:8]})"
         )
     if recorded["classes"] != wanted["classes"]:
         return f"of {len(recorded['classes'])} other classes, not of these {len(wanted['classes'])}"
@@ -302,7 +321,7 @@ def _write_missing(plan: _Plan, workers: int) -> list[Record]:
     _warn_if_tight(plan.folder, missing)
     total = len(plan.split.images)
     with Progress(f"shards {plan.split.name}", total, done=total - images_left) as progress:
-        for record in write_shards(missing, workers, progress.advance):
+        for record in write_shards(plan.source, missing, workers, progress.advance):
             records[record.name] = record
     return [records[job.name] for job in jobs]
 
@@ -324,7 +343,7 @@ def _finish(plan: _Plan, records: Sequence[Record]) -> dict[str, Any]:
     shards = [record for record in records if record.samples]
     if not shards:
         raise DataError(
-            f"all {len(quarantined)} images of split {plan.split.name} in {plan.source} were quarantined; "
+            f"all {len(quarantined)} images of split {plan.split.name} in {plan.source.path} were quarantined; "
             f"see {plan.folder / QUARANTINE_FILE} for the reasons"
         )
     build_index(plan.folder, classes=plan.split.classes)

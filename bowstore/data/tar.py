@@ -1,20 +1,46 @@
 """What is in a tar: names, offsets and sizes from its headers, with the checks that `tarfile` does not make.
 
-Nothing is ever extracted. `tarfile` ends quietly at a cut or a zeroed block; here the end of the archive must be
-two zero blocks after the last member.
+Nothing is ever extracted. `tarfile` ends quietly at a cut, a damaged header or a zeroed block, and so do readers
+built on it; here each is an error that names the byte, and the end of the archive must be two zero blocks with
+nothing behind them.
 """
 
+import io
+import os
 import re
-import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple, Self
+
+import xxhash
 
 from bowstore.errors import CorruptError, DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 BLOCK_BYTES = 512
+_ZEROS = bytes(BLOCK_BYTES)
+_READ_BYTES = 1 << 22
+_NAME_BYTES = 100  # of a USTAR header; longer names are split over the prefix field, or lie in a header of their own
+_PREFIX = slice(345, 500)
+_SIZE = slice(124, 136)
+_CHECKSUM = slice(148, 156)
+_BASE_256 = 0x80  # first byte of a size that GNU tar writes in binary
+_REGULAR = (b"0", b"\0", b"7")
+_FOLDER = b"5"
+_EXTENDED = (b"x", b"X", b"g", b"L", b"K")
+_MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a GNU long name
+_OCTAL_LIMIT = 8**11  # from here on, sizes do not fit the header's field and PAX tells them
 _KEY = re.compile(r"[!-\-/-~]+")  # printable ASCII without space and without dots
+_EXTENSION = re.compile(r"[!-~]+")
+_REFUSED_KINDS = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a FIFO",
+    b"S": "a sparse file",
+}
 
 
 class Member(NamedTuple):
@@ -25,59 +51,268 @@ class Member(NamedTuple):
     size: int
 
 
+class _Placed:
+    """Where in the tar an error lies."""
+
+    byte: int = 0
+    member: str | None = None
+
+    def at(self, byte: int, member: str | None = None) -> Self:
+        """Set the place and return the error."""
+        self.byte, self.member = byte, member
+        return self
+
+
+class BrokenTar(_Placed, CorruptError):
+    """A tar that is cut, or whose headers are damaged."""
+
+
+class RefusedMember(_Placed, DataError):
+    """A member that no shard may hold: a link, a device, a name that climbs out, a size that lies."""
+
+
 def split_key(name: str) -> tuple[str, str]:
-    """Key and extension of a member: the extension is all behind the first dot of the last path component."""
-    folder, slash, leaf = name.rpartition("/")
+    """Key and extension of a member: the extension is all behind the first dot of the last path component.
+
+    A leading `./`, as GNU tar writes it, belongs to neither.
+    """
+    folder, slash, leaf = name.removeprefix("./").rpartition("/")
     stem, _, extension = leaf.partition(".")
     return folder + slash + stem, extension.lower()
 
 
-def image_extension(name: str) -> bool:
-    """Whether a member is an image by its extension."""
-    return split_key(name)[1] in IMAGE_EXTENSIONS
+def image_extension(extension: str) -> bool:
+    """Whether a member's extension (`jpg`, `0.jpg`, `seg.png`) is that of an image."""
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def read_members(file: IO[bytes], path: Path) -> Iterator[Member]:
-    """Yield the regular files of a tar, in order, from its headers.
+def keeps_contract(key: str, extension: str) -> bool:
+    """Whether a name is <key>.<extension> in ASCII without white space and without other dots in the key."""
+    return _KEY.fullmatch(key) is not None and _EXTENSION.fullmatch(extension) is not None
 
-    Raises:
-        CorruptError: the archive is cut, or a zeroed block hides its rest; the message gives the byte.
-        DataError: a member that is a link, a device, or has a name that the key contract forbids.
+
+def header_names(header: bytes, name: bytes) -> bool:
+    """Whether a tar header is that of a member whose name begins with `name` (a key with its dot, or all of it).
+
+    A GNU or PAX long name leaves only its first 100 bytes in the plain header.
     """
-    size_bytes = path.stat().st_size
-    end = 0
+    found = plain_name(header)
+    bare = found.removeprefix(b"./")
+    return bare.startswith(name) or (len(found) >= _NAME_BYTES and name.startswith(bare))
+
+
+def plain_name(header: bytes) -> bytes:
+    """Name in a tar header, as it stands there: a long one may be cut."""
+    name = header[:_NAME_BYTES].rstrip(b"\0")
+    prefix = header[_PREFIX].rstrip(b"\0") if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+class TarReader:
+    """One tar, read once from front to back in large blocks, and digested on the way.
+
+    Attributes:
+        position: byte of the next header; after an error it may be moved on to a header known to lie further on.
+        size_bytes: length of the tar.
+        checksum: the field of the last header, as it stands there.
+    """
+
+    def __init__(self, file: io.FileIO, path: Path, report: Callable[[int], None]) -> None:
+        """Start at the first byte of `file`; `report` hears the number of further bytes read."""
+        self.position, self.checksum = 0, b""
+        self.size_bytes = os.fstat(file.fileno()).st_size
+        self._file, self._path, self._report = file, path, report
+        self._buffer, self._first, self._end = memoryview(bytearray(_READ_BYTES)), 0, 0
+        self._digest = xxhash.xxh3_128()
+
+    def next_member(self) -> Member | None:
+        """The next regular file; None behind the last.
+
+        Raises:
+            BrokenTar: the archive is cut, a header is damaged, or a zeroed block hides the rest; with the byte.
+            RefusedMember: a link, a device, a sparse file, a name that climbs out, sizes that contradict each other.
+        """
+        long_name: str | None = None
+        long_size: int | None = None
+        while True:
+            start = self.position
+            header = self._bytes(start, start + BLOCK_BYTES)
+            if header == _ZEROS or len(header) < BLOCK_BYTES:
+                self._check_end()
+                return None
+            self._check_sum(header)
+            name, size, kind = self._plain_name(header), self._plain_size(header), header[156:157]
+            if kind in _REGULAR or kind == _FOLDER:
+                if long_name is not None:
+                    name = self._agreed_name(name, long_name)
+                if long_size is not None:
+                    size = self._agreed_size(name, size, long_size)
+                self._refuse_escape(name)
+                if kind in _REGULAR and not (kind == b"\0" and name.endswith("/")):
+                    return self._regular(name, size)
+                self.position = start + BLOCK_BYTES
+                long_name = long_size = None
+            elif kind in _EXTENDED:
+                data = self._extended(name, size)
+                if kind == b"L":
+                    long_name = _text(data.partition(b"\0")[0])
+                elif kind != b"K":
+                    records = self._pax_records(start, data, shared=kind == b"g")
+                    long_name = _text(records["path"]) if "path" in records else long_name
+                    long_size = int(records["size"]) if "size" in records else long_size
+            else:
+                what = _REFUSED_KINDS.get(kind, f"of the unknown type {kind!r}")
+                raise self._refused(name, f"is {what}, not a plain file")
+
+    def read(self, member: Member) -> memoryview:
+        """Bytes of the member last handed out; overwritten when the reader goes on.
+
+        Raises:
+            BrokenTar: the file got shorter while it was read.
+        """
+        data = self.view(member.offset, member.offset + member.size)
+        if len(data) != member.size:
+            raise BrokenTar(f"{self._path} got shorter while it was read; run again once it is at rest").at(
+                member.offset, member.name
+            )
+        return data
+
+    def digest(self) -> str:
+        """Read what is left; xxh3-128 of the whole tar, hex."""
+        self._load(self.size_bytes, self.size_bytes)
+        return self._digest.hexdigest()
+
+    def _regular(self, name: str, size: int) -> Member:
+        offset = self.position + BLOCK_BYTES
+        end = offset + size + -size % BLOCK_BYTES
+        if end > self.size_bytes:
+            raise BrokenTar(
+                f"{self._path} is cut, or the size of member {name!r} is wrong: its header at byte "
+                f"{self.position} says that it ends at byte {end} of {self.size_bytes}"
+            ).at(self.position, name)
+        self.position = end
+        return Member(name, offset, size)
+
+    def _refused(self, name: str, what: str) -> RefusedMember:
+        return RefusedMember(f"{self._path}: member {name!r} at byte {self.position} {what}").at(self.position, name)
+
+    def _broken(self, what: str) -> BrokenTar:
+        return BrokenTar(
+            f"{self._path} is not a whole tar: the header at byte {self.position} of {self.size_bytes} {what}"
+        ).at(self.position)
+
+    def _check_end(self) -> None:
+        start = position = self.position
+        while block := self._bytes(position, min(position + _READ_BYTES, self.size_bytes)):
+            if rest := block.lstrip(b"\0"):
+                raise BrokenTar(
+                    f"{self._path} has a zeroed block at byte {start}: data follows the end-of-archive mark, "
+                    f"first at byte {position + len(block) - len(rest)}"
+                ).at(start)
+            position += len(block)
+        if self.size_bytes - start < 2 * BLOCK_BYTES:
+            message = f"{self._path} is cut: no end-of-archive mark at byte {start} of {self.size_bytes}"
+            raise BrokenTar(message).at(start)
+
+    def _check_sum(self, header: bytes) -> None:
+        self.checksum = field = header[_CHECKSUM]
+        # The low half of Adler-32 is 1 + the sum of all bytes modulo 65521: a tenth of the time of summing in Python.
+        total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + len(field) * ord(" ")
+        recorded = _octal(field)
+        if recorded is None or (recorded - total) % 65521:
+            raise self._broken("is damaged (its checksum is wrong)" if self.position else "is none of a tar")
+
+    def _plain_name(self, header: bytes) -> str:
+        name = plain_name(header)
+        if b"\0" in name:
+            raise self._refused(_text(name), "hides a part of its name behind a NUL")
+        return _text(name)
+
+    def _plain_size(self, header: bytes) -> int:
+        field = header[_SIZE]
+        size = int.from_bytes(field[1:], "big") if field[0] == _BASE_256 else _octal(field)
+        if size is None:
+            raise self._broken(f"is damaged (its size is {field!r})")
+        return size
+
+    def _extended(self, name: str, size: int) -> bytes:
+        """Data of a PAX header or a GNU long name."""
+        if size > _MAX_EXTENDED_BYTES:
+            raise self._refused(name, f"is an extended header of {size} bytes, more than {_MAX_EXTENDED_BYTES}")
+        return bytes(self.read(self._regular(name, size)))
+
+    def _pax_records(self, start: int, data: bytes, *, shared: bool) -> dict[str, bytes]:
+        """What a PAX header tells of name and size of the member behind it (`shared`: of all members)."""
+        records: dict[str, bytes] = {}
+        while data:
+            digits = data.partition(b" ")[0]
+            length = int(digits) if digits.isdigit() else 0
+            field, equals, value = data[len(digits) + 1 : length - 1].partition(b"=")
+            if not equals or data[length - 1 : length] != b"\n" or (field == b"size" and not value.isdigit()):
+                self.position = start
+                raise self._broken(f"is damaged (its PAX records hold {data[:20]!r})")
+            records[field.decode("ascii", "replace")] = value
+            data = data[length:]
+        if any(field.startswith("GNU.sparse") for field in records):
+            raise RefusedMember(f"{self._path}: the member behind byte {start} is a sparse file").at(start)
+        if shared and not records.keys().isdisjoint(("path", "size")):
+            message = f"{self._path}: the PAX header at byte {start} renames or resizes all members"
+            raise RefusedMember(message).at(start)
+        return records
+
+    def _agreed_name(self, plain: str, long: str) -> str:
+        """A name from a header of its own; readers of images compare with the plain header."""
+        if long.isascii() and plain != long and not (len(plain) >= _NAME_BYTES and long.startswith(plain)):
+            raise self._refused(long, f"has another name, {plain!r}, in its plain header")
+        return long
+
+    def _agreed_size(self, name: str, plain: int, long: int) -> int:
+        """A size from PAX, which says the same as the plain header, or more than fits there."""
+        if long != plain and (plain or long < _OCTAL_LIMIT):
+            raise self._refused(name, f"has {plain} bytes by its header, {long} by PAX")
+        return long
+
+    def _refuse_escape(self, name: str) -> None:
+        if name.startswith("/"):
+            raise self._refused(name, "has an absolute name")
+        if ".." in name.split("/"):
+            raise self._refused(name, "climbs out of the archive")
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        return bytes(self.view(start, stop))
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Bytes from `start` to `stop`, or to the end of the file; overwritten when the reader goes on."""
+        if stop > self._end:
+            self._load(start, stop)
+        if start < self._first:  # behind an error, the way may lead back into bytes that are gone
+            return memoryview(os.pread(self._file.fileno(), stop - start, start))
+        return self._buffer[start - self._first : min(stop, self._end) - self._first]
+
+    def _load(self, start: int, stop: int) -> None:
+        """Read on until byte `stop` is in the buffer, or the file ends; what lies before `start` may go."""
+        while self._end < stop:
+            first = min(max(start, self._first), self._end)
+            kept = self._buffer[first - self._first : self._end - self._first]
+            room = self._buffer if stop - first <= len(self._buffer) else memoryview(bytearray(stop - first))
+            room[: len(kept)] = kept
+            self._buffer, self._first = room, first
+            count = self._file.readinto(room[len(kept) :])
+            if not count:
+                return
+            self._digest.update(room[len(kept) : len(kept) + count])
+            self._end += count
+            self._report(count)
+
+
+def _octal(field: bytes) -> int | None:
+    """Number in a header's field, 0 in an empty one; None if there is something else."""
+    digits = field.strip(b" \0")
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in archive:
-                end = info.offset_data + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES if info.isreg() else archive.offset
-                if info.isdir():
-                    continue
-                if end > size_bytes:
-                    raise CorruptError(f"{path} is cut: member {info.name!r} ends at byte {end} of {size_bytes}")
-                _check_member(info, path)
-                yield Member(info.name, info.offset_data, info.size)
-    except tarfile.TarError as error:
-        raise CorruptError(f"{path} is not a whole tar: {error} (after byte {end} of {size_bytes})") from error
-    _check_end(path, end, size_bytes)
+        return int(digits, 8) if digits.isdigit() else 0 if not digits else None
+    except ValueError:  # 8 or 9
+        return None
 
 
-def _check_end(path: Path, end: int, size_bytes: int) -> None:
-    with open(path, "rb") as file:
-        file.seek(end)
-        rest = file.read(2 * BLOCK_BYTES)
-        if len(rest) < 2 * BLOCK_BYTES or rest.strip(b"\0"):
-            raise CorruptError(f"{path} is cut: no end-of-archive mark at byte {end} of {size_bytes}")
-        while block := file.read(1 << 20):
-            if block.strip(b"\0"):
-                raise CorruptError(f"{path} has a zeroed block at byte {end}: data follows the end-of-archive mark")
-
-
-def _check_member(info: tarfile.TarInfo, path: Path) -> None:
-    name = info.name
-    if not info.isreg():
-        raise DataError(f"{path}: member {name!r} is a link or a device, not a file")
-    if name.startswith("/") or ".." in name.split("/"):
-        raise DataError(f"{path}: member {name!r} climbs out of the archive")
-    key, extension = split_key(name)
-    if not _KEY.fullmatch(key) or not extension:
-        raise DataError(f"{path}: member {name!r} is not <key>.<extension> in ASCII without white space and other dots")
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

@@ -19,10 +19,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bowstore.config import Strict, ViewConfig, dump
+from bowstore.config import StorageConfig, Strict, ViewConfig, dump
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import clean_view
-from bowstore.data.reader import ShardReader
+from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import choose_device
 from bowstore.errors import DataError, MismatchError
 from bowstore.evaluate.features import POOLED, extract
@@ -171,6 +171,7 @@ def evaluate_linear(
     batch: int = 256,
     threads: int | None = None,
     device: torch.device | None = None,
+    storage: StorageConfig | None = None,
 ) -> Result:
     """Probe the pooled features of a backbone and write `eval/<protocol>.json` into a run directory.
 
@@ -186,18 +187,19 @@ def evaluate_linear(
         batch: images a forward pass.
         threads: decoding threads; None for one a core.
         device: where to run; None for the GPU where there is one.
+        storage: how shards are read, and where copies of remote ones lie.
 
     Raises:
         MismatchError: train and test have other classes, or are the same images.
         DataError: as `linear_probe` and `features.extract`.
     """
     config, device, start = config or LinearConfig(), device or choose_device("auto"), time.monotonic()
-    splits = _open_splits(train, test)
+    splits = _open_splits(train, test, storage)
     clean = clean_view(view)
     features = {
         split: extract(
             backbone,
-            ShardReader(index),
+            ShardReader(fetched(index)),
             clean,
             np.arange(len(index), dtype=np.int64),
             taps=POOLED,
@@ -238,9 +240,9 @@ def evaluate_linear(
     return result
 
 
-def _open_splits(train: Path, test: Path) -> dict[str, Index]:
+def _open_splits(train: Path, test: Path, storage: StorageConfig | None) -> dict[str, Index]:
     """Both indexes, once they fit each other and have labels: what can be wrong before an image is read."""
-    splits = {"train": open_index(train), "test": open_index(test)}
+    splits = {"train": open_index(train, storage), "test": open_index(test, storage)}
     if splits["train"].fingerprint == splits["test"].fingerprint:
         raise MismatchError(f"{train} and {test} hold the same images; name another split's shards as test")
     classes = [index.classes for index in splits.values()]

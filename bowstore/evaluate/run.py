@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bowstore.config import dump
+from bowstore.config import StorageConfig, dump
 from bowstore.data.index import Index, open_index
 from bowstore.environment import choose_device
 from bowstore.evaluate.linear import LinearConfig, evaluate_linear
@@ -43,6 +43,7 @@ def evaluate_run_linear(
     seed: int = 0,
     batch: int = 128,
     device: str = "auto",
+    storage: StorageConfig | None = None,
 ) -> Evaluated:
     """Linear probe of a run, checkpoint or exported network; writes `eval/<protocol>.json` beside it.
 
@@ -55,6 +56,7 @@ def evaluate_run_linear(
         seed: of the linear layer and its order.
         batch: images a forward pass.
         device: auto, cpu or cuda.
+        storage: how shards are read, and where copies of remote ones lie.
     """
     loaded, name, out = _load(path, random_init)
     result = evaluate_linear(
@@ -64,10 +66,11 @@ def evaluate_run_linear(
         view=loaded.view,
         out=out,
         config=LinearConfig(seed=seed, standardise=standardise),
-        dataset=known_dataset(open_index(train), open_index(test)),
+        dataset=known_dataset(open_index(train, storage), open_index(test, storage)),
         run=name,
         batch=batch,
         device=choose_device(device),
+        storage=storage,
     )
     return Evaluated(name, result)
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 
 from bowstore.environment import choose_device, cores_per_rank
@@ -47,6 +48,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(signed)
         return int(signed.item()) % 2**64
+
+    def same(self, text: str) -> bool:
+        """Whether all ranks hold the same text; the same answer on every rank."""
+        mine = xxhash.xxh3_64_intdigest(text.encode())
+        return not self.any(self.wrapping_sum(mine) != mine * self.size % 2**64)
 
     def any(self, flag: bool) -> bool:
         """Whether any rank raised its flag; the same answer on every rank."""

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bowstore.config import TrainConfig, dump
-from bowstore.data.index import Index, open_index
+from bowstore.config import RuntimeConfig, TrainConfig, dump
+from bowstore.data.index import Index, check_columns, open_index
 from bowstore.data.pipeline import Batch, train_batches
 from bowstore.data.plan import Plan, Schedule, plans
-from bowstore.data.reader import ShardReader
+from bowstore.data.reader import ShardReader, fetched
 from bowstore.errors import BowstoreError, MismatchError, TrainingError
 from bowstore.files import exclusive_lock
 from bowstore.models import saved
 from bowstore.progress import say
+from bowstore.remote import fetch_store
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.distributed import World, joined
 from bowstore.train.metrics import Meter, RunLog
@@ -98,17 +99,18 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         _claim(run, config, world, stack, resume=resume)
 
         # --- data
-        index = open_index(config.shards)
+        index = open_index(config.shards, config.runtime.storage)
+        check_columns(index)
         schedule = data_schedule(config, index, world)
         steps = total_steps(config.optim, schedule.steps_per_pass)
 
         # --- network, optimiser, state
-        task = build_task(config, index, world)
+        task = build_task(with_local_store(config, world), index, world)
         network = task.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_optimizer(network, config)
         state = ckpt.load_newest(run)
         first = _restore(state, network, optimizer, task, run) if state else 0
-        _same_start(first, world)
+        _same_start(first, task, config, world)
         if first >= steps or (state is None and saved.is_finished(run)):
             return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
         model = wrap_network(network, config, world)
@@ -119,12 +121,14 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
 
         # --- the loop
         batches = train_batches(
-            ShardReader(index),
+            ShardReader(fetched(index, images=schedule.images, whole=True, display=world.first)),
             config.view,
             plans(schedule, index, config.view, start=first, stop=steps),
             batch=schedule.rank_batch,
             device=world.device,
             threads=config.runtime.threads,
+            hw_load=config.runtime.hw_decoder_load,
+            ahead=task.ahead,
         )
         log = None
         if world.first:
@@ -223,6 +227,18 @@ def data_schedule(config: TrainConfig, index: Index, world: World) -> Schedule:
     return Schedule(images, config.optim.batch, config.seed, world.rank, world.size)
 
 
+def with_local_store(config: TrainConfig, world: World) -> TrainConfig:
+    """The configuration with the local copy of a remote word store in its place; on every rank of a machine the same.
+
+    Raises:
+        BowstoreError: the store cannot be fetched.
+    """
+    if config.words.store is None:
+        return config
+    store = fetch_store(config.words.store, config.runtime.storage, display=world.first)
+    return config.model_copy(update={"words": config.words.model_copy(update={"store": store})})
+
+
 def wrap_network(network: Network, config: TrainConfig, world: World) -> nn.Module:
     """The network in train mode, behind DDP and torch.compile where they apply."""
     model: Any = network.train()
@@ -257,12 +273,17 @@ def _restore(state: dict[str, Any], network: Network, optimizer: torch.optim.Opt
     return int(state["step"])
 
 
-def _same_start(first: int, world: World) -> None:
-    """Refuse ranks that found different checkpoints, as with run directories that are not shared."""
-    if world.wrapping_sum(first) != first * world.size:
-        raise MismatchError(
-            f"rank {world.rank} starts at step {first}, others elsewhere: all ranks need the same runs folder"
-        )
+def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> None:
+    """Refuse ranks that would train something else, each with what its own machine holds."""
+    words = config.words.model_copy(update={"store": None})  # where things lie may differ; what they are is in inputs
+    learned = config.model_copy(update={"shards": None, "words": words, "runtime": RuntimeConfig()})
+    for value, what in (
+        (str(first), f"starts at step {first}, others elsewhere: all ranks need the same runs folder"),
+        (str(task.inputs), "has other shards or words than the others: all machines need the same copies"),
+        (str(dump(learned)), "has another configuration than the others: all machines need the same files"),
+    ):
+        if not world.same(value):
+            raise MismatchError(f"rank {world.rank} {what}")
 
 
 def _save(run: Path, config: TrainConfig, step: int, network: Network, optimizer: Any, task: Task) -> None:

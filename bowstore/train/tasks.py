@@ -12,24 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import xxhash
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bowstore.config import TrainConfig
+from bowstore.config import StorageConfig, TrainConfig
 from bowstore.data.index import Index
 from bowstore.data.pipeline import Batch
+from bowstore.data.plan import Plan
 from bowstore.models.heads import CosineHead, RotationHead
 from bowstore.models.registry import Backbone, build_backbone
+from bowstore.progress import say
 from bowstore.train.distributed import World
+from bowstore.words.bags import Bag, MeanBag, bag_entropy, bow_cross_entropy, mix_bags
 from bowstore.words.store import join_rows, open_store
 from bowstore.words.targets import (
-    Bag,
-    ResidentTargets,
-    bag_entropy,
-    bow_cross_entropy,
-    marginal_loss,
-    mix_bags,
+    TIERS,
+    Targets,
+    TierChoice,
+    choose_tier,
+    describe,
+    open_targets,
+    words_bytes,
+    words_digest,
 )
 
 
@@ -62,8 +65,9 @@ class Task:
         network: images to logits.
         prepare: turns a batch into network inputs and targets.
         loss: (logits, targets) to the scalar loss and further scalars for the log, all tensors on the device.
-        constants: numbers of the whole run for the log, such as the marginal's loss.
+        constants: numbers of the whole run for the log of rank 0, such as the marginal's loss.
         inputs: identity of the data the run depends on; a resumed run must find the same.
+        ahead: the host's part of a batch's targets, called in the reading thread; `prepare` finds it in the batch.
     """
 
     network: Network
@@ -71,6 +75,7 @@ class Task:
     loss: Callable[[Tensor, Any], tuple[Tensor, dict[str, Tensor]]]
     constants: dict[str, float]
     inputs: dict[str, str]
+    ahead: Callable[[Plan], Any] | None = None
 
 
 def build_task(config: TrainConfig, index: Index, world: World) -> Task:
@@ -101,13 +106,14 @@ def _rotation_task(backbone: Backbone, index: Index) -> Task:
 
 def _words_task(config: TrainConfig, backbone: Backbone, index: Index, world: World) -> Task:
     """Bag-of-words prediction under perturbation (paper, section 3)."""
-    words_Nhw, vocabulary_size, digest = _words_of_rows(config, index)
-    targets = ResidentTargets(words_Nhw, config.words.form, world.device)
+    targets, vocabulary_size = _open_words(config, index, world)
+    mean = MeanBag(vocabulary_size, config.words.form) if world.first else None
+    inputs = {"shards": index.fingerprint, "words": words_digest(targets, mean, shown=world.first)}
     head = CosineHead(backbone.features, vocabulary_size, config.words.gamma)
 
     def prepare(batch: Batch) -> tuple[Tensor, Any]:
         plan = batch.plan
-        bag = targets.bag(torch.from_numpy(plan.rows).to(world.device, non_blocking=True))
+        bag = targets.bag(plan.rows, batch.ahead)
         if config.view.cutmix:
             partner_B = torch.from_numpy(plan.partner.astype(np.int64)).to(world.device, non_blocking=True)
             bag = mix_bags(bag, partner_B, torch.from_numpy(plan.kept).to(world.device, non_blocking=True))
@@ -115,15 +121,23 @@ def _words_task(config: TrainConfig, backbone: Backbone, index: Index, world: Wo
 
     def loss(logits_BK: Tensor, bag: Any) -> tuple[Tensor, dict[str, Tensor]]:
         value = bow_cross_entropy(logits_BK, bag)
-        return value, {
+        scalars = {
             "excess_loss": value.detach() - bag_entropy(bag),
             "gamma": head.gamma.detach(),
             "top_word_weight": _weight_at(bag, logits_BK.detach().argmax(1)),
         }
+        if targets.tier == "streamed":
+            scalars["target_wait_ms"] = torch.full((), 1e3 * targets.waited_s, device=world.device)
+        return value, scalars
 
-    constants = {"marginal_loss": marginal_loss(words_Nhw, vocabulary_size, config.words.form)}
-    network = Network(backbone, head, pooled=True)
-    return Task(network, prepare, loss, constants, {"shards": index.fingerprint, "words": digest})
+    return Task(
+        network=Network(backbone, head, pooled=True),
+        prepare=prepare,
+        loss=loss,
+        constants={"marginal_loss": mean.entropy()} if mean else {},
+        inputs=inputs,
+        ahead=lambda plan: targets.ahead(plan.rows),
+    )
 
 
 def _weight_at(bag: Bag, word_B: Tensor) -> Tensor:
@@ -132,13 +146,27 @@ def _weight_at(bag: Bag, word_B: Tensor) -> Tensor:
     return (hit_BM * bag.weights_BM).sum(1).mean()
 
 
-def _words_of_rows(config: TrainConfig, index: Index) -> tuple[NDArray[np.uint16], int, str]:
-    """Word maps in the order of the index rows (N, h, w), the vocabulary's size, and the words' identity."""
+def _open_words(config: TrainConfig, index: Index, world: World) -> tuple[Targets, int]:
+    """The targets of the index's rows, in the tier that fits, and the vocabulary's size."""
     assert config.words.store is not None, "the command line resolves words.store"
     store = open_store(config.words.store)
     layer = store.layer(config.words.layer)
-    words_Nhw = layer.read_words()
-    rows_N = join_rows(store, index)
-    if not np.array_equal(rows_N, np.arange(len(words_Nhw))):
-        words_Nhw = words_Nhw[rows_N]
-    return words_Nhw, layer.words, xxhash.xxh3_128(np.ascontiguousarray(words_Nhw).data).hexdigest()
+    store_row_N = join_rows(store, index)
+    size_bytes = words_bytes(layer, len(store_row_N))
+    choice = choose_tier(config.runtime.targets, size_bytes, world.device)
+    # All ranks measure before any of them loads, and all take the tier of the one with the least room.
+    needed = [tier for tier in TIERS if world.any(choice.tier == tier)][-1]
+    if needed != choice.tier:
+        choice = TierChoice(needed, f"another rank has no room for {choice.tier}")
+    if world.first:
+        say(describe(choice, size_bytes))
+    targets = open_targets(
+        choice.tier,
+        layer,
+        store_row_N,
+        config.words.form,
+        world.device,
+        storage=config.runtime.storage or StorageConfig(),
+        shown=world.first,
+    )
+    return targets, layer.words

@@ -1,127 +1,366 @@
-"""Sparse bag-of-words targets: rows of the store to bags, CutMix of bags, and the loss against them.
+"""Where the words lie during training, behind one interface: on the device, in host memory, or on disk.
 
-A bag is a pair (words_BM int64, weights_BM float32) whose rows sum to 1; a word may stand in several slots.
+Whatever the tier, `ahead` does the host's part of a batch in the reading thread, some batches before it is needed,
+and `bag` the device's part in the training step; both take rows of the index, and all tiers give the same bits.
 
-Legend: N rows, B batch, M bag slots (locations of the word map), K words.
+    resident   all words on the device; a batch is one gather there
+    host       all words in the memory of each process; gathered ahead, sent through a pinned buffer
+    streamed   words in a flat file on a local disk; rows read ahead in plan order, memory does not grow with the store
+
+Legend: N rows of the index, B batch, M slots (locations of the word map).
 """
 
-from typing import Any, Literal, NamedTuple
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-Form = Literal["count", "binary"]
+from bowstore.config import StorageConfig
+from bowstore.environment import available_memory, local_ranks
+from bowstore.errors import UsageError
+from bowstore.progress import Progress
+from bowstore.words.bags import Bag, Form, MeanBag, binary_bag, count_bag
+from bowstore.words.flat import FlatWords, open_flat
+from bowstore.words.layer import Layer
+
+Tier = Literal["resident", "host", "streamed"]
+TIERS: tuple[Tier, ...] = ("resident", "host", "streamed")  # from the most room needed to the least
+Ahead = Tensor | Future[Tensor] | None
+
+_QUIET_BYTES = 1 << 28  # less than this is loaded before anybody asks what goes on
 
 
-class Bag(NamedTuple):
-    """Targets of one batch.
+class TierChoice(NamedTuple):
+    """A tier, and why it was taken.
 
     Attributes:
-        words_BM: int64, word ids.
-        weights_BM: float32, at least 0; each row sums to 1.
+        tier: where the words lie.
+        reason: half a sentence with the sizes that decided.
     """
 
-    words_BM: Tensor
-    weights_BM: Tensor
+    tier: Tier
+    reason: str
 
 
-class ResidentTargets:
-    """The words of all rows, kept in the memory of `device`; a batch is one gather.
+def choose_tier(setting: Tier | Literal["auto"], size_bytes: int, device: torch.device) -> TierChoice:
+    """The tier of a setting, by the words' size and the memory there is.
 
-    ImageNet's conv4 words are 0.5 GB. int16 holds uint16 bit for bit, because torch gathers it on every device.
+    `auto` takes resident where the words fill at most a quarter of the device's free memory (on a CPU: of this rank's
+    share of the machine's), host where they fill at most half of that share, else streamed. A share is the available
+    memory, cgroup bounds included, divided by the ranks of this machine: each keeps its own copy.
+
+    Raises:
+        UsageError: a tier that was asked for and cannot hold the words.
+    """
+    share, ranks = available_memory() // local_ranks(), local_ranks()
+    memory = f"this rank's {_size(share)} of memory" + (f" ({ranks} ranks share the machine)" if ranks > 1 else "")
+    near, place = share, memory
+    if device.type == "cuda":
+        near = torch.cuda.mem_get_info(device)[0]
+        place = f"the {_size(near)} free on {device}"
+    if setting != "auto":
+        bound, where = {"resident": (near, place), "host": (share, memory)}.get(setting, (size_bytes, ""))
+        if size_bytes > bound:
+            other = "host or streamed" if setting == "resident" and device.type == "cuda" else "streamed"
+            raise UsageError(
+                f"runtime.targets {setting}: the words take {_size(size_bytes)}, more than {where}; "
+                f"set runtime.targets to {other}"
+            )
+        return TierChoice(setting, "as set")
+    if 4 * size_bytes <= near:
+        return TierChoice("resident", f"at most a quarter of {place}")
+    if 2 * size_bytes <= share:
+        return TierChoice("host", f"more than a quarter of {place}, at most half of {memory}")
+    return TierChoice("streamed", f"more than half of {memory}")
+
+
+def words_bytes(layer: Layer, rows: int) -> int:
+    """Size of the words of so many rows, bytes."""
+    return 2 * rows * layer.grid[0] * layer.grid[1]
+
+
+def describe(choice: TierChoice, size_bytes: int) -> str:
+    """One line for people: the tier, the words' size, the reason."""
+    return f"targets: {choice.tier}, {_size(size_bytes)} of words ({choice.reason})"
+
+
+class Targets(ABC):
+    """Bags of the rows of an index.
+
+    Attributes:
+        tier: where the words lie.
+        form: of the bags.
+        device: where bags are wanted.
+        slots: M.
+        waited_s: seconds that the last call of `bag` waited for its words to be read.
     """
 
-    def __init__(self, words_Nhw: NDArray[np.uint16], form: Form, device: torch.device) -> None:
-        self.form = form
-        self.slots = int(np.prod(words_Nhw.shape[1:]))
-        flat_NM = np.ascontiguousarray(words_Nhw).reshape(len(words_Nhw), -1).view(np.int16)
-        self._words_NM = torch.from_numpy(flat_NM).to(device)
+    tier: ClassVar[Tier]
+
+    def __init__(self, layer: Layer, rows: int, form: Form, device: torch.device) -> None:
+        self.form, self.device = form, device
+        self.slots = layer.grid[0] * layer.grid[1]
+        self.waited_s = 0.0
+        self._rows, self._block_rows = rows, layer.chunk_rows
 
     def __len__(self) -> int:
-        return len(self._words_NM)
+        return self._rows
 
-    def bag(self, rows_B: Tensor) -> Bag:
-        """Bags of the given rows (B,), int64 on this object's device (paper, Eq. 3 or 4, then L1-normalised)."""
-        words_BM = self._words_NM[rows_B].long() & 0xFFFF
+    def bag(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Bag:
+        """Bags of the given rows, on the device (paper, Eq. 3 or 4, then L1-normalised).
+
+        Args:
+            rows_B: int64 (B,), rows of the index.
+            ahead: what `ahead` gave for these rows; None does its work now.
+        """
+        words_BM = self._words(rows_B, ahead).long() & 0xFFFF
         return binary_bag(words_BM) if self.form == "binary" else count_bag(words_BM)
 
+    @abstractmethod
+    def ahead(self, rows_B: NDArray[np.int64]) -> Ahead:
+        """The host's part of `bag`, for rows (B,) of the index; called in the reading thread, in plan order."""
 
-def count_bag(words_BM: Tensor) -> Bag:
-    """Each location counts 1/M (paper, Eq. 3): a word's frequency is the sum over its slots."""
-    return Bag(words_BM, torch.full(words_BM.shape, 1 / words_BM.shape[1], device=words_BM.device))
+    def blocks(self) -> Iterator[NDArray[np.uint16]]:
+        """All words in the order of the index, uint16 (rows, M), in blocks of the same size in every tier."""
+        for start in range(0, len(self), self._block_rows):
+            yield self._block(start, min(start + self._block_rows, len(self)))
+
+    @abstractmethod
+    def _words(self, rows_B: NDArray[np.int64], ahead: Ahead) -> Tensor:
+        """Words (B, M) on the device; int16 holds uint16 bit for bit, because torch gathers it on every device."""
+
+    @abstractmethod
+    def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
+        """Words of consecutive rows (stop - start, M) on the host."""
+
+    def _buffer(self, rows: int) -> Tensor:
+        """An int16 (rows, M) buffer on the host that can be copied to the device without waiting."""
+        gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if gpu else nullcontext():
+            return torch.empty((rows, self.slots), dtype=torch.int16, pin_memory=gpu)
 
 
-def binary_bag(words_BM: Tensor) -> Bag:
-    """Each distinct word counts once (paper, Eq. 4): later slots of the same word weigh 0."""
-    words_BM = words_BM.sort(dim=1).values
-    first_BM = torch.ones_like(words_BM, dtype=torch.float32)
-    first_BM[:, 1:] = (words_BM[:, 1:] != words_BM[:, :-1]).float()
-    return Bag(words_BM, first_BM / first_BM.sum(dim=1, keepdim=True))
+class ResidentTargets(Targets):
+    """The words of all rows in the memory of the device. ImageNet's conv4 words are 0.5 GB."""
+
+    tier = "resident"
+
+    def __init__(
+        self, layer: Layer, store_row_N: NDArray[np.int64], form: Form, device: torch.device, *, shown: bool = True
+    ) -> None:
+        super().__init__(layer, len(store_row_N), form, device)
+        self._words_NM = _load(layer, store_row_N, device, shown=shown)
+
+    def ahead(self, rows_B: NDArray[np.int64]) -> None:
+        """Nothing: the gather is the device's."""
+
+    def _words(self, rows_B: NDArray[np.int64], ahead: Ahead) -> Tensor:
+        return self._words_NM[torch.from_numpy(rows_B).to(self.device, non_blocking=True)]
+
+    def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
+        return _unsigned(self._words_NM[start:stop].cpu())
 
 
-def mix_bags(bag: Bag, partner_B: Tensor, kept_B: Tensor) -> Bag:
-    """CutMix of bags: lambda y(A) + (1 - lambda) y(B), exactly, by concatenation.
+class HostTargets(Targets):
+    """The words of all rows in host memory, one copy a process."""
+
+    tier = "host"
+
+    def __init__(
+        self, layer: Layer, store_row_N: NDArray[np.int64], form: Form, device: torch.device, *, shown: bool = True
+    ) -> None:
+        super().__init__(layer, len(store_row_N), form, device)
+        self._words_NM = _load(layer, store_row_N, torch.device("cpu"), shown=shown)
+
+    def ahead(self, rows_B: NDArray[np.int64]) -> Tensor:
+        """The rows' words, gathered into a buffer."""
+        buffer = self._buffer(len(rows_B))
+        return torch.index_select(self._words_NM, 0, torch.from_numpy(rows_B), out=buffer)
+
+    def _words(self, rows_B: NDArray[np.int64], ahead: Ahead) -> Tensor:
+        words_BM = ahead if isinstance(ahead, Tensor) else self.ahead(rows_B)
+        return words_BM.to(self.device, non_blocking=True)
+
+    def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
+        return _unsigned(self._words_NM[start:stop])
+
+
+class StreamedTargets(Targets):
+    """Words read row by row from a flat file, for stores larger than memory.
+
+    `ahead` only asks for the rows: a thread of its own reads them, in plan order, so that words and images are read
+    side by side, and a step waits (`waited_s`) only when its rows are not there yet. One thread, because the kernel
+    hears of all rows of a batch before the first is read; more threads read no faster from a disk, and slower from
+    its cache.
+    """
+
+    tier = "streamed"
+
+    def __init__(
+        self, layer: Layer, store_row_N: NDArray[np.int64], form: Form, device: torch.device, flat: FlatWords
+    ) -> None:
+        super().__init__(layer, len(store_row_N), form, device)
+        identity = len(store_row_N) == layer.images and bool((np.diff(store_row_N, prepend=-1) == 1).all())
+        # The one thing here that grows with the index: mostly 4 bytes a row, and nothing for the identity.
+        self._store_row_N = None if identity else store_row_N.astype(np.min_scalar_type(layer.images))
+        self._chunks = layer.chunks
+        self.flat = flat
+        self._reader = ThreadPoolExecutor(1, "words")
+        weakref.finalize(self, self._reader.shutdown, wait=False)
+
+    def ahead(self, rows_B: NDArray[np.int64]) -> Future[Tensor]:
+        """The rows' words, being read."""
+        return self._reader.submit(self._read, rows_B)
+
+    def blocks(self) -> Iterator[NDArray[np.uint16]]:
+        """All words in the order of the index; the whole file is checked against the store on the way.
+
+        Raises:
+            CorruptError: the file holds other words than the store.
+        """
+        checked = (self.flat.chunk(chunk) for chunk in range(self._chunks))
+        if self._store_row_N is None:
+            yield from checked
+            return
+        for _ in checked:
+            pass
+        yield from super().blocks()
+
+    def _words(self, rows_B: NDArray[np.int64], ahead: Ahead) -> Tensor:
+        reading = ahead if isinstance(ahead, Future) else self.ahead(rows_B)
+        begun = time.perf_counter()
+        words_BM = reading.result()
+        self.waited_s = time.perf_counter() - begun
+        return words_BM.to(self.device, non_blocking=True)
+
+    def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
+        return _unsigned(self._read(np.arange(start, stop)))
+
+    def _read(self, rows_B: NDArray[np.int64]) -> Tensor:
+        buffer = self._buffer(len(rows_B))
+        store_rows_B = rows_B if self._store_row_N is None else self._store_row_N[rows_B].astype(np.int64)
+        self.flat.read(store_rows_B, _unsigned(buffer))
+        return buffer
+
+
+def open_targets(
+    tier: Tier,
+    layer: Layer,
+    store_row_N: NDArray[np.int64],
+    form: Form,
+    device: torch.device,
+    *,
+    storage: StorageConfig,
+    shown: bool = True,
+) -> Targets:
+    """Load or unpack the words of an index's rows.
 
     Args:
-        bag: bags of the batch.
-        partner_B: int64, place of each sample's partner in the batch.
-        kept_B: float32, lambda: the area share of A that is kept.
+        tier: where they are to lie.
+        layer: a complete layer of a store.
+        store_row_N: int64 (N,), the store's row of each row of the index (`join_rows`).
+        form: of the bags.
+        device: where bags are wanted.
+        storage: the cache of the streamed tier.
+        shown: False silences progress (ranks other than 0).
+
+    Raises:
+        CorruptError: a damaged chunk of the store.
+        BowstoreError: streamed, and no room on the disk.
     """
-    return Bag(
-        torch.cat([bag.words_BM, bag.words_BM[partner_B]], dim=1),
-        torch.cat([bag.weights_BM * kept_B[:, None], bag.weights_BM[partner_B] * (1 - kept_B[:, None])], dim=1),
-    )
+    if tier == "streamed":
+        return StreamedTargets(layer, store_row_N, form, device, open_flat(layer, storage, shown=shown))
+    kind = ResidentTargets if tier == "resident" else HostTargets
+    return kind(layer, store_row_N, form, device, shown=shown)
 
 
-def bow_cross_entropy(logits_BK: Tensor, bag: Bag) -> Tensor:
-    """Mean cross-entropy against the bags (paper, Eq. 6), in float32: logsumexp minus the weighted gather.
+def words_digest(targets: Targets, mean: MeanBag | None = None, *, shown: bool = True) -> str:
+    """Identity of the words in the order of the index, 32 hex digits; adds them to `mean` on the way.
 
-    Equal to the dense form to 1e-6. The gradient, (softmax - target) / B, is made in place from the probabilities,
-    so that no dense target ever exists (autograd's own gather would write one of zeros).
+    The same in every tier: xxh3-128 of the uint16 words (N, h, w) as they lie in memory.
+
+    Raises:
+        CorruptError: as `StreamedTargets.blocks`.
     """
-    loss: Tensor = _BowCrossEntropy.apply(logits_BK.float(), bag.words_BM, bag.weights_BM)
-    return loss
+    digest = xxhash.xxh3_128()
+    shown = shown and 2 * len(targets) * targets.slots > _QUIET_BYTES
+    with Progress("check words", len(targets), shown=shown) as progress:
+        for words_BM in targets.blocks():
+            digest.update(words_BM.data)
+            if mean:
+                mean.add(words_BM)
+            progress.advance(len(words_BM))
+    return digest.hexdigest()
 
 
-class _BowCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_BK: Tensor, words_BM: Tensor, weights_BM: Tensor) -> Tensor:
-        log_norm_B = torch.logsumexp(logits_BK, dim=1)
-        at_words_B = (logits_BK.gather(1, words_BM) * weights_BM).sum(dim=1)
-        ctx.save_for_backward(logits_BK, log_norm_B, words_BM, weights_BM)
-        return (log_norm_B - at_words_B).mean()
+class BatchTimes(NamedTuple):
+    """How long batches of random rows took.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits_BK, log_norm_B, words_BM, weights_BM = ctx.saved_tensors
-        grad_BK = (logits_BK - log_norm_B[:, None]).exp_()
-        grad_BK.scatter_add_(1, words_BM, -weights_BM)
-        return grad_BK.mul_(grad / len(logits_BK)), None, None
-
-
-def bag_entropy(bag: Bag) -> Tensor:
-    """Mean entropy of the bags, nats: the least value the loss can take."""
-    words_BM, order_BM = bag.words_BM.sort(dim=1)
-    weights_BM = bag.weights_BM.gather(1, order_BM)
-    # Sum the weights of equal words: give each run of a word a number and add into it.
-    run_BM = torch.cat([torch.zeros_like(words_BM[:, :1]), (words_BM[:, 1:] != words_BM[:, :-1]).long()], 1).cumsum(1)
-    mass_BM = torch.zeros_like(weights_BM).scatter_add_(1, run_BM, weights_BM)
-    entropy_B: Tensor = torch.special.entr(mass_BM).sum(dim=1)
-    return entropy_B.mean()
-
-
-def marginal_loss(words_Nhw: NDArray[np.uint16], words: int, form: Form, *, block: int = 65536) -> float:
-    """Loss of predicting the words' mean frequencies for every image, nats.
-
-    That is the entropy of the mean bag over all rows: a run that stays there has learned nothing about the images.
+    Attributes:
+        tier: where the words lie.
+        ahead_s: seconds of the host's part of each batch, until its words were read.
+        bag_s: seconds of the device's part.
     """
-    total_K = torch.zeros(words, dtype=torch.float64)
-    for start in range(0, len(words_Nhw), block):
-        part_BM = torch.from_numpy(words_Nhw[start : start + block].reshape(-1, words_Nhw[0].size).astype(np.int64))
-        bag = binary_bag(part_BM) if form == "binary" else count_bag(part_BM)
-        total_K.index_add_(0, bag.words_BM.flatten(), bag.weights_BM.flatten().double())
-    return float(torch.special.entr(total_K / len(words_Nhw)).sum())
+
+    tier: Tier
+    ahead_s: list[float]
+    bag_s: list[float]
+
+
+def time_batches(targets: Targets, *, batch: int, batches: int, seed: int = 0) -> BatchTimes:
+    """Time both parts of random batches, one batch after the other, nothing read ahead."""
+    draw, gpu = np.random.default_rng(seed), targets.device.type == "cuda"
+    times = BatchTimes(targets.tier, [], [])
+    for _ in range(batches):
+        rows_B = draw.integers(0, len(targets), batch)
+        begun = time.perf_counter()
+        ahead = targets.ahead(rows_B)
+        if isinstance(ahead, Future):
+            ahead.result()
+        read = time.perf_counter()
+        targets.bag(rows_B, ahead)
+        if gpu:
+            torch.cuda.synchronize(targets.device)
+        times.ahead_s.append(read - begun)
+        times.bag_s.append(time.perf_counter() - read)
+    return times
+
+
+def _load(layer: Layer, store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool) -> Tensor:
+    """Words of an index's rows, int16 (N, M), read chunk by chunk into their places."""
+    slots = layer.grid[0] * layer.grid[1]
+    words_NM = torch.empty((len(store_row_N), slots), dtype=torch.int16, device=device)
+    order_N = np.argsort(store_row_N, kind="stable")
+    sorted_N = store_row_N[order_N]
+    digests = layer.chunk_digests().tolist()
+    shown = shown and words_bytes(layer, len(store_row_N)) > _QUIET_BYTES
+    with Progress("load words", len(store_row_N), shown=shown) as progress:
+        for chunk, digest in enumerate(digests):
+            rows = layer.rows(chunk)
+            first, last = np.searchsorted(sorted_N, (rows.start, rows.stop)).tolist()
+            if first < last:
+                words = layer.read_chunk(chunk, digest).reshape(-1, slots)[sorted_N[first:last] - rows.start]
+                places = torch.from_numpy(order_N[first:last]).to(device)
+                words_NM[places] = torch.from_numpy(words.view(np.int16)).to(device)
+            progress.advance(last - first)
+    return words_NM
+
+
+def _unsigned(words_BM: Tensor) -> NDArray[np.uint16]:
+    """An int16 tensor on the host as the uint16 array it holds."""
+    array: NDArray[np.uint16] = words_BM.numpy().view(np.uint16)
+    return array
+
+
+def _size(size_bytes: int) -> str:
+    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size_bytes >= s / 100 or s == 1e3)
+    return f"{size_bytes / scale:.2f} {unit}"

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.errors import BowstoreError, CorruptError
 from bowstore.progress import Progress
@@ -45,17 +46,18 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(path: Path, shards: Path | None = None) -> VerifyReport:
+def verify(path: Path, shards: Path | None = None, storage: StorageConfig | None = None) -> VerifyReport:
     """Read all of a store and check it: metadata, every chunk, digests, word ids, keys.
 
     Args:
         path: the store.
         shards: folder of indexed shards whose keys the store must hold, each once, no others; None skips that.
+        storage: where copies of remote shards lie.
 
     Raises:
         MissingError: no shards of that name (what is wrong with the store itself is reported, not raised).
     """
-    index = open_index(shards) if shards else None
+    index = open_index(shards, storage) if shards else None
     report = VerifyReport(path)
     try:
         store = Store(path)

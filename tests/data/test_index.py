@@ -2,19 +2,23 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+import xxhash
+from safetensors.numpy import load_file
 from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
+from tar_files import JPEG, flip
 
-from bowstore.data.index import INDEX_FILE, build_index, check_digests, open_index
+from bowstore.data.index import INDEX_FILE, build_index, check_columns, open_index
 from bowstore.data.reader import ShardReader
+from bowstore.data.table import COLUMNS, write_table
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
-
-JPEG = encode_jpeg(textured_image(1, 20, 30))
 
 
 def test_columns(make_shard_set: ShardMaker) -> None:
@@ -107,67 +111,13 @@ def test_a_zeroed_block_that_hides_the_rest_is_found(tmp_path: Path) -> None:
         build_index(tmp_path)
 
 
-def hostile(tmp_path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-        info = tarfile.TarInfo(name)
-        info.type = kind
-        info.size = len(JPEG) if kind == tarfile.REGTYPE else 0
-        info.linkname = "/etc/passwd"
-        archive.addfile(info, io.BytesIO(JPEG))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("../a.jpg", "climbs out"),
-        ("/a.jpg", "climbs out"),
-        ("a b.jpg", "without white space"),
-        ("b\u00e4r.jpg", "without white space"),
-        ("noextension", "is not <key>.<extension>"),
-        ("dir.with.dots/a.jpg", "other dots"),
-    ],
-)
-def test_names_that_break_the_key_contract_are_refused(tmp_path: Path, name: str, message: str) -> None:
-    hostile(tmp_path, name)
-    with pytest.raises(DataError, match=message):
-        build_index(tmp_path)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
-    hostile(tmp_path, "a.jpg", kind)
-    with pytest.raises(DataError, match="is a link or a device"):
-        build_index(tmp_path)
-
-
 def test_duplicate_keys_are_counted_with_examples(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("x/1", JPEG, 0), ("x/2", JPEG, 0)])
     write_tar(tmp_path / "b.tar", [("x/2", JPEG, 0)])
     with pytest.raises(DataError, match=r"1 keys occur more than once, for example \['x/2', 'x/2'\]"):
         build_index(tmp_path)
     write_tar(tmp_path / "b.tar", [("x/3", JPEG, 0), ("x/4", JPEG, 0), ("x/3", JPEG, 0)])
-    with pytest.raises(DataError, match="key 'x/3' occurs twice"):
-        build_index(tmp_path)
-
-
-def test_samples_without_one_readable_image_are_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("x", b"<html>", 0)])
-    with pytest.raises(DataError, match=r"image 'x\.jpg' has no readable header"):
-        build_index(tmp_path)
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        info = tarfile.TarInfo("x.txt")
-        archive.addfile(info)
-    with pytest.raises(DataError, match=r"sample 'x' has 0 images, not one \(members: x\.txt\)"):
-        build_index(tmp_path)
-
-
-def test_a_label_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name, data in (("x.jpg", JPEG), ("x.cls", b"cat")):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    with pytest.raises(DataError, match=r"label 'x\.cls' holds b'cat', not a whole number"):
+    with pytest.raises(DataError, match=r"b\.tar: member 'x/3\.jpg' at byte \d+ has a key that occurs twice, 'x/3'"):
         build_index(tmp_path)
 
 
@@ -196,13 +146,119 @@ def test_shards_changed_after_indexing_are_refused(make_shard_set: ShardMaker) -
         open_index(index.root)
 
 
-def test_a_flipped_bit_is_found_by_digest(make_shard_set: ShardMaker) -> None:
-    index = make_shard_set(10, per_shard=5)
-    tar = index.root / "train-000001.tar"
-    data = bytearray(tar.read_bytes())
-    data[2000] ^= 1
-    tar.write_bytes(data)
-    assert check_digests(open_index(index.root)) == [f"shard {tar}: bytes changed after indexing (digest differs)"]
+def test_the_columns_have_a_digest(make_shard_set: ShardMaker) -> None:
+    index = make_shard_set(10)
+    check_columns(index)
+    path = index.root / INDEX_FILE
+    whole = path.read_bytes()
+    header_bytes = int.from_bytes(whole[:8], "little")
+    for offset in range(8 + header_bytes, len(whole), 61):
+        flip(path, offset, offset % 8)
+        with pytest.raises(CorruptError, match="its columns differ from their digest"):
+            check_columns(open_index(index.root))
+        path.write_bytes(whole)
+
+
+def test_a_flipped_bit_in_the_header_of_an_index_is_found(make_shard_set: ShardMaker) -> None:
+    index = make_shard_set(10)
+    path = index.root / INDEX_FILE
+    whole = path.read_bytes()
+    for offset in range(0, 8 + int.from_bytes(whole[:8], "little"), 5):
+        flip(path, offset, offset % 8)
+        with pytest.raises(DataError, match=r"is damaged|has format"):
+            open_index(index.root)
+        path.write_bytes(whole)
+
+
+def test_the_file_is_plain_safetensors(make_shard_set: ShardMaker) -> None:
+    index = make_shard_set(50, per_shard=20)
+    columns = load_file(index.root / INDEX_FILE)
+    for name in COLUMNS:
+        assert np.array_equal(columns[name], getattr(index, name)), name
+    assert index.digest.tolist() == [
+        xxhash.xxh3_64_intdigest(data.tobytes()) for data in ShardReader(index).read(np.arange(50))
+    ]
+
+
+def test_processes_find_what_one_finds(make_shard_set: ShardMaker) -> None:
+    index = make_shard_set(50, per_shard=10)
+    alone = (index.root / INDEX_FILE).read_bytes()
+    idx = (index.root / "train-000002.idx").read_bytes()
+    again = build_index(index.root, classes=index.classes, workers=2)
+    assert (index.root / INDEX_FILE).read_bytes() == alone
+    assert (index.root / "train-000002.idx").read_bytes() == idx
+    assert again.fingerprint == index.fingerprint
+    os.truncate(index.root / "train-000003.tar", 5000)
+    with pytest.raises(CorruptError, match=r"train-000003\.tar is cut.*of 5000"):
+        build_index(index.root, workers=2)
+
+
+def test_a_script_without_a_guard_is_not_run_again(make_shard_set: ShardMaker, tmp_path: Path) -> None:
+    index = make_shard_set(20, per_shard=10)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from bowstore.data.index import build_index\n"
+        "print('run'); print(build_index(Path(sys.argv[1]), workers=2).fingerprint)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(script), str(index.root)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.split() == ["run", index.fingerprint]
+
+
+def test_a_large_index_opens_at_once_and_in_shared_memory(tmp_path: Path) -> None:
+    """ImageNet: 1.28 million rows in 313 shards, which are there with the right sizes (and nothing in them)."""
+    rows, shards, size_bytes = 1_281_167, 313, 480_000_000
+    write_large_index(tmp_path, rows, shards, size_bytes)
+    for number in range(shards):
+        (tmp_path / f"train-{number:06d}.tar").touch()
+        os.truncate(tmp_path / f"train-{number:06d}.tar", size_bytes)
+    result = subprocess.run(
+        [sys.executable, "-c", OPEN_AND_TOUCH, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    opening, checking, private, count = map(float, result.stdout.split())
+    assert count == rows
+    assert opening < 0.5, f"opened in {opening:.3f} s"
+    assert checking < 2, f"digest of the columns in {checking:.3f} s"
+    assert private < 50e6, f"{private / 1e6:.0f} MB of private memory for opening and reading all columns"
+
+
+# What the process owns alone: the columns are pages of the file, which all ranks share.
+OPEN_AND_TOUCH = """
+import re, sys, time
+from pathlib import Path
+from bowstore.data.index import check_columns, open_index
+
+def private():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * sum(int(number) for number in re.findall(r"Private_Dirty: +(\\d+)", text))
+
+before, start = private(), time.perf_counter()
+index = open_index(Path(sys.argv[1]))
+opened = time.perf_counter()
+check_columns(index)
+print(opened - start, time.perf_counter() - opened, private() - before, len(index))
+"""
+
+
+def write_large_index(root: Path, rows: int, shards: int, size_bytes: int) -> None:
+    """An index of rows with made-up places, as building writes it."""
+    pieces = {
+        "key_start": np.arange(rows + 1) * 19,
+        "shard": (np.arange(rows) * shards // rows).astype(np.int32),
+        "key_bytes": np.zeros(19 * rows, np.uint8),
+    }
+    columns = {name: pieces.get(name, np.arange(rows).astype(dtype)) for name, dtype in COLUMNS.items()}
+    meta = {
+        "version": 2,
+        "fingerprint": "f" * 32,
+        "classes": [],
+        "image_ext": [],
+        "label_field": None,
+        "shards": [[f"train-{n:06d}.tar", rows // shards, size_bytes, "d" * 32] for n in range(shards)],
+    }
+    lengths = {name: len(column) for name, column in columns.items()}
+    write_table(root / INDEX_FILE, meta, lengths, lambda name: iter([columns[name]]))
 
 
 def test_a_permuted_tar_with_its_old_index_is_refused_at_the_first_read(tmp_path: Path) -> None:
@@ -227,8 +283,8 @@ def test_a_damaged_index_is_refused(make_shard_set: ShardMaker) -> None:
 def test_another_index_format_is_refused(make_shard_set: ShardMaker) -> None:
     index = make_shard_set(10)
     path = index.root / INDEX_FILE
-    path.write_bytes(path.read_bytes().replace(json.dumps('{"version": 1')[1:-1].encode(), rb"{\"version\": 9"))
-    with pytest.raises(MismatchError, match="has format 9, this bowstore reads 1"):
+    path.write_bytes(path.read_bytes().replace(json.dumps('{"version": 2')[1:-1].encode(), rb"{\"version\": 9"))
+    with pytest.raises(MismatchError, match="has format 9, this bowstore reads 2"):
         open_index(index.root)
 
 

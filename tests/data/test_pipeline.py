@@ -6,12 +6,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
+from shard_sets import ShardMaker, encode_jpeg, textured_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import ViewConfig
-from bowstore.data.index import build_index, open_index
+from bowstore.data.index import open_index
 from bowstore.data.pipeline import CleanView, clean_batches, clean_view, train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import FileReader, ShardReader
@@ -199,55 +199,6 @@ def test_batches_stay_what_they_were_while_later_ones_are_made(make_shard_set: S
     assert len(batches) == 24
     assert all(torch.equal(a, b) for a, b in zip(batches, copies, strict=True))
     assert batches[0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_restart_in_mid_epoch_gives_the_same_pixels(make_shard_set: ShardMaker) -> None:
-    index = make_shard_set(40)
-    view = ViewConfig(size=32, resize=None)
-    schedule = Schedule(40, 8, 7)
-
-    def pixels(start: int) -> list[torch.Tensor]:
-        steps = plans(schedule, index, view, start=start, stop=12)
-        return [b.images_BCHW for b in train_batches(ShardReader(index), view, steps, batch=8, device=CPU)]
-
-    whole = pixels(0)
-    for start in (3, 5, 9):
-        assert all(torch.equal(a, b) for a, b in zip(pixels(start), whole[start:], strict=True))
-
-
-def test_two_ranks_see_the_pixels_of_one(make_shard_set: ShardMaker) -> None:
-    index = make_shard_set(40)
-    view = ViewConfig(size=32, resize=None)
-
-    def pixels(rank: int, world: int) -> list[torch.Tensor]:
-        schedule = Schedule(40, 16, 7, rank, world)
-        steps = plans(schedule, index, view, start=0, stop=4)
-        source = ShardReader(index)
-        return [b.images_BCHW for b in train_batches(source, view, steps, batch=16 // world, device=CPU)]
-
-    both = [torch.cat(parts) for parts in zip(pixels(0, 2), pixels(1, 2), strict=True)]
-    assert all(torch.equal(a, b) for a, b in zip(both, pixels(0, 1), strict=True))
-
-
-def test_the_colour_of_every_image_matches_its_row(tmp_path: Path) -> None:
-    colours = np.array([[(row * 37) % 200 + 20, (row * 59) % 200 + 20, (row * 83) % 200 + 20] for row in range(48)])
-    samples = [(f"k/{row:04d}", encode_jpeg(np.full((33, 35, 3), colours[row], np.uint8)), None) for row in range(48)]
-    write_tar(tmp_path / "a-000000.tar", samples[:20])
-    write_tar(tmp_path / "a-000001.tar", samples[20:])
-    index = build_index(tmp_path)
-    view = PLAIN.model_copy(update={"cutmix": True})
-    for rank in range(2):
-        steps = plans(Schedule(48, 16, 0, rank, 2), index, view, start=0, stop=6)
-        for batch in train_batches(ShardReader(index), view, steps, batch=8, device=CPU):
-            plan, seen = batch.plan, batch.images_BCHW.permute(0, 2, 3, 1).numpy() * 255
-            for place in range(8):
-                top, left, height, width = plan.box[place]
-                inside = np.zeros((32, 32), bool)
-                inside[top : top + height, left : left + width] = True
-                other = plan.rows[plan.partner[place]]
-                assert np.abs(seen[place][inside] - colours[other]).max(initial=0) < 4
-                assert np.abs(seen[place][~inside] - colours[plan.rows[place]]).max(initial=0) < 4
-                assert plan.kept[place] == pytest.approx(1 - inside.mean(), abs=1e-6)
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:

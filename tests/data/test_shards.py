@@ -19,9 +19,9 @@ from PIL import Image
 
 from bowstore.data import shard_writer
 from bowstore.data.index import open_index
-from bowstore.data.shard_writer import ShardJob, write_shards
+from bowstore.data.shard_writer import Record, ShardJob, write_shards
 from bowstore.data.shards import make_shards
-from bowstore.data.sources import ImageFile, list_splits
+from bowstore.data.sources import ImageFile, Source, list_splits
 from bowstore.errors import BowstoreError, BusyError, DataError, MismatchError, MissingError, UsageError
 from bowstore.files import exclusive_lock, file_digest
 
@@ -408,24 +408,25 @@ def test_little_space_is_told_beforehand(
     assert "out/train has 0.00 GiB free, the images to write take 0.00 GiB" in capsys.readouterr().err
 
 
-def _job(root: Path, images: list[ImageFile]) -> ShardJob:
+def _write_one(root: Path, images: list[ImageFile], advance: Callable[[int], None] = lambda _count: None) -> Record:
     (root / ".parts").mkdir(exist_ok=True)
-    return ShardJob(str(root), root, "plan", "train-000000.tar", images)
+    job = ShardJob(root, "plan", "train-000000.tar", images)
+    (record,) = write_shards(Source(root, "folder"), [job], 1, advance)
+    return record
 
 
 def test_a_source_that_changes_underneath(tmp_path: Path) -> None:
     _write(tmp_path / "a.jpg", _jpeg(1))
     size = (tmp_path / "a.jpg").stat().st_size
     with pytest.raises(DataError, match=rf"a\.jpg has {size} bytes, {size + 1} when it was listed: the source is ch"):
-        list(write_shards([_job(tmp_path, [ImageFile("a.jpg", "a", -1, size + 1, 0)])], 1, lambda _count: None))
+        _write_one(tmp_path, [ImageFile("a.jpg", "a", -1, size + 1, 0)])
     with pytest.raises(DataError, match=r"cannot read .*b\.jpg: No such file or directory; make it readable"):
-        list(write_shards([_job(tmp_path, [ImageFile("b.jpg", "b", -1, size, 0)])], 1, lambda _count: None))
+        _write_one(tmp_path, [ImageFile("b.jpg", "b", -1, size, 0)])
     assert not list(tmp_path.glob("*.tar"))
 
 
 def test_dangling_links_are_quarantined(tmp_path: Path) -> None:
-    job = _job(tmp_path, [ImageFile("gone.jpg", "gone", -1, -1, 0)])
-    (record,) = write_shards([job], 1, lambda _count: None)
+    record = _write_one(tmp_path, [ImageFile("gone.jpg", "gone", -1, -1, 0)])
     assert record.quarantined == [{"path": "gone.jpg", "reason": "link to a file that does not exist"}]
 
 
@@ -434,7 +435,7 @@ def test_progress_hears_of_every_image(tmp_path: Path) -> None:
     size = (tmp_path / "a.jpg").stat().st_size
     images = [ImageFile("a.jpg", f"a{number}", -1, size, 0) for number in range(120)]
     heard: list[int] = []
-    list(write_shards([_job(tmp_path, images)], 1, heard.append))
+    _write_one(tmp_path, images, heard.append)
     assert heard == [50, 50, 20]
 
 

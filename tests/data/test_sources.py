@@ -1,4 +1,4 @@
-"""Layouts of image folders, keys, and what is refused."""
+"""Class folders, keys, and what is refused."""
 
 import os
 import subprocess
@@ -98,12 +98,12 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"no folder .*nowhere; name the one that holds train/"):
         list_splits(tmp_path / "nowhere")
     _fill(
-        tmp_path, "file.tar", "empty/notes.txt", "mixed/a/1.jpg", "mixed/2.jpg", "half/train/a/1.jpg", "half/val/x.txt"
+        tmp_path, "file.zip", "empty/notes.txt", "mixed/a/1.jpg", "mixed/2.jpg", "half/train/a/1.jpg", "half/val/x.txt"
     )
-    with pytest.raises(UsageError, match=r"file\.tar is a file, not a folder of images; unpack it"):
-        list_splits(tmp_path / "file.tar")
+    with pytest.raises(UsageError, match=r"file\.zip is a file, not a folder of images; unpack it"):
+        list_splits(tmp_path / "file.zip")
     with pytest.raises(DataError, match=r"no images in .*empty \(looked for .*\.jpg.*\); fill it"):
-        list_splits(tmp_path / "empty")
+        list_splits(tmp_path / "empty", "folder")
     with pytest.raises(DataError, match=r"no images in .*half/val"):
         list_splits(tmp_path / "half")
     with pytest.raises(DataError, match=r"1 images lie beside the class folders of .*mixed, for example 2\.jpg"):
@@ -145,6 +145,7 @@ def test_a_key_never_passes_to_another_image() -> None:
     """Thinned-out copies are joined by key: what is left must keep its key, or have one that nobody had."""
     names = ["c/a.jpg", "c/a.png", "c/b c.jpg", "c/b_c.jpg", "猫.jpg", "犬.jpg", "d/x.jpg"]
     whole = dict(zip(names, make_keys(names), strict=True))
+    assert len(set(whole.values())) == len(names)
     for left_out in names:
         rest = [name for name in names if name != left_out]
         for name, key in zip(rest, make_keys(rest), strict=True):

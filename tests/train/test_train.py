@@ -1,14 +1,17 @@
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from shard_sets import ShardMaker, write_store
+from shard_sets import ShardMaker, write_store, write_words
 
 from bowstore.config import OptimConfig, TrainConfig, validate
+from bowstore.data.index import open_index
 from bowstore.data.pipeline import Batch
 from bowstore.environment import choose_device
 from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, TrainingError, UsageError
@@ -21,6 +24,7 @@ from bowstore.train.distributed import World
 from bowstore.train.metrics import read_metrics
 from bowstore.train.schedule import learning_rate, total_steps
 from bowstore.train.tasks import build_task
+from bowstore.words.store import open_store
 
 Make = Callable[..., TrainConfig]
 
@@ -75,8 +79,6 @@ def test_learning_rate_schedule_of_the_paper() -> None:
 def test_weight_decay_spares_gamma_always_and_small_parameters_on_request(make_config: Make) -> None:
     for spare in (True, False):
         config = make_config(optim={"decay_norm_and_bias": not spare})
-        from bowstore.data.index import open_index
-
         assert config.shards is not None
         task = build_task(config, open_index(config.shards), World(0, 1, torch.device("cpu")))
         decayed, free = loop.build_optimizer(task.network, config).param_groups
@@ -245,8 +247,6 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
 def test_changed_words_stop_a_resumed_run(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from bowstore.data.index import open_index
-
     config = make_config()
     with monkeypatch.context() as patch:
         interrupt_at(patch, 8)
@@ -258,6 +258,69 @@ def test_changed_words_stop_a_resumed_run(make_config: Make, tmp_path: Path, mon
     write_store(config.words.store, open_index(config.shards), seed=9)
     with pytest.raises(MismatchError, match="words changed since the checkpoint"):
         loop.train(config, tmp_path / "runs")
+
+
+@pytest.fixture
+def permuted_config(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Configurations whose store holds the rows in another order, in four chunks; the cache lies beside it."""
+    monkeypatch.setattr("bowstore.words.layer.MIN_CHUNK_BYTES", 1)
+    monkeypatch.setattr("bowstore.words.layer.CHUNK_STEP_ROWS", 20)
+    config = make_config()
+    assert config.words.store is not None
+    store = open_store(config.words.store)
+    order = np.random.default_rng(3).permutation(len(store))
+    write_words(tmp_path / "permuted.zarr", store.load_words()[order], key_hash_N=store.key_hash()[order])
+
+    def make(targets: str, **changes: Any) -> TrainConfig:
+        runtime = {"targets": targets, "storage": {"cache": str(tmp_path / "cache")}}
+        return make_config(words={"store": str(tmp_path / "permuted.zarr")}, runtime=runtime, **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["count", "binary"])
+def test_all_target_tiers_train_the_same_weights(
+    make_config: Make, permuted_config: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str], form: str
+) -> None:
+    optim = {"epochs": 2, "milestones": []}
+    loop.train(make_config(words={"form": form}, optim=optim), tmp_path / "plain")
+    expected, lines = weights(tmp_path / "plain" / "words-run"), read_metrics(tmp_path / "plain" / "words-run")
+    assert re.search(r"^targets: resident, 2\.30 kB of words \(at most a quarter of", capfd.readouterr().err, re.M)
+    for targets in ("auto", "resident", "host", "streamed"):
+        config = permuted_config(targets, optim=optim)
+        config = config.model_copy(update={"words": config.words.model_copy(update={"form": form})})
+        loop.train(config, tmp_path / targets)
+        assert equal(weights(tmp_path / targets / "words-run"), expected), targets
+        last = read_metrics(tmp_path / targets / "words-run")[-1]
+        assert {name: last[name] for name in lines[-1] if name != "images_per_second"} == {
+            name: value for name, value in lines[-1].items() if name != "images_per_second"
+        }
+        assert ("target_wait_ms" in last) == (targets == "streamed")
+        said = capfd.readouterr().err
+        assert "(as set)" in said if targets != "auto" else "at most a quarter of" in said
+
+
+def test_all_ranks_take_the_tier_of_the_one_with_the_least_room(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, another = make_config(), iter([False, True, False])  # resident, host, streamed
+    assert config.shards is not None
+    monkeypatch.setattr(World, "any", lambda self, flag: next(another) or flag)
+    build_task(config, open_index(config.shards), World(0, 1, torch.device("cpu")))
+    assert "targets: host, 2.30 kB of words (another rank has no room for resident)" in capfd.readouterr().err
+
+
+def test_a_run_resumes_in_another_target_tier(
+    make_config: Make, permuted_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.train(make_config(), tmp_path / "whole")
+    for die_at, targets in ((7, "resident"), (7, "streamed")):  # from 0 to step 5, on to step 10
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, die_at)
+            with pytest.raises(Interrupted):
+                loop.train(permuted_config(targets), tmp_path / "cut", resume=True)
+    loop.train(permuted_config("host"), tmp_path / "cut")
+    assert equal(weights(tmp_path / "cut" / "words-run"), weights(tmp_path / "whole" / "words-run"))
 
 
 def test_loading_says_what_is_missing(tmp_path: Path) -> None:

@@ -360,9 +360,9 @@ def test_verify_joins_with_the_shards(path: Path, monkeypatch: pytest.MonkeyPatc
         def __len__(self) -> int:
             return len(self.names)
 
-    monkeypatch.setattr("bowstore.words.verify.open_index", lambda shards: Index(KEYS[::-1]))
+    monkeypatch.setattr("bowstore.words.verify.open_index", lambda shards, storage: Index(KEYS[::-1]))
     assert verify(path, tmp_path).sound
-    monkeypatch.setattr("bowstore.words.verify.open_index", lambda shards: Index([*KEYS[7:], "new0", "new1"]))
+    monkeypatch.setattr("bowstore.words.verify.open_index", lambda shards, storage: Index([*KEYS[7:], "new0", "new1"]))
     missing, extra = verify(path, tmp_path).problems
     assert "2 of 65 keys" in missing
     assert "new0, new1" in missing

@@ -1,104 +1,297 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import xxhash
+from numpy.typing import NDArray
+from shard_sets import write_words
 
+from bowstore.config import StorageConfig
+from bowstore.errors import CorruptError, UsageError
+from bowstore.words import targets
+from bowstore.words.bags import Form, MeanBag, mix_bags
+from bowstore.words.flat import FlatWords
+from bowstore.words.layer import Layer
+from bowstore.words.store import open_store
 from bowstore.words.targets import (
-    Bag,
-    ResidentTargets,
-    bag_entropy,
-    bow_cross_entropy,
-    count_bag,
-    marginal_loss,
-    mix_bags,
+    TIERS,
+    HostTargets,
+    StreamedTargets,
+    Targets,
+    Tier,
+    choose_tier,
+    describe,
+    open_targets,
+    time_batches,
+    words_digest,
 )
 
-WORDS, SLOTS, BATCH = 50, 16, 12
+ROWS, GRID, WORDS = 110, (3, 4), 65535
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+MAPS = np.random.default_rng(0).integers(0, WORDS, (ROWS, *GRID)).astype(np.uint16)
+MAPS[::3] = np.random.default_rng(1).integers(0, 5, MAPS[::3].shape)  # words that stand more than once in a map
+MAPS[7] = 65534
+JOINS = {
+    "identity": np.arange(ROWS),
+    "permuted": np.random.default_rng(2).permutation(ROWS),
+    "part": np.random.default_rng(3).permutation(ROWS)[:37],
+    "first": np.arange(45),
+}
+Open = Callable[..., Targets]
 
 
-def words(rows: int = 40, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, WORDS, (rows, 4, 4)).astype(np.uint16)
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bowstore.words.layer.MIN_CHUNK_BYTES", 1)
+        patch.setattr("bowstore.words.layer.CHUNK_STEP_ROWS", 20)
+        return write_words(tmp_path_factory.mktemp("store") / "words.zarr", MAPS, words=WORDS)
 
 
-def dense(bag: Bag, size: int = WORDS) -> torch.Tensor:
-    result = torch.zeros(len(bag.words_BM), size)
-    for row in range(len(bag.words_BM)):
-        for word, weight in zip(bag.words_BM[row].tolist(), bag.weights_BM[row].tolist(), strict=True):
-            result[row, word] += weight
-    return result
+@pytest.fixture
+def store(sound: Path, tmp_path: Path) -> Path:
+    """A store of 110 rows in six chunks, to do with as one likes."""
+    return Path(shutil.copytree(sound, tmp_path / "words.zarr"))
 
 
-def histogram(maps: np.ndarray) -> torch.Tensor:
-    return torch.stack([torch.bincount(torch.from_numpy(m.flatten().astype(np.int64)), minlength=WORDS) for m in maps])
+@pytest.fixture
+def open_tier(store: Path, tmp_path: Path) -> Open:
+    """Opens the store's words: open_tier(tier, join=..., form=...)."""
+
+    def open_tier(tier: Tier, join: str = "identity", form: Form = "count") -> Targets:
+        storage = StorageConfig(cache=tmp_path / "cache")
+        return open_targets(tier, open_store(store).layer(), JOINS[join], form, CPU, storage=storage)
+
+    return open_tier
 
 
-def test_count_bags_are_the_normalised_histogram() -> None:
-    maps, rows = words(), torch.tensor([3, 0, 39, 3])
-    bag = ResidentTargets(maps, "count", torch.device("cpu")).bag(rows)
-    assert bag.words_BM.dtype == torch.int64
-    assert bag.weights_BM.dtype == torch.float32
-    assert torch.allclose(dense(bag), histogram(maps[rows.numpy()]) / SLOTS)
-
-
-def test_binary_bags_hold_each_distinct_word_once() -> None:
-    maps, rows = words(), torch.arange(10)
-    bag = ResidentTargets(maps, "binary", torch.device("cpu")).bag(rows)
-    present = (histogram(maps[:10]) > 0).float()
-    assert torch.allclose(dense(bag), present / present.sum(1, keepdim=True))
-    assert torch.allclose(bag.weights_BM.sum(1), torch.ones(10))
-
-
-def test_words_above_the_signed_range_survive() -> None:
-    maps = np.full((2, 2, 2), 65534, np.uint16)
-    maps[1] = 40000
-    bag = ResidentTargets(maps, "count", torch.device("cpu")).bag(torch.tensor([0, 1]))
-    assert bag.words_BM[:, 0].tolist() == [65534, 40000]
-
-
+@pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("form", ["count", "binary"])
-def test_cutmix_of_bags_is_the_mixture_of_the_dense_bags(form: str) -> None:
-    bag = ResidentTargets(words(), form, torch.device("cpu")).bag(torch.arange(BATCH))  # type: ignore[arg-type]
-    partner, kept = torch.arange(BATCH).roll(1), torch.rand(BATCH)
-    mixed = mix_bags(bag, partner, kept)
-    expected = kept[:, None] * dense(bag) + (1 - kept[:, None]) * dense(bag)[partner]
-    assert torch.allclose(dense(mixed), expected, atol=1e-6)
-    assert torch.allclose(mixed.weights_BM.sum(1), torch.ones(BATCH), atol=1e-6)
+def test_all_tiers_give_the_same_bits(open_tier: Open, join: str, form: Form) -> None:
+    rows_N = JOINS[join]
+    tiers = [open_tier(tier, join, form) for tier in TIERS]
+    assert [each.tier for each in tiers] == list(TIERS)
+    draw = np.random.default_rng(5)
+    for rows_B in (draw.integers(0, len(rows_N), 32), np.arange(10, 30), np.array([3, 3, 3]), np.array([0])):
+        partner_B, kept_B = torch.from_numpy(draw.permutation(len(rows_B))), torch.rand(len(rows_B))
+        expected = MAPS[rows_N[rows_B]].reshape(len(rows_B), -1).astype(np.int64)
+        bags = [each.bag(rows_B, each.ahead(rows_B)) for each in tiers] + [each.bag(rows_B) for each in tiers]
+        for bag in bags:
+            found = bag.words_BM.numpy()
+            assert np.array_equal(found, np.sort(expected, axis=1) if form == "binary" else expected)
+            assert torch.equal(bag.weights_BM, bags[0].weights_BM)
+            for one, other in zip(mix_bags(bag, partner_B, kept_B), mix_bags(bags[0], partner_B, kept_B), strict=True):
+                assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("scale", [1.0, 50.0])
-def test_the_sparse_loss_equals_the_dense_one(scale: float) -> None:
-    bag = ResidentTargets(words(), "count", torch.device("cpu")).bag(torch.arange(BATCH))
-    bag = mix_bags(bag, torch.arange(BATCH).flip(0), torch.rand(BATCH))
-    logits = (scale * torch.randn(BATCH, WORDS)).requires_grad_()
-    sparse = bow_cross_entropy(logits, bag)
-    (ours,) = torch.autograd.grad(3 * sparse, logits)
-    expected = torch.nn.functional.cross_entropy(logits, dense(bag))
-    (theirs,) = torch.autograd.grad(3 * expected, logits)
-    assert sparse.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
-    assert torch.allclose(ours, theirs, atol=1e-6)
+@pytest.mark.parametrize("join", JOINS)
+def test_all_tiers_have_the_same_identity_and_mean(open_tier: Open, join: str) -> None:
+    ordered = np.ascontiguousarray(MAPS[JOINS[join]])
+    expected = xxhash.xxh3_128(ordered.data).hexdigest()  # what checkpoints of earlier versions hold
+    for form in ("count", "binary"):
+        entropies = set()
+        for tier in TIERS:
+            opened, mean = open_tier(tier, join, form), MeanBag(WORDS, form)  # type: ignore[arg-type]
+            assert len(opened) == len(ordered)
+            assert words_digest(opened, mean) == expected == words_digest(opened)
+            entropies.add(mean.entropy())
+        assert len(entropies) == 1
 
 
-def test_the_loss_is_float32_for_low_precision_logits() -> None:
-    bag = count_bag(torch.tensor([[0, 1]]))
-    logits = torch.tensor([[10.0, 1.0, 3.0]], dtype=torch.bfloat16, requires_grad=True)
-    loss = bow_cross_entropy(logits, bag)
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert logits.grad is not None
-    assert logits.grad.dtype == torch.bfloat16
+def test_nothing_is_copied_for_a_join(open_tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed keeps a number a row; the others read only the chunks that are wanted, into their places."""
+    streamed = open_tier("streamed", "permuted")
+    assert isinstance(streamed, StreamedTargets)
+    assert streamed._store_row_N is not None
+    assert streamed._store_row_N.dtype == np.uint8
+    assert open_tier("streamed", "identity")._store_row_N is None  # type: ignore[attr-defined]
+    read_chunk, chunks = Layer.read_chunk, []
+
+    def noting(self: Layer, chunk: int, digest: int) -> NDArray[np.uint16]:
+        chunks.append(chunk)
+        return read_chunk(self, chunk, digest)
+
+    monkeypatch.setattr(Layer, "read_chunk", noting)
+    open_tier("host", "first")
+    assert chunks == [0, 1, 2]
 
 
-def test_entropy_is_the_least_loss() -> None:
-    bag = mix_bags(count_bag(torch.randint(0, WORDS, (BATCH, SLOTS))), torch.arange(BATCH).roll(1), torch.rand(BATCH))
-    target = dense(bag)
-    assert bag_entropy(bag).item() == pytest.approx(torch.special.entr(target).sum(1).mean().item(), abs=1e-5)
-    best = torch.log(target.clamp_min(1e-30))
-    assert bow_cross_entropy(best, bag).item() == pytest.approx(bag_entropy(bag).item(), abs=1e-4)
+@pytest.mark.parametrize("tier", ["resident", "host"])
+def test_a_damaged_chunk_is_named(open_tier: Open, store: Path, tier: Tier) -> None:
+    chunk = store / "block3/words/c/3/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:-3])
+    with pytest.raises(CorruptError, match=r"chunk block3/words/c/3/0/0 \(rows 60-79\) of word store .*words\.zarr"):
+        open_tier(tier)
 
 
-@pytest.mark.parametrize("form", ["count", "binary"])
-def test_the_marginals_loss_is_that_of_the_best_constant_prediction(form: str) -> None:
-    maps = words(200)
-    bag = ResidentTargets(maps, form, torch.device("cpu")).bag(torch.arange(200))  # type: ignore[arg-type]
-    constant = torch.log(dense(bag).mean(0, keepdim=True).clamp_min(1e-30)).expand(200, -1)
-    expected = bow_cross_entropy(constant, bag).item()
-    assert marginal_loss(maps, WORDS, form, block=64) == pytest.approx(expected, abs=1e-4)  # type: ignore[arg-type]
+@pytest.mark.parametrize("join", ["identity", "permuted"])
+def test_a_flat_file_of_other_words_is_refused_at_the_start(open_tier: Open, join: str) -> None:
+    opened = open_tier("streamed", join)
+    assert isinstance(opened, StreamedTargets)
+    with open(opened.flat.path, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    with pytest.raises(CorruptError, match=r"rows 100-109 of .*\.u16 differ from word store"):
+        words_digest(opened)
+
+
+def test_a_step_waits_only_for_words_that_are_not_there_yet(open_tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, read, rows_B = open_tier("streamed"), FlatWords.read, np.arange(16)
+
+    def slow(self: FlatWords, rows_B: NDArray[np.int64], out_BM: NDArray[np.uint16]) -> None:
+        time.sleep(0.3)
+        read(self, rows_B, out_BM)
+
+    monkeypatch.setattr(FlatWords, "read", slow)
+    begun = time.perf_counter()
+    first, second = opened.ahead(rows_B), opened.ahead(rows_B + 1)
+    assert time.perf_counter() - begun < 0.15  # the reading thread goes on to the images
+    opened.bag(rows_B, first)
+    assert opened.waited_s > 0.1
+    assert isinstance(second, Future)
+    wait([second])
+    bag = opened.bag(rows_B + 1, second)
+    assert opened.waited_s < 0.1
+    assert np.array_equal(bag.words_BM.numpy(), MAPS[rows_B + 1].reshape(16, -1))
+
+
+def test_a_read_that_fails_ends_the_step_that_needs_it(open_tier: Open) -> None:
+    opened = open_tier("streamed")
+    assert isinstance(opened, StreamedTargets)
+    with open(opened.flat.path, "r+b") as file:
+        file.truncate(4096 + 24 * 100)
+    opened.bag(np.array([99]), opened.ahead(np.array([99])))
+    with pytest.raises(CorruptError, match="ends at byte 6496"):
+        opened.bag(np.array([100]), opened.ahead(np.array([100])))
+
+
+def test_a_store_larger_than_memory_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data memory is bounded to 16 MB more than Python has: 47 MB of words pass through, but do not fit."""
+    maps = np.random.default_rng(0).integers(0, 8, (120_000, 14, 14)).astype(np.uint16)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # for speed alone
+    store = write_words(tmp_path / "words.zarr", maps, words=8)
+    code = """
+import resource, sys, threading
+threading.stack_size(1 << 18)
+from pathlib import Path
+import numpy as np, torch
+from bowstore.config import StorageConfig
+from bowstore.words.bags import MeanBag
+from bowstore.words.store import open_store
+from bowstore.words.targets import open_targets, time_batches, words_digest
+torch.set_num_threads(1)
+storage, cpu = StorageConfig(cache=Path(sys.argv[2])), torch.device("cpu")
+def layer(): return open_store(Path(sys.argv[1])).layer()
+def run(tier, layer, rows):
+    targets = open_targets(tier, layer, rows, "count", cpu, storage=storage)
+    time_batches(targets, batch=64, batches=20)
+    mean = MeanBag(8, "count")
+    return words_digest(targets, mean), mean.entropy()
+small = open_store(Path(sys.argv[3])).layer()
+run("streamed", small, np.arange(small.images))  # threads and their stacks, Zarr's and ours
+data_kb = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, ((data_kb << 10) + (16 << 20),) * 2)
+identity = np.arange(120_000)
+print(*run("streamed", layer(), identity))
+print(*run("streamed", layer(), identity[::-1].copy()))
+try:
+    run("host", layer(), identity)
+except (MemoryError, RuntimeError) as error:
+    print("host:", type(error).__name__)
+"""
+    small = write_words(tmp_path / "small.zarr", maps[:6000], words=8)
+    command = [sys.executable, "-c", code, str(store), str(tmp_path / "cache"), str(small)]
+    alone = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=alone)
+    assert result.returncode == 0, result.stderr
+    forward, backward, host = result.stdout.splitlines()
+    assert forward.split()[0] == xxhash.xxh3_128(maps.data).hexdigest()
+    assert backward.split()[0] == xxhash.xxh3_128(np.ascontiguousarray(maps[::-1]).data).hexdigest()
+    assert float(forward.split()[1]) == pytest.approx(np.log(8), abs=1e-4)
+    assert host in ("host: RuntimeError", "host: MemoryError")
+
+
+def test_the_host_gathers_a_batch_in_time() -> None:
+    """The figure is 100 microseconds for 256 rows of 196 words on a quiet machine; words beyond any cache."""
+    rows = 400_000
+    words = np.arange(rows * 196, dtype=np.uint32).astype(np.uint16).reshape(rows, 14, 14)
+    layer = SimpleNamespace(
+        grid=(14, 14),
+        images=rows,
+        chunk_rows=rows,
+        rows=lambda chunk: slice(0, rows),
+        read_chunk=lambda chunk, digest: words,
+        chunk_digests=lambda: np.ones(1, np.uint64),
+    )
+    opened = HostTargets(layer, np.arange(rows), "count", CPU)  # type: ignore[arg-type]
+    times = time_batches(opened, batch=256, batches=200)
+    assert times.tier == "host"
+    assert len(times.ahead_s) == len(times.bag_s) == 200
+    assert np.median(times.ahead_s) < 400e-6
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "device", "tier", "reason"),
+    [
+        ("auto", 25, CPU, "resident", r"at most a quarter of this rank's 100\.00 GB of memory \(2 ranks share the"),
+        ("auto", 26, CPU, "host", r"more than a quarter of this rank's 100\.00 GB of memory .*, at most half of"),
+        ("auto", 51, CPU, "streamed", r"more than half of this rank's 100\.00 GB of memory \(2 ranks share the"),
+        ("auto", 10, GPU, "resident", r"at most a quarter of the 40\.00 GB free on cuda:0\)$"),
+        ("auto", 50, GPU, "host", r"more than a quarter of the 40\.00 GB free on cuda:0, at most half of this rank's"),
+        ("auto", 51, GPU, "streamed", r"more than half of this rank's 100\.00 GB of memory \(2 ranks share the"),
+        ("resident", 99, CPU, "resident", "as set"),
+        ("host", 99, GPU, "host", "as set"),
+        ("streamed", 999, GPU, "streamed", "as set"),
+    ],
+)
+def test_the_tier_follows_from_sizes(
+    monkeypatch: pytest.MonkeyPatch, setting: Tier, size: int, device: torch.device, tier: Tier, reason: str
+) -> None:
+    machine(monkeypatch)
+    choice = choose_tier(setting, size * 10**9, device)
+    assert choice.tier == tier
+    line = describe(choice, size * 10**9)
+    assert re.match(rf"targets: {tier}, {size}\.00 GB of words \({reason}", line), line
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "device", "message"),
+    [
+        (
+            "resident",
+            41,
+            GPU,
+            r"resident: the words take 41\.00 GB, more than the 40\.00 GB free on cuda:0; .* to host",
+        ),
+        ("resident", 101, CPU, r"resident: the words take 101\.00 GB, more than this rank's 100\.00 GB .* to streamed"),
+        (
+            "host",
+            101,
+            GPU,
+            r"runtime\.targets host: the words take 101\.00 GB, more than this rank's 100\.00 GB of mem",
+        ),
+    ],
+)
+def test_a_tier_that_cannot_hold_the_words_is_refused(
+    monkeypatch: pytest.MonkeyPatch, setting: Tier, size: int, device: torch.device, message: str
+) -> None:
+    machine(monkeypatch)
+    with pytest.raises(UsageError, match=message):
+        choose_tier(setting, size * 10**9, device)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 GB of memory, two ranks, a GPU with 40 GB free."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(targets, "available_memory", lambda: 200 * 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 10**9, 80 * 10**9))

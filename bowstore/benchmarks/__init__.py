@@ -1,0 +1,1 @@
+"""What each stage can do on this machine, and which one binds."""

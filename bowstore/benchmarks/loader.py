@@ -1,0 +1,179 @@
+"""What the loader can do without a network behind it, stage by stage, and which stage binds.
+
+The train graph is run with its end after each stage in turn: the difference between two ends is what a stage costs.
+All ends, and the planning and reading that feed them, are timed in interleaved rounds.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.config import StorageConfig, ViewConfig
+from bowstore.data.index import Index, open_index
+from bowstore.data.pipeline import HW_LOAD, PREFETCH, STAGES, Stage, train_batches, train_pipeline
+from bowstore.data.plan import Plan, Schedule, plans
+from bowstore.data.reader import ShardReader
+from bowstore.environment import cores, device_name
+from bowstore.errors import UsageError
+from bowstore.progress import Progress
+
+_LOADER = "loader"  # the whole thing, as training calls it
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """What is timed.
+
+    Attributes:
+        view: the train view.
+        batch: images a batch.
+        threads: decoding threads.
+        device: where the graph runs.
+        batches: timed batches of each stage a round.
+        rounds: interleaved rounds.
+        hw_loads: shares of the GPU's hardware decoder to try, on a GPU.
+    """
+
+    view: ViewConfig
+    batch: int
+    threads: int
+    device: torch.device
+    batches: int
+    rounds: int
+    hw_loads: tuple[float, ...] = ()
+
+
+def bench_loader(shards: Path, settings: LoaderSettings, storage: StorageConfig | None = None) -> BenchResult:
+    """Rates of planning, reading, each prefix of the graph, and the loader as training calls it.
+
+    Raises:
+        UsageError: fewer images than one batch; a sweep of the hardware decoder without a GPU.
+    """
+    if settings.hw_loads and settings.device.type != "cuda":
+        raise UsageError("--hw-load sweeps the hardware decoder of a GPU, and there is none; leave it out")
+    index = open_index(shards, storage)
+    schedule = Schedule(len(index), settings.batch // 4 * 4, seed=0)
+    stages = _stages(index, schedule, settings)
+    rates: dict[str, list[float]] = {name: [] for name in stages}
+    with Progress("bench loader", (settings.rounds + 1) * len(stages), "timings") as progress:
+        for number in range(settings.rounds + 1):
+            for name, step in stages.items():
+                rate = _rate(step, settings, schedule.batch)
+                if number:  # the first round warms the page cache, the allocators and the decoders
+                    rates[name].append(rate)
+                progress.advance(note=f"{name} {rate:.0f} images/s")
+    return _result(rates, index, settings, schedule.batch)
+
+
+def _stages(index: Index, schedule: Schedule, settings: LoaderSettings) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name: each call makes one batch."""
+
+    def steps() -> Iterator[Plan]:
+        return plans(schedule, index, settings.view, start=0, stop=sys.maxsize)
+
+    reader = ShardReader(index)
+    to_plan, to_read = steps(), steps()
+    stages: dict[str, Callable[[], Any]] = {
+        "plan": lambda: next(to_plan),
+        "read": lambda: reader.read(next(to_read).rows),
+    }
+    for stage in STAGES:
+        stages[stage] = _ended(index, settings, schedule.batch, stage, steps())
+    for load in settings.hw_loads or (HW_LOAD,):
+        name = f"{_LOADER}, hw load {load:g}" if settings.hw_loads else _LOADER
+        made = train_batches(
+            ShardReader(index),
+            settings.view,
+            steps(),
+            batch=schedule.batch,
+            device=settings.device,
+            threads=settings.threads,
+            hw_load=load,
+        )
+        stages[name] = made.__next__
+    return stages
+
+
+def _ended(
+    index: Index, settings: LoaderSettings, batch: int, stage: Stage, steps: Iterator[Plan]
+) -> Callable[[], Any]:
+    """The graph with its end after `stage`."""
+    pipe, feed = train_pipeline(
+        ShardReader(index),
+        settings.view,
+        steps,
+        batch=batch,
+        device=settings.device,
+        threads=settings.threads,
+        until=stage,
+    )
+
+    def step() -> None:
+        pipe.run()
+        feed.in_flight.popleft()
+
+    return step
+
+
+def _rate(step: Callable[[], Any], settings: LoaderSettings, batch: int) -> float:
+    """Images/s of one stage; batches made ahead are drained first, and made again before the next one's turn."""
+    drain = PREFETCH + 2
+    for _ in range(drain):
+        step()
+    begun = time.perf_counter()
+    for _ in range(settings.batches):
+        step()
+    if settings.device.type == "cuda":
+        torch.cuda.synchronize(settings.device)
+    seconds = time.perf_counter() - begun
+    time.sleep(1.25 * seconds * drain / settings.batches)
+    return settings.batches * batch / seconds
+
+
+def _result(rates: dict[str, list[float]], index: Index, settings: LoaderSettings, batch: int) -> BenchResult:
+    median = {name: float(np.median(values)) for name, values in rates.items()}
+    whole = max((name for name in median if name.startswith(_LOADER)), key=lambda name: median[name])
+    costs = _costs(median)
+    details = {name: f"{1e6 * seconds:.0f} us an image" for name, seconds in costs.items()}
+    details["read"] = f"{median['read'] * float(index.size.mean()) / 1e6:.0f} MB/s"
+    feeding = 1 / (1 / median["plan"] + 1 / median["read"])
+    graph = max(costs, key=lambda name: costs[name])
+    share = costs[graph] * median[STAGES[-1]]
+    if feeding < median[STAGES[-1]]:
+        binds = "planning and reading (one thread)"
+    else:
+        binds = f"the graph, {100 * share:.0f} % of it {graph}"
+    return BenchResult(
+        protocol="bench/loader",
+        device=f"{device_name(settings.device)}, {cores()} cores",
+        inputs={"shards": index.fingerprint},
+        settings={
+            "batch": batch,
+            "threads": settings.threads,
+            "images": len(index),
+            "mean_image_bytes": float(index.size.mean()),
+            "view": settings.view.model_dump(),
+        },
+        unit="images",
+        timings=[Timing(name, values, details.get(name, "")) for name, values in rates.items()],
+        binds=binds,
+        figures={"images_per_second_loader": median[whole], "images_per_second_feeding": feeding},
+        notes=["a stage's rate is that of the graph up to it; its cost is the difference to the stage before"],
+    )
+
+
+def _costs(median: dict[str, float]) -> dict[str, float]:
+    """Seconds an image that each stage of the graph adds."""
+    ends = {stage: 1 / median[stage] for stage in STAGES}
+    first = STAGES[0]
+    return dict(
+        chain([(first, ends[first])], ((stage, ends[stage] - ends[before]) for before, stage in pairwise(STAGES)))
+    )

@@ -1,0 +1,65 @@
+"""What the reader can do: encoded bytes of random rows, from memory maps and by single reads."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.config import StorageConfig
+from bowstore.data.index import open_index
+from bowstore.data.reader import ShardReader
+from bowstore.environment import cores, device_name
+from bowstore.errors import UsageError
+from bowstore.progress import Progress
+
+
+def bench_reader(
+    shards: Path, *, batch: int, batches: int, rounds: int, storage: StorageConfig | None = None
+) -> BenchResult:
+    """Images/s of reading random rows, tar header checked and every page touched, for each way to read.
+
+    Args:
+        shards: folder of indexed shards.
+        batch: rows read at once.
+        batches: timed batches of each way a round.
+        rounds: interleaved rounds.
+        storage: settings of the reads.
+    """
+    import torch
+
+    given = storage or StorageConfig()
+    readers = {}
+    for way in ("mmap", "pread"):
+        index = open_index(shards, given.model_copy(update={"read": way}))
+        readers[way] = ShardReader(index)
+    if len(index) < batch:
+        raise UsageError(f"{shards} holds {len(index)} images, fewer than one batch of {batch}; lower --batch")
+    rows = np.random.default_rng(0)
+    rates: dict[str, list[float]] = {way: [] for way in readers}
+    with Progress("bench reader", (rounds + 1) * len(readers), "timings") as progress:
+        for number in range(rounds + 1):
+            for way, reader in readers.items():
+                orders = [rows.choice(len(index), batch, replace=False) for _ in range(batches)]
+                begun = time.perf_counter()
+                for order in orders:
+                    reader.read(order)
+                rate = batches * batch / (time.perf_counter() - begun)
+                if number:
+                    rates[way].append(rate)
+                progress.advance(note=f"{way} {rate:.0f} images/s")
+    size = float(index.size.mean())
+    return BenchResult(
+        protocol="bench/reader",
+        device=f"{device_name(torch.device('cpu'))}, {cores()} cores",
+        inputs={"shards": index.fingerprint},
+        settings={
+            "batch": batch,
+            "read_threads": given.read_threads,
+            "images": len(index),
+            "mean_image_bytes": size,
+        },
+        unit="images",
+        timings=[Timing(way, values, f"{np.median(values) * size / 1e6:.0f} MB/s") for way, values in rates.items()],
+        notes=["from the page cache after the first round, if the shards fit in memory"],
+    )

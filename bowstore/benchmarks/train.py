@@ -1,0 +1,93 @@
+"""Training with its loader over the same step on resident data: what the loader costs a run.
+
+Both sides run interleaved in one process, because machines are noisy: the median of the rounds' ratios counts.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.config import TrainConfig
+from bowstore.data.index import open_index
+from bowstore.data.pipeline import PREFETCH, Batch, train_batches
+from bowstore.data.plan import plans
+from bowstore.data.reader import ShardReader, fetched
+from bowstore.environment import device_name
+from bowstore.progress import Progress
+from bowstore.train.distributed import joined
+from bowstore.train.loop import build_optimizer, data_schedule, train_step, with_local_store, wrap_network
+from bowstore.train.tasks import build_task
+
+_WARM_STEPS = 5
+
+
+def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResult | None:
+    """Time training steps fed by the loader against the same steps on one resident batch.
+
+    Args:
+        config: resolved, as for `bowstore train`; nothing is trained for keeps.
+        steps: timed steps of each side a round.
+        rounds: interleaved rounds.
+
+    Returns:
+        The result on the first rank, None on the others.
+    """
+    assert config.shards is not None, "the command line resolves shards"
+    with joined(config.runtime.device) as world:
+        index = open_index(config.shards, config.runtime.storage)
+        schedule = data_schedule(config, index, world)
+        task = build_task(with_local_store(config, world), index, world)
+        network = task.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer, model = build_optimizer(network, config), wrap_network(network, config, world)
+        drain = PREFETCH + 2
+        batches = train_batches(
+            ShardReader(fetched(index, images=schedule.images, whole=True, display=world.first)),
+            config.view,
+            plans(schedule, index, config.view, start=0, stop=_WARM_STEPS + 1 + (steps + drain) * rounds + drain),
+            batch=schedule.rank_batch,
+            device=world.device,
+            threads=config.runtime.threads,
+            hw_load=config.runtime.hw_decoder_load,
+            ahead=task.ahead,
+        )
+
+        def rate(source: Iterator[Batch], count: int) -> float:
+            begun = time.perf_counter()
+            for _ in range(count):
+                train_step(model, optimizer, task, next(source), 1e-4, amp=config.runtime.amp)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            return count * config.optim.batch / (time.perf_counter() - begun)
+
+        resident = _repeat(next(batches))
+        rate(batches, _WARM_STEPS)  # compilation, allocator and decoder warm up
+        loader_rates, resident_rates = [], []
+        with Progress("bench train", rounds, "rounds", shown=world.first) as progress:
+            for _ in range(rounds):
+                # While resident steps run the decoder fills its queue; a few steps drain it again.
+                resident_rates.append(rate(resident, steps))
+                rate(batches, drain)
+                loader_rates.append(rate(batches, steps))
+                progress.advance()
+        if not world.first:
+            return None
+        ratio = statistics.median(a / b for a, b in zip(loader_rates, resident_rates, strict=True))
+        return BenchResult(
+            protocol="bench/train",
+            version=2,
+            device=device_name(world.device),
+            inputs=task.inputs,
+            settings={"batch": config.optim.batch, "ranks": world.size, "config": config.name},
+            unit="images",
+            timings=[Timing("with the loader", loader_rates), Timing("resident data", resident_rates)],
+            figures={"ratio_over_resident": ratio},
+        )
+
+
+def _repeat(batch: Batch) -> Iterator[Batch]:
+    kept = Batch(batch.images_BCHW.clone(memory_format=torch.preserve_format), batch.plan, batch.ahead)
+    while True:
+        yield kept

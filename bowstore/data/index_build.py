@@ -1,0 +1,285 @@
+"""Building the index: one pass over all tars, in processes, and one file from what they found.
+
+Every process holds the part of the table that belongs to its tar; this one holds the table and nothing else of the
+samples.
+
+Legend: N samples.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from bowstore.data.scan import ScanSettings, ShardTable, scan_shard
+from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, write_table
+from bowstore.data.workers import Report, run_jobs, worker_count
+from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
+from bowstore.files import atomic_file, read_json
+from bowstore.progress import Progress, say
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_FORMAT = "bowstore-shards"
+PARTS_FOLDER = ".parts"
+QUARANTINE_FILE = "quarantine.jsonl"
+_WORTH_BYTES = 1 << 28  # of shards, for one more process
+_EXAMPLES = 5
+
+
+class ShardEntry(NamedTuple):
+    """One tar: file name, number of samples, size in bytes, xxh3-128 digest as hex."""
+
+    name: str
+    samples: int
+    size_bytes: int
+    digest: str
+
+
+def shard_entries(values: Iterable[Iterable[Any]]) -> tuple[ShardEntry, ...]:
+    """Entries from a file that may be anybody's.
+
+    Raises:
+        ValueError: a name that may lead out of the folder.
+        TypeError: not four values each.
+    """
+    entries = tuple(ShardEntry(*value) for value in values)
+    for entry in entries:
+        if not entry.name.endswith(".tar") or "/" in entry.name or "\0" in entry.name:
+            raise ValueError(f"shard name {entry.name!r} is not that of a *.tar in the folder")
+    return entries
+
+
+def write_index(root: Path, classes: tuple[str, ...], settings: ScanSettings, workers: int | None) -> None:
+    """Scan the tars of `root` and write the index; see `bowstore.data.index.build_index`."""
+    paths = find_tars(root)
+    own = written_here(root)
+    known_bad = {} if own else known_undecodable(root)
+    jobs = [_IndexJob(path, settings, known_bad.get(path.name, {})) for path in paths]
+    total_bytes = sum(path.stat().st_size for path in paths)
+    with Progress("index", total_bytes, "bytes") as progress:
+        count = worker_count(workers, len(jobs), total_bytes, _WORTH_BYTES)
+        tables = list(run_jobs(_index_shard, jobs, count, progress.advance))
+    entries = tuple(
+        ShardEntry(path.name, len(table), table.size_bytes, table.digest)
+        for path, table in zip(paths, tables, strict=True)
+    )
+    _refuse_names(root, tables)
+    if own:
+        _refuse_changed(root, entries, tables)
+    else:
+        _write_quarantine(root, entries, tables, known_bad)
+    _refuse_unusable(root, entries, tables)
+    key_hash_N = np.concatenate([table.columns["key_hash"] for table in tables])
+    _refuse_duplicates(key_hash_N, tables)
+    fingerprint = xxhash.xxh3_128(key_hash_N.data)
+    for entry in entries:
+        fingerprint.update(f"{entry.samples} {entry.size_bytes} {entry.digest};".encode())
+    meta = {
+        "version": INDEX_VERSION,
+        "fingerprint": fingerprint.hexdigest(),
+        "classes": list(classes),
+        "image_ext": list(settings.image_ext),
+        "label_field": settings.label_field,
+        "shards": [list(entry) for entry in entries],
+    }
+    write_table(root / INDEX_FILE, meta, _lengths(tables), partial(_pieces, tables))
+
+
+def find_tars(root: Path) -> list[Path]:
+    """The tars of a folder, in the order of their names.
+
+    Raises:
+        MissingError: no folder, or no tar in it.
+    """
+    if not root.is_dir():
+        raise MissingError(f"no folder {root}; `bowstore shards SRC OUT` makes shards")
+    paths = sorted(root.glob("*.tar"))
+    if not paths:
+        raise MissingError(f"no *.tar file in {root}; name the folder that holds the shards themselves")
+    return paths
+
+
+class Manifest(NamedTuple):
+    """What `bowstore shards` recorded of a folder when it was complete.
+
+    Attributes:
+        shards: the tars.
+        classes: class names in label order.
+        written: images in all tars.
+    """
+
+    shards: tuple[ShardEntry, ...]
+    classes: tuple[str, ...]
+    written: int
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The manifest of a folder that `bowstore shards` wrote; None where there is none.
+
+    Raises:
+        CorruptError: a manifest that cannot be read.
+    """
+    path = root / MANIFEST_FILE
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:
+            return None
+        shards = shard_entries([shard[name] for name in ShardEntry._fields] for shard in values["shards"])
+        return Manifest(shards, tuple(values["classes"]), values["counts"]["written"])
+    except MissingError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # CorruptError, too
+        raise CorruptError(f"{path} is damaged ({error}); `bowstore verify {root} --repair` sets it aside") from error
+
+
+def known_classes(root: Path) -> tuple[str, ...]:
+    """Class names of a folder that bowstore wrote (its manifest), or none."""
+    manifest = read_manifest(root)
+    return manifest.classes if manifest else ()
+
+
+def written_here(root: Path) -> bool:
+    """Whether `bowstore shards` wrote the tars of a folder (or is just writing them)."""
+    return (root / PARTS_FOLDER / "plan.json").exists() or read_manifest(root) is not None
+
+
+def known_undecodable(root: Path) -> dict[str, dict[str, tuple[int, str]]]:
+    """Images that a deep check left out of shards that others made: tar, member, (digest of its bytes, reason).
+
+    Raises:
+        CorruptError: the list cannot be read.
+    """
+    path = root / QUARANTINE_FILE
+    found: dict[str, dict[str, tuple[int, str]]] = {}
+    try:
+        for line in path.read_text().splitlines():
+            values = json.loads(line)
+            if "digest" in values:
+                tar, _, member = values["path"].partition("/")
+                found.setdefault(tar, {})[member] = int(values["digest"], 16), values["reason"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path} is damaged ({error}); remove it and run `bowstore index {root}`") from error
+    return found
+
+
+class _IndexJob(NamedTuple):
+    path: Path
+    settings: ScanSettings
+    known_bad: dict[str, tuple[int, str]]
+
+
+def _index_shard(job: _IndexJob, report: Report) -> ShardTable:
+    """Scan one tar and write DALI's index beside it."""
+    table = scan_shard(job.path, job.settings, report, known_bad=job.known_bad)
+    if not table.bad_names and not table.several:
+        with atomic_file(job.path.with_suffix(".idx")) as file:
+            file.write(table.dali_index)
+    table.dali_index = b""
+    return table
+
+
+def _refuse_names(root: Path, tables: Sequence[ShardTable]) -> None:
+    """Refuse names that break the key contract, and samples whose image is not clear; over all shards at once."""
+    if count := sum(table.bad_names for table in tables):
+        examples = [name for table in tables for name in table.bad_name_examples][:_EXAMPLES]
+        raise DataError(
+            f"{root}: the names of {count} members are not <key>.<extension> in ASCII without white space and other "
+            f"dots, for example {examples}; `bowstore shards {root} OUT` writes them anew under good keys"
+        )
+    several: Counter[str] = Counter()
+    for table in tables:
+        several.update(table.several)
+    if several:
+        choices = ", ".join(f"{extension} ({count})" for extension, count in several.most_common())
+        raise DataError(f"{root}: samples hold several images; choose one with --image-ext: {choices}")
+
+
+def _refuse_changed(root: Path, entries: Sequence[ShardEntry], tables: Sequence[ShardTable]) -> None:
+    """Refuse to index damage: bowstore's own shards are what their manifest says, and all their images are good."""
+    manifest = read_manifest(root)
+    if manifest:
+        recorded, found = ({entry.name: entry for entry in some} for some in (manifest.shards, entries))
+        if changed := sorted({name for name, _ in recorded.items() ^ found.items()}):
+            raise MismatchError(
+                f"{len(changed)} shards of {root} are not those of its manifest, for example {changed[0]}; "
+                f"`bowstore verify {root} --repair` makes good what it can"
+            )
+    for entry, table in zip(entries, tables, strict=True):
+        for refused in table.left_out:
+            raise DataError(
+                f"{root / entry.name}: image {refused.member!r} has no readable header ({refused.reason}); "
+                f"`bowstore verify {root} --repair` makes good what it can"
+            )
+
+
+def _write_quarantine(
+    root: Path,
+    entries: Sequence[ShardEntry],
+    tables: Sequence[ShardTable],
+    known_bad: dict[str, dict[str, tuple[int, str]]],
+) -> None:
+    lines = []
+    for entry, table in zip(entries, tables, strict=True):
+        for refused in table.left_out:
+            line = {"path": f"{entry.name}/{refused.member}", "reason": refused.reason}
+            known = known_bad.get(entry.name, {}).get(refused.member)
+            if known and known[0] == refused.digest:
+                line["digest"] = f"{refused.digest:016x}"
+            lines.append(line)
+    path = root / QUARANTINE_FILE
+    if lines or path.exists():
+        with atomic_file(path) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+    if lines:
+        say(f"{len(lines)} images were left out, see {path}; for example {lines[0]['path']}: {lines[0]['reason']}")
+
+
+def _refuse_unusable(root: Path, entries: Sequence[ShardEntry], tables: Sequence[ShardTable]) -> None:
+    if any(len(table) for table in tables):
+        return
+    for entry, table in zip(entries, tables, strict=True):
+        for refused in table.left_out:
+            raise DataError(f"{root}: no image can be used; the first, {entry.name}/{refused.member}: {refused.reason}")
+    raise DataError(f"{root}: the shards hold no image")
+
+
+def _refuse_duplicates(key_hash_N: NDArray[np.uint64], tables: Sequence[ShardTable]) -> None:
+    ordered_N = np.sort(key_hash_N)
+    repeated = np.unique(ordered_N[1:][ordered_N[1:] == ordered_N[:-1]])
+    if not len(repeated):
+        return
+    names: list[str] = []
+    for table in tables:
+        stops = np.cumsum(table.columns["key_length"], dtype=np.int64)
+        for row in np.flatnonzero(np.isin(table.columns["key_hash"], repeated))[: _EXAMPLES - len(names)].tolist():
+            start = stops[row] - table.columns["key_length"][row]
+            names.append(table.columns["key_bytes"][start : stops[row]].tobytes().decode())
+    raise DataError(f"{len(repeated)} keys occur more than once, for example {names}; keys must be unique")
+
+
+def _lengths(tables: Sequence[ShardTable]) -> dict[str, int]:
+    rows = sum(len(table) for table in tables)
+    key_bytes = sum(len(table.columns["key_bytes"]) for table in tables)
+    return {**dict.fromkeys(COLUMNS, rows), "key_start": rows + 1, "key_bytes": key_bytes}
+
+
+def _pieces(tables: Sequence[ShardTable], name: str) -> Iterator[NDArray[Any]]:
+    """A column of the whole, tar by tar."""
+    if name == "key_start":
+        start = 0
+        yield np.zeros(1, np.int64)
+        for table in tables:
+            stops = start + np.cumsum(table.columns["key_length"], dtype=np.int64)
+            start = int(stops[-1]) if len(stops) else start
+            yield stops
+        return
+    for number, table in enumerate(tables):
+        yield np.full(len(table), number, np.int32) if name == "shard" else table.columns[name]

@@ -1,0 +1,364 @@
+"""One tar's part of the index: its samples, from one pass over its bytes.
+
+A sample is a run of neighbouring members with one key. Building the index and verifying shards both go through
+here: the first stops at what is wrong with the tar, the second notes it and goes on.
+
+Legend: n samples of one tar.
+"""
+
+import json
+import re
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from bowstore.data.image_header import ImageSize, image_size
+from bowstore.data.images import UnusableImage
+from bowstore.data.sources.base import LABEL_FIELDS, NO_LABEL
+from bowstore.data.tar import (
+    BLOCK_BYTES,
+    BrokenTar,
+    Member,
+    RefusedMember,
+    TarReader,
+    image_extension,
+    keeps_contract,
+    split_key,
+)
+
+_LABEL_RANKS = {"txt": 1, "json": 2, "cls": 3}  # which of several members decides
+_MAX_JSON_BYTES = 1 << 20
+_MAX_IMAGE_BYTES = 2**31 - 1
+_EXAMPLES = 5
+_USUAL_CHECKSUM = re.compile(rb"[0-7]{6}\0 |[0-7]{7}[\0 ]")
+_ARRAYS = {  # of a shard's part: type codes of `array`, and what they become
+    "offset": ("q", np.int64),
+    "size": ("i", np.int32),
+    "height": ("i", np.int32),
+    "width": ("i", np.int32),
+    "label": ("i", np.int32),
+    "key_hash": ("Q", np.uint64),
+    "digest": ("Q", np.uint64),
+    "key_length": ("i", np.int32),
+}
+
+
+Inspect = Callable[[bytes, ImageSize], str | None]
+
+
+class ScanSettings(NamedTuple):
+    """How samples are read.
+
+    Attributes:
+        image_ext: extensions that are the sample's image, the first that is there; empty: the one there is.
+        label_field: field of the .json member that is the label; None: .cls, a usual field, or a number in .txt.
+    """
+
+    image_ext: tuple[str, ...] = ()
+    label_field: str | None = None
+
+
+class Refused(NamedTuple):
+    """An image that is no row of the index, or should be none.
+
+    Attributes:
+        member: its name in the tar.
+        reason: why.
+        offset: its first byte.
+        size: its bytes.
+        digest: xxh3-64 of them; None where there is no image at all.
+    """
+
+    member: str
+    reason: str
+    offset: int
+    size: int
+    digest: int | None
+
+
+class Fault(NamedTuple):
+    """Something wrong at a place in the tar, in one line."""
+
+    message: str
+    byte: int
+    member: str | None
+
+
+@dataclass
+class ShardTable:
+    """What one tar holds.
+
+    Attributes:
+        columns: those of the index, with `key_length` in place of `key_start`.
+        size_bytes: length of the tar.
+        digest: xxh3-128 of it, hex.
+        dali_index: DALI's text index, v1.2: a line a sample, `extension offset size name` for each member.
+        left_out: images without a readable header, samples without an image.
+        undecodable: images that `inspect` refused.
+        bad_names: number of members whose name breaks the key contract, with some examples.
+        several: extensions of the images in samples that hold several.
+        faults: what else is wrong, if it was asked not to stop there.
+        oddities: bytes that nobody reads and that are not what tar writers write; looked for along with faults.
+    """
+
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    size_bytes: int = 0
+    digest: str = ""
+    dali_index: bytes = b""
+    left_out: list[Refused] = field(default_factory=list)
+    undecodable: list[Refused] = field(default_factory=list)
+    bad_names: int = 0
+    bad_name_examples: list[str] = field(default_factory=list)
+    several: Counter[str] = field(default_factory=Counter)
+    faults: list[Fault] = field(default_factory=list)
+    oddities: list[Fault] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.columns["offset"])
+
+
+class _Image(NamedTuple):
+    extension: str
+    member: Member
+    digest: int
+    size: ImageSize | None
+    reason: str
+
+
+@dataclass
+class _Sample:
+    key: str
+    names: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    images: list[_Image] = field(default_factory=list)
+    label: int = NO_LABEL
+    label_rank: int = 0
+
+
+class _ShardScan:
+    """One pass over one tar; see `scan_shard`."""
+
+    def __init__(
+        self,
+        path: Path,
+        settings: ScanSettings,
+        known_bad: Mapping[str, tuple[int, str]],
+        inspect: Inspect | None,
+    ) -> None:
+        self._path, self._settings, self._known_bad, self._inspect = path, settings, known_bad, inspect
+        self._arrays = {name: array(code) for name, (code, _) in _ARRAYS.items()}
+        self._keys = bytearray()
+        self._seen: set[str] = set()
+        self._lines: list[str] = []
+        self._sample, self._strict = _Sample(""), True
+        self.table = ShardTable()
+
+    def run(self, report: Callable[[int], None], resume_at: Sequence[int] | None) -> ShardTable:
+        """Read the tar from end to end; with `resume_at`, note what is wrong and go on at the next such byte."""
+        self._strict, resume_at = resume_at is None, resume_at or ()
+        with open(self._path, "rb", buffering=0) as file:
+            tar = TarReader(file, self._path, report)
+            while True:
+                try:
+                    member = tar.next_member()
+                    if member is None:
+                        break
+                    self._add(tar, member)
+                    if not self._strict:
+                        self._note_oddities(tar, member)
+                except (BrokenTar, RefusedMember) as error:
+                    self._note(error)
+                    if tar.position > error.byte:
+                        continue
+                    place = bisect_right(resume_at, error.byte)
+                    if place == len(resume_at):
+                        break
+                    tar.position = resume_at[place]
+            self._end_sample()
+            self.table.size_bytes, self.table.digest = tar.size_bytes, tar.digest()
+        return self._finished()
+
+    def _note_oddities(self, tar: TarReader, member: Member) -> None:
+        first, last = member.offset + member.size, tar.position - 1
+        if bytes(tar.view(first, last + 1)).strip(b"\0"):
+            what = f"stray bytes behind member {member.name!r}, between byte {first} and byte {last}"
+            self.table.oddities.append(Fault(what, first, member.name))
+        if not _USUAL_CHECKSUM.fullmatch(tar.checksum):
+            first = member.offset - BLOCK_BYTES
+            what = f"a damaged checksum in the header of member {member.name!r}, at byte {first}"
+            self.table.oddities.append(Fault(what, first, member.name))
+
+    def _finished(self) -> ShardTable:
+        table = self.table
+        table.columns = {name: np.frombuffer(self._arrays[name], dtype) for name, (_, dtype) in _ARRAYS.items()}
+        table.columns["key_bytes"] = np.frombuffer(self._keys, np.uint8)
+        table.dali_index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""]).encode()
+        return table
+
+    def _add(self, tar: TarReader, member: Member) -> None:
+        """Take one member into its sample."""
+        key, extension = split_key(member.name)
+        if not key or key.endswith("/"):
+            return  # a hidden file: readers of WebDataset pass over these, too
+        sample = self._sample
+        if key != sample.key:
+            self._end_sample()
+            sample = self._sample = _Sample(key)
+        if not keeps_contract(key, extension):
+            self.table.bad_names += 1
+            if len(self.table.bad_name_examples) < _EXAMPLES:
+                self.table.bad_name_examples.append(member.name)
+            return
+        if member.name in sample.names:
+            raise self._refused(member, "occurs twice")
+        sample.names.append(member.name)
+        sample.places.append(f"{member.name[-len(extension) :]} {member.offset} {member.size} {member.name}")
+        wanted = self._settings.image_ext
+        if extension in wanted if wanted else image_extension(extension):
+            sample.images.append(self._image(tar, member, extension))
+        rank = _LABEL_RANKS.get(extension, 0)
+        if rank > sample.label_rank:
+            label = self._label(tar, member, extension)
+            if label is not None:
+                sample.label, sample.label_rank = label, rank
+
+    def _image(self, tar: TarReader, member: Member, extension: str) -> _Image:
+        if member.size > _MAX_IMAGE_BYTES:
+            return _Image(extension, member, 0, None, f"{member.size} bytes, more than {_MAX_IMAGE_BYTES}")
+        data = tar.read(member)
+        digest = xxhash.xxh3_64_intdigest(data)
+        known_digest, known_reason = self._known_bad.get(member.name, (None, ""))
+        if digest == known_digest:
+            return _Image(extension, member, digest, None, known_reason)
+        try:
+            size = image_size(data)
+        except UnusableImage as error:
+            return _Image(extension, member, digest, None, str(error))
+        reason = self._inspect(bytes(data), size) if self._inspect else None
+        return _Image(extension, member, digest, size, reason or "")
+
+    def _label(self, tar: TarReader, member: Member, extension: str) -> int | None:
+        """Label in a member; None where it tells none.
+
+        Raises:
+            RefusedMember: it should tell a label, and does not.
+        """
+        wanted = self._settings.label_field
+        if wanted is None and extension in ("cls", "txt"):
+            text = bytes(tar.read(member)).strip() if member.size <= _MAX_JSON_BYTES else b""
+            if text.isdigit() and len(text) <= 9:
+                return int(text)
+            if extension == "cls":
+                raise self._refused(member, f"holds {text[:20]!r}, not a whole number from 0 on")
+        if extension != "json":
+            return None
+        try:
+            values = json.loads(bytes(tar.read(member))) if member.size <= _MAX_JSON_BYTES else None
+        except (ValueError, RecursionError):
+            values = None
+        found = values if isinstance(values, dict) else {}
+        names = LABEL_FIELDS if wanted is None else (wanted,)
+        value = next((found[name] for name in names if name in found), None)
+        number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= 9 else value
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31:
+            return number
+        if wanted is not None:
+            raise self._refused(member, f"has {value!r} in field {wanted!r}, not a whole number from 0 on")
+        return None
+
+    def _end_sample(self) -> None:
+        """Close the sample that its last member has just ended: a row, or a reason why there is none."""
+        sample = self._sample
+        self._sample = _Sample("")
+        if not sample.names:
+            return
+        if not sample.images:
+            self._without_image(sample)
+            return
+        if sample.key in self._seen:
+            self._note(self._refused(sample.images[0].member, f"has a key that occurs twice, {sample.key!r}"))
+            return
+        self._seen.add(sample.key)
+        if len(sample.images) == 1:
+            image = sample.images[0]
+        elif self._settings.image_ext:
+            image = min(sample.images, key=lambda image: self._settings.image_ext.index(image.extension))
+        else:
+            self.table.several.update(image.extension for image in sample.images)
+            return
+        name, offset, size = image.member
+        if image.size is None or image.reason:
+            refused = Refused(name, image.reason, offset, size, image.digest)
+            (self.table.undecodable if image.size else self.table.left_out).append(refused)
+            if image.size is None:
+                return
+        self._append(sample, image, image.size)
+
+    def _append(self, sample: _Sample, image: _Image, size: ImageSize) -> None:
+        key = sample.key.encode("ascii")
+        arrays = self._arrays
+        arrays["offset"].append(image.member.offset)
+        arrays["size"].append(image.member.size)
+        arrays["height"].append(size.height)
+        arrays["width"].append(size.width)
+        arrays["label"].append(sample.label)
+        arrays["key_hash"].append(xxhash.xxh3_64_intdigest(key))
+        arrays["digest"].append(image.digest)
+        arrays["key_length"].append(len(key))
+        self._keys += key
+        self._lines.append(" ".join(sample.places))
+
+    def _without_image(self, sample: _Sample) -> None:
+        extensions = ", ".join(split_key(name)[1] for name in sample.names[:_EXAMPLES])
+        first = Member(sample.names[0], int(sample.places[0].split()[1]), 0)
+        if sample.key in self._seen:
+            self._note(self._refused(first, "lies apart from the image of its key; `bowstore shards` writes them anew"))
+            return
+        wanted = "image" if not self._settings.image_ext else f"image {' or '.join(self._settings.image_ext)}"
+        self.table.left_out.append(Refused(first.name, f"no {wanted} beside {extensions}", first.offset, 0, None))
+
+    def _note(self, error: BrokenTar | RefusedMember) -> None:
+        """Stop at what is wrong, or note it and go on."""
+        if self._strict:
+            raise error
+        self.table.faults.append(Fault(str(error), error.byte, error.member))
+
+    def _refused(self, member: Member, what: str) -> RefusedMember:
+        return RefusedMember(f"{self._path}: member {member.name!r} at byte {member.offset} {what}").at(
+            member.offset, member.name
+        )
+
+
+def scan_shard(
+    path: Path,
+    settings: ScanSettings,
+    report: Callable[[int], None],
+    *,
+    known_bad: Mapping[str, tuple[int, str]] | None = None,
+    resume_at: Sequence[int] | None = None,
+    inspect: Inspect | None = None,
+) -> ShardTable:
+    """Samples of one tar from its headers, the headers of its images, and its labels.
+
+    Args:
+        path: the tar.
+        settings: which member is the image and which the label.
+        report: hears the number of further bytes read.
+        known_bad: digest and reason of members (by name) that are to be left out.
+        resume_at: None stops at the first thing that is wrong; bytes of headers, ascending: what is wrong goes into
+            `faults`, and reading goes on at the next of these.
+        inspect: says of an image's bytes what is wrong with them, or None.
+
+    Raises:
+        BrokenTar: the tar is cut or damaged (not with `resume_at`).
+        RefusedMember: a member that no shard may hold (not with `resume_at`).
+    """
+    return _ShardScan(path, settings, known_bad or {}, inspect).run(report, resume_at)

@@ -1,0 +1,168 @@
+"""What all kinds of sources share: an image where it lies, a split, and what a kind must be able to do."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import xxhash
+
+from bowstore.errors import DataError
+
+SPLIT_NAMES = ("train", "val", "test")
+# The last two are none that Pillow reads; they are listed so that they end in quarantine and not unseen.
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm"
+    " .jp2 .j2k .avif .heic .heif".split()
+)
+NO_LABEL = -1
+LABEL_FIELDS = ("label", "cls", "class", "target")  # of JSON beside an image, where no other is asked for
+DANGLING = -1  # size of a link to a file that is not there
+NO_LABEL_FIELD = "none"  # what --label-field says to leave all images without labels
+EXAMPLES = 3  # how many cases a message names
+_SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+_SPLIT_WORDS |= {name: name for name in SPLIT_NAMES}
+
+
+class ImageFile(NamedTuple):
+    """One image on disk: a file of its own, or a part of a container (a tar, a CIFAR batch).
+
+    Attributes:
+        path: relative to the source, with forward slashes; in a container, the container's path and the name inside.
+        key: the sample's key; unique within its split.
+        label: place in the class list, or `NO_LABEL`.
+        size_bytes: length of the image as it lies there, or `DANGLING`.
+        stamp: when the file or the container last changed, nanoseconds; for CIFAR a digest of the pixels.
+        container: path of the container relative to the source; empty for a file of its own.
+        place: where in the container: first byte in a tar, row in a batch.
+    """
+
+    path: str
+    key: str
+    label: int
+    size_bytes: int
+    stamp: int
+    container: str = ""
+    place: int = 0
+
+
+Reader: TypeAlias = Callable[[ImageFile], bytes]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set.
+
+    Attributes:
+        name: train, val or test.
+        classes: class names in label order; empty where images have no labels, or numbers without names.
+        images: in one fixed order.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    images: Sequence[ImageFile]
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of all images together."""
+        return sum(max(image.size_bytes, 0) for image in self.images)
+
+    def listing_digest(self) -> str:
+        """32 hex digits over all paths, sizes and stamps: equal means that no file came, went or changed."""
+        digest = xxhash.xxh3_128()
+        for image in self.images:
+            digest.update(os.fsencode(f"{image.path}\0{image.size_bytes} {image.stamp}\n"))
+        return digest.hexdigest()
+
+    def label_digest(self) -> str:
+        """32 hex digits over all keys and labels; a list or a label field may change them and no file."""
+        digest = xxhash.xxh3_128()
+        for image in self.images:
+            digest.update(f"{image.key} {image.label}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say about a source.
+
+    Attributes:
+        lists: `FILE` or `SPLIT=FILE`, for the kind `list`.
+        label_field: column, JSON key or tar extension that holds the label; None for the usual names;
+            `NO_LABEL_FIELD` for no labels.
+    """
+
+    lists: tuple[str, ...] = ()
+    label_field: str | None = None
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether all images shall come without labels, whatever is written."""
+        return self.label_field == NO_LABEL_FIELD
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One layout that images come in.
+
+    Attributes:
+        name: what `--source` calls it.
+        expects: what must lie on disk, in one line.
+        example: a command.
+        recognise: whether a path has this layout; looks at names and first bytes only.
+        list_splits: the splits of a path of this layout, in the order train, val, test, each with an image.
+        open: a function that returns an image's bytes. It goes to worker processes, and does nothing until called.
+        general: recognised by what other kinds have too; gives way to a kind that is recognised by marks of its own.
+    """
+
+    name: str
+    expects: str
+    example: str
+    recognise: Callable[[Path], bool]
+    list_splits: Callable[[Path, Options], list[Split]]
+    open: Callable[[Path], Reader]
+    general: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed source, as a worker process opens it."""
+
+    path: Path
+    kind: str
+
+
+def split_of(word: str) -> str | None:
+    """The split that a word such as "validation" names, or None."""
+    return _SPLIT_WORDS.get(word.strip().lower())
+
+
+def some(cases: Sequence[object]) -> str:
+    """The first few cases, for a message."""
+    return ", ".join(str(case) for case in cases[:EXAMPLES]) + (", ..." if len(cases) > EXAMPLES else "")
+
+
+def read_file(source: Path, image: ImageFile) -> bytes:
+    """Bytes of an image that is a file of its own.
+
+    Raises:
+        DataError: it cannot be read, or has another length than when it was listed.
+    """
+    path = os.path.join(source, image.path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; make it readable, or remove it and start anew"
+        ) from error
+    if len(data) != image.size_bytes:
+        raise source_changed(path, f"has {len(data)} bytes, {image.size_bytes} when it was listed")
+    return data
+
+
+def source_changed(path: str, how: str) -> DataError:
+    """The error for an image that is not what was listed."""
+    return DataError(f"{path} {how}: the source is changing; run again, with another OUT, once it is at rest")

@@ -1,0 +1,135 @@
+"""From drafts, images with the labels that somebody wrote, to splits with keys and numbered labels."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from bowstore.data.sources.base import NO_LABEL, NO_LABEL_FIELD, SPLIT_NAMES, ImageFile, Split, some
+from bowstore.data.sources.keys import make_keys
+from bowstore.errors import DataError
+
+MAX_LABEL_DIGITS = 9  # labels are 32 bits wide
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+class Draft(NamedTuple):
+    """An image before its split is known as a whole.
+
+    Attributes:
+        path: as in `ImageFile`.
+        name: what the key is made of.
+        label: a class name or a whole number, as it was written; empty where there is none.
+        size_bytes: as in `ImageFile`.
+        stamp: as in `ImageFile`.
+        container: as in `ImageFile`.
+        place: as in `ImageFile`.
+    """
+
+    path: str
+    name: str
+    label: str
+    size_bytes: int
+    stamp: int
+    container: str = ""
+    place: int = 0
+
+
+def finish_splits(
+    drafts: Mapping[str, Sequence[Draft]], *, where: object, own_classes: bool = False, unlabelled: bool = False
+) -> list[Split]:
+    """Name and number the images of all splits; they come out sorted by path.
+
+    Labels are numbers where all of them are whole numbers, and stand as they are; there are no class names then.
+    Otherwise they are class names, numbered in sorted order: those of train, which bind the other splits, or
+    with `own_classes` those of each split for itself.
+
+    Args:
+        drafts: images by split; none of the splits is empty.
+        where: file or folder for messages.
+        own_classes: the splits share no class list.
+        unlabelled: leave out what labels there are.
+
+    Raises:
+        DataError: labels for some images of a split only; numbers that are no labels; classes that train does not have.
+    """
+    names = [name for name in SPLIT_NAMES if name in drafts]
+    ordered = {name: sorted(drafts[name]) for name in names}
+    if unlabelled:
+        ordered = {name: [draft._replace(label="") for draft in found] for name, found in ordered.items()}
+    labelled = [name for name in names if _is_labelled(name, ordered[name], where)]
+    texts = {name: {draft.label for draft in ordered[name]} for name in labelled}
+    numbered = _are_numbers({text for found in texts.values() for text in found}, where)
+    splits: list[Split] = []
+    shared: tuple[str, tuple[str, ...]] | None = None
+    for name in names:
+        classes: tuple[str, ...] = ()
+        if name in texts and not numbered:
+            classes = tuple(sorted(texts[name]))
+            if not own_classes:
+                shared = shared or (name, classes)
+                refuse_unknown(f"split {name} of {where}", classes, *shared)
+                classes = shared[1]
+        splits.append(Split(name, classes, _images(ordered[name], classes)))
+    return splits
+
+
+def _images(drafts: Sequence[Draft], classes: Sequence[str]) -> list[ImageFile]:
+    labels = {text: label for label, text in enumerate(classes)}
+    keys = make_keys([draft.name for draft in drafts])
+    return [
+        ImageFile(
+            draft.path,
+            key,
+            _number(draft.label, labels),
+            draft.size_bytes,
+            draft.stamp,
+            draft.container,
+            draft.place,
+        )
+        for draft, key in zip(drafts, keys, strict=True)
+    ]
+
+
+def _number(text: str, labels: Mapping[str, int]) -> int:
+    if not text:
+        return NO_LABEL
+    return labels[text] if labels else int(text)
+
+
+def _is_labelled(split: str, drafts: Sequence[Draft], where: object) -> bool:
+    without = [draft.path for draft in drafts if not draft.label]
+    if without and len(without) < len(drafts):
+        raise DataError(
+            f"{len(without)} of {len(drafts)} images in split {split} of {where} have no label, for example "
+            f"{some(without)}; label all images of a split, or none, or give --label-field {NO_LABEL_FIELD}"
+        )
+    return not without
+
+
+def _are_numbers(texts: set[str], where: object) -> bool:
+    """Whether the labels are whole numbers; refuses numbers that no label can be."""
+    if not texts or not all(_NUMBER.fullmatch(text) for text in texts):
+        return False
+    wrong = sorted(text for text in texts if not text.isascii() or not text.isdecimal() or len(text) > MAX_LABEL_DIGITS)
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} labels of {where} are numbers, but not whole ones from 0 to {10**MAX_LABEL_DIGITS - 1}: "
+            f"{some(wrong)}; write whole numbers, or class names"
+        )
+    return True
+
+
+def refuse_unknown(what: str, found: Sequence[str], reference: str, known: Sequence[str]) -> None:
+    """Refuse classes that the split whose classes bind does not have.
+
+    Raises:
+        DataError: names up to five of them.
+    """
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        more = ", ..." if len(unknown) > 5 else ""
+        names = ", ".join(unknown[:5])
+        raise DataError(
+            f"{what} has {len(unknown)} classes that {reference} does not have: {names}{more}; "
+            "all splits must share one class list, so rename or remove them"
+        )

@@ -1,0 +1,205 @@
+"""Shards made elsewhere (webdataset, img2dataset, Hugging Face), to be written anew.
+
+Shards that `bowstore index` takes need not be: this is for nested or odd names, several images a sample, odd
+extensions, labels as text or JSON, and images that want a check.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from bowstore.data.sources.base import (
+    LABEL_FIELDS,
+    SPLIT_NAMES,
+    ImageFile,
+    Kind,
+    Options,
+    Split,
+    some,
+    source_changed,
+    split_of,
+)
+from bowstore.data.sources.folder import split_folders
+from bowstore.data.sources.labels import Draft, finish_splits
+from bowstore.data.sources.tars import TarContent, TarImage, read_tar
+from bowstore.data.tar import split_key
+from bowstore.errors import DataError, MissingError
+from bowstore.progress import Progress, say
+
+_TARS = "*.tar"
+_WORD = re.compile(r"[a-z]+")
+
+
+def _recognise(source: Path) -> bool:
+    if source.is_file():
+        return source.suffix == ".tar"
+    return any(True for folder in _folders(source) for _ in folder.glob(_TARS))
+
+
+def _folders(source: Path) -> list[Path]:
+    return [source / name for name in split_folders(source)] or [source]
+
+
+def _tars(source: Path) -> dict[str, list[Path]]:
+    """Tars by split: in train/, val/, test/; or with the split in their names; or all train.
+
+    Raises:
+        MissingError: no tar.
+        DataError: names of which only some tell the split.
+    """
+    if source.is_file():
+        return {"train": [source]}
+    by_folder = {name: sorted((source / name).glob(_TARS)) for name in split_folders(source)}
+    if by_folder:
+        found = {name: paths for name, paths in by_folder.items() if paths}
+    else:
+        found = _by_name(sorted(source.glob(_TARS)))
+    if not found:
+        raise MissingError(f"no {_TARS} in {source}; name the folder that holds the shards, uncompressed")
+    return found
+
+
+def _by_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        words = _WORD.findall(path.stem.lower())
+        found.setdefault(next((split for word in words if (split := split_of(word))), ""), []).append(path)
+    if "" in found and len(found) > 1:
+        unclear = [path.name for path in found[""]]
+        raise DataError(
+            f"{len(unclear)} of {len(paths)} tars do not tell their split by name as the others do: {some(unclear)}; "
+            f"put the tars into folders {', '.join(SPLIT_NAMES)}"
+        )
+    return {"train": found[""]} if "" in found else found
+
+
+class _Found(NamedTuple):
+    """An image, and the tar that holds it."""
+
+    tar: Path
+    stamp: int
+    image: TarImage
+
+
+def _list_splits(source: Path, options: Options) -> list[Split]:
+    """List the images of all tars; labels come from .cls, the sample's JSON, or a .txt that is a number everywhere.
+
+    Raises:
+        MissingError: no tar.
+        CorruptError: a tar that is cut or damaged.
+        DataError: members that no shard may hold, no image, labels that cannot be read, an archive of class folders.
+    """
+    tars = _tars(source)
+    found: dict[str, list[_Found]] = {}
+    empty: list[str] = []
+    size_bytes = sum(path.stat().st_size for paths in tars.values() for path in paths)
+    with Progress("list", size_bytes, "bytes") as progress:
+        for split, paths in tars.items():
+            found[split] = []
+            for path in paths:
+                stamp, content = _scan(path, options, progress.advance)
+                found[split] += [_Found(path, stamp, image) for image in content.images]
+                empty += [f"{path.name}/{key}" for key in content.empty]
+    for split, images in found.items():
+        if not images:
+            raise DataError(f"no images in the {len(tars[split])} tars of split {split} in {source}; name other tars")
+        _refuse_class_folders(source, images)
+    drafts = {split: _drafts(source, images, options) for split, images in found.items()}
+    splits = finish_splits(drafts, where=source, unlabelled=options.unlabelled)
+    _tell(source, drafts, empty, options)
+    return splits
+
+
+def _scan(path: Path, options: Options, report: Callable[[int], None]) -> tuple[int, TarContent]:
+    """When the tar last changed, and what it holds."""
+    try:
+        return path.stat().st_mtime_ns, read_tar(path, options.label_field, report)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; make it readable, or take it away") from error
+
+
+def _drafts(source: Path, found: Sequence[_Found], options: Options) -> list[Draft]:
+    """Drafts with names that differ: a sample's key alone, with the component, or with the tar before it."""
+    has_labels = any(image.label for _, _, image in found)
+    if options.label_field and not options.unlabelled and not has_labels:
+        raise DataError(
+            f"no sample of {source} has a label in {options.label_field!r}, neither as a member's extension nor in its "
+            "JSON; name another --label-field, or none"
+        )
+    names = ["/".join(filter(None, (image.sample, image.component))) for _, _, image in found]
+    often = Counter(names)
+    as_text = not has_labels and all(image.text.isdecimal() for _, _, image in found)
+    drafts = []
+    for name, (tar, stamp, image) in zip(names, found, strict=True):
+        container = tar.name if source.is_file() else tar.relative_to(source).as_posix()
+        suffix = split_key(image.member.name)[1].rpartition(".")[2]
+        drafts.append(
+            Draft(
+                path=f"{container}/{image.member.name}",
+                name=f"{tar.stem}/{name}.{suffix}" if often[name] > 1 else f"{name}.{suffix}",
+                label=image.text if as_text else image.label,
+                size_bytes=image.member.size,
+                stamp=stamp,
+                container=container,
+                place=image.member.offset,
+            )
+        )
+    return drafts
+
+
+def _refuse_class_folders(source: Path, found: Sequence[_Found]) -> None:
+    """A tar of train/CLASS and val/CLASS would become one split without labels."""
+    tops = {image.sample.partition("/")[0] for _, _, image in found if "/" in image.sample}
+    splits = sorted(top for top in tops if split_of(top))
+    if len(splits) > 1:
+        raise DataError(
+            f"{found[0].tar} is an archive of the folders {', '.join(splits)}, not a shard; "
+            "extract it (tar -xf) and name the folder"
+        )
+
+
+def _tell(source: Path, drafts: dict[str, list[Draft]], empty: Sequence[str], options: Options) -> None:
+    """What the user may not expect, on stderr."""
+    if empty:
+        say(f"note: {len(empty)} samples of {source} hold no image and are passed over, for example {some(empty)}")
+    bare = [split for split, images in drafts.items() if not images[0].label]
+    if bare and not options.unlabelled:
+        say(
+            f"note: the images of {', '.join(bare)} in {source} have no labels (looked for .cls, for "
+            f"{', '.join(LABEL_FIELDS)} in JSON, for numbers in .txt); --label-field names another place"
+        )
+
+
+def _read(source: Path, image: ImageFile) -> bytes:
+    """The bytes of a member.
+
+    Raises:
+        DataError: the tar cannot be read, or changed after listing.
+    """
+    path = source if source.is_file() else source / image.container
+    try:
+        with open(path, "rb") as file:
+            stamp = os.fstat(file.fileno()).st_mtime_ns
+            file.seek(image.place)
+            data = file.read(image.size_bytes)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
+    if stamp != image.stamp or len(data) != image.size_bytes:
+        raise source_changed(str(path), "changed after it was listed")
+    return data
+
+
+KIND = Kind(
+    name="webdataset",
+    expects="*.tar made elsewhere (webdataset, img2dataset, Hugging Face): in train/, val/, test/, with the split in "
+    "their names, or all train; labels in .cls, .json or .txt, or where --label-field says",
+    example="bowstore shards laion data/shards --label-field class",
+    recognise=_recognise,
+    list_splits=_list_splits,
+    open=lambda source: partial(_read, source),
+    general=True,
+)

@@ -1,0 +1,272 @@
+"""A remote folder and its local copy, file by file."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from bowstore.config import StorageConfig
+from bowstore.errors import CorruptError, DataError, MissingError, TransferError
+from bowstore.files import TEMPORARY_MARK, file_digest, fsync_path, read_json, waiting_lock, write_json
+from bowstore.progress import Progress, say
+from bowstore.remote import cache
+from bowstore.remote.transfer import Remote
+from bowstore.remote.urls import below, folder_name, shown, url_of
+
+PARALLEL = 8  # transfers at once
+_MOVING_TRIES = 3  # for a file that changes while it is read
+_TOLD: set[str] = set()  # what was said once and need not be said again
+T = TypeVar("T")
+
+
+class Recorded(Protocol):
+    """A file whose length and digest are known beforehand."""
+
+    @property
+    def name(self) -> str:
+        """File name."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Length."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """xxh3-128 as 32 hex digits."""
+        ...
+
+
+class RemoteFolder:
+    """Files of a folder on another machine, fetched into the cache when they are wanted.
+
+    Safe for threads and for many processes: one of them fetches a file, the others wait for it.
+
+    Attributes:
+        url: of the folder.
+        folder: its local copy.
+        storage: settings of cache and transfers.
+        remote: what reads the URLs.
+    """
+
+    def __init__(self, url: Path | str, storage: StorageConfig | None = None) -> None:
+        self.url, self.storage = url_of(url), storage or StorageConfig()
+        self.folder = cache.copies_folder(self.storage) / folder_name(self.url)
+        self.remote = Remote(self.url, self.storage)
+        self._turns: dict[Path, threading.Lock] = {}
+
+    def exists(self, name: str) -> bool:
+        """Whether the remote folder has such a file.
+
+        Raises:
+            TransferError: nobody answers.
+        """
+        try:
+            self.remote.describe(below(self.url, name))
+        except MissingError:
+            return False
+        return True
+
+    def fetch(self, name: str, *, size_bytes: int | None = None, digest: str | None = None) -> Path:
+        """The local copy of a file, brought here if it is not there yet.
+
+        With length and digest a copy is trusted for as long as nobody touches it. Without, the server is asked every
+        time whether the file changed; if it cannot be reached, the copy that is there is used.
+
+        Args:
+            name: of the file, without folders.
+            size_bytes: its recorded length.
+            digest: its recorded xxh3-128 as hex.
+
+        Raises:
+            MissingError: no such file there.
+            MismatchError: it has another length.
+            CorruptError: it has another digest.
+            TransferError: no access, no answer, or no end of broken transfers.
+            UsageError: the cache can never hold it.
+        """
+        path = self._path(name)
+        if digest and _is_copy(path, digest=digest):
+            cache.mark_used(path)
+            return path
+        if digest:
+            self._fetch_recorded(path, size_bytes, digest, room=True)
+        else:
+            with self._turn(path):
+                self._refresh(path)
+        cache.mark_used(path)
+        return path
+
+    def fetch_all(self, files: Sequence[Recorded], what: str, *, display: bool = True) -> None:
+        """Fetch many files at once, ahead of need.
+
+        Args:
+            files: with their lengths and digests.
+            what: whose files, for messages.
+            display: whether to show progress.
+
+        Raises:
+            UsageError: together they exceed the cache's bound.
+            BowstoreError: as `fetch`.
+        """
+        self.check_fits(sum(file.size_bytes for file in files), what)
+        paths, missing = {self._path(file.name) for file in files}, []
+        for file in files:
+            if _is_copy(self._path(file.name), digest=file.digest):
+                cache.mark_used(self._path(file.name))
+            else:
+                missing.append(file)
+        if not missing:
+            return
+        needed = sum(file.size_bytes for file in missing)
+        cache.reserve(needed, what, self.storage, keep=paths)
+        arrived = 0
+        with Progress("fetch", len(missing), "files", shown=display) as progress:
+
+            def count(size_bytes: int) -> None:
+                nonlocal arrived
+                arrived += size_bytes
+                progress.advance(note=f"{arrived / 1e6:.0f} of {needed / 1e6:.0f} MB")
+
+            self.parallel([partial(self._fetch_one, file) for file in missing], count)
+
+    def parallel(self, jobs: Iterable[Callable[[], T]], done: Callable[[T], None]) -> None:
+        """Run transfers side by side and hand on each result; the first error ends them all."""
+        pool = ThreadPoolExecutor(PARALLEL, "fetch")
+        try:
+            for future in as_completed([pool.submit(job) for job in jobs]):
+                done(future.result())
+        except BaseException:
+            self.remote.stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self.remote.stop.clear()
+
+    def check_fits(self, size_bytes: int, what: str) -> None:
+        """Refuse what the cache can never hold.
+
+        Raises:
+            UsageError: `size_bytes` are more than `storage.cache_gb`.
+        """
+        cache.check_fits(size_bytes, what, self.storage)
+
+    def _path(self, name: str) -> Path:
+        """Where a file's copy lies; names come from the other side, and must not lead elsewhere."""
+        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            raise DataError(f"{shown(self.url)} names a file {name!r}, which is no plain file name; index it again")
+        return self.folder / name
+
+    @contextmanager
+    def _turn(self, path: Path) -> Iterator[None]:
+        """Be the only one who brings a file: of the threads here, and of the processes of this machine."""
+        # Silent: the process that brings it shows how far it is.
+        with self._turns.setdefault(path, threading.Lock()), waiting_lock(cache.lock_file(path), "", shown=False):
+            yield
+
+    def _fetch_one(self, file: Recorded) -> int:
+        self._fetch_recorded(self._path(file.name), file.size_bytes, file.digest, room=False)
+        return file.size_bytes
+
+    def _fetch_recorded(self, path: Path, size_bytes: int | None, digest: str, *, room: bool) -> None:
+        with self._turn(path):
+            if _is_copy(path, digest=digest):
+                return
+            if _digest_is(path, digest):  # whole, but its record is not
+                _record(path, digest=digest)
+                return
+            part = self._part(path, go_on=True)
+            if room:
+                have = part.stat().st_size if part.exists() else 0
+                cache.reserve(max(0, (size_bytes or 0) - have), self._url(path), self.storage)
+            self.remote.download(below(self.url, path.name), part, size_bytes=size_bytes, digest=digest)
+            _arrive(part, path)
+            _record(path, digest=digest)
+
+    def _refresh(self, path: Path) -> None:
+        """Bring a file whose content nobody recorded, unless the copy is still that file."""
+        url = below(self.url, path.name)
+        known = _known_version(path)
+        try:
+            there = self.remote.describe(url, retries=None if known is None else 0)
+        except TransferError as error:
+            if known is None:
+                raise
+            tell_once(f"{str(error).split(';')[0]}: using the copies in {self.folder}", about=self.url)
+            return
+        for _ in range(_MOVING_TRIES):
+            if there.dated and known == there.version:
+                return
+            part = self._part(path, go_on=False)
+            cache.reserve(there.size_bytes or 0, self._url(path), self.storage)
+            self.remote.download(url, part, size_bytes=there.size_bytes)
+            before, there = there, self.remote.describe(url)
+            if before.version == there.version:
+                _arrive(part, path)
+                _record(path, version=there.version)
+                return
+        raise TransferError(f"{self._url(path)} changed again and again while it was read; try again later")
+
+    def _part(self, path: Path, *, go_on: bool) -> Path:
+        """Where a file arrives: under this process's temporary name, with what another left of it."""
+        part = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}")
+        left = [p for p in self.folder.iterdir() if p.name.startswith(f".{path.name}{TEMPORARY_MARK}")]
+        left.sort(key=lambda p: p.stat().st_size)
+        if go_on and left:
+            left.pop().rename(part)
+        for old in left:
+            old.unlink(missing_ok=True)
+        return part
+
+    def _url(self, path: Path) -> str:
+        return shown(below(self.url, path.name))
+
+
+def tell_once(message: str, *, about: str) -> None:
+    """Say something about a URL, the first time."""
+    if about not in _TOLD:
+        _TOLD.add(about)
+        say(message)
+
+
+def _arrive(part: Path, path: Path) -> None:
+    # The old record goes first, so that it never speaks for the new file.
+    cache.record_file(path).unlink(missing_ok=True)
+    part.replace(path)
+    fsync_path(path.parent)
+
+
+def _record(path: Path, *, digest: str | None = None, version: dict[str, str] | None = None) -> None:
+    write_json(cache.record_file(path), {**_state(path), "digest": digest, "version": version})
+
+
+def _state(path: Path) -> dict[str, int]:
+    """What changes when somebody writes into the copy."""
+    stat = path.stat()
+    return {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """What was recorded of a copy that is still as it arrived; nothing otherwise."""
+    try:
+        record, state = read_json(cache.record_file(path)), _state(path)
+    except (FileNotFoundError, CorruptError):
+        return {}
+    return record if isinstance(record, dict) and record.items() >= state.items() else {}
+
+
+def _is_copy(path: Path, *, digest: str) -> bool:
+    return _recorded(path).get("digest") == digest
+
+
+def _known_version(path: Path) -> dict[str, str] | None:
+    return _recorded(path).get("version")
+
+
+def _digest_is(path: Path, digest: str) -> bool:
+    return path.exists() and file_digest(path) == digest

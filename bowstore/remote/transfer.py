@@ -1,0 +1,283 @@
+"""Bytes from another machine through fsspec, tried again until they are whole.
+
+The one place that knows fsspec, what its protocols raise, and which of that is worth another try.
+"""
+
+import functools
+import os
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bowstore.config import StorageConfig
+from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
+from bowstore.files import file_digest, fsync_path
+from bowstore.remote.urls import protocol, shown
+
+# What a broken connection loses, and what is held in memory; long enough that its round trip does not count.
+BLOCK_BYTES = 8 << 20
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+_NO_CONNECTION = {"ClientConnectorError", "EndpointConnectionError", "ConnectionRefusedError", "gaierror"}
+_OTHER_BYTES = "other bytes"
+# Keys by which protocols say which version of a file this is, in small letters alone.
+_VERSION_KEYS = ("etag", "lastmodified", "mtime", "modified", "created", "updated", "generation", "contentmd5")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a server says of a file.
+
+    Attributes:
+        size_bytes: its length; None where the server does not say.
+        version: whatever changes when the file does; equal dictionaries with an entry besides the size mean the
+            same file.
+    """
+
+    size_bytes: int | None
+    version: dict[str, str]
+
+    @property
+    def dated(self) -> bool:
+        """Whether `version` can tell one file from another of the same size."""
+        return set(self.version) > {"size"}
+
+
+class Remote:
+    """Reads files of one protocol; safe to use from many threads.
+
+    Attributes:
+        stop: once set, transfers end at their next block.
+    """
+
+    def __init__(self, url: str, storage: StorageConfig) -> None:
+        self._storage = storage
+        self._fs = _file_system(protocol(url), storage.timeout_s, os.getpid())
+        self.stop = threading.Event()
+
+    def describe(self, url: str, *, retries: int | None = None) -> RemoteFile:
+        """Ask for a file's length and version.
+
+        Raises:
+            MissingError: it is not there.
+            TransferError: no access, or no answer.
+        """
+        tries = _Tries(url, self._storage, self.stop, retries)
+        while True:
+            try:
+                info = self._fs.info(url)
+            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+                tries.failed(error)
+                continue
+            if info.get("type") == "directory":
+                raise MissingError(f"{shown(url)} is a folder, not a file; check the URL")
+            version = {key: str(value) for key, value in info.items() if _plain(key) in _VERSION_KEYS and value}
+            return RemoteFile(info.get("size"), {"size": str(info.get("size")), **version})
+
+    def read(self, url: str, *, retries: int | None = None) -> bytes:
+        """All bytes of a small file.
+
+        Raises:
+            MissingError: it is not there.
+            TransferError: no access, or no answer.
+        """
+        tries = _Tries(url, self._storage, self.stop, retries)
+        while True:
+            try:
+                return bytes(self._fs.cat_file(url))
+            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+                tries.failed(error)
+
+    def download(self, url: str, path: Path, *, size_bytes: int | None, digest: str | None = None) -> None:
+        """Bring a file to `path`, going on from the bytes that lie there; fsynced, and checked.
+
+        Args:
+            url: the file.
+            path: where it is wanted; no other process writes there.
+            size_bytes: its length; None where nobody knows.
+            digest: its xxh3-128 as hex, where it was recorded.
+
+        Raises:
+            MissingError: it is not there.
+            MismatchError: it has another length.
+            CorruptError: other bytes than recorded, however often they are read.
+            TransferError: no access, no answer, or no end of broken transfers.
+        """
+        rounds, before = _Tries(url, self._storage, self.stop), None
+        while True:
+            with open(path, "ab") as file:
+                for block in self._blocks(url, file.tell(), size_bytes):
+                    file.write(block)
+                    file.flush()  # what has arrived outlives this process
+            found = file_digest(path) if digest else None
+            if found == digest:
+                fsync_path(path)
+                return
+            path.unlink()
+            # The same wrong bytes twice: that is what the server holds.
+            rounds.failed(_Problem(_OTHER_BYTES, f"digest {found}, not {digest}", final=found == before))
+            before = found
+
+    def _blocks(self, url: str, done: int, size_bytes: int | None) -> Iterator[bytes]:
+        """The bytes of a file from `done` on."""
+        tries = _Tries(url, self._storage, self.stop)
+        while size_bytes is None or done < size_bytes:
+            if self.stop.is_set():
+                raise TransferError(f"{shown(url)}: stopped at byte {done}, because another transfer failed")
+            wanted = None if size_bytes is None else min(BLOCK_BYTES, size_bytes - done)
+            block, problem = self._block(url, done, wanted, size_bytes)
+            yield block
+            done += len(block)
+            if problem is None:
+                tries.succeeded()
+                if size_bytes is None:
+                    return
+            else:
+                if isinstance(problem, _Problem) or _status(problem) == 416:
+                    self._check_length(url, size_bytes)
+                tries.failed(problem)
+
+    def _block(self, url: str, done: int, wanted: int | None, size_bytes: int | None) -> tuple[bytes, Exception | None]:
+        """The next bytes, and what was wrong with them."""
+        try:
+            # By name: the places of these arguments differ between protocols.
+            place = {} if wanted is None else {"start": done, "end": done + wanted}
+            block = bytes(self._fs.cat_file(url, **place))
+        except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+            return b"", error
+        if wanted is None or len(block) == wanted:
+            return block, None
+        if len(block) == size_bytes:  # the server knows no ranges, and sent all
+            return block[done:], None
+        if len(block) > wanted:
+            return b"", _Problem("bytes that were not asked for", f"{len(block)} for {wanted} at byte {done}")
+        return block, _Problem("too few bytes", f"{len(block)} of {wanted} at byte {done} of {size_bytes}")
+
+    def _check_length(self, url: str, size_bytes: int | None) -> None:
+        """Refuse a file of another length, which no further try will mend."""
+        found = self.describe(url).size_bytes
+        if found is not None and found != size_bytes:
+            raise MismatchError(
+                f"{shown(url)} has {found} bytes, {size_bytes} were recorded: it changed, or was not copied whole; "
+                f"copy the folder there again, index and all"
+            )
+
+
+class _Problem(Exception):
+    """A transfer that ended without an error and without the right bytes."""
+
+    def __init__(self, what: str, detail: str, *, final: bool = False) -> None:
+        super().__init__(f"{what}: {detail}")
+        self.what, self.final = what, final
+
+
+class _Tries:
+    """Counts failures in a row, waits longer after each, and says at the end what was wrong."""
+
+    def __init__(self, url: str, storage: StorageConfig, stop: threading.Event, retries: int | None = None) -> None:
+        self._url, self._stop, self._timeout_s = url, stop, storage.timeout_s
+        self._retries = storage.retries if retries is None else retries
+        self._failures = 0
+
+    def succeeded(self) -> None:
+        """Forget the failures: the transfer got on."""
+        self._failures = 0
+
+    def failed(self, error: Exception) -> None:
+        """Wait, or raise what the user can meet."""
+        self._failures += 1
+        status = _status(error)
+        hopeless = status is not None and 400 <= status < 500 and status not in (408, 429)
+        if hopeless or self._failures > self._retries or (isinstance(error, _Problem) and error.final):
+            raise self._final(error, status) from error
+        wait_s = min(_FIRST_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
+        # Jitter: ranks that failed together do not come back together.
+        if self._stop.wait(wait_s * random.uniform(0.5, 1.0)):
+            raise self._final(error, status) from error
+
+    def _final(self, error: Exception, status: int | None) -> BowstoreError:
+        url, tries = shown(self._url), "1 try" if self._failures == 1 else f"{self._failures} tries"
+        names = {type(cause).__name__ for cause in _causes(error)}
+        first = list(_causes(error))[-1]  # fsspec's own messages may hold the URL with its secrets
+        reason = " ".join(str(first).split()).replace(self._url, url)[:200] or type(first).__name__
+        if status == 404:
+            return MissingError(f"{url} is not there (404); check the URL, and that all files were copied there")
+        if status in (401, 403):
+            return TransferError(f"{url} may not be read ({status}, {tries}); check the credentials and the policy")
+        if status is not None:
+            return TransferError(f"{url}: the server answers {status} ({tries}); try again later")
+        if isinstance(error, _Problem) and error.what == _OTHER_BYTES:
+            return CorruptError(f"{url} is not the file that was recorded ({reason}; {tries}); copy it there again")
+        if isinstance(error, _Problem):
+            return TransferError(f"{url}: the server sends {reason} ({tries}); check the server, or try again later")
+        if any("Timeout" in name for name in names):
+            return TransferError(
+                f"{url}: no byte for {self._timeout_s:g} s ({tries}); try again later, or raise storage.timeout_s"
+            )
+        if names & _NO_CONNECTION:
+            return TransferError(f"{url}: no connection ({reason}; {tries}); check the address and the network")
+        return TransferError(
+            f"{url}: the transfer broke off ({reason}; {tries}); run the command again to go on, or raise "
+            f"storage.retries"
+        )
+
+
+def _plain(key: str) -> str:
+    return "".join(c for c in key.lower() if c.isalnum())
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status of an error, found the way each protocol says it; 404 and 403 also of plain Python errors."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        parts = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        # aiohttp calls its own complaints about a broken answer `code` 400; of gcsfs that is the server's.
+        code = getattr(cause, "code", None) if type(cause).__module__.startswith("gcsfs") else None
+        for value in (getattr(cause, "status", None), code, parts.get("HTTPStatusCode")):
+            if isinstance(value, int) and 400 <= value < 600:
+                return value
+    causes = list(_causes(error))
+    if any("Credentials" in type(cause).__name__ for cause in causes):
+        return 401
+    if isinstance(error, PermissionError):
+        return 403
+    # fsspec's http says "not found" of everything that goes wrong; the cause tells more.
+    return 404 if all(isinstance(cause, (FileNotFoundError, LookupError)) for cause in causes) else None
+
+
+@functools.lru_cache
+def _file_system(name: str, timeout_s: float, process: int) -> Any:
+    """One instance a protocol and process (a forked child needs its own), with our time-outs and no own retries."""
+    import fsspec
+
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    configured = fsspec.config.conf.get(name, {})
+    if name in ("http", "https"):
+        import aiohttp
+
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        options["client_kwargs"] = {"timeout": patience, "trust_env": True, **configured.get("client_kwargs", {})}
+        options["headers"] = {"Accept-Encoding": "identity", **configured.get("headers", {})}
+    elif _PACKAGES.get(name) == "s3fs":
+        patient = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"total_max_attempts": 1}}
+        options["config_kwargs"] = {**patient, **configured.get("config_kwargs", {})}
+    try:
+        system = fsspec.filesystem(name, **options)
+    except ImportError as error:
+        package = _PACKAGES.get(name)
+        remedy = f"{package}; pip install 'bowstore[remote]'" if package else f"another package: {error}"
+        raise UsageError(f"{name} needs {remedy}") from error
+    except ValueError as error:
+        raise UsageError(f"{name}:// is no protocol that fsspec knows ({error}); http, s3 and gs are tested") from error
+    if hasattr(system, "retries"):
+        system.retries = 1  # s3fs: how often and how long to try is counted here
+    return system

@@ -1,0 +1,129 @@
+"""Bags of visual words: count and binary bags, CutMix of bags, and the loss against them.
+
+A bag is a pair (words_BM int64, weights_BM float32) whose rows sum to 1; a word may stand in several slots.
+
+Legend: N rows, B batch, M bag slots (locations of the word map), K words.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Form = Literal["count", "binary"]
+
+
+class Bag(NamedTuple):
+    """Targets of one batch.
+
+    Attributes:
+        words_BM: int64, word ids.
+        weights_BM: float32, at least 0; each row sums to 1.
+    """
+
+    words_BM: Tensor
+    weights_BM: Tensor
+
+
+def count_bag(words_BM: Tensor) -> Bag:
+    """Each location counts 1/M (paper, Eq. 3): a word's frequency is the sum over its slots."""
+    return Bag(words_BM, torch.full(words_BM.shape, 1 / words_BM.shape[1], device=words_BM.device))
+
+
+def binary_bag(words_BM: Tensor) -> Bag:
+    """Each distinct word counts once (paper, Eq. 4): later slots of the same word weigh 0."""
+    words_BM = words_BM.sort(dim=1).values
+    first_BM = torch.ones_like(words_BM, dtype=torch.float32)
+    first_BM[:, 1:] = (words_BM[:, 1:] != words_BM[:, :-1]).float()
+    return Bag(words_BM, first_BM / first_BM.sum(dim=1, keepdim=True))
+
+
+def mix_bags(bag: Bag, partner_B: Tensor, kept_B: Tensor) -> Bag:
+    """CutMix of bags: lambda y(A) + (1 - lambda) y(B), exactly, by concatenation.
+
+    Args:
+        bag: bags of the batch.
+        partner_B: int64, place of each sample's partner in the batch.
+        kept_B: float32, lambda: the area share of A that is kept.
+    """
+    return Bag(
+        torch.cat([bag.words_BM, bag.words_BM[partner_B]], dim=1),
+        torch.cat([bag.weights_BM * kept_B[:, None], bag.weights_BM[partner_B] * (1 - kept_B[:, None])], dim=1),
+    )
+
+
+def bow_cross_entropy(logits_BK: Tensor, bag: Bag) -> Tensor:
+    """Mean cross-entropy against the bags (paper, Eq. 6), in float32: logsumexp minus the weighted gather.
+
+    Equal to the dense form to 1e-6. The gradient, (softmax - target) / B, is made in place from the probabilities,
+    so that no dense target ever exists (autograd's own gather would write one of zeros).
+    """
+    loss: Tensor = _BowCrossEntropy.apply(logits_BK.float(), bag.words_BM, bag.weights_BM)
+    return loss
+
+
+class _BowCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_BK: Tensor, words_BM: Tensor, weights_BM: Tensor) -> Tensor:
+        log_norm_B = torch.logsumexp(logits_BK, dim=1)
+        at_words_B = (logits_BK.gather(1, words_BM) * weights_BM).sum(dim=1)
+        ctx.save_for_backward(logits_BK, log_norm_B, words_BM, weights_BM)
+        return (log_norm_B - at_words_B).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits_BK, log_norm_B, words_BM, weights_BM = ctx.saved_tensors
+        grad_BK = (logits_BK - log_norm_B[:, None]).exp_()
+        grad_BK.scatter_add_(1, words_BM, -weights_BM)
+        return grad_BK.mul_(grad / len(logits_BK)), None, None
+
+
+def bag_entropy(bag: Bag) -> Tensor:
+    """Mean entropy of the bags, nats: the least value the loss can take."""
+    words_BM, order_BM = bag.words_BM.sort(dim=1)
+    weights_BM = bag.weights_BM.gather(1, order_BM)
+    # Sum the weights of equal words: give each run of a word a number and add into it.
+    run_BM = torch.cat([torch.zeros_like(words_BM[:, :1]), (words_BM[:, 1:] != words_BM[:, :-1]).long()], 1).cumsum(1)
+    mass_BM = torch.zeros_like(weights_BM).scatter_add_(1, run_BM, weights_BM)
+    entropy_B: Tensor = torch.special.entr(mass_BM).sum(dim=1)
+    return entropy_B.mean()
+
+
+class MeanBag:
+    """The mean bag over all rows, added up block by block.
+
+    Its entropy is the loss of predicting the words' mean frequencies for every image: a run that stays there has
+    learned nothing about the images.
+
+    Args:
+        words: K.
+        form: of the bags.
+    """
+
+    def __init__(self, words: int, form: Form) -> None:
+        self._form = form
+        self._total_K = np.zeros(words, np.float64)
+        self._rows = 0
+
+    def add(self, words_BM: NDArray[np.uint16]) -> None:
+        """Count the bags of some rows, uint16 (B, M)."""
+        rows, slots = words_BM.shape
+        if self._form == "binary":
+            ordered_BM = np.sort(words_BM, axis=1)
+            first_BM = np.ones(ordered_BM.shape, np.bool_)
+            first_BM[:, 1:] = ordered_BM[:, 1:] != ordered_BM[:, :-1]
+            distinct_B = first_BM.sum(axis=1)
+            weights = np.repeat(1 / distinct_B, distinct_B)
+            self._total_K += np.bincount(ordered_BM[first_BM], weights, len(self._total_K))
+        else:
+            self._total_K += np.bincount(words_BM.reshape(-1), minlength=len(self._total_K)) / slots
+        self._rows += rows
+
+    def entropy(self) -> float:
+        """Entropy of the mean bag, nats."""
+        mean_K = self._total_K[self._total_K > 0] / self._rows
+        return float(-(mean_K * np.log(mean_K)).sum())

@@ -1,0 +1,104 @@
+"""`bowstore bench ...` and tools/compare_loaders.py: what they print is what they write, and it is about the data."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from shard_sets import ShardMaker, write_store
+
+from bowstore.cli import main
+from bowstore.data.index import open_index
+
+TOOL = Path(__file__).parents[1] / "tools" / "compare_loaders.py"
+STAGES = ["plan", "read", "decode", "resize", "jitter", "cutmix", "normalise", "loader"]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_shard_set: ShardMaker) -> Path:
+    index = make_shard_set(40, size=48)
+    write_store(tmp_path / "data/words.zarr", index)
+    (tmp_path / "bowstore.yaml").write_text(f"shards: {index.root}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BOWSTORE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def bench(name: str, *arguments: object) -> dict[str, object]:
+    result = CliRunner().invoke(main, ["bench", name, *map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    value: dict[str, object] = json.loads(result.stdout)
+    assert value == json.loads(Path(f"runs/bench/{name}.json").read_text())
+    return value
+
+
+def test_bench_loader_names_every_stage_and_what_binds(workspace: Path) -> None:
+    value = bench("loader", "--size", 32, "--batch", 8, "--batches", 2, "--rounds", 2)
+    rates = value["images_per_second"]
+    assert list(rates) == STAGES
+    assert all(len(rates[name]["rounds"]) == 2 and rates[name]["median"] > 0 for name in STAGES)
+    assert value["binds"].startswith(("the graph, ", "planning and reading"))
+    assert (
+        value["inputs"]["shards"] == open_index(Path((workspace / "bowstore.yaml").read_text().split()[1])).fingerprint
+    )
+
+
+def test_bench_loader_refuses_what_it_cannot_do(workspace: Path) -> None:
+    for arguments, message in (
+        (["--batch", "64"], "40 images are fewer than one batch of 64"),
+        (["--device", "cpu", "--hw-load", "0.5", "--batch", "8"], "--hw-load sweeps the hardware decoder of a GPU"),
+    ):
+        result = CliRunner().invoke(main, ["bench", "loader", *arguments])
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_bench_reader_times_both_ways(workspace: Path) -> None:
+    rates = bench("reader", "--batch", 16, "--batches", 4, "--rounds", 2)["images_per_second"]
+    assert list(rates) == ["mmap", "pread"]
+
+
+def test_bench_store_and_targets(workspace: Path) -> None:
+    store = bench("store", "--rounds", 2)
+    assert list(store["images_per_second"]) == ["bulk load", "join by key"]
+    assert store["bytes_per_image"] > 32
+    targets = bench("targets", "--batch", 16, "--batches", 4, "--rounds", 2)
+    assert list(targets["rows_per_second"]) == ["resident", "host", "streamed"]
+    assert targets["microseconds_step_host"] > 0
+
+
+def test_bench_prints_a_table(workspace: Path) -> None:
+    result = CliRunner().invoke(main, ["bench", "reader", "--batch", "16", "--batches", "2", "--rounds", "1"])
+    assert result.stdout.splitlines()[0].split() == ["images/s", "median", "min", "max"]
+    assert "MB/s" in result.stdout
+
+
+@pytest.mark.slow
+def test_compare_loaders_runs_all_five_on_the_same_images(workspace: Path) -> None:
+    shards = (workspace / "bowstore.yaml").read_text().split()[1]
+    command = [sys.executable, TOOL, "--shards", shards, "--size", "32", "--batch", "8", "--batches", "2"]
+    done = subprocess.run([*command, "--rounds", "2", "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    others = ["dali_reader", "torchvision", "torchvision_v2", "webdataset"]
+    assert list(value["images_per_second"]) == ["bowstore", *others]
+    for name in others:
+        ratios = value[f"ratios_over_{name}"]
+        assert len(ratios) == 2
+        assert min(ratios) <= value[f"ratio_over_{name}"] <= max(ratios)
+    assert value["inputs"]["shards"] == open_index(Path(shards)).fingerprint
+
+
+def test_compare_loaders_refuses_a_batch_larger_than_the_set(workspace: Path) -> None:
+    spec = importlib.util.spec_from_file_location("compare_loaders", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    shards = (workspace / "bowstore.yaml").read_text().split()[1]
+    done = CliRunner().invoke(tool.main, ["--shards", shards, "--batch", "64"])
+    assert done.exit_code == 2
+    assert "holds 40 images, fewer than one batch of 64; lower --batch" in done.stderr
