@@ -86,10 +86,21 @@ def newest_run(workspace: Workspace, *, task: str | None = None) -> Path:
     raise MissingError(f"no {kind} in {workspace.runs}; `bowstore train --config ...` makes one, or name it by flag")
 
 
-def resolve_teacher(workspace: Workspace, teacher: str | None) -> Path:
-    """The teacher a command means: the flag, the workspace's, or the newest finished rotation run."""
+def resolve_teacher(workspace: Workspace, teacher: str | None) -> str | Path:
+    """The teacher a command means: the flag, the workspace's, or the newest finished rotation run.
+
+    A run or file wins over an architecture of the same name.
+
+    Raises:
+        MissingError: neither a run, a file nor an architecture.
+    """
+    from bowstore.models.registry import is_arch
+
     named = teacher or workspace.teacher
-    return find_run(workspace, named) if named else newest_run(workspace, task="rotation")
+    if not named:
+        return newest_run(workspace, task="rotation")
+    there = any(path.exists() for path in (Path(named), workspace.runs / named))
+    return named if not there and is_arch(named) else find_run(workspace, named)
 
 
 def resolve_train(

@@ -11,6 +11,7 @@ from bowstore.data.index import open_index
 from bowstore.environment import cores
 from bowstore.progress import Progress
 from bowstore.remote import fetch_store
+from bowstore.words.arrays import stored_bytes
 from bowstore.words.store import join_rows, open_store
 
 
@@ -30,7 +31,8 @@ def bench_store(
     what = opened.layer(layer)
     index = open_index(shards, storage) if shards else None
     words_bytes = 2 * len(opened) * what.grid[0] * what.grid[1]
-    disk_bytes = sum(path.stat().st_size for path in opened.path.rglob("*") if path.is_file())
+    parts = (opened.path / what.name / "words", opened.path / what.name / "chunk_digest", opened.path / "key_hash")
+    disk_bytes = sum(stored_bytes(part) for part in parts)
     load: list[float] = []
     join: list[float] = []
     with Progress("bench store", rounds + 1, "rounds") as progress:

@@ -9,9 +9,10 @@ import click
 from bowstore import __version__
 from bowstore.cli.bench import bench
 from bowstore.cli.common import Group
-from bowstore.cli.data import index, shards, verify
+from bowstore.cli.data import data_group, index, shards, verify
 from bowstore.cli.evaluate import evaluate
 from bowstore.cli.jobs import demo, encode, init, train
+from bowstore.cli.layers import layers
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -31,5 +32,5 @@ def main(debug: bool) -> None:
     """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 
-for command in (init, shards, index, verify, encode, train, evaluate, demo, bench):
+for command in (init, data_group, shards, index, verify, layers, encode, train, evaluate, demo, bench):
     main.add_command(command)

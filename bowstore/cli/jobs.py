@@ -23,9 +23,12 @@ def init(folder: Path, recipe: str | None) -> None:
 
 
 @click.command()
-@click.option("--layer", required=True, help="Layer of the teacher: conv1 ... conv5, or block1 ... block3.")
+@click.option("--layer", required=True, help="Layer of the teacher; `bowstore layers ARCH` lists them.")
 @click.option("--K", "k", type=click.IntRange(1), required=True, help="Number of visual words, at most 65535.")
-@click.option("--teacher", help="Run, checkpoint or .safetensors file.  [default: newest finished rotation run]")
+@click.option("--teacher", help="Run, file, timm:NAME or torchvision:NAME.  [default: newest finished rotation run]")
+@click.option("--weights", type=PATH, help="Weights file of a timm or torchvision teacher.  [default: random weights]")
+@click.option("--size", type=click.IntRange(8), help="Side of the clean view, pixels.  [default: the teacher's own]")
+@click.option("--resize", type=click.IntRange(8), help="Short side before the crop.  [default: the teacher's own]")
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
 @click.option("--store", type=PATH, help="Word store to write.  [default: the workspace's]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sample and of k-means.")

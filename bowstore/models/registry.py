@@ -1,7 +1,7 @@
-"""Backbones by name.
+"""Backbones by name, and the maps of their layers.
 
-A backbone is a chain of named stages, so that a feature map of any stage can be had without running what follows.
-Names: `wrn-D-k` (wide ResNet) and torchvision's residual networks (`resnet18`, `resnet50`, ...).
+Names: `wrn-D-k` (wide ResNet), torchvision's residual networks (`resnet18`, `resnet50`, ...), and any network of two
+libraries as `torchvision:NAME` and `timm:NAME` (bowstore.models.library).
 
 Legend: B batch, C channels, H W pixels, h w feature map.
 """
@@ -10,29 +10,183 @@ import difflib
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from bowstore.config import ModelConfig
 from bowstore.errors import UsageError
+from bowstore.models.taps import Layout, Probed, as_map, outputs_of, probe, without_data
 from bowstore.models.wide_resnet import wide_resnet_stages
 
 RESNETS = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2"
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
+RESNET_STAGES = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
+_SHOWN_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer whose map can be had.
+
+    Attributes:
+        name: what `--layer` takes and a word store records.
+        module: path of the module whose output it is.
+        channels: c.
+        grid: (h, w) at the size that was asked for.
+        note: what the name stands for, where it is not the module's own.
+        passes_on: the module gives on what it got (identity, dropout).
+        is_output: it is what the trunk itself gives.
+    """
+
+    name: str
+    module: str
+    channels: int
+    grid: tuple[int, int]
+    note: str = ""
+    passes_on: bool = False
+    is_output: bool = False
 
 
 class Backbone(nn.Module):
-    """A convolutional network without its classifier.
+    """A network without its classifier, whose maps can be had without running what follows them.
 
     Attributes:
         arch: its name.
-        layers: names of its stages, in order of depth.
+        layers: names of its stages, in order of depth; other modules are layers too (`layer_table`).
         channels: width of each stage's map.
-        features: width of the pooled feature of the last stage.
+        features: width of the pooled feature, the mean of the last stage's map.
+        image_size: side of the images that `resolve` looks at layers with, pixels.
+        layout: how its modules lay out maps.
     """
+
+    arch: str
+    layers: tuple[str, ...]
+    channels: dict[str, int]
+    features: int
+    image_size = 224
+    layout = Layout()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tables: dict[int, tuple[dict[str, LayerInfo], dict[str, str]]] = {}
+
+    def root(self) -> nn.Module:
+        """The module below which layers have their paths."""
+        raise NotImplementedError
+
+    def trunk(self, images_BCHW: Tensor) -> Tensor:
+        """Run the whole network; its own output."""
+        raise NotImplementedError
+
+    def aliases(self, probed: Sequence[Probed], size: int) -> dict[str, tuple[str, str]]:
+        """Names of its own for modules: (path, note) by name."""
+        return {}
+
+    def synonym(self, layer: str) -> str:
+        """The path that another library's name for a module means here, or the name itself."""
+        return layer
+
+    def spellings(self) -> dict[str, dict[str, str]]:
+        """Names that weights files use for its tensors: own name by the file's name, by kind of file."""
+        raise NotImplementedError
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Global average pool of the last stage, (B, C)."""
+        return self.feature_maps(images_BCHW, self.layers[-1:])[self.layers[-1]].mean((2, 3))
+
+    def feature_maps(self, images_BCHW: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Maps (B, c, h, w) of the named layers; nothing deeper than the deepest of them is run.
+
+        Raises:
+            UsageError: a name that is no layer, or a module that gives no map.
+        """
+        table, _ = self._table(self.image_size)
+        wanted = {layer: table[self.resolve(layer)].module for layer in layers}
+        modules = {path: self.root().get_submodule(path) for path in wanted.values()}
+        outputs = outputs_of(self.trunk, modules, images_BCHW)
+        maps: dict[str, Tensor] = {}
+        for layer, path in wanted.items():
+            map_BChw = as_map(outputs[path], self.layout)
+            if map_BChw is None:
+                raise UsageError(self._no_map(layer, tuple(outputs[path].shape)))
+            maps[layer] = map_BChw
+        return maps
+
+    def layer_table(self, size: int) -> dict[str, LayerInfo]:
+        """Every layer that gives a map of an image of `size` x `size` pixels, in order of depth, by name.
+
+        Raises:
+            UsageError: the network does not take images of that size.
+        """
+        return self._table(size)[0]
+
+    def resolve(self, layer: str) -> str:
+        """The layer's own name.
+
+        Raises:
+            UsageError: there is no such layer, it gives no map, or it is run more than once.
+        """
+        if layer in self.layers:
+            return layer
+        table, refused = self._table(self.image_size)
+        layer = self.synonym(layer)
+        if layer in table:
+            return layer
+        for info in table.values():
+            if info.module == layer:
+                return info.name
+        if layer in refused:
+            raise UsageError(refused[layer])
+        near = difflib.get_close_matches(layer, table, n=3)
+        shown = self.layers if len(self.layers) <= _SHOWN_LAYERS else (*self.layers[:3], "...", self.layers[-1])
+        hint = f" (nearest: {', '.join(near)})" if near else ""
+        raise UsageError(
+            f"{self.arch} has no layer {layer!r}; its layers are {', '.join(shown)}{hint}; "
+            f"`bowstore layers {self.arch} --all` lists every one"
+        )
+
+    def _table(self, size: int) -> tuple[dict[str, LayerInfo], dict[str, str]]:
+        """Usable layers by name, and why the other modules are none."""
+        if size not in self._tables:
+            ghost = without_data(self)
+            try:
+                probed = probe(ghost.root(), ghost.trunk, size, self.layout)
+            except (AssertionError, RuntimeError, ValueError) as error:
+                first = (str(error) or type(error).__name__).splitlines()[0]
+                raise UsageError(f"{self.arch} does not take images of {size} x {size} pixels: {first}") from error
+            aliases = self.aliases(probed, size)
+            named = {path: (name, note) for name, (path, note) in aliases.items()}
+            table, refused = {}, {}
+            for found in probed:
+                name, note = named.get(found.name, (found.name, ""))
+                if name in aliases and found.name not in named:
+                    continue  # another module goes by this name
+                if found.calls > 1:
+                    refused[name] = f"layer {name!r} of {self.arch} is run {found.calls} times an image; name another"
+                elif found.channels == 0:
+                    refused[name] = self._no_map(name, found.shape)
+                else:
+                    table[name] = LayerInfo(
+                        name, found.name, found.channels, found.grid, note, found.passes_on, found.is_output
+                    )
+            self._tables[size] = table, refused
+        return self._tables[size]
+
+    def _no_map(self, layer: str, shape: tuple[int, ...] | None) -> str:
+        what = "no single tensor" if shape is None else f"a tensor of shape (B, {', '.join(map(str, shape[1:]))})"
+        return (
+            f"layer {layer!r} of {self.arch} gives {what}, not a square map of feature vectors; "
+            f"`bowstore layers {self.arch}` lists those that do"
+        )
+
+
+class StagedBackbone(Backbone):
+    """A convolutional network as a chain of named stages."""
 
     def __init__(self, arch: str, stages: "OrderedDict[str, nn.Module]", channels: dict[str, int]) -> None:
         super().__init__()
@@ -42,54 +196,114 @@ class Backbone(nn.Module):
         self.features = channels[self.layers[-1]]
         self.stages = nn.ModuleDict(stages)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Global average pool of the last stage, (B, C)."""
-        return self.feature_maps(images_BCHW, self.layers[-1:])[self.layers[-1]].mean((2, 3))
+    def root(self) -> nn.Module:
+        """The stages."""
+        return self.stages
+
+    def trunk(self, images_BCHW: Tensor) -> Tensor:
+        """Map of the last stage."""
+        map_BChw = images_BCHW
+        for stage in self.stages.values():
+            map_BChw = stage(map_BChw)
+        return map_BChw
 
     def feature_maps(self, images_BCHW: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Maps (B, c, h, w) of the named stages; nothing deeper than the deepest of them is run.
-
-        Raises:
-            UsageError: a name that is not a stage; the message lists those there are.
-        """
-        wanted = {self.resolve(layer): layer for layer in layers}
+        """As `Backbone.feature_maps`; between stages the network is simply cut."""
+        if not all(layer in self.layers for layer in layers):
+            return super().feature_maps(images_BCHW, layers)
+        wanted = set(layers)
         maps: dict[str, Tensor] = {}
         map_BChw = images_BCHW
         for name, stage in self.stages.items():
             map_BChw = stage(map_BChw)
             if name in wanted:
-                maps[wanted[name]] = map_BChw
+                maps[name] = map_BChw
             if len(maps) == len(wanted):
                 break
         return maps
 
-    def resolve(self, layer: str) -> str:
-        """The stage's own name.
+    def aliases(self, probed: Sequence[Probed], size: int) -> dict[str, tuple[str, str]]:
+        """Torchvision's names of a residual network's stages, as notes."""
+        return {ours: (ours, f"= {theirs}") for ours, theirs in RESNET_STAGES.items() if self.arch in RESNETS}
 
-        Raises:
-            UsageError: there is no such stage; the message lists those there are.
-        """
-        if layer not in self.layers:
-            raise UsageError(f"{self.arch} has no layer {layer!r}; its layers are {', '.join(self.layers)}")
-        return layer
+    def synonym(self, layer: str) -> str:
+        """Torchvision's `layer3.2` is `conv4.2` here."""
+        first, dot, rest = layer.partition(".")
+        stage = {theirs: ours for ours, theirs in RESNET_STAGES.items()}.get(first, first)
+        return f"{stage}{dot}{rest}" if stage in self.layers else layer
+
+    def spellings(self) -> dict[str, dict[str, str]]:
+        """Bowstore's own names; for residual networks torchvision's too, and those of numbered children."""
+        own = list(self.state_dict())
+        if self.arch not in RESNETS:
+            return {"bowstore": {name: name for name in own}}
+        plain = {_torchvision_name(name): name for name in own}
+        theirs = resnet_spellings(list(plain))
+        return {
+            kind: {spelt: plain[name] for spelt, name in names.items()}
+            for kind, names in {"torchvision": {name: name for name in plain}, **theirs}.items()
+        }
 
 
-def build_backbone(config: ModelConfig) -> Backbone:
-    """A randomly initialised backbone (He initialisation; the global torch generator draws).
+def resnet_spellings(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Other names of a residual network's tensors (`conv1.weight`, `layer1.0.conv1.weight`...), by kind of file.
+
+    `bowstore`: conv1 to conv5. `numbered`: `nn.Sequential(*network.children())`, the idiom of many
+    self-supervised codebases (lightly among them): 0 conv1, 1 bn1, 4 to 7 the four stages.
+    """
+    stage = {theirs: ours for ours, theirs in RESNET_STAGES.items()}
+    number = {"conv1": 0, "bn1": 1, **{theirs: 4 + n for n, theirs in enumerate(RESNET_STAGES.values())}}
+    spelt: dict[str, dict[str, str]] = {"bowstore": {}, "numbered": {}}
+    for name in names:
+        first, _, rest = name.partition(".")
+        spelt["bowstore"][f"stages.{stage[first]}.{rest}" if first in stage else f"stages.conv1.{name}"] = name
+        spelt["numbered"][f"{number.get(first, first)}.{rest}"] = name
+    return spelt
+
+
+def _torchvision_name(own: str) -> str:
+    _, stage, rest = own.split(".", 2)
+    return f"{RESNET_STAGES[stage]}.{rest}" if stage in RESNET_STAGES else rest
+
+
+def build_backbone(config: ModelConfig, size: int | None = None) -> Backbone:
+    """A randomly initialised backbone (the global torch generator draws).
+
+    Args:
+        config: its name, and the strides of a wide ResNet.
+        size: side of the square input, pixels, for networks that are built for one; None for their own.
 
     Raises:
         UsageError: an unknown name; the message gives the nearest known one.
     """
-    if match := _WIDE.fullmatch(config.arch):
+    library, _, name = config.arch.rpartition(":")
+    if library in ("", "torchvision") and name in RESNETS:
+        return StagedBackbone(name, *_resnet_stages(name))
+    if library:
+        from bowstore.models.library import library_backbone
+
+        return library_backbone(config.arch, size)
+    if match := _WIDE.fullmatch(name):
         depth, width = int(match[1]), int(match[2])
         if (depth - 4) % 6 or depth < 10 or width < 1:
-            raise UsageError(f"model.arch {config.arch!r}: depth {depth} must be 6 n + 4 (10, 16, 22, 28...)")
-        return Backbone(config.arch, *wide_resnet_stages(depth, width, config.strides))
-    if config.arch in RESNETS:
-        return Backbone(config.arch, *_resnet_stages(config.arch))
-    near = difflib.get_close_matches(config.arch, [*RESNETS, "wrn-28-10", "wrn-28-4"], n=1)
+            raise UsageError(f"model.arch {name!r}: depth {depth} must be 6 n + 4 (10, 16, 22, 28...)")
+        return StagedBackbone(name, *wide_resnet_stages(depth, width, config.strides))
+    raise unknown_arch(config.arch, [*RESNETS, "wrn-28-10", "wrn-28-4"])
+
+
+def unknown_arch(arch: str, known: Sequence[str]) -> UsageError:
+    """The error for a name that is not among `known`."""
+    near = difflib.get_close_matches(arch, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UsageError(f"model.arch {config.arch!r} is unknown; {hint}known: wrn-DEPTH-WIDTH, {', '.join(RESNETS)}")
+    return UsageError(
+        f"model.arch {arch!r} is unknown; {hint}known: wrn-DEPTH-WIDTH, {', '.join(RESNETS)}, "
+        "torchvision:NAME, timm:NAME"
+    )
+
+
+def is_arch(name: str) -> bool:
+    """Whether a text has the form of an architecture's name; a library's network need not exist."""
+    return bool(_WIDE.fullmatch(name)) or name in RESNETS or name.startswith(("torchvision:", "timm:"))
 
 
 def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, int]]:
@@ -99,13 +313,10 @@ def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, 
     net: Any = getattr(torchvision.models, arch)(weights=None)
     stages: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool)),
-        conv2=net.layer1,
-        conv3=net.layer2,
-        conv4=net.layer3,
-        conv5=net.layer4,
+        **{ours: getattr(net, theirs) for ours, theirs in RESNET_STAGES.items()},
     )
     channels = {"conv1": net.conv1.out_channels}
-    for name in ("conv2", "conv3", "conv4", "conv5"):
+    for name in RESNET_STAGES:
         last: Any = list(stages[name].children())[-1]
         channels[name] = (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels
     return stages, channels

@@ -48,19 +48,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; only tensors and plain values are ever unpickled.
 
     Raises:
-        CorruptError: damaged, or not a checkpoint.
-        MismatchError: another format version.
+        CorruptError: damaged.
+        MismatchError: another format version, or weights of another codebase.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        version = state["version"]
     except FileNotFoundError as error:
         raise MissingError(f"no checkpoint {path}") from error
     except Exception as error:
         raise CorruptError(f"{path} is not a whole bowstore checkpoint ({_first_line(error)})") from error
-    if version != CHECKPOINT_VERSION:
-        raise MismatchError(f"{path} has checkpoint format {version}, this bowstore reads {CHECKPOINT_VERSION}")
-    return state  # type: ignore[no-any-return]
+    if not isinstance(state, dict) or "version" not in state:
+        raise MismatchError(f"{path} is no checkpoint of bowstore; {_foreign(path)}")
+    if state["version"] != CHECKPOINT_VERSION:
+        raise MismatchError(
+            f"{path} has checkpoint format {state['version']}, this bowstore reads {CHECKPOINT_VERSION}"
+        )
+    return state
 
 
 def save_backbone(path: Path, backbone: Backbone, config: TrainConfig) -> None:
@@ -143,9 +146,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     except FileNotFoundError as error:
         raise MissingError(f"no file {path}") from error
     except KeyError as error:
-        raise MismatchError(f"{path} was not written by bowstore: its metadata has no configuration") from error
+        raise MismatchError(f"{path} was not written by bowstore (no configuration in it); {_foreign(path)}") from error
     except (SafetensorError, ValueError) as error:
         raise CorruptError(f"{path} is not a whole safetensors file ({_first_line(error)})") from error
+
+
+def _foreign(path: Path) -> str:
+    return f"weights of other codebases go with an architecture: --teacher timm:NAME --weights {path}"
 
 
 def _first_line(error: Exception) -> str:

@@ -15,17 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bowstore.data.index import Index, open_index
+from bowstore.config import StorageConfig
+from bowstore.data.index import Index, check_columns, open_index
 from bowstore.data.pipeline import clean_batches
-from bowstore.data.reader import ShardReader
+from bowstore.data.reader import ShardReader, fetched
 from bowstore.errors import BowstoreError, DataError, MismatchError
 from bowstore.progress import Progress, say, timed
+from bowstore.remote import local_only
 from bowstore.words.arrays import stored_bytes
 from bowstore.words.assign import assign, prepare_words
 from bowstore.words.layer import Layer, LayerSpec
 from bowstore.words.statistics import health_warnings, word_statistics
 from bowstore.words.store import StoreWriter, create_store, open_for_writing, writing_lock
-from bowstore.words.teacher import Teacher, load_teacher
+from bowstore.words.teacher import Teacher, TeacherLayer, load_teacher
 from bowstore.words.vocabulary import Vocabulary, build_vocabulary, draw_sample, plan_sample
 
 _BATCH = {"cpu": 64, "cuda": 256}
@@ -105,6 +107,11 @@ class _Job:
     threads: int | None
     seconds: dict[str, float]
 
+    @property
+    def layer(self) -> TeacherLayer:
+        """The layer that is encoded."""
+        return self.teacher.layers[0]
+
     def settings(self) -> dict[str, Any]:
         """Values that must be the same to go on with a layer, by the names that messages use."""
         return {
@@ -120,7 +127,7 @@ class _Job:
 
 def encode(
     *,
-    teacher: Path,
+    teacher: str | Path,
     shards: Path,
     store: Path,
     layer: str,
@@ -131,6 +138,10 @@ def encode(
     batch: int | None = None,
     device: torch.device | None = None,
     threads: int | None = None,
+    storage: StorageConfig | None = None,
+    weights: Path | None = None,
+    size: int | None = None,
+    resize: int | None = None,
 ) -> EncodeReport:
     """Write the words of all images of `shards` at one layer of a teacher into a store (paper, Eq. 1 and 2).
 
@@ -138,7 +149,7 @@ def encode(
     and ends as if it had never been interrupted. Other layers of the store stay usable meanwhile.
 
     Args:
-        teacher: run directory, checkpoint or exported backbone.
+        teacher: run directory, checkpoint or exported backbone; or an architecture, such as `timm:NAME`.
         shards: folder of indexed shards.
         store: where the word store is or will be.
         layer: the teacher's layer.
@@ -149,19 +160,24 @@ def encode(
         batch: images a batch; None for 64 on a CPU, 256 on a GPU.
         device: where the teacher runs; None for the GPU where there is one.
         threads: decoding threads; None for one a core.
+        storage: how shards are read, and where copies of remote ones lie; None for the defaults.
+        weights: of an architecture: a local file in any known layout; None for random weights from `seed`.
+        size: side of the clean view, pixels; None for the teacher's own.
+        resize: short side before the centre crop, pixels; None for the teacher's own.
 
     Raises:
         MissingError: no teacher, shards or index.
-        UsageError: no such layer, or a K that does not fit the data set.
+        UsageError: no such layer, a K that does not fit the data set, or a store on another machine.
         MismatchError: the store holds another data set, or this layer with other settings.
         DataError: images that do not decode, features that are not finite or too few distinct ones.
         BusyError: another process writes this store.
         BowstoreError: the disk is full; the store can be gone on with.
     """
+    local_only(store, "encode into a local --store, then copy it there")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = _Job(
-        index=open_index(shards),
-        teacher=load_teacher(teacher, layer, device),
+        index=fetched(open_index(shards, storage)),
+        teacher=load_teacher(teacher, (layer,), device, weights=weights, size=size, resize=resize, seed=seed),
         store=store,
         k=k,
         seed=seed,
@@ -172,6 +188,7 @@ def encode(
         threads=threads,
         seconds={},
     )
+    check_columns(job.index)
     try:
         with writing_lock(store):
             return _encode(job)
@@ -184,7 +201,7 @@ def encode(
 
 
 def _encode(job: _Job) -> EncodeReport:
-    name = job.teacher.layer
+    name = job.layer.name
     writer = open_for_writing(job.store) if job.store.exists() else None
     if writer:
         _check_data_set(writer, job.index)
@@ -237,7 +254,7 @@ def _check_settings(layer: Layer, job: _Job) -> None:
 
 
 def _make_vocabulary(job: _Job) -> Vocabulary:
-    grid = job.teacher.grid
+    grid = job.layer.grid
     plan = plan_sample(len(job.index), grid[0] * grid[1], job.k, sample_per_word=job.sample_per_word, seed=job.seed)
     _check_space(job)
     batches = [plan.rows[start : start + job.batch] for start in range(0, len(plan.rows), job.batch)]
@@ -251,8 +268,8 @@ def _make_vocabulary(job: _Job) -> Vocabulary:
 
 def _check_space(job: _Job) -> None:
     """Refuse to start what cannot end."""
-    height, width = job.teacher.grid
-    needed = len(job.index) * (2 * height * width + 8) + 4 * job.k * job.teacher.channels
+    height, width = job.layer.grid
+    needed = len(job.index) * (2 * height * width + 8) + 4 * job.k * job.layer.channels
     folder = job.store.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -264,12 +281,12 @@ def _check_space(job: _Job) -> None:
 
 def _spec(job: _Job, vocabulary: Vocabulary) -> LayerSpec:
     return LayerSpec(
-        teacher=job.teacher.provenance(),
+        teacher=job.teacher.provenance(job.layer.name),
         view=_plain(asdict(job.teacher.view)),
         vocabulary=vocabulary.provenance,
         words=job.k,
-        grid=job.teacher.grid,
-        channels=job.teacher.channels,
+        grid=job.layer.grid,
+        channels=job.layer.channels,
     )
 
 
@@ -279,13 +296,13 @@ def _feature_maps(job: _Job, batches: list[NDArray[np.int64]]) -> Iterator[tuple
         ShardReader(job.index), job.teacher.view, batches, batch=job.batch, device=job.device, threads=job.threads
     )
     for rows, images_BCHW in images:
-        maps_Bchw = job.teacher.maps(images_BCHW)
+        maps_Bchw = job.teacher.maps(images_BCHW)[job.layer.name]
         # Waits for the device, and so also ends the use of the images' buffer before it is filled again.
         if not bool(maps_Bchw.isfinite().all()):
             finite_B = maps_Bchw.flatten(1).isfinite().all(dim=1).cpu().numpy()
             bad = [job.index.key(row) for row in rows[~finite_B].tolist()]
             raise DataError(
-                f"layer {job.teacher.layer!r} of the teacher gives NaN or infinity for {len(bad)} images of a batch, "
+                f"layer {job.layer.name!r} of the teacher gives NaN or infinity for {len(bad)} images of a batch, "
                 f"for example {', '.join(bad[:5])}; check the teacher's weights and these images"
             )
         yield rows, maps_Bchw

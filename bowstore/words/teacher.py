@@ -1,98 +1,190 @@
 """The frozen network whose feature maps become words.
 
-Legend: B batch, C channels, H W pixels, c channels of the layer, h w word grid.
+Legend: B batch, C channels, H W pixels, c channels of a layer, h w word grid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bowstore.config import ModelConfig, ViewConfig, validate
 from bowstore.data.pipeline import CleanView, clean_view
-from bowstore.models.registry import Backbone
+from bowstore.errors import DataError, UsageError
+from bowstore.models.registry import Backbone, build_backbone, is_arch
 from bowstore.models.weights import weights_sha256
 from bowstore.words.assign import exact_float32
 
-if TYPE_CHECKING:
-    from bowstore.models.saved import LoadedBackbone
-
 
 @dataclass(frozen=True)
-class Teacher:
-    """A frozen backbone and the layer that is looked at.
+class TeacherLayer:
+    """One layer that is looked at.
 
     Attributes:
-        backbone: in eval mode, without gradients, on its device.
-        layer: the backbone's own name of the layer.
-        view: the clean view it was trained beside.
-        name: the run it comes from.
-        student: name of the configuration that trains on its words, if it names one.
-        sha256: of its weights.
+        name: the backbone's own name of it.
         channels: c.
         grid: (h, w).
     """
 
+    name: str
+    channels: int
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen backbone and the layers that are looked at.
+
+    Attributes:
+        backbone: in eval mode, without gradients, on its device.
+        layers: in the order they were asked for.
+        view: the clean view it sees.
+        name: the run it comes from, or the architecture.
+        student: name of the configuration that trains on its words, if it names one.
+        sha256: of its weights as they are used, heads left out.
+        weights_file: name of the file they come from; None for random ones.
+        weights_layout: how that file was read, or how random weights were drawn.
+    """
+
     backbone: Backbone
-    layer: str
+    layers: tuple[TeacherLayer, ...]
     view: CleanView
     name: str
     student: str | None
     sha256: str
-    channels: int
-    grid: tuple[int, int]
+    weights_file: str | None
+    weights_layout: str
 
     @torch.no_grad()
-    def maps(self, images_BCHW: Tensor) -> Tensor:
-        """Feature maps (B, c, h, w) of normalised images, float32 without TF32 or autocast."""
+    def maps(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Feature maps (B, c, h, w) by layer of normalised images, in one pass, float32 without TF32 or autocast."""
         with exact_float32():
-            return self.backbone.feature_maps(images_BCHW, (self.layer,))[self.layer].float()
+            maps = self.backbone.feature_maps(images_BCHW, [layer.name for layer in self.layers])
+        return {name: map_Bchw.float() for name, map_Bchw in maps.items()}
 
-    def provenance(self) -> dict[str, Any]:
-        """What a word store records of it."""
+    def provenance(self, layer: str) -> dict[str, Any]:
+        """What a word store records of it for one of its layers."""
         return {
             "arch": self.backbone.arch,
-            "layer": self.layer,
+            "layer": layer,
             "weights_sha256": self.sha256,
+            "weights_file": self.weights_file,
+            "weights_layout": self.weights_layout,
             "name": self.name,
             "student": self.student,
         }
 
 
-def load_teacher(path: Path, layer: str, device: torch.device) -> Teacher:
-    """Load a trained backbone from a run directory, a checkpoint or an exported file, and freeze it.
+@dataclass(frozen=True)
+class _Source:
+    """A network before it is frozen."""
+
+    backbone: Backbone
+    view: ViewConfig
+    name: str
+    student: str | None
+    weights_file: str | None
+    weights_layout: str
+
+
+def load_teacher(
+    spec: str | Path,
+    layers: Sequence[str],
+    device: torch.device,
+    *,
+    weights: Path | None = None,
+    size: int | None = None,
+    resize: int | None = None,
+    seed: int = 0,
+) -> Teacher:
+    """Load a network and freeze it: eval mode, no gradients, on `device`. Nothing is ever downloaded.
+
+    Args:
+        spec: a run directory, checkpoint or exported `.safetensors` of bowstore; or an architecture:
+            `torchvision:NAME`, `timm:NAME`, `resnet50`, `wrn-28-10`...
+        layers: those that are looked at; their order is kept.
+        device: where it runs.
+        weights: an architecture's weights, a file of any layout that `bowstore.models.layouts` understands; None
+            for random ones.
+        size: side of the square input, pixels; None for the teacher's own. The short side before cropping
+            changes with it.
+        resize: short side before cropping, pixels; None for the teacher's own.
+        seed: of random weights.
 
     Raises:
-        MissingError: nothing there.
-        UsageError: the network has no such layer; lists those it has.
+        MissingError: no such run or file.
+        UsageError: an unknown architecture or layer, a layer that gives no map, or a size that does not fit.
+        MismatchError: weights of another network; names the first tensors.
+        DataError: weights that are not finite, or a file that holds code.
     """
+    if not layers:
+        raise UsageError("the teacher has no layer to look at; name one, for example --layer conv4")
+    is_run = Path(spec).exists() or not is_arch(str(spec))
+    source = _open_run(Path(spec), weights) if is_run else _open_arch(str(spec), weights, size, seed)
+    return _freeze(source, layers, device, _overridden(source.view, size, resize))
+
+
+def _open_run(path: Path, weights: Path | None) -> _Source:
     from bowstore.models.saved import load_backbone  # only here: the rest of words does not need train
 
-    return freeze(load_backbone(path), layer, device)
+    if weights:
+        raise UsageError(f"weights {weights} go with an architecture (timm:NAME, torchvision:NAME), not with {path}")
+    loaded = load_backbone(path)
+    student = loaded.config.get("student")
+    return _Source(loaded.backbone, loaded.view, loaded.name, student, path.name, "bowstore run")
+
+
+def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> _Source:
+    from bowstore.models.layouts import load_foreign
+    from bowstore.models.library import library_view
+
+    view = library_view(arch) if ":" in arch else ViewConfig()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_backbone(ModelConfig(arch=arch), size)
+    if weights is None:
+        return _Source(backbone, view, backbone.arch, None, None, f"random, seed {seed}")
+    understood = load_foreign(backbone, weights)
+    return _Source(backbone, view, backbone.arch, None, understood.file, understood.text())
+
+
+def _overridden(view: ViewConfig, size: int | None, resize: int | None) -> CleanView:
+    """The clean view, of another size where one is given."""
+    values = view.model_dump()
+    if size and view.resize:
+        values["resize"] = floor(size * view.resize / view.size)
+    values |= {name: value for name, value in (("size", size), ("resize", resize)) if value}
+    return clean_view(validate(ViewConfig, values, "the teacher's view"))
 
 
 @torch.no_grad()
-def freeze(loaded: "LoadedBackbone", layer: str, device: torch.device) -> Teacher:
-    """Make a teacher of a loaded backbone: eval mode, no gradients, on `device`.
-
-    Raises:
-        UsageError: the network has no such layer; lists those it has.
-    """
-    backbone = loaded.backbone
-    layer = backbone.resolve(layer)
-    sha256 = weights_sha256(backbone.state_dict())
+def _freeze(source: _Source, layers: Sequence[str], device: torch.device, view: CleanView) -> Teacher:
+    backbone = source.backbone
+    names = [backbone.resolve(layer) for layer in layers]
+    if len(set(names)) < len(names):
+        raise UsageError(f"layers {', '.join(layers)} name {', '.join(names)}: give each layer once")
+    state = backbone.state_dict()
+    bad = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise DataError(
+            f"the weights of {source.name} hold NaN or infinity in {len(bad)} of {len(state)} tensors "
+            f"({', '.join(bad[:3])}); take another checkpoint"
+        )
+    sha256 = weights_sha256(state)
     backbone.eval().requires_grad_(False).to(device)
-    view = clean_view(loaded.view)
-    images_BCHW = torch.zeros(1, 3, view.size, view.size, device=device)
-    channels, height, width = backbone.feature_maps(images_BCHW, (layer,))[layer].shape[1:]
+    maps = backbone.feature_maps(torch.zeros(1, 3, view.size, view.size, device=device), names)
+    shapes = {name: (c, (h, w)) for name, map_Bchw in maps.items() for _, c, h, w in [map_Bchw.shape]}
     return Teacher(
         backbone=backbone,
-        layer=layer,
+        layers=tuple(TeacherLayer(name, *shapes[name]) for name in names),
         view=view,
-        name=loaded.name,
-        student=loaded.config.get("student"),
+        name=source.name,
+        student=source.student,
         sha256=sha256,
-        channels=channels,
-        grid=(height, width),
+        weights_file=source.weights_file,
+        weights_layout=source.weights_layout,
     )

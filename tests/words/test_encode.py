@@ -49,10 +49,10 @@ def run(teacher_file: Path, shards: Path, tmp_path: Path, small_chunks: int) -> 
 
 
 def test_words_are_the_nearest_centroids_of_each_image(clean: Path, teacher_file: Path, shards: Path) -> None:
-    index, teacher, store = open_index(shards), load_teacher(teacher_file, "block3", CPU), open_store(clean)
+    index, teacher, store = open_index(shards), load_teacher(teacher_file, ("block3",), CPU), open_store(clean)
     words, centroids = store.load_words(), torch.from_numpy(store.vocabulary())
     for rows, images in clean_batches(ShardReader(index), teacher.view, np.array([95, 3, 40]), batch=1, device=CPU):
-        vectors = teacher.maps(images)[0].flatten(1).T
+        vectors = teacher.maps(images)["block3"][0].flatten(1).T
         expected = torch.cdist(vectors.double(), centroids.double()).argmin(dim=1)
         assert (words[rows[0]].reshape(-1) == expected.numpy()).mean() > 0.9  # but for rounding at near ties
     assert np.array_equal(join_rows(store, index), np.arange(IMAGES))
@@ -79,8 +79,8 @@ def test_report(run: Any, shards: Path, clean: Path) -> None:
 
 def test_attributes_say_where_the_words_come_from(clean: Path, teacher_file: Path) -> None:
     attributes = open_store(clean).layer("block3").attributes
-    teacher = load_teacher(teacher_file, "block3", CPU)
-    assert attributes["teacher"] == teacher.provenance()
+    teacher = load_teacher(teacher_file, ("block3",), CPU)
+    assert attributes["teacher"] == teacher.provenance("block3")
     assert attributes["view"]["size"] == 16
     assert attributes["vocabulary"]["seed"] == 0
     assert attributes["words"] == 24
@@ -158,12 +158,12 @@ def test_features_that_are_not_finite_name_the_image(run: Any, monkeypatch: pyte
 
     plain, calls = Teacher.maps, []
 
-    def broken(self: Teacher, images_BCHW: torch.Tensor) -> torch.Tensor:
-        maps = plain(self, images_BCHW)
+    def broken(self: Teacher, images_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = plain(self, images_BCHW)["block3"]
         calls.append(len(maps))
         if len(calls) == 3:
             maps[5, 0, 1, 2] = torch.nan
-        return maps
+        return {"block3": maps}
 
     monkeypatch.setattr(Teacher, "maps", broken)
     message = r"layer 'block3' of the teacher gives NaN or infinity for 1 images of a batch, for example img0021; check"
@@ -174,7 +174,7 @@ def test_features_that_are_not_finite_name_the_image(run: Any, monkeypatch: pyte
 def test_an_untrained_flat_teacher_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from bowstore.words.teacher import Teacher
 
-    monkeypatch.setattr(Teacher, "maps", lambda self, images: torch.ones(len(images), 64, 4, 4))
+    monkeypatch.setattr(Teacher, "maps", lambda self, images: {"block3": torch.ones(len(images), 64, 4, 4)})
     with pytest.raises(DataError, match="hold only 1 distinct ones, too few for K = 24"):
         run()
 
@@ -184,10 +184,10 @@ def test_a_collapsed_vocabulary_warns(
 ) -> None:
     from bowstore.words.teacher import Teacher
 
-    def nearly_flat(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+    def nearly_flat(self: Teacher, images: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = torch.zeros(len(images), 64, 4, 4)
         maps[:, 0, 0, 0] = images.mean((1, 2, 3)) + 10
-        return maps
+        return {"block3": maps}
 
     monkeypatch.setattr(Teacher, "maps", nearly_flat)
     report = run(k=8)
