@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, write_shards, write_teacher
+from teacher_sets import IMAGES, write_shards, write_teacher
 
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_teacher
 from safetensors.torch import save_file
+from teacher_sets import write_teacher
 
 from bowstore.config import ModelConfig, TrainConfig
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError

@@ -1,0 +1,50 @@
+"""Shards of coarse noise and teachers without training, for tests of encoding."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bowstore.config import TrainConfig
+from bowstore.data.index import build_index
+from bowstore.models.registry import build_backbone
+from bowstore.models.saved import save_backbone
+
+IMAGES = 96
+
+
+def write_shards(folder: Path, images: int, *, seed: int = 0, prefix: str = "img") -> Path:
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for shard, rows in enumerate(np.array_split(np.arange(images), 3)):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in rows:
+                coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+                buffer = io.BytesIO()
+                coarse.resize((20, 18)).save(buffer, "png")
+                member = tarfile.TarInfo(f"{prefix}{row:04d}.png")
+                member.size = buffer.tell()
+                buffer.seek(0)
+                tar.addfile(member, buffer)
+    build_index(folder)
+    return folder
+
+
+def write_teacher(path: Path, *, seed: int = 0, **values: object) -> Path:
+    config = TrainConfig.model_validate(
+        {
+            "name": "tiny-rotnet",
+            "task": "rotation",
+            "view": {"size": 16, "resize": 16, "cutmix": False},
+            "model": {"arch": "wrn-10-1"},
+            "student": "tiny-bownet",
+            **values,
+        }
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save_backbone(path, build_backbone(config.model), config)
+    return path
