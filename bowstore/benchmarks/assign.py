@@ -1,0 +1,195 @@
+"""Assigning words against the matrix product that it cannot do without, and against FAISS.
+
+All ways run interleaved in one process, because machines are noisy: the median of the rounds' ratios counts.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import faiss
+import torch
+from torch import Tensor
+
+from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.environment import cores, device_name
+from bowstore.progress import Progress
+from bowstore.words.assign import PreparedWords, assign, assign_reference, exact_float32, prepare_words
+
+if TYPE_CHECKING:
+    from bowstore.words.assign_triton import FastWords, Tiles
+
+Way = Callable[[], Any]
+
+_FACTORS = 16  # that features and words are made of: real ones, too, lie near surfaces of few dimensions
+_SCORES = 1 << 30  # of a matrix product that are held at a time
+
+
+def bench_assign(
+    *, images: int, positions: int, dimensions: int, words: int, rounds: int, device: torch.device
+) -> BenchResult:
+    """Images/s of `assign`, of the float32 matrix product of the same shape, and of FAISS's exhaustive search.
+
+    On a GPU with tensor cores also: the float32 reference, the half-precision product, the search of every tiling
+    that fits the GPU, and the shares of vectors that needed a second look.
+
+    Args:
+        images: in a batch.
+        positions: feature vectors of an image.
+        dimensions: of a vector.
+        words: K.
+        rounds: interleaved rounds, after one to warm up.
+        device: where features and words lie.
+    """
+    features_ND, vocabulary_KD = _vectors(images * positions, dimensions, words, device)
+    prepared = prepare_words(vocabulary_KD)
+    ways: dict[str, Way] = {
+        "assign": partial(assign, features_ND, prepared),
+        "matrix product": _product(features_ND, prepared.words_DK),
+        **_faiss(features_ND, vocabulary_KD),
+        **(_tensor_cores(features_ND, vocabulary_KD, prepared, prepared.fast) if prepared.fast else {}),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    with Progress("bench assign", (rounds + 1) * len(ways), "timings") as progress:
+        for number in range(rounds + 1):
+            for name, way in ways.items():
+                rate = images / _seconds(way, device)
+                if number:  # the first round warms up caches, allocators and Triton's compiler
+                    rates[name].append(rate)
+                progress.advance(note=f"{name} {rate:.0f} images/s")
+    operations = 2.0 * positions * dimensions * words
+    teraflops = {name: operations * statistics.median(values) / 1e12 for name, values in rates.items()}
+    return BenchResult(
+        protocol="bench/assign",
+        device=f"{device_name(device)}, {cores()} cores",
+        inputs={},
+        settings={
+            "images": images,
+            "positions": positions,
+            "dimensions": dimensions,
+            "words": words,
+            "threads": torch.get_num_threads(),
+        },
+        unit="images",
+        timings=[Timing(name, values, f"{teraflops[name]:.3g} TFLOP/s") for name, values in rates.items()],
+        figures={
+            "ratio_over_matmul": _ratio(rates, "matrix product"),
+            **({"ratio_over_faiss": _ratio(rates, "FAISS")} if "FAISS" in rates else {}),
+            "teraflops": teraflops["assign"],
+            **_agreement(features_ND, vocabulary_KD, prepared),
+        },
+        notes=["of made-up features of 16 factors; the shares of second looks depend on the features"],
+    )
+
+
+def _vectors(count: int, dimensions: int, words: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and words (K, D), rectified mixtures of the same few factors."""
+    generator = torch.Generator(device).manual_seed(0)
+    mixture = torch.randn(_FACTORS, dimensions, generator=generator, device=device)
+    features = torch.randn(count, _FACTORS, generator=generator, device=device) @ mixture
+    vocabulary = torch.randn(words, _FACTORS, generator=generator, device=device) @ mixture
+    return features.relu_(), vocabulary.relu_()
+
+
+def _product(left_ND: Tensor, right_DK: Tensor) -> Way:
+    """Their product, in as many parts as memory asks for, into memory that is there already."""
+    rows = max(1, min(len(left_ND), _SCORES // right_DK.shape[1]))
+    buffer = torch.empty(rows, right_DK.shape[1], dtype=left_ND.dtype, device=left_ND.device)
+
+    def product() -> None:
+        with exact_float32():
+            for start in range(0, len(left_ND), rows):
+                part_ND = left_ND[start : start + rows]
+                torch.mm(part_ND, right_DK, out=buffer[: len(part_ND)])
+
+    return product
+
+
+def _faiss(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
+    """FAISS where the features lie; nothing for a GPU that the installed FAISS does not know."""
+    index: Any
+    if features_ND.is_cuda:
+        if not hasattr(faiss, "GpuIndexFlatL2"):
+            return {}
+        import_module("faiss.contrib.torch_utils")  # lets indexes take tensors
+        config = faiss.GpuIndexFlatConfig()
+        config.device = features_ND.device.index or 0
+        resources = faiss.StandardGpuResources()  # has to outlive the index
+        index = faiss.GpuIndexFlatL2(resources, vocabulary_KD.shape[1], config)
+        index.add(vocabulary_KD)
+        return {"FAISS": lambda: (resources, index.search(features_ND, 1))}
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(vocabulary_KD.shape[1])
+    index.add(vocabulary_KD.numpy())
+    return {"FAISS": lambda: index.search(features_ND.numpy(), 1)}
+
+
+def _tensor_cores(
+    features_ND: Tensor, vocabulary_KD: Tensor, prepared: PreparedWords, fast: "FastWords"
+) -> dict[str, Way]:
+    """The search on tensor cores in other forms, and the products that bound it."""
+    from bowstore.words.assign_triton import fits, nearest, prepare_fast
+
+    tilings = [tiles for tiles in _tilings() if fits(tiles, features_ND.device)]
+    return {
+        "float32 reference": partial(assign_reference, features_ND, prepared),
+        "float16 product": _product(features_ND.half(), prepared.words_DK.half()),
+        "bfloat16 search": partial(nearest, features_ND, prepare_fast(vocabulary_KD, torch.bfloat16)),
+        **{_name(tiles): partial(nearest, features_ND, fast, tiles) for tiles in tilings},
+    }
+
+
+def _tilings() -> "list[Tiles]":
+    """The defaults with other numbers of ranges, and their neighbours."""
+    from bowstore.words.assign_triton import HOPPER, OTHER, Tiles
+
+    return [
+        *(HOPPER._replace(ranges=ranges) for ranges in (1, 4, 16, 64)),
+        HOPPER._replace(stages=3),
+        Tiles(rows=256, words=128, dims=128, warps=8, stages=2),
+        Tiles(rows=128, words=128, dims=64, warps=8, stages=4),
+        Tiles(rows=128, words=128, dims=64, warps=8, stages=3),
+        Tiles(rows=64, words=128, dims=64, warps=4, stages=4),
+        OTHER,
+    ]
+
+
+def _name(tiles: "Tiles") -> str:
+    size = f"{tiles.rows}x{tiles.words}x{tiles.dims}"
+    return f"{size} {tiles.warps} warps {tiles.stages} stages" + (f" {tiles.ranges} ranges" if tiles.ranges else "")
+
+
+def _agreement(features_ND: Tensor, vocabulary_KD: Tensor, prepared: PreparedWords) -> dict[str, float]:
+    """Shares of vectors: whose word differs from the float32 reference's; that tensor cores had to look at again."""
+    rows = min(len(features_ND), 1 << 15)
+    some = features_ND[:rows]
+    figures = {}
+    if prepared.fast:
+        from bowstore.words.assign_triton import nearest, prepare_fast
+
+        reference = assign_reference(some, prepared)
+        figures["share_unlike_float32"] = float((assign(some, prepared).int() != reference.int()).float().mean())
+        for name, words in (("", prepared.fast), ("_bfloat16", prepare_fast(vocabulary_KD, torch.bfloat16))):
+            found = nearest(some, words)
+            figures[f"share_compared{name}"] = found.compared / rows
+            figures[f"share_searched_twice{name}"] = found.searched_twice / rows
+            figures[f"share_left_to_float32{name}"] = len(found.open_U) / rows
+    return figures
+
+
+def _seconds(way: Way, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    way()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
+
+
+def _ratio(rates: dict[str, list[float]], other: str) -> float:
+    """Median over the rounds of `assign`'s rate over another's."""
+    return statistics.median(ours / theirs for ours, theirs in zip(rates["assign"], rates[other], strict=True))

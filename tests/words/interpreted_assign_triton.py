@@ -1,0 +1,221 @@
+"""The kernels of assign_triton.py in Triton's interpreter, on the CPU; test_assign_triton.py runs this file."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from feature_sets import KINDS, make_vectors, real_vectors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.runtime import interpreter
+
+from bowstore.words import assign_triton
+from bowstore.words.assign import assign, assign_reference, prepare_words
+from bowstore.words.assign_triton import FastWords, Nearest, Tiles, nearest, prepare_fast
+
+HALVES = torch.float16, torch.bfloat16
+TILES = Tiles(rows=64, words=64, dims=32, warps=4, stages=2)
+far = pytest.mark.filterwarnings(  # NumPy's, on what a GPU computes in silence: infinite and undefined bounds
+    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bfloat16_products() -> Any:
+    """The interpreter holds bfloat16 as its bits and multiplies those: give it the numbers."""
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def numbers(bits: Any) -> Any:
+        if bits.dtype != interpreter.tl.bfloat16:
+            return bits
+        data = (bits.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, interpreter.tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return plain(self, numbers(a), numbers(b), *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
+def scores(features_ND: Tensor, words_KD: Tensor) -> Tensor:
+    """Squared distances in float64, or one constant less a row, with the last bits right for whole numbers."""
+    middle = words_KD.double().mean(dim=0).round()
+    features, words = features_ND.double() - middle, words_KD.double() - middle
+    return words.square().sum(dim=1) - 2 * features @ words.T
+
+
+def check_proven(features_ND: Tensor, words_KD: Tensor, found: Nearest) -> None:
+    """All but the open vectors have the nearest word, to float64's rounding; of equals the lowest."""
+    settled_N = torch.ones(len(features_ND), dtype=torch.bool)
+    settled_N[found.open_U] = False
+    scores_NK = scores(features_ND, words_KD)[settled_N]
+    chosen_N = scores_NK.gather(1, found.ids_N[settled_N].long()[:, None])[:, 0]
+    sizes_N = features_ND[settled_N].double().norm(dim=1) + words_KD.double().norm(dim=1).max()
+    assert (chosen_N <= scores_NK.amin(dim=1) + 1e-12 * sizes_N.square()).all()
+    ids_N = found.ids_N[settled_N].long()
+    first_NK = (words_KD[ids_N][:, None] == words_KD).all(dim=2).int().argmax(dim=1)
+    assert torch.equal(first_NK, ids_N)  # of identical words the first
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize(
+    ("n", "d", "k", "tiles"),
+    [
+        (1, 1, 1, TILES),
+        (3, 5, 1, TILES),
+        (1, 9, 64, TILES),
+        (33, 20, 300, TILES),
+        (70, 129, 513, TILES._replace(ranges=3)),
+        (32, 64, 128, TILES._replace(ranges=1)),
+        (40, 31, 65, TILES._replace(ranges=7)),
+        (6, 3, 65535, Tiles(16, 4096, 16, 4, 2)),
+    ],
+)
+def test_the_nearest_word_for_odd_shapes(n: int, d: int, k: int, tiles: Tiles, half: torch.dtype) -> None:
+    features, words = make_vectors("normal", n, d, k, seed=n)
+    found = nearest(features, prepare_fast(words, half), tiles)
+    assert len(found.open_U) == 0
+    check_proven(features, words, found)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    n=st.integers(1, 40),
+    d=st.integers(1, 70),
+    k=st.integers(1, 150),
+    half=st.sampled_from(HALVES),
+    seed=st.integers(0, 1000),
+)
+@far
+def test_the_nearest_word_of_any_kind(kind: str, n: int, d: int, k: int, half: torch.dtype, seed: int) -> None:
+    features, words = make_vectors(kind, n, d, k, seed)
+    fast = prepare_fast(words, half)
+    check_proven(features, words, nearest(features, fast, TILES))
+    prepared = prepare_words(words)._replace(fast=fast)
+    check_contract(features, words, assign(features, prepared))
+
+
+def check_contract(features_ND: Tensor, words_KD: Tensor, ids_N: Tensor) -> None:
+    assert ids_N.dtype == torch.uint16
+    distances_NK = torch.cdist(features_ND.double(), words_KD.double()).square()
+    chosen_N = distances_NK.gather(1, ids_N.long()[:, None])[:, 0]
+    norm, norm_N = words_KD.double().norm(dim=1).max(), features_ND.double().norm(dim=1)
+    bound_N = 4 * (features_ND.shape[1] + 2) * 2.0**-24 * (norm_N * norm + norm**2 / 2)
+    assert (chosen_N <= distances_NK.amin(dim=1) + bound_N + 1e-12 * norm_N.square()).all()
+
+
+def bounds(features_ND: Tensor, fast: FastWords, ranges: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the search found, and the bound e of what it listed: low (M, N), ids (M, N), others (R, N), e (M, N)."""
+    rounded_ND, alpha_N = assign_triton._round(features_ND, fast)
+    tiles = TILES._replace(ranges=ranges)
+    low_MN, ids_MN, others_RN = assign_triton._search(rounded_ND, alpha_N, fast, tiles)
+    last = len(fast.words_KD) - 1
+    return low_MN, ids_MN, others_RN, alpha_N * fast.reach_K[ids_MN.clamp(max=last).long()]
+
+
+@far
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from([kind for kind in KINDS if kind != "far"]),
+    d=st.integers(1, 100),
+    k=st.integers(1, 200),
+    ranges=st.integers(1, 4),
+    half=st.sampled_from(HALVES),
+    seed=st.integers(0, 1000),
+)
+def test_every_score_lies_within_its_bound(
+    kind: str, d: int, k: int, ranges: int, half: torch.dtype, seed: int
+) -> None:
+    features, words = make_vectors(kind, 20, d, k, seed)
+    fast = prepare_fast(words, half)
+    low_MN, ids_MN, others_RN, bound_MN = bounds(features, fast, ranges)
+    shifted_ND = (features.double() - fast.middle_D) * fast.scale
+    words_KD = (words.double() - fast.middle_D) * fast.scale
+    exact_KN = words_KD.square().sum(dim=1)[:, None] / 2 - words_KD @ shifted_ND.T
+    exact_KN = torch.cat([exact_KN, torch.full((1, 20), torch.inf)])
+    listed_MN = exact_KN.gather(0, ids_MN.clamp(max=k).long())
+    tiny_N = 1e-13 * (shifted_ND.norm(dim=1) + words_KD.norm(dim=1).max()).square()  # float64's own rounding
+    finite_N = bound_MN.isfinite().all(dim=0)
+    assert finite_N.all() or (kind == "large" and k == 1)  # one word has no size for features to be compared with
+    assert (low_MN <= listed_MN + tiny_N)[:, finite_N].all()
+    assert (listed_MN <= low_MN + 2 * bound_MN + tiny_N)[(ids_MN < k) & finite_N].all()
+    exact_KN.scatter_(0, ids_MN.clamp(max=k).long(), torch.inf)
+    assert (others_RN.amin(dim=0) <= exact_KN.amin(dim=0) + tiny_N)[finite_N].all()
+
+
+def test_bounds_are_not_idle() -> None:
+    """Rounding does change the order of real distances, so without the bound some words would be wrong."""
+    features, words = real_vectors(24, 1000)
+    features = features[:256]
+    tiles, exact = Tiles(256, 128, 256, 8, 2, 4), scores(features, words).argmin(dim=1)
+    shares = []
+    for half in HALVES:
+        fast = prepare_fast(words, half)
+        found = nearest(features, fast, tiles)
+        assert torch.equal(found.ids_N.long(), exact)
+        rounded_ND, alpha_N = assign_triton._round(features, fast)
+        low_MN, ids_MN, _ = assign_triton._search(rounded_ND, torch.zeros_like(alpha_N), fast, tiles)
+        rough = ids_MN.gather(0, low_MN.argmin(dim=0, keepdim=True))[0]
+        shares.append((found.compared, found.searched_twice, int((rough != exact).sum())))
+    (compared, twice, wrong), (compared_bf16, twice_bf16, wrong_bf16) = shares
+    assert 0 < compared < 0.5 * 256
+    assert compared < compared_bf16
+    assert twice < twice_bf16
+    assert wrong < wrong_bf16
+    assert wrong_bf16 > 0
+
+
+def test_ties_go_to_the_lower_id() -> None:
+    features, words = make_vectors("whole numbers", 60, 3, 200, seed=1)
+    fast = prepare_fast(words)
+    found = nearest(features, fast, TILES)
+    assert found.searched_twice > 0  # many words at the same distance
+    assert torch.equal(found.ids_N.long(), scores(features, words).argmin(dim=1))
+
+
+def test_more_candidates_than_the_list_holds_are_left_open() -> None:
+    words = torch.ones(300, 8)
+    found = nearest(torch.zeros(3, 8), prepare_fast(words), TILES)
+    assert found.open_U.tolist() == [0, 1, 2]
+    prepared = prepare_words(words)._replace(fast=prepare_fast(words))
+    assert assign(torch.zeros(3, 8), prepared).tolist() == [0, 0, 0]
+
+
+@far
+def test_vectors_beyond_half_precision_are_left_open_and_assigned() -> None:
+    features, words = make_vectors("normal", 30, 16, 100, seed=0)
+    features[[3, 17]] *= 1e7
+    found = nearest(features, prepare_fast(words), TILES)
+    assert found.open_U.tolist() == [3, 17]
+    check_proven(features, words, found)
+    prepared = prepare_words(words)
+    ids = assign(features, prepared._replace(fast=prepare_fast(words)))
+    assert torch.equal(ids.long(), assign_reference(features, prepared).long())
+
+
+def test_rows_are_taken_in_blocks_of_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, words = make_vectors("duplicates", 50, 12, 90, seed=4)
+    fast = prepare_fast(words)
+    whole = nearest(features, fast, TILES)
+    monkeypatch.setattr(assign_triton, "_ROUNDED_ELEMENTS", 7 * 16)
+    assert torch.equal(nearest(features, fast, TILES).ids_N, whole.ids_N)
+    assert torch.equal(nearest(features.T.contiguous().T, fast, TILES).ids_N, whole.ids_N)
+    none = nearest(features[:0], fast, TILES)
+    assert len(none.ids_N) == len(none.open_U) == 0
+
+
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    few, words = make_vectors("duplicates", 3, 6, 40, seed=2)
+    step = 2**31 + 12345
+    sparse = np.memmap(tmp_path / "features", np.float32, "w+", shape=(2 * step + 6,))  # 17 GB, of which a page is used
+    features = torch.from_numpy(sparse).as_strided((3, 6), (step, 1))
+    features.copy_(few)
+    found = nearest(features, prepare_fast(words), TILES)
+    assert found.compared == 3  # which reads the features a second time
+    assert torch.equal(found.ids_N, nearest(few, prepare_fast(words), TILES).ids_N)
