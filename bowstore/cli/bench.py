@@ -1,4 +1,4 @@
-"""Commands that measure this machine: bench loader, reader, store, targets, train."""
+"""Commands that measure this machine: bench loader, reader, store, targets, train, assign."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +170,31 @@ def train(
     result = bench_training(resolved, steps=steps, rounds=rounds)
     if result:
         _keep(workspace, "train", result, as_json)
+
+
+@bench.command()
+@click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="Images a round.")
+@click.option("--positions", type=click.IntRange(1), default=196, show_default=True, help="Vectors an image.")
+@click.option("--dimensions", type=click.IntRange(1), default=1024, show_default=True)
+@click.option("--K", "words", type=click.IntRange(1), default=20000, show_default=True, help="Number of words.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
+@click.option("--device", type=DEVICES, default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
+def assign(images: int, positions: int, dimensions: int, words: int, rounds: int, device: str, as_json: bool) -> None:
+    """The nearest word of each vector, against the matrix product of the same shape and FAISS's search."""
+    from bowstore.benchmarks.assign import bench_assign
+    from bowstore.config import load_workspace
+    from bowstore.environment import choose_device
+
+    result = bench_assign(
+        images=images,
+        positions=positions,
+        dimensions=dimensions,
+        words=words,
+        rounds=rounds,
+        device=choose_device(device),
+    )
+    _keep(load_workspace(), "assign", result, as_json)
 
 
 def _keep(workspace: Any, name: str, result: Any, as_json: bool) -> None:

@@ -223,7 +223,7 @@ def _decoder(device: torch.device) -> str:
 
 def _bounds(encoded: Any) -> Any:
     """Height and width of the encoded image, int32, as they lie in the file (no EXIF rotation)."""
-    return fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:2], dtype=types.INT32)
+    return fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[0:2]
 
 
 def _short_side(images: Any, bounds: Any, resize: int, crop: int | None) -> Any:
@@ -249,9 +249,11 @@ def _decode_window(inputs: dict[str, Any], device: torch.device, hw_load: float)
     themselves (`peek_image_shape`), not from the index.
     """
     encoded = inputs["encoded"]
+    # No more operators than needed: each one is a round of the thread pool. Starts below 0 and empty windows are
+    # taken care of where the inputs are laid out.
     bounds = _bounds(encoded)
-    start = math.max(math.min(inputs["start"], bounds - 1), 0)
-    shape = math.max(math.min(inputs["shape"], bounds - start), 1)
+    start = math.min(inputs["start"], bounds - 1)
+    shape = math.min(inputs["shape"], bounds - start)
     return fn.decoders.image_slice(
         encoded,
         device=_decoder(device),
@@ -308,8 +310,8 @@ def _train_feed(
     box = np.where(empty[:, None], whole, plan.box)
     return (plan, ahead(plan) if ahead else None), {
         "encoded": encoded,
-        "start": np.ascontiguousarray(plan.window[:, :2]),
-        "shape": np.ascontiguousarray(plan.window[:, 2:]),
+        "start": np.maximum(plan.window[:, :2], 0),
+        "shape": np.maximum(plan.window[:, 2:], 1),
         "mirror": plan.mirror,
         "brightness": plan.brightness,
         "contrast": plan.contrast,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_WORDS = 65535  # ids are uint16, and 65535 itself means "not written"
 
 # On a CPU a block of scores stays in cache between product and argmin; on a GPU it only has to fit in memory.
-_CPU_BLOCK, _CPU_BLOCK_WORDS = 1 << 21, 2048
+_CPU_BLOCK, _CPU_BLOCK_WORDS = 1 << 21, 1024
 _GPU_BLOCK, _GPU_BLOCK_WORDS = 1 << 27, 1 << 15
 
 
