@@ -96,7 +96,9 @@ def test_the_nearest_word_for_odd_shapes(n: int, d: int, k: int, tiles: Tiles, h
 def test_the_nearest_word_of_any_kind(kind: str, n: int, d: int, k: int, half: torch.dtype, seed: int) -> None:
     features, words = make_vectors(kind, n, d, k, seed)
     fast = prepare_fast(words, half)
-    check_proven(features, words, nearest(features, fast, TILES))
+    found = nearest(features, fast, TILES)
+    check_proven(features, words, found)
+    assert len(found.open_U) == 0 or kind in ("far", "zeros") or k == 1
     prepared = prepare_words(words)._replace(fast=fast)
     check_contract(features, words, assign(features, prepared))
 
@@ -187,6 +189,22 @@ def test_more_candidates_than_the_list_holds_are_left_open() -> None:
     assert assign(torch.zeros(3, 8), prepared).tolist() == [0, 0, 0]
 
 
+def test_words_that_drop_out_of_the_list_are_not_forgotten() -> None:
+    """In each block of 64 words one is near, the nearer the later the block: listed last, then pushed out by two."""
+    distances = torch.full((320,), 100.0)
+    distances[::64] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    words = distances[:, None] * torch.nn.functional.normalize(make_vectors("normal", 1, 30, 320, seed=0)[1])
+    for order in (words, words.view(5, 64, 30).flip(0).reshape(320, 30)):
+        fast = prepare_fast(order)
+        features = torch.zeros(1, 30)
+        low_MN, ids_MN, others_RN, bound_MN = bounds(features, fast, ranges=1)
+        shift = float(low_MN[0, 0] + bound_MN[0, 0]) - fast.scale**2 / 2  # of what is the same for all words
+        listed = (low_MN + bound_MN - shift)[:, 0] / fast.scale**2
+        assert torch.allclose(listed, torch.tensor([0.5, 2.0]), atol=0.1)
+        assert abs(float(others_RN[0, 0] - shift) / fast.scale**2 - 4.5) < 0.1 + float(bound_MN.max()) / fast.scale**2
+        assert sorted(ids_MN[:, 0].tolist()) == ([192, 256] if order is words else [0, 64])
+
+
 @far
 def test_vectors_beyond_half_precision_are_left_open_and_assigned() -> None:
     features, words = make_vectors("normal", 30, 16, 100, seed=0)
@@ -199,21 +217,28 @@ def test_vectors_beyond_half_precision_are_left_open_and_assigned() -> None:
     assert torch.equal(ids.long(), assign_reference(features, prepared).long())
 
 
+@far
 def test_rows_are_taken_in_blocks_of_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     features, words = make_vectors("duplicates", 50, 12, 90, seed=4)
+    features[33] *= 1e8
     fast = prepare_fast(words)
     whole = nearest(features, fast, TILES)
+    assert whole.open_U.tolist() == [33]
+    settled = torch.arange(50) != 33
     monkeypatch.setattr(assign_triton, "_ROUNDED_ELEMENTS", 7 * 16)
-    assert torch.equal(nearest(features, fast, TILES).ids_N, whole.ids_N)
-    assert torch.equal(nearest(features.T.contiguous().T, fast, TILES).ids_N, whole.ids_N)
+    for layout in (features, features.T.contiguous().T):
+        parts = nearest(layout, fast, TILES)
+        assert torch.equal(parts.ids_N[settled], whole.ids_N[settled])
+        assert parts.open_U.tolist() == [33]
+        assert (parts.compared, parts.searched_twice) == (whole.compared, whole.searched_twice)
     none = nearest(features[:0], fast, TILES)
     assert len(none.ids_N) == len(none.open_U) == 0
 
 
 def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     few, words = make_vectors("duplicates", 3, 6, 40, seed=2)
-    step = 2**31 + 12345
-    sparse = np.memmap(tmp_path / "features", np.float32, "w+", shape=(2 * step + 6,))  # 17 GB, of which a page is used
+    step = 2**30 + 12345  # so that only the product of row and step needs more
+    sparse = np.memmap(tmp_path / "features", np.float32, "w+", shape=(2 * step + 6,))  # 9 GB, of which a page is used
     features = torch.from_numpy(sparse).as_strided((3, 6), (step, 1))
     features.copy_(few)
     found = nearest(features, prepare_fast(words), TILES)
