@@ -4,5 +4,5 @@ import sys
 
 from bowstore.cli import main
 
-if __name__ == "__main__":  # the workers import this file again
+if __name__ == "__main__":
     main(["shards", *sys.argv[1:]])

@@ -4,17 +4,10 @@ A shard is written whole under a temporary name, then gets its name, then its re
 record counts as finished.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -23,11 +16,11 @@ import xxhash
 from bowstore.data.images import Prepared, UnusableImage, prepare
 from bowstore.data.index_build import PARTS_FOLDER
 from bowstore.data.sources import DANGLING, NO_LABEL, ImageFile, Reader, Source, open_source
-from bowstore.errors import BowstoreError, CorruptError
+from bowstore.data.workers import Report, run_jobs
+from bowstore.errors import CorruptError
 from bowstore.files import atomic_file, read_json, write_json
 
 _REPORT_EVERY_IMAGES = 50
-_POLL_SECONDS = 0.5
 _USUAL_SUFFIXES = {"jpg": ("jpg", "jpeg", "jpe", "jfif"), "png": ("png", "apng"), "webp": ("webp",)}
 
 
@@ -88,7 +81,7 @@ def read_record(job: ShardJob) -> Record | None:
 def write_shards(
     source: Source, jobs: Sequence[ShardJob], workers: int, advance: Callable[[int], None]
 ) -> Iterator[Record]:
-    """Write shards, each with its record; yield the records as shards finish, in any order.
+    """Write shards, each with its record; yield the records, in order.
 
     Args:
         source: where the images lie.
@@ -102,11 +95,21 @@ def write_shards(
         OSError: the disk is full, or the folder cannot be written.
     """
     if min(workers, len(jobs)) > 1:
-        yield from _write_in_processes(source, jobs, workers, advance)
+        work = partial(_write_in_worker, source)
+        yield from run_jobs(work, jobs, min(workers, len(jobs)), advance, kept="finished shards are kept: ")
         return
     read = open_source(source)  # one for all shards: it may hold a whole archive
-    for job in jobs:
-        yield _write_shard(job, read, advance)
+    yield from run_jobs(partial(_write_shard, read), jobs, 1, advance)
+
+
+def _write_in_worker(source: Source, job: ShardJob, report: Report) -> Record:
+    return _write_shard(_reader(source), job, report)
+
+
+@cache
+def _reader(source: Source) -> Reader:
+    """A worker's reader, kept from shard to shard; it ends with the worker."""
+    return open_source(source)
 
 
 class _DigestingFile:
@@ -123,7 +126,7 @@ class _DigestingFile:
         return self._file.write(data)
 
 
-def _write_shard(job: ShardJob, read: Reader, report: Callable[[int], None]) -> Record:
+def _write_shard(read: Reader, job: ShardJob, report: Report) -> Record:
     """Write one tar and its record; `report` hears of every few images and may raise to stop."""
     # It brings torch along: two seconds that a run with nothing to do need not wait.
     from webdataset import TarWriter
@@ -173,66 +176,3 @@ def _changes(image: ImageFile, prepared: Prepared) -> list[str]:
         return [prepared.change]
     suffix = image.path.rpartition(".")[2].lower()
     return [] if suffix in _USUAL_SUFFIXES[prepared.extension] else ["renamed"]
-
-
-def _write_in_processes(
-    source: Source, jobs: Sequence[ShardJob], workers: int, advance: Callable[[int], None]
-) -> Iterator[Record]:
-    """Yield records as shards finish. Workers stop within some images when this process leaves, or dies."""
-    context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
-    count, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_start_worker, initargs=(source, count, stop)
-    )
-    seen = 0
-    try:
-        running: set[Future[Record]] = {pool.submit(_write_shard_in_worker, job) for job in jobs}
-        while running:
-            finished, running = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-            now = count.value
-            advance(now - seen)
-            seen = now
-    except BrokenProcessPool as error:
-        raise BowstoreError(
-            "a worker process died (out of memory, perhaps); finished shards are kept: "
-            f"run the same command again, with fewer workers than {workers}"
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-class _Stopped(Exception):
-    """The main process wants no more shards."""
-
-
-_in_worker: tuple[Reader, "Synchronized[int]", Event] | None = None
-
-
-def _start_worker(source: Source, count: "Synchronized[int]", stop: Event) -> None:
-    global _in_worker
-    _in_worker = open_source(source), count, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    # A worker whose parent was killed would wait for its next shard for ever.
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
-
-
-def _write_shard_in_worker(job: ShardJob) -> Record:
-    assert _in_worker, "the pool's initializer has run"
-    read, count, stop = _in_worker
-
-    def report(images: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        with count.get_lock():
-            count.value += images
-
-    return _write_shard(job, read, report)

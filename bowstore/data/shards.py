@@ -124,7 +124,7 @@ def make_shards(
     """Write the images of a source as shards, with index and manifest, to `out/<split>`.
 
     Runs on from where an earlier run was stopped; does nothing where everything lies there already. With more
-    than one worker it starts processes: a script that calls it needs the usual `if __name__ == "__main__"`.
+    than one worker it starts processes, which know nothing of the caller's script.
 
     Args:
         source: file or folder in one of the layouts of `bowstore.data.sources`.

@@ -30,7 +30,9 @@ def worker_count(wanted: int | None, jobs: int, total_bytes: int, worth_bytes: i
     return max(1, min(most, jobs))
 
 
-def run_jobs(work: Work[Job, Result], jobs: Sequence[Job], workers: int, advance: Report) -> Iterator[Result]:
+def run_jobs(
+    work: Work[Job, Result], jobs: Sequence[Job], workers: int, advance: Report, *, kept: str = ""
+) -> Iterator[Result]:
     """Yield `work(job, report)` of each job, in order.
 
     With more than one worker these are new processes. They know nothing of the caller's script (which is not run
@@ -41,9 +43,11 @@ def run_jobs(work: Work[Job, Result], jobs: Sequence[Job], workers: int, advance
         jobs: what to do.
         workers: processes; 1 for none beside this one.
         advance: hears in this process what workers report.
+        kept: what the message says of the work that is done, for example "finished shards are kept: ".
 
     Raises:
         BowstoreError: a worker died.
+        Exception: the first that any job raises, whosever turn it is.
     """
     if workers == 1:
         yield from (work(job, advance) for job in jobs)
@@ -52,12 +56,23 @@ def run_jobs(work: Work[Job, Result], jobs: Sequence[Job], workers: int, advance
     done, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(done, stop))
     heard = 0
+    failed: list[Future[Result]] = []
+
+    def note(future: Future[Result]) -> None:
+        if not future.cancelled() and future.exception():
+            failed.append(future)
+
     try:
         with _no_script():
             futures: list[Future[Result] | None] = [pool.submit(partial(_work, work), job) for job in jobs]
+            for future in futures:
+                assert future is not None
+                future.add_done_callback(note)
         for place, future in enumerate(futures):
             assert future is not None
             while wait([future], timeout=_POLL_SECONDS).not_done or heard < done.value:
+                if failed:
+                    failed[0].result()
                 now = done.value
                 advance(now - heard)
                 heard = now
@@ -65,7 +80,7 @@ def run_jobs(work: Work[Job, Result], jobs: Sequence[Job], workers: int, advance
             yield future.result()
     except BrokenProcessPool as error:
         raise BowstoreError(
-            f"a worker process died (out of memory, perhaps); run again with fewer workers than {workers}"
+            f"a worker process died (out of memory, perhaps); {kept}run again with fewer workers than {workers}"
         ) from error
     finally:
         stop.set()

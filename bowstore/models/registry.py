@@ -8,6 +8,7 @@ Legend: B batch, C channels, H W pixels, h w feature map.
 
 import difflib
 import re
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class LayerInfo:
     is_output: bool = False
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A network without its classifier, whose maps can be had without running what follows them.
 
     Attributes:
@@ -75,13 +76,13 @@ class Backbone(nn.Module):
         super().__init__()
         self._tables: dict[int, tuple[dict[str, LayerInfo], dict[str, str]]] = {}
 
+    @abstractmethod
     def root(self) -> nn.Module:
         """The module below which layers have their paths."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trunk(self, images_BCHW: Tensor) -> Tensor:
         """Run the whole network; its own output."""
-        raise NotImplementedError
 
     def aliases(self, probed: Sequence[Probed], size: int) -> dict[str, tuple[str, str]]:
         """Names of its own for modules: (path, note) by name."""
@@ -91,9 +92,9 @@ class Backbone(nn.Module):
         """The path that another library's name for a module means here, or the name itself."""
         return layer
 
+    @abstractmethod
     def spellings(self) -> dict[str, dict[str, str]]:
         """Names that weights files use for its tensors: own name by the file's name, by kind of file."""
-        raise NotImplementedError
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Global average pool of the last stage, (B, C)."""

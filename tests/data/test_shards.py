@@ -444,7 +444,7 @@ def _die(*_arguments: object) -> None:
 
 
 def test_a_dead_worker_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_writer, "_start_worker", _die)
+    monkeypatch.setattr(shard_writer, "_write_in_worker", _die)
     with pytest.raises(
         BowstoreError, match=r"a worker process died .*finished shards are kept: .* with fewer workers than 2"
     ):
