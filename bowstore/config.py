@@ -115,6 +115,27 @@ class StorageConfig(Strict):
     timeout_s: float = Field(30.0, gt=0, description="seconds without a byte before a transfer counts as failed")
 
 
+class EncodeConfig(Strict):
+    """How words are made: the teacher, its layers, the vocabulary (paper, Eq. 1 and 2)."""
+
+    teacher: Path | str = Field(description="run, checkpoint or exported backbone; or timm:NAME, torchvision:NAME...")
+    weights: Path | None = Field(None, description="weights file of an architecture; null: random, from seed")
+    size: int | None = Field(None, ge=8, le=2048, description="side of the clean view, pixels; null: the teacher's")
+    resize: int | None = Field(None, ge=8, description="short side before the crop, pixels; null: the teacher's")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the teacher; words are always exact")
+    layers: tuple[str, ...] = Field((), description="layers that are encoded in one pass")
+    k: tuple[int, ...] = Field((), description="words of each layer; one number for all of them")
+    border: int = Field(0, ge=0, description="cells left out at each side of the map")
+    pca: int | None = Field(None, ge=1, description="principal components before k-means; null: none")
+    whiten: bool = Field(False, description="components of unit variance; goes with pca")
+    vocabulary: Path | None = Field(None, description="word store whose vocabulary is used; null: one is made")
+    seed: int = Field(0, ge=0, description="of the sample and of k-means")
+    sample_per_word: int = Field(256, ge=1, description="feature vectors sampled for each word")
+    iterations: int = Field(25, ge=1, description="of k-means")
+    batch: int | None = Field(None, ge=1, description="images a batch; null: 16, 256 on a GPU")
+    threads: int | None = Field(None, ge=1, description="decoding threads; null: cores a process")
+
+
 class RuntimeConfig(Strict):
     """How to run; none of it changes what is learned beyond rounding."""
 

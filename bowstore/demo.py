@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bowstore.config import Workspace, find_config
+from bowstore.config import EncodeConfig, Workspace, find_config
 from bowstore.evaluate.protocol import Result, comparison_table
 from bowstore.evaluate.run import evaluate_run_linear
 from bowstore.files import write_json
@@ -87,15 +87,9 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoResult:
         teacher = resolve_train(workspace, find_config(Path("demo_rotnet.yaml")), [f"seed={seed}"])
         say(train(teacher, workspace.runs).text())
     with timed(seconds, "words"):
-        encoded = encode(
-            teacher=workspace.runs / teacher.name,
-            shards=workspace.shards,
-            store=workspace.store,
-            layer=LAYER,
-            k=WORDS,
-            seed=seed,
-            device=choose_device("auto"),
-        )
+        words = EncodeConfig(teacher=workspace.runs / teacher.name, layers=(LAYER,), k=(WORDS,), seed=seed)
+        device = choose_device("auto")
+        encoded = encode(words, shards=workspace.shards, store=workspace.store, device=device)
         say(encoded.text())
     with timed(seconds, "BoWNet"):
         student = resolve_train(workspace, None, [f"seed={seed}"])

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from shard_sets import encode_jpeg
+from shard_sets import encode_jpeg, fill_layer
 
 from bowstore.config import TrainConfig, ViewConfig, validate
 from bowstore.words.layer import LayerSpec
-from bowstore.words.store import create_store, writing_lock
+from bowstore.words.store_writer import create_store
 
 LEVELS, CHANNELS = 16, 3
 WORDS = LEVELS * CHANNELS
@@ -75,14 +75,10 @@ def write_coloured_store(
     """A complete store of one layer; `words` (N, 1, 3) are by default those of the keys."""
     words = words_of(keys) if words is None else words
     hashes = np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64)
-    with writing_lock(path):
-        writer = create_store(path, fingerprint=fingerprint, key_hash_N=hashes)
-        teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
-        spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=WORDS, grid=(1, CHANNELS), channels=8)
-        layer = writer.add_layer("block3", spec, np.zeros((WORDS, 8), np.float32))
-        for chunk in range(layer.chunks):
-            writer.write_chunk("block3", chunk, words[layer.rows(chunk)])
-        writer.mark_complete("block3", np.bincount(words.ravel(), minlength=WORDS), {})
+    writer = create_store(path, fingerprint=fingerprint, key_hash_N=hashes)
+    teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
+    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=WORDS, grid=(1, CHANNELS), channels=8)
+    fill_layer(writer, "block3", spec, words)
     return path
 
 

@@ -11,7 +11,9 @@ from PIL import Image
 
 from bowstore.data.index import Index
 from bowstore.words.layer import LayerSpec
-from bowstore.words.store import create_store, writing_lock
+from bowstore.words.nearest import NearestSearch
+from bowstore.words.statistics import word_statistics
+from bowstore.words.store_writer import StoreWriter, create_store
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -73,13 +75,16 @@ def write_words(
 ) -> Path:
     """A complete store of one layer with the given words, uint16 (N, h, w)."""
     keys = np.arange(1, len(maps) + 1, dtype=np.uint64) if key_hash_N is None else key_hash_N
-    with writing_lock(path):
-        writer = create_store(path, fingerprint=fingerprint, key_hash_N=keys)
-        teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
-        spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=maps.shape[1:], channels=8)
-        layer = writer.add_layer("block3", spec, np.zeros((words, 8), np.float32))
-        for chunk in range(layer.chunks):
-            writer.write_chunk("block3", chunk, maps[layer.rows(chunk)])
-        present = np.array([(maps == word).any((1, 2)).sum() for word in range(words)], np.int64)
-        writer.mark_complete("block3", present, {})
+    writer = create_store(path, fingerprint=fingerprint, key_hash_N=keys)
+    teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
+    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=maps.shape[1:], channels=8)
+    fill_layer(writer, "block3", spec, maps)
     return path
+
+
+def fill_layer(writer: StoreWriter, name: str, spec: LayerSpec, maps: np.ndarray) -> None:
+    """Add a layer with a vocabulary of zeros and the given words, uint16 (N, h, w), and complete it."""
+    layer = writer.add_layer(name, spec, np.zeros((spec.words, spec.channels), np.float32))
+    for chunk in range(layer.chunks):
+        writer.write_chunk(name, chunk, maps[layer.rows(chunk)])
+    writer.mark_complete(name, word_statistics([maps], spec.words), NearestSearch(spec.words).result())

@@ -11,8 +11,9 @@ from bowstore.cli.bench import bench
 from bowstore.cli.common import Group
 from bowstore.cli.data import data_group, index, shards, verify
 from bowstore.cli.evaluate import evaluate
-from bowstore.cli.jobs import demo, encode, init, train
+from bowstore.cli.jobs import demo, init, train
 from bowstore.cli.layers import layers
+from bowstore.cli.words import encode
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

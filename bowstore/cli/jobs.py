@@ -1,12 +1,11 @@
-"""Commands of the main job: init, encode, train, demo."""
+"""Commands of the main job: init, train, demo."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
-from bowstore.cli.common import DEVICES, PATH, emit
+from bowstore.cli.common import PATH, emit
 
 
 @click.command()
@@ -20,47 +19,6 @@ def init(folder: Path, recipe: str | None) -> None:
 
     for path in init_workspace(folder, recipe):
         click.echo(path)
-
-
-@click.command()
-@click.option("--layer", required=True, help="Layer of the teacher; `bowstore layers ARCH` lists them.")
-@click.option("--K", "k", type=click.IntRange(1), required=True, help="Number of visual words, at most 65535.")
-@click.option("--teacher", help="Run, file, timm:NAME or torchvision:NAME.  [default: newest finished rotation run]")
-@click.option("--weights", type=PATH, help="Weights file of a timm or torchvision teacher.  [default: random weights]")
-@click.option("--size", type=click.IntRange(8), help="Side of the clean view, pixels.  [default: the teacher's own]")
-@click.option("--resize", type=click.IntRange(8), help="Short side before the crop.  [default: the teacher's own]")
-@click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
-@click.option("--store", type=PATH, help="Word store to write.  [default: the workspace's]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sample and of k-means.")
-@click.option("--sample-per-word", type=click.IntRange(1), default=256, show_default=True, help="Vectors a word.")
-@click.option("--iterations", type=click.IntRange(1), default=25, show_default=True, help="Of k-means.")
-@click.option("--batch", type=click.IntRange(1), help="Images a batch.  [default: 64, 256 on a GPU]")
-@click.option("--device", type=DEVICES, default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
-def encode(
-    layer: str, k: int, teacher: str | None, shards_dir: Path | None, store: Path | None, as_json: bool, **how: Any
-) -> None:
-    """Quantize the teacher's feature map of every image over a k-means vocabulary, into a word store.
-
-    Vocabulary by k-means over sampled vectors, then one pass over all images. An interrupted run goes on.
-    """
-    from bowstore.config import load_workspace
-    from bowstore.environment import choose_device
-    from bowstore.words.encode import encode as run_encode
-    from bowstore.workspace import resolve_teacher
-
-    workspace = load_workspace()
-    how["device"] = choose_device(how["device"])
-    report = run_encode(
-        teacher=resolve_teacher(workspace, teacher),
-        shards=shards_dir or workspace.shards,
-        store=store or workspace.store,
-        layer=layer,
-        k=k,
-        storage=workspace.storage,
-        **how,
-    )
-    emit(report.as_dict(), report.text(), as_json)
 
 
 @click.command()

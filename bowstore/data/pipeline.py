@@ -164,7 +164,7 @@ def train_pipeline(
 def clean_batches(
     source: ImageSource,
     view: CleanView,
-    rows: NDArray[np.int64] | Sequence[NDArray[np.int64]],
+    rows: NDArray[np.int64] | Iterable[NDArray[np.int64]],
     *,
     batch: int,
     device: torch.device,
@@ -176,7 +176,7 @@ def clean_batches(
     Args:
         source: gives the encoded bytes.
         view: geometry and normalisation.
-        rows: int64 rows, cut into batches of `batch`; or a list of arrays, each one batch.
+        rows: int64 rows, cut into batches of `batch`; or arrays, each one batch, asked for in a thread when needed.
         batch: largest number of images in a batch.
         device: where the images are wanted.
         threads: decoding threads; None for one a core.

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from bowstore.remote.folder import RemoteFolder, tell_once
 from bowstore.remote.urls import below, is_remote, shown
 
 ROOT_ARRAYS = ("key_hash",)
-LAYER_ARRAYS = ("words", "vocabulary", "document_frequency", "chunk_digest")
+LAYER_ARRAYS = ("words", "vocabulary", "document_frequency", "nearest", "nearest_distance", "chunk_digest")
+PROJECTION_ARRAYS = ("projection", "projection_offset")
 METADATA = "zarr.json"
 _MAX_FILES = 10**6  # that metadata may ask for; ImageNet's conv4 words are a thousand
 _HELD: dict[Path, int] = {}  # descriptors that keep this process's copies in the cache
@@ -90,14 +91,26 @@ def _metadata(folder: RemoteFolder) -> dict[str, bytes]:
     layers = _parsed(root, url).get("attributes", {}).get("layers")
     if not isinstance(layers, list) or not all(_plain_name(name) for name in layers):
         raise MismatchError(f"{url} is a Zarr group but not a bowstore word store; name another URL")
-    names = [*ROOT_ARRAYS, *layers, *(f"{layer}/{array}" for layer in layers for array in LAYER_ARRAYS)]
     found = {METADATA: root}
 
     def keep(part: tuple[str, bytes]) -> None:
         found[part[0]] = part[1]
 
-    folder.parallel([partial(_read, folder, f"{name}/{METADATA}") for name in names], keep)
+    def read(names: Iterable[str]) -> None:
+        folder.parallel([partial(_read, folder, f"{name}/{METADATA}") for name in names], keep)
+
+    read([*ROOT_ARRAYS, *layers])
+    read(f"{layer}/{array}" for layer in layers for array in _arrays(found[f"{layer}/{METADATA}"], f"{url}/{layer}"))
     return found
+
+
+def _arrays(layer: bytes, url: str) -> tuple[str, ...]:
+    """Names of a layer's arrays, by its metadata; metadata that is damaged is refused where chunks are worked out."""
+    try:
+        projected = _parsed(layer, url).get("attributes", {}).get("projection") is not None
+    except CorruptError:
+        projected = False
+    return LAYER_ARRAYS + (PROJECTION_ARRAYS if projected else ())
 
 
 def _read(folder: RemoteFolder, name: str) -> tuple[str, bytes]:

@@ -26,6 +26,9 @@ _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is f
 READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, OSError)
 
 
+_WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a chunk that is gone is never taken for one that is all fill
+
+
 class DurableStore(LocalStore):
     """Zarr's local store with durable writes: each object is whole or absent, even after a power cut."""
 
@@ -96,7 +99,7 @@ def array(group: zarr.Group, name: str, shape: tuple[int, ...] | None = None) ->
         raise ValueError(f"array {name} is missing")
     if shape is not None and item.shape != shape:
         raise ValueError(f"{name} has shape {item.shape}, not {shape}")
-    return item
+    return item.with_config(_WRITE_ALL)  # Zarr does not keep this setting with the array
 
 
 def create(
@@ -116,7 +119,7 @@ def create(
         dtype=np.dtype(dtype),
         fill_value=fill,
         compressors=[ZstdCodec(level=_ZSTD_LEVEL, checksum=True)],
-        config={"write_empty_chunks": True},
+        config=_WRITE_ALL,
     )
 
 

@@ -25,12 +25,15 @@ class LayerSpec:
     """What a layer's words are, kept as its attributes.
 
     Attributes:
-        teacher: arch, layer, weights_sha256, name, student.
+        teacher: arch, layer, weights_sha256, precision, name, student.
         view: the clean view: size, resize, squash, mean, std.
         vocabulary: how the vocabulary was made (seed, sample, iterations) and its health.
         words: K.
-        grid: (h, w).
-        channels: c.
+        grid: (h, w), without the border.
+        channels: c of the teacher's map.
+        border: cells left out at each side of the map.
+        projection: kind, dimensions and whiten of what comes between map and words; None for nothing.
+        receptive_field: pixels of the clean view that a cell sees (`bowstore.words.receptive`).
     """
 
     teacher: dict[str, Any]
@@ -39,11 +42,19 @@ class LayerSpec:
     words: int
     grid: tuple[int, int]
     channels: int
+    border: int = 0
+    projection: dict[str, Any] | None = None
+    receptive_field: dict[str, Any] | None = None
 
 
 def chunk_rows(images: int, grid: tuple[int, int]) -> int:
-    """Rows of a words chunk: a multiple of 256 with at least 1 MiB of words, or all rows of a small set."""
-    rows = math.ceil(MIN_CHUNK_BYTES / (2 * grid[0] * grid[1]) / CHUNK_STEP_ROWS) * CHUNK_STEP_ROWS
+    """Rows of a words chunk: 256 times a power of two with at least 1 MiB of words, or all rows of a small set.
+
+    Powers of two, so that the chunks of one layer end where those of another do, and one pass can fill both.
+    """
+    rows = CHUNK_STEP_ROWS
+    while rows < images and 2 * rows * grid[0] * grid[1] < MIN_CHUNK_BYTES:
+        rows *= 2
     return max(1, min(rows, images))
 
 
@@ -57,6 +68,8 @@ class Layer:
         grid: (h, w).
         words: K.
         images: N.
+        channels: c of the teacher's map.
+        border: cells left out at each side of the map.
         chunk_rows: rows of a chunk; the last may have fewer.
         chunks: number of chunks.
     """
@@ -70,6 +83,8 @@ class Layer:
             self.grid = (int(attributes["grid"][0]), int(attributes["grid"][1]))
             self.words = int(attributes["words"])
             self.complete = bool(attributes["complete"])
+            self.channels = int(attributes["channels"])
+            self.border = int(attributes["border"])
             self._words = array(group, f"{name}/words", (images, *self.grid))
             if self._words.fill_value != NOT_WRITTEN:
                 raise ValueError(f"fill value {self._words.fill_value}, not {NOT_WRITTEN}")
@@ -90,6 +105,20 @@ class Layer:
         """Recorded digests, uint64 (chunks,); 0 where a chunk is not committed."""
         with reading(f"array {self.name}/chunk_digest of word store {self.path}"):
             return read(self._digests)
+
+    def chunk_digest(self, chunk: int) -> int:
+        """The recorded digest of one chunk; 0 where it is not committed."""
+        with reading(f"array {self.name}/chunk_digest of word store {self.path}"):
+            return int(read(self._digests, slice(chunk, chunk + 1))[0])
+
+    def chunks_of(self, rows: slice) -> range:
+        """The chunks that hold any of the rows."""
+        return range(rows.start // self.chunk_rows, math.ceil(rows.stop / self.chunk_rows))
+
+    def read_rows(self, rows: slice) -> NDArray[np.uint16]:
+        """Words of some rows, uint16 (rows, h, w), as they lie there: not checked, not written ones too."""
+        with reading(f"rows {rows.start}-{rows.stop - 1} of layer {self.name!r} of word store {self.path}"):
+            return read(self._words, rows)
 
     def read_chunk(self, chunk: int, digest: int) -> NDArray[np.uint16]:
         """Words of one chunk, uint16 (rows, h, w), checked against its recorded digest.
@@ -122,12 +151,18 @@ class Layer:
         return words
 
     def read_array(self, name: str) -> NDArray[Any]:
-        """`vocabulary` or `document_frequency`, checked against its recorded digest.
+        """`vocabulary`, `document_frequency` or another array with a digest, checked against that.
 
         Raises:
             CorruptError: missing, undecodable, or other than what was recorded.
         """
         return read_checked(self.path, self._root, f"{self.name}/{name}", self.attributes.get(f"{name}_digest"))
+
+    def read_projection(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """A (p, c) and b (p,) of the projection before the words, y = A x + b; None where there is none."""
+        if self.attributes.get("projection") is None:
+            return None
+        return self.read_array("projection"), self.read_array("projection_offset")
 
     def _chunk_problem(self, words: NDArray[np.uint16], digest: int) -> str | None:
         if digest == 0:

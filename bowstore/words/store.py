@@ -1,49 +1,37 @@
-"""The word store: the schema of a Zarr v3 group, its writer and its reader.
+"""The word store: the schema of a Zarr v3 group, and reading it (docs/store-format.md; store_writer.py writes).
 
     key_hash                    uint64 (N,), xxh3-64 of each row's key
     <layer>/words               uint16 (N, h, w), word ids; 65535 means "not written"
-    <layer>/vocabulary          float32 (K, c), the words' centres
+    <layer>/vocabulary          float32 (K, p), the words' centres; p = c, the map's channels, without a projection
+    <layer>/projection          float32 (p, c) and projection_offset (p,), where PCA comes between map and words
     <layer>/document_frequency  int64 (K,), images that hold the word
+    <layer>/nearest             int64 (K, n, 2), row and cell of the n images nearest to each word; -1 means "none"
+    <layer>/nearest_distance    float32 (K, n), their distances
     <layer>/chunk_digest        uint64 (chunks,), xxh3-64 of each words chunk; 0 means "not committed"
 
 A chunk of words is the unit of work and of commit: one writer writes it whole and fsynced, then records its
 digest. Every fill value is illegal as data, so a chunk that is gone is never read as words. A layer is usable
 only once it is marked complete.
 
-Legend: N images, h w word grid, K words, c channels.
+Legend: N images, M cells of an image, h w word grid, K words, c channels.
 """
 
-import math
-import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 import zarr
 from numpy.typing import NDArray
 
-import bowstore
 from bowstore.errors import MismatchError, MissingError, UsageError
-from bowstore.files import TEMPORARY_MARK, exclusive_lock, fsync_path
-from bowstore.words.arrays import (
-    array,
-    array_digest,
-    create,
-    hex_digest,
-    new_group,
-    open_group,
-    read_checked,
-    reading,
-    subgroup,
-    sweep,
-)
-from bowstore.words.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
+from bowstore.words.arrays import open_group, read_checked, reading
+from bowstore.words.layer import Layer
+from bowstore.words.nearest import NearestImages
 
 FORMAT = "bowstore words"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _EXAMPLES = 5
 
 
@@ -65,113 +53,41 @@ class KeyedRows(Protocol):
         ...
 
 
-def writing_lock(path: Path) -> AbstractContextManager[None]:
-    """Hold the store's lock, a file beside it, for the length of a block; all writing happens under it.
-
-    Raises:
-        BusyError: another live process writes this store.
-    """
-    return exclusive_lock(path.with_name(f".{path.name}.lock"), f"word store {path}")
-
-
-class StoreWriter:
-    """A store opened for writing; use it under `writing_lock`.
+class ImageBag(NamedTuple):
+    """The words of one image.
 
     Attributes:
-        path: the store.
-        fingerprint: of the data set.
-        images: N.
-        layers: names of its layers, complete or not.
+        words_M: int64, distinct word ids, ascending.
+        weights_M: float32, sum to 1.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._group, attributes = _open_root(path, writable=True)
-        with reading(f"word store {path}"):
-            self.fingerprint = str(attributes["dataset"]["fingerprint"])
-            self.images = int(attributes["dataset"]["images"])
-            self.layers = tuple(attributes["layers"])
-
-    def layer(self, name: str) -> Layer:
-        """A layer, complete or not."""
-        return Layer(self.path, self._group, name, self.images)
-
-    def add_layer(self, name: str, spec: LayerSpec, vocabulary_Kc: NDArray[np.float32]) -> Layer:
-        """Create a layer with its vocabulary (K, c) and no words; it counts once its name is in the list."""
-        shutil.rmtree(self.path / name, ignore_errors=True)  # what a killed writer left, not yet listed
-        group = self._group.create_group(name)
-        rows = chunk_rows(self.images, spec.grid)
-        chunks = math.ceil(self.images / rows)
-        shape = (self.images, *spec.grid)
-        create(group, "words", shape, np.uint16, fill=NOT_WRITTEN, chunks=(rows, *spec.grid))
-        create(group, "chunk_digest", (chunks,), np.uint64, fill=0, chunks=(1,))
-        create(group, "document_frequency", (spec.words,), np.int64, fill=-1)
-        create(group, "vocabulary", vocabulary_Kc.shape, np.float32, fill=math.nan)[:] = vocabulary_Kc
-        digest = hex_digest(vocabulary_Kc)
-        version = {"bowstore_version": bowstore.__version__}
-        group.attrs.update({"complete": False, **asdict(spec), "vocabulary_digest": digest, **version})
-        self.layers = (*self.layers, name)
-        self._group.attrs.update({"layers": list(self.layers)})
-        return self.layer(name)
-
-    def write_chunk(self, layer: str, chunk: int, words: NDArray[np.uint16]) -> None:
-        """Write all words of a chunk, uint16 (rows, h, w), durably; then commit it by recording its digest.
-
-        Raises:
-            UsageError: another shape, or ids that are not below K.
-        """
-        what = self.layer(layer)
-        rows = what.rows(chunk)
-        shape = (rows.stop - rows.start, *what.grid)
-        if words.shape != shape or words.dtype != np.uint16:
-            raise UsageError(f"chunk {what.place(chunk)} takes uint16 {shape}, not {words.dtype} {words.shape}")
-        if int(words.max()) >= what.words:
-            raise UsageError(f"chunk {what.place(chunk)}: word {int(words.max())} is not below K = {what.words}")
-        array(self._group, f"{layer}/words")[rows] = words
-        array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(array_digest(words))
-
-    def committed_chunks(self, layer: str) -> NDArray[np.bool_]:
-        """Which chunks are committed, bool (chunks,)."""
-        return np.not_equal(self.layer(layer).chunk_digests(), 0)
-
-    def mark_complete(self, layer: str, document_frequency_K: NDArray[np.int64], statistics: dict[str, Any]) -> None:
-        """Record document frequencies and statistics and make the layer usable: the last step of encoding.
-
-        Raises:
-            UsageError: a chunk is not committed yet.
-        """
-        done = self.committed_chunks(layer)
-        if not done.all():
-            raise UsageError(f"layer {layer!r} has {int(done.sum())} of {len(done)} chunks; write the others first")
-        array(self._group, f"{layer}/document_frequency")[:] = document_frequency_K
-        digest = hex_digest(document_frequency_K)
-        subgroup(self._group, layer).attrs.update(
-            {"document_frequency_digest": digest, "statistics": statistics, "complete": True}
-        )
-
-    def discard_chunks(self, layer: str, chunks: Sequence[int]) -> None:
-        """Take chunks back: the layer is incomplete again, and encoding writes just these anew."""
-        subgroup(self._group, layer).attrs.update({"complete": False})
-        for chunk in chunks:
-            array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(0)
+    words_M: NDArray[np.int64]
+    weights_M: NDArray[np.float32]
 
 
 class Store:
     """A store opened for reading.
 
+    Keys themselves are not kept, only their hashes; the shards' index has the keys.
+
     Attributes:
         path: the store.
         fingerprint: of the data set.
         layers: names of its complete layers.
+        parts: fingerprint and images of the data set it was made of, then of each that was appended.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._group, self._attributes = _open_root(path, writable=False)
+        self._order: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None  # rows by hash, and the sorted hashes
+        self._last: tuple[str, int, NDArray[np.uint16]] | None = None  # layer, chunk and words of the last look-up
+        self._group, self._attributes = open_root(path, writable=False)
         with reading(f"word store {path}"):
             self.fingerprint = str(self._attributes["dataset"]["fingerprint"])
             self._images = int(self._attributes["dataset"]["images"])
             self._all = {name: Layer(path, self._group, name, self._images) for name in self._attributes["layers"]}
+            dataset = {"fingerprint": self.fingerprint, "images": self._images}
+            self.parts: list[dict[str, Any]] = self._attributes["dataset"].get("parts", [dataset])
         self.layers = tuple(name for name, layer in self._all.items() if layer.complete)
 
     def __len__(self) -> int:
@@ -208,9 +124,79 @@ class Store:
         """All words of a layer, uint16 (N, h, w), every chunk checked against its digest."""
         return self.layer(layer).read_words()
 
+    def row(self, key: str) -> int:
+        """The row of a key.
+
+        Raises:
+            MissingError: no such key.
+        """
+        if self._order is None:
+            hashes = self.key_hash()
+            order = np.argsort(hashes, kind="stable")
+            self._order = order, hashes[order]
+        order, ordered = self._order
+        wanted = np.uint64(key_hash(key))
+        place = int(np.searchsorted(ordered, wanted))
+        if place == len(ordered) or ordered[place] != wanted:
+            raise MissingError(
+                f"word store {self.path} has no key {key!r}; a key is the image's path in its shard without the "
+                "extension"
+            )
+        return int(order[place])
+
+    def __contains__(self, key: str) -> bool:
+        try:
+            self.row(key)
+        except MissingError:
+            return False
+        return True
+
+    def words(self, key: str, layer: str | None = None) -> NDArray[np.uint16]:
+        """Words of one image, uint16 (h, w); reads its chunk and checks it against its digest.
+
+        Raises:
+            MissingError: no such key or layer.
+            CorruptError: its chunk is damaged.
+        """
+        what, row = self.layer(layer), self.row(key)
+        chunk = row // what.chunk_rows
+        if self._last is None or self._last[:2] != (what.name, chunk):
+            self._last = what.name, chunk, what.read_chunk(chunk, what.chunk_digest(chunk))
+        words: NDArray[np.uint16] = self._last[2][row - what.rows(chunk).start].copy()
+        return words
+
+    def bag(self, key: str, layer: str | None = None, *, form: Literal["count", "binary"] = "count") -> ImageBag:
+        """Bag of words of one image (paper, Eq. 3 or 4, then L1-normalised): its distinct words and their weights."""
+        if form not in ("count", "binary"):
+            raise UsageError(f"form {form!r} of a bag is neither 'count' nor 'binary'")
+        words, counts = np.unique(self.words(key, layer), return_counts=True)
+        weights = counts if form == "count" else np.ones(len(words))
+        return ImageBag(words.astype(np.int64), (weights / weights.sum()).astype(np.float32))
+
+    def iterate(self, layer: str | None = None) -> Iterator[tuple[int, NDArray[np.uint16]]]:
+        """Key hash and words (h, w) of every image, in the order of the rows; holds one chunk in memory.
+
+        Raises:
+            CorruptError: a chunk is damaged.
+        """
+        what, hashes = self.layer(layer), self.key_hash()
+        for chunk, digest in enumerate(what.chunk_digests().tolist()):
+            rows = what.rows(chunk)
+            yield from zip(hashes[rows].tolist(), what.read_chunk(chunk, digest), strict=True)
+
     def vocabulary(self, layer: str | None = None) -> NDArray[np.float32]:
-        """The words' centres, float32 (K, c)."""
+        """The words' centres, float32 (K, p); p = c, the channels of the map, where there is no projection."""
         return self.layer(layer).read_array("vocabulary")
+
+    def projection(self, layer: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """A (p, c) and b (p,) of y = A x + b, which takes a vector of the map to where the words lie; None for none."""
+        return self.layer(layer).read_projection()
+
+    def nearest(self, layer: str | None = None) -> NearestImages:
+        """The images nearest to each word."""
+        what = self.layer(layer)
+        place = what.read_array("nearest")
+        return NearestImages(place[..., 0], place[..., 1], what.read_array("nearest_distance"))
 
     def document_frequency(self, layer: str | None = None) -> NDArray[np.int64]:
         """Images that hold each word, int64 (K,)."""
@@ -222,52 +208,16 @@ class Store:
         return read_checked(self.path, self._group, "key_hash", digest)
 
 
-def create_store(path: Path, *, fingerprint: str, key_hash_N: NDArray[np.uint64]) -> StoreWriter:
-    """Make a store without layers, whole or not at all; call it under `writing_lock`.
-
-    Raises:
-        UsageError: something of that name is there already.
-    """
-    if path.exists():
-        raise UsageError(f"{path} exists already; remove it, or take another name")
-    for old in path.parent.glob(f".{path.name}{TEMPORARY_MARK}*"):
-        shutil.rmtree(old, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}new")
-    try:
-        group = new_group(temporary, {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "bowstore_version": bowstore.__version__,
-            "dataset": {"fingerprint": fingerprint, "images": len(key_hash_N)},
-            "key_hash_digest": hex_digest(key_hash_N),
-            "layers": [],
-        })  # fmt: skip
-        create(group, "key_hash", key_hash_N.shape, np.uint64, fill=0)[:] = key_hash_N
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_path(path.parent)
-    return StoreWriter(path)
+def key_hash(key: str) -> int:
+    """What a store keeps of a key: the xxh3-64 of its ASCII bytes."""
+    return xxhash.xxh3_64_intdigest(key.encode())
 
 
-def open_for_writing(path: Path) -> StoreWriter:
-    """Open a store to go on writing, after sweeping what a killed writer left; call it under `writing_lock`.
-
-    Raises:
-        MissingError: no store there.
-        MismatchError: not a word store, or another format version.
-    """
-    writer = StoreWriter(path)
-    sweep(path)
-    return writer
-
-
-def open_store(path: Path, layer: str | None = None) -> Store:
+def open_store(path: str | Path, layer: str | None = None) -> Store:
     """Open a store for reading.
 
     Args:
-        path: the store's folder.
+        path: the store's folder on this machine (`bowstore.open_store` takes URLs too).
         layer: a layer that has to be there and complete; None asks for any one complete layer.
 
     Raises:
@@ -275,7 +225,7 @@ def open_store(path: Path, layer: str | None = None) -> Store:
         MismatchError: not a word store, another format version, or not complete.
         CorruptError: metadata that cannot be read.
     """
-    store = Store(path)
+    store = Store(Path(path))
     if layer is not None or not store.layers:
         store.layer(layer)
     return store
@@ -310,8 +260,11 @@ def join_rows(store: Store, index: KeyedRows) -> NDArray[np.int64]:
     return rows_N
 
 
-def _open_root(path: Path, *, writable: bool) -> tuple[zarr.Group, dict[str, Any]]:
+def open_root(path: Path, *, writable: bool) -> tuple[zarr.Group, dict[str, Any]]:
+    """Group and attributes of a store, once its format is known to be this one."""
     if not path.exists():
+        if path.with_name(f".{path.name}.old").exists():
+            raise MissingError(f"no word store {path}: an --append was interrupted as it took the name; run it again")
         raise MissingError(f"no word store {path}; `bowstore encode --layer LAYER --K WORDS` makes one")
     group = open_group(path, writable=writable)
     attributes: dict[str, Any] = group.attrs.asdict()

@@ -3,11 +3,12 @@
 Legend: B batch, C channels, H W pixels, c channels of a layer, h w word grid.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from bowstore.errors import DataError, UsageError
 from bowstore.models.registry import Backbone, build_backbone, is_arch
 from bowstore.models.weights import weights_sha256
 from bowstore.words.assign import exact_float32
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Teacher:
         sha256: of its weights as they are used, heads left out.
         weights_file: name of the file they come from; None for random ones.
         weights_layout: how that file was read, or how random weights were drawn.
+        precision: of its arithmetic.
     """
 
     backbone: Backbone
@@ -58,13 +62,28 @@ class Teacher:
     sha256: str
     weights_file: str | None
     weights_layout: str
+    precision: Precision = "float32"
 
     @torch.no_grad()
     def maps(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Feature maps (B, c, h, w) by layer of normalised images, in one pass, float32 without TF32 or autocast."""
-        with exact_float32():
+        """Feature maps (B, c, h, w) by layer of normalised images, float32, in one pass no deeper than needed.
+
+        Float32 arithmetic is without TF32, whatever the caller's settings are. Not for several threads at a time:
+        each needs its `replica`.
+        """
+        with exact_float32(), self._autocast(images_BCHW.device):
             maps = self.backbone.feature_maps(images_BCHW, [layer.name for layer in self.layers])
         return {name: map_Bchw.float() for name, map_Bchw in maps.items()}
+
+    def replica(self) -> "Teacher":
+        """The same teacher for another thread: modules of its own, which share all tensors."""
+        tensors: dict[int, Any] = {
+            id(tensor): tensor for tensor in (*self.backbone.parameters(), *self.backbone.buffers())
+        }
+        return replace(self, backbone=copy.deepcopy(self.backbone, tensors))
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def provenance(self, layer: str) -> dict[str, Any]:
         """What a word store records of it for one of its layers."""
@@ -74,6 +93,7 @@ class Teacher:
             "weights_sha256": self.sha256,
             "weights_file": self.weights_file,
             "weights_layout": self.weights_layout,
+            "precision": self.precision,
             "name": self.name,
             "student": self.student,
         }
@@ -100,6 +120,7 @@ def load_teacher(
     size: int | None = None,
     resize: int | None = None,
     seed: int = 0,
+    precision: Precision = "float32",
 ) -> Teacher:
     """Load a network and freeze it: eval mode, no gradients, on `device`. Nothing is ever downloaded.
 
@@ -114,6 +135,7 @@ def load_teacher(
             changes with it.
         resize: short side before cropping, pixels; None for the teacher's own.
         seed: of random weights.
+        precision: of its arithmetic; bfloat16 is autocast.
 
     Raises:
         MissingError: no such run or file.
@@ -125,7 +147,8 @@ def load_teacher(
         raise UsageError("the teacher has no layer to look at; name one, for example --layer conv4")
     is_run = Path(spec).exists() or not is_arch(str(spec))
     source = _open_run(Path(spec), weights) if is_run else _open_arch(str(spec), weights, size, seed)
-    return _freeze(source, layers, device, _overridden(source.view, size, resize))
+    teacher = _freeze(source, layers, device, _overridden(source.view, size, resize))
+    return replace(teacher, precision=precision)
 
 
 def _open_run(path: Path, weights: Path | None) -> _Source:
@@ -175,7 +198,7 @@ def _freeze(source: _Source, layers: Sequence[str], device: torch.device, view: 
             f"({', '.join(bad[:3])}); take another checkpoint"
         )
     sha256 = weights_sha256(state)
-    backbone.eval().requires_grad_(False).to(device)
+    backbone.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # as the images come
     maps = backbone.feature_maps(torch.zeros(1, 3, view.size, view.size, device=device), names)
     shapes = {name: (c, (h, w)) for name, map_Bchw in maps.items() for _, c, h, w in [map_Bchw.shape]}
     return Teacher(

@@ -5,6 +5,7 @@ Legend: N images, h w word grid, K words.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
-from bowstore.errors import BowstoreError, CorruptError
+from bowstore.errors import BowstoreError, BusyError, CorruptError
 from bowstore.progress import Progress
+from bowstore.words.claims import Board
 from bowstore.words.layer import Layer
-from bowstore.words.store import Store, open_for_writing, open_store, writing_lock
+from bowstore.words.store import Store, open_store
+from bowstore.words.store_writer import StoreWriter, sweep_leftovers
 
 _EXAMPLES = 5
 
@@ -86,8 +89,12 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
     Raises:
         BusyError: another process writes the store.
     """
-    with writing_lock(path):
-        writer = open_for_writing(path)
+    with Board(path) as board, board.lead("repairs it", wait=False):
+        others = board.others()
+        if others:
+            raise BusyError(f"word store {path} is in use by {board.owner(others[0])}; wait for it to end")
+        writer = StoreWriter(path)
+        sweep_leftovers(path)
         for layer, chunks in report.damaged.items():
             writer.discard_chunks(layer, chunks)
     return sum(len(chunks) for chunks in report.damaged.values())
@@ -102,10 +109,18 @@ def digest(path: Path) -> str:
         CorruptError: a chunk or an array that cannot be trusted.
     """
     store, total = open_store(path), xxhash.xxh3_128()
+
+    def add(array: NDArray[Any]) -> None:
+        total.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+
     for name in sorted(store.layers):
-        for array in (store.vocabulary(name), store.load_words(name)):
+        layer = store.layer(name)
+        for array in (store.vocabulary(name), *(store.projection(name) or ())):
             total.update(f"{name} {array.dtype.name} {array.shape};".encode())
-            total.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+            add(array)
+        total.update(f"{name} uint16 {(layer.images, *layer.grid)};".encode())
+        for chunk, value in enumerate(layer.chunk_digests().tolist()):
+            add(layer.read_chunk(chunk, value))
     return total.hexdigest()
 
 
@@ -113,8 +128,10 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
     try:
         digests = layer.chunk_digests().tolist()
         vocabulary = layer.read_array("vocabulary")
-        if layer.complete:
-            layer.read_array("document_frequency")
+        layer.read_projection()
+        for name in ("document_frequency", "nearest", "nearest_distance"):
+            if layer.complete:
+                layer.read_array(name)
     except CorruptError as error:
         report.problems.append(str(error))
         return

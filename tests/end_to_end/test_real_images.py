@@ -13,7 +13,7 @@ from shard_sets import real_data
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from bowstore.config import ModelConfig, TrainConfig, ViewConfig, validate
+from bowstore.config import EncodeConfig, ModelConfig, TrainConfig, ViewConfig, validate
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches, clean_view, train_batches
 from bowstore.data.plan import Schedule, plans
@@ -78,10 +78,10 @@ def test_resnet50_words_have_the_papers_size(photographs: Path, tmp_path: Path) 
     config = validate(TrainConfig, {"name": "t", "task": "rotation", "view": {"cutmix": False}}, "test")
     torch.manual_seed(0)
     save_backbone(tmp_path / "teacher.safetensors", build_backbone(ModelConfig(arch="resnet50")), config)
-    report = encode(
-        teacher=tmp_path / "teacher.safetensors", shards=photographs, store=tmp_path / "words.zarr", layer="conv4",
-        k=64, sample_per_word=32, iterations=3, batch=8,
-    )  # fmt: skip
+    words = EncodeConfig(
+        teacher=tmp_path / "teacher.safetensors", layers=("conv4",), k=(64,), sample_per_word=32, iterations=3, batch=8
+    )
+    (report,) = encode(words, shards=photographs, store=tmp_path / "words.zarr").layers
     assert (report.grid, report.words) == ((14, 14), 64)
     assert open_store(tmp_path / "words.zarr").load_words("conv4").shape == (24, 14, 14)
 

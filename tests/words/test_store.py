@@ -13,16 +13,12 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, UsageError
+from bowstore.words.claims import Board
 from bowstore.words.layer import LayerSpec, chunk_rows
-from bowstore.words.store import (
-    Store,
-    StoreWriter,
-    create_store,
-    join_rows,
-    open_for_writing,
-    open_store,
-    writing_lock,
-)
+from bowstore.words.nearest import NearestSearch
+from bowstore.words.statistics import word_statistics
+from bowstore.words.store import Store, join_rows, open_store
+from bowstore.words.store_writer import StoreWriter, create_store, sweep_leftovers
 from bowstore.words.verify import digest, discard_damaged, verify
 
 N, GRID, K, C = 70, (3, 2), 11, 4
@@ -65,8 +61,13 @@ def some_vocabulary() -> NDArray[np.float32]:
 def finish(writer: StoreWriter, words: NDArray[np.uint16], layer: str = "conv4") -> None:
     for chunk in np.flatnonzero(~writer.committed_chunks(layer)).tolist():
         writer.write_chunk(layer, chunk, words[writer.layer(layer).rows(chunk)])
-    frequency = np.array([(words == k).any(axis=(1, 2)).sum() for k in range(K)], np.int64)
-    writer.mark_complete(layer, frequency, {"unused_words": 0})
+    search, what = NearestSearch(K), writer.layer(layer)
+    search.add_batch(np.arange(N), words.reshape(N, -1), some_distances(words))
+    writer.mark_complete(layer, word_statistics([words], what.words), search.result())
+
+
+def some_distances(words: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return np.random.default_rng(2).random((N, words[0].size)).astype(np.float32)
 
 
 def begin(path: Path, keys: Keys | None = None) -> StoreWriter:
@@ -111,13 +112,13 @@ def test_plain_zarr_reads_it(path: Path) -> None:
     assert words.fill_value == 65535
     metadata = json.loads((path / "conv4/words/zarr.json").read_text())
     assert metadata["codecs"][-1]["configuration"]["checksum"] is True
-    assert group.attrs["format_version"] == 1
+    assert group.attrs["format_version"] == 2
 
 
 def test_chunks_hold_a_mebibyte_or_the_whole_small_set() -> None:
-    assert chunk_rows(1_281_167, (14, 14)) == 2816
-    assert 2 * 14 * 14 * 2816 >= 1 << 20
-    assert chunk_rows(1_281_167, (7, 7)) % 256 == 0
+    assert chunk_rows(1_281_167, (14, 14)) == 4096
+    assert 2 * 14 * 14 * 4096 >= 1 << 20 > 2 * 14 * 14 * 2048
+    assert chunk_rows(1_281_167, (7, 7)) == 16384
     assert chunk_rows(500, (14, 14)) == 500
 
 
@@ -151,7 +152,7 @@ def test_refuses_what_is_no_store(tmp_path: Path) -> None:
 
 def test_refuses_another_format_version(path: Path) -> None:
     zarr.open_group(path, mode="r+").attrs.update({"format_version": 7})
-    with pytest.raises(MismatchError, match=r"format version 7 \(written by bowstore .*\), this one reads 1"):
+    with pytest.raises(MismatchError, match=r"format version 7 \(written by bowstore .*\), this one reads 2"):
         open_store(path)
 
 
@@ -163,11 +164,11 @@ def test_refuses_an_incomplete_layer_and_says_how_far_it_is(tmp_path: Path, smal
         open_store(tmp_path / "s")
     assert any("1 of 4 chunks" in line for line in verify(tmp_path / "s").problems)
     with pytest.raises(UsageError, match="'conv4' has 1 of 4 chunks"):
-        writer.mark_complete("conv4", np.zeros(K, np.int64), {})
+        writer.mark_complete("conv4", word_statistics([some_words()], K), NearestSearch(K).result())
 
 
 def test_a_second_layer_leaves_the_first_usable(path: Path) -> None:
-    writer = open_for_writing(path)
+    writer = StoreWriter(path)
     writer.add_layer("conv5", spec(grid=(1, 2)), some_vocabulary())
     store = open_store(path)
     assert store.layers == ("conv4",)
@@ -183,10 +184,10 @@ def test_a_second_layer_leaves_the_first_usable(path: Path) -> None:
 
 
 def test_a_layer_whose_creation_was_interrupted_is_made_anew(path: Path) -> None:
-    writer = open_for_writing(path)
+    writer = StoreWriter(path)
     writer.add_layer("conv5", spec(grid=(1, 2)), some_vocabulary())
     zarr.open_group(path, mode="r+").attrs.update({"layers": ["conv4"]})  # killed before it was listed
-    writer = open_for_writing(path)
+    writer = StoreWriter(path)
     assert writer.layers == ("conv4",)
     assert verify(path).sound
     writer.add_layer("conv5", spec(grid=(3, 2)), some_vocabulary())
@@ -230,7 +231,7 @@ def test_damaged_chunk_is_named_and_can_be_written_again(path: Path, name: str, 
     assert discard_damaged(path, report) == 1
     with pytest.raises(MismatchError, match="3 of 4 chunks"):
         open_store(path)
-    finish(open_for_writing(path), some_words())
+    finish(StoreWriter(path), some_words())
     assert digest(path) == before
     assert verify(path).sound
 
@@ -272,7 +273,7 @@ def test_missing_attribute_is_one_line(path: Path) -> None:
     with pytest.raises(CorruptError, match=r"word store .* cannot be read \('fingerprint'\)"):
         open_store(path)
     with pytest.raises(CorruptError, match=r"word store .* cannot be read \('fingerprint'\)"):
-        open_for_writing(path)
+        StoreWriter(path)
 
 
 def test_missing_metadata_is_found(path: Path) -> None:
@@ -292,7 +293,7 @@ def test_left_temporary_files_are_swept(path: Path) -> None:
     for file in left:
         file.write_bytes(b"half")
     assert verify(path).sound
-    open_for_writing(path)
+    sweep_leftovers(path)
     assert not any(file.exists() for file in left)
     assert verify(path).sound
 
@@ -302,17 +303,22 @@ def test_creation_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bowstore.words.store.create", fail)
+        patch.setattr("bowstore.words.store_writer.create", fail)
         with pytest.raises(OSError, match="No space left"):
             begin(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
     begin(tmp_path / "s")
 
 
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    lock = writing_lock(tmp_path / "s")
-    with writing_lock(tmp_path / "s"), pytest.raises(BusyError, match=r"word store .*s is in use by process \d+"):
-        lock.__enter__()
+def test_repair_waits_for_no_one(path: Path) -> None:
+    report = verify(path)
+    with Board(path) as other, other.lead("makes the vocabulary"), pytest.raises(BusyError, match=r"in use by process"):
+        discard_damaged(path, report)
+    with Board(path) as other:
+        assert other.claim("conv4@0")
+        with pytest.raises(BusyError, match=r"word store .*words\.zarr is in use by process \d+ on .*; wait for it"):
+            discard_damaged(path, report)
+    assert discard_damaged(path, report) == 0
 
 
 def test_digest_depends_on_words_not_on_chunks(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

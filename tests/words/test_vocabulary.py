@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bowstore.errors import DataError, UsageError
 from bowstore.words.statistics import health_warnings, perplexity, word_statistics
-from bowstore.words.vocabulary import build_vocabulary, draw_sample, plan_sample
+from bowstore.words.vocabulary import Sample, SamplePlan, build_vocabulary, plan_sample
 
 CPU = torch.device("cpu")
 
@@ -63,19 +63,27 @@ def test_plan_refuses_too_many_words() -> None:
         plan_sample(10, 4, 4, sample_per_word=0, seed=0)
 
 
+def draw(plan: SamplePlan, rows: np.ndarray, batch: int, h: int, w: int, *, channels_last: bool = False) -> np.ndarray:
+    sample = Sample(plan, 2)
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        maps = coded_maps(some, h, w)
+        sample.add(some, maps.to(memory_format=torch.channels_last) if channels_last else maps)
+    return sample.vectors()
+
+
 @pytest.mark.parametrize("batch", [1, 7, 100])
 def test_sample_takes_distinct_positions_of_the_planned_images(batch: int) -> None:
     plan = plan_sample(60, 12, 11, sample_per_word=17, seed=5)
-    parts = (coded_maps(plan.rows[start : start + batch], 3, 4) for start in range(0, len(plan.rows), batch))
-    sample = draw_sample(plan, parts, shown=False)
+    sample = draw(plan, plan.rows, batch, 3, 4)
     assert sample.shape == (187, 2)
     rows, counts = np.unique(sample[:, 0], return_counts=True)
     assert np.array_equal(rows, plan.rows)
     assert np.array_equal(counts, plan.counts)
     assert len({tuple(vector) for vector in sample.tolist()}) == len(sample)
     assert len(set(sample[:, 1])) == 12  # all positions occur
-    whole = draw_sample(plan, [coded_maps(plan.rows, 3, 4).to(memory_format=torch.channels_last)], shown=False)
-    assert np.array_equal(sample, whole)
+    assert np.array_equal(sample, draw(plan, plan.rows, 100, 3, 4, channels_last=True))
+    assert np.array_equal(sample, draw(plan, np.arange(60), batch, 3, 4))  # other layers' images come by, too
 
 
 def test_finds_the_clusters() -> None:
@@ -92,14 +100,14 @@ def test_same_seed_same_words_and_one_call_or_many() -> None:
     first, again, other = (
         build_vocabulary(sample, 40, seed=s, iterations=7, device=CPU, shown=False) for s in (4, 4, 5)
     )
-    assert np.array_equal(first.centroids_Kc, again.centroids_Kc)
+    assert np.array_equal(first.centroids_Kp, again.centroids_Kp)
     assert first.provenance == again.provenance
-    assert not np.array_equal(first.centroids_Kc, other.centroids_Kc)
+    assert not np.array_equal(first.centroids_Kp, other.centroids_Kp)
     import faiss
 
     whole = faiss.Kmeans(16, 40, niter=7, seed=4, min_points_per_centroid=1, max_points_per_centroid=3000)
     whole.train(sample)
-    assert np.array_equal(whole.centroids, first.centroids_Kc)
+    assert np.array_equal(whole.centroids, first.centroids_Kp)
 
 
 def test_provenance_and_health() -> None:
@@ -113,12 +121,19 @@ def test_provenance_and_health() -> None:
     assert 1 / 30 <= provenance["largest_share"] < 0.2
 
 
-def test_more_words_than_clusters_are_counted_as_split() -> None:
+def test_words_that_nothing_is_nearest_to_are_put_elsewhere() -> None:
     few = np.repeat(blobs(3, 1), 400, axis=0) + np.float32(0)
-    few[:20] += np.arange(20, dtype=np.float32)[:, None] * 1e-3  # barely enough distinct vectors
-    provenance = build_vocabulary(few, 12, seed=0, iterations=4, device=CPU, shown=False).provenance
+    few[:20] += np.arange(20, dtype=np.float32)[:, None] * 0.1  # barely enough distinct vectors
+    vocabulary = build_vocabulary(few, 12, seed=0, iterations=4, device=CPU, shown=False)
+    provenance = vocabulary.provenance
     assert sum(provenance["splits"]) > 0
-    assert provenance["dead_words"] > 0
+    assert provenance["refilled_words"] > 0
+    assert provenance["dead_words"] == provenance["duplicate_words"] == 0
+    assert len(np.unique(vocabulary.centroids_Kp, axis=0)) == 12
+    used = np.unique(
+        torch.cdist(torch.from_numpy(few).double(), torch.from_numpy(vocabulary.centroids_Kp).double()).argmin(1)
+    )
+    assert len(used) == 12
 
 
 def test_refuses_unusable_samples() -> None:
@@ -143,7 +158,7 @@ def test_refuses_unusable_samples() -> None:
 def test_one_word() -> None:
     sample = blobs(2, 30)
     vocabulary = build_vocabulary(sample, 1, seed=0, iterations=3, device=CPU, shown=False)
-    assert np.allclose(vocabulary.centroids_Kc[0], sample.mean(axis=0), atol=1e-4)
+    assert np.allclose(vocabulary.centroids_Kp[0], sample.mean(axis=0), atol=1e-4)
 
 
 def test_word_statistics_against_a_plain_count() -> None:

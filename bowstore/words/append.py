@@ -1,0 +1,143 @@
+"""Growing a store by new images under its own vocabularies (`bowstore encode --append`).
+
+The grown store is prepared beside the old one: chunks that stay as they are become links to the same files, so that it
+costs no room, and the old store stays as it is, usable, until the new one is whole and takes its name. An append that
+is interrupted goes on like any other encode.
+
+Legend: N images of the store, M images that are added.
+"""
+
+import errno
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import xxhash
+import zarr
+from numpy.typing import NDArray
+
+from bowstore.errors import BowstoreError, MismatchError, UsageError
+from bowstore.files import TEMPORARY_MARK, fsync_path
+from bowstore.progress import say
+from bowstore.words.arrays import create, open_group, subgroup
+from bowstore.words.claims import Board
+from bowstore.words.job import Job, Rows
+from bowstore.words.layer import NOT_WRITTEN, Layer
+from bowstore.words.store import Store
+from bowstore.words.store_writer import StoreWriter, create_store
+
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
+_KEPT_ARRAYS = ("vocabulary", "projection", "projection_offset", "nearest", "nearest_distance")
+_RENEWED = ("statistics", "document_frequency_digest", "nearest_digest", "nearest_distance_digest")
+
+
+def begin_append(job: Job, board: Board) -> Job:
+    """The job of adding the images that the store lacks; prepares the grown store, unless that is there already.
+
+    Raises:
+        UsageError: not all layers of the store were named.
+        MismatchError: another teacher or other settings, a layer that is not complete, or an append of other images
+            that was begun and is not finished.
+    """
+    base, index = job.base, job.index
+    assert base, "an append has a store to append to"
+    for layer in base.every_layer():
+        if layer.name not in job.names:
+            raise UsageError(
+                f"--append adds images to all layers of word store {base.path}: "
+                f"{', '.join(each.name for each in base.every_layer())}; leave --layer out"
+            )
+        job.check_settings(base.layer(layer.name))
+    fresh_M = np.flatnonzero(~np.isin(index.key_hash, base.key_hash()))
+    say(f"{len(index) - len(fresh_M)} of {len(index)} images are in word store {base.path} already")
+    if not len(fresh_M):
+        return replace(job, rows=Rows(len(base), fresh_M))
+    staging = _staging(job.store)
+    fingerprint = xxhash.xxh3_128_hexdigest(f"{base.fingerprint} {index.fingerprint} {len(fresh_M)}".encode())
+    with board.lead("prepares the grown store"):
+        if staging.exists() and StoreWriter(staging).fingerprint != fingerprint:
+            raise MismatchError(
+                f"{staging} is an unfinished --append of other images; finish it with the same --shards, or remove it"
+            )
+        if not staging.exists():
+            _make_grown(base, index.key_hash[fresh_M], staging, fingerprint, index.fingerprint)
+    return replace(job, store=staging, rows=Rows(len(base), fresh_M))
+
+
+def end_append(job: Job, store: Path, board: Board) -> None:
+    """Give the grown store the name of the old one, unless another process has."""
+    with board.lead("takes the grown store into use"):
+        if job.store == store or not job.store.exists():
+            return
+        old = _old(store)
+        shutil.rmtree(old, ignore_errors=True)
+        store.rename(old)
+        job.store.rename(store)
+        fsync_path(store.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_append(store: Path) -> None:
+    """End what a process was killed in the middle of: the old store has given its name away, the new one lacks it."""
+    old, staging = _old(store), _staging(store)
+    if not old.exists():
+        return
+    if not store.exists():
+        (staging if staging.exists() else old).rename(store)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _staging(store: Path) -> Path:
+    return store.with_name(f".{store.name}.append")
+
+
+def _old(store: Path) -> Path:
+    return store.with_name(f".{store.name}.old")
+
+
+def _make_grown(base: Store, new_hashes_M: NDArray[np.uint64], staging: Path, fingerprint: str, added: str) -> None:
+    """A store of N + M images with all that stays as it is; whole or not at all."""
+    making = staging.with_name(f"{staging.name}{TEMPORARY_MARK}made")
+    shutil.rmtree(making, ignore_errors=True)
+    parts = [*base.parts, {"fingerprint": added, "images": len(new_hashes_M)}]
+    try:
+        hashes = np.concatenate([base.key_hash(), new_hashes_M])
+        create_store(making, fingerprint=fingerprint, key_hash_N=hashes, parts=parts)
+        group = open_group(making, writable=True)
+        for layer in base.every_layer():
+            _grow_layer(base.path, layer, group, making, len(hashes))
+        group.attrs.update({"layers": [layer.name for layer in base.every_layer()]})
+        making.rename(staging)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    fsync_path(staging.parent)
+
+
+def _grow_layer(base: Path, layer: Layer, group: zarr.Group, grown: Path, images: int) -> None:
+    own = group.create_group(layer.name)
+    kept = {name: value for name, value in layer.attributes.items() if name not in _RENEWED}
+    create(own, "words", (images, *layer.grid), np.uint16, fill=NOT_WRITTEN, chunks=(layer.chunk_rows, *layer.grid))
+    create(own, "chunk_digest", (-(-images // layer.chunk_rows),), np.uint64, fill=0, chunks=(1,))
+    create(own, "document_frequency", (layer.words,), np.int64, fill=-1)
+    for chunk in range(layer.images // layer.chunk_rows):  # the last one stays only if it is full
+        for name in (f"words/c/{chunk}/0/0", f"chunk_digest/c/{chunk}"):
+            _link(base / layer.name / name, grown / layer.name / name)
+    for name in _KEPT_ARRAYS:
+        for file in sorted((base / layer.name / name).rglob("*")):
+            if file.is_file():
+                _link(file, grown / file.relative_to(base))
+    subgroup(group, layer.name).attrs.update({**kept, "complete": False})
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if isinstance(error, BowstoreError) or error.errno not in _NO_LINKS:
+            raise
+        shutil.copy2(source, target)

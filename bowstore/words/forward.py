@@ -1,0 +1,176 @@
+"""Images through the teacher: decoding, network and use of its maps side by side, in order, in bounded memory.
+
+On a CPU every worker runs whole batches on one thread. That is as fast as spreading each operation over all cores, and
+its results do not depend on the number of cores: how a convolution is cut up for threads changes its rounding, and
+words are kept for good. On a GPU two workers take turns, so that one launches while the other waits for its results.
+
+Legend: B batch, C channels, H W pixels, c channels of a map, h w its cells.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bowstore.data.index import Index
+from bowstore.data.pipeline import clean_batches
+from bowstore.data.reader import ShardReader
+from bowstore.environment import cores, cores_per_rank
+from bowstore.errors import DataError
+from bowstore.words.assign import exact_float32
+from bowstore.words.teacher import Teacher
+
+T = TypeVar("T")
+Maps = Mapping[str, Tensor]
+GPU_WORKERS = 2
+
+
+@dataclass
+class Clock:
+    """Where the time of a pass goes.
+
+    Attributes:
+        workers: threads that compute.
+        seconds: by stage. `teacher` and what the maps are used for are the workers' own time; `images` and `write`
+            are the time that the pass waited for decoded images, or for the disk.
+    """
+
+    workers: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _begun: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add a block's seconds to a stage."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+
+    def shares(self) -> dict[str, float]:
+        """Share of the time that each stage took, 0 to 1: computing of the workers' time, waiting of the pass's."""
+        elapsed = max(time.perf_counter() - self._begun, 1e-9)
+        with self._lock:
+            found = dict(self.seconds)
+        waits = ("images", "write")
+        return {
+            stage: min(1.0, spent / elapsed / (1 if stage in waits else self.workers)) for stage, spent in found.items()
+        }
+
+    def binds(self) -> str:
+        """The stage that the others wait for."""
+        shares = self.shares()
+        return max(shares, key=lambda stage: shares[stage], default="")
+
+    def text(self) -> str:
+        """One line: what binds, and all shares."""
+        shares = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in self.shares().items() if share >= 0.005)
+        return f"{_SAID.get(self.binds(), self.binds())} binds ({shares})" if shares else ""
+
+
+_SAID = {"images": "decoding", "write": "the disk"}
+
+
+def compute_workers(device: torch.device, *, alone: bool = False) -> int:
+    """Threads that run the teacher; `alone`: the other processes of this machine have nothing to do meanwhile."""
+    if device.type == "cuda":
+        return GPU_WORKERS
+    return cores() if alone else cores_per_rank()
+
+
+def forward(
+    teacher: Teacher,
+    index: Index,
+    batches: Iterable[NDArray[np.int64]],
+    use: Callable[[NDArray[np.int64], Maps], T],
+    *,
+    batch: int,
+    device: torch.device,
+    clock: Clock,
+    stage: str,
+    threads: int | None = None,
+) -> Iterator[tuple[NDArray[np.int64], T]]:
+    """Rows (B,) and what `use` makes of their maps, in order.
+
+    Args:
+        teacher: gives the maps.
+        index: the images.
+        batches: rows of each batch; asked for a few batches ahead, in another thread.
+        use: called with rows and maps (B, c, h, w) by layer, finite, in a worker's thread.
+        batch: largest number of images in a batch.
+        device: where the teacher runs.
+        clock: counts the time.
+        stage: the clock's name for the time of `use`.
+        threads: decoding threads; None for one a core.
+
+    Raises:
+        DataError: an image that does not decode, or maps that are not finite; names the images.
+    """
+    own = threading.local()
+
+    def work(rows_B: NDArray[np.int64], images_BCHW: Tensor) -> T:
+        if not hasattr(own, "teacher"):
+            own.teacher = teacher.replica()
+        with clock.time("teacher"):
+            maps = own.teacher.maps(images_BCHW)
+            _check_finite(index, rows_B, maps)  # waits for the device
+        with clock.time(stage):
+            return use(rows_B, maps)
+
+    images = clean_batches(ShardReader(index), teacher.view, batches, batch=batch, device=device, threads=threads)
+    waiting: deque[tuple[NDArray[np.int64], Future[T]]] = deque()
+    with _one_thread_each(device), exact_float32(), ThreadPoolExecutor(clock.workers, "teacher") as pool:
+        try:
+            while True:
+                with clock.time("images"):
+                    found = next(images, None)
+                if found is None:
+                    break
+                rows_B, images_BCHW = found
+                # A copy: the pipeline fills its buffer again while workers still read.
+                waiting.append((rows_B, pool.submit(work, rows_B, images_BCHW.clone())))
+                if len(waiting) > clock.workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_finite(index: Index, rows_B: NDArray[np.int64], maps: Maps) -> None:
+    for layer, map_Bchw in maps.items():
+        if not bool(map_Bchw.isfinite().all()):
+            finite_B = map_Bchw.flatten(1).isfinite().all(dim=1).cpu().numpy()
+            bad = [index.key(row) for row in rows_B[~finite_B].tolist()]
+            raise DataError(
+                f"layer {layer!r} of the teacher gives NaN or infinity for {len(bad)} images of a batch, "
+                f"for example {', '.join(bad[:5])}; check the teacher's weights and these images"
+            )
+
+
+@contextmanager
+def _one_thread_each(device: torch.device) -> Iterator[None]:
+    """On a CPU every operation runs on the thread that calls it."""
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,199 @@
+"""One call of `bowstore encode`, resolved: what is encoded, with which settings, into which store.
+
+Legend: N images, h w word grid, K words, c channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bowstore.config import EncodeConfig
+from bowstore.data.index import Index
+from bowstore.errors import MismatchError, UsageError
+from bowstore.words.layer import Layer
+from bowstore.words.store import Store
+from bowstore.words.teacher import Teacher, TeacherLayer
+
+_BATCH = {"cpu": 16, "cuda": 256}  # on a CPU what a core's cache holds: 16 images run as fast as 8, and 32 slower
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer that is encoded.
+
+    Attributes:
+        name: the teacher's name of it.
+        words: K.
+        channels: c of the map.
+        grid: (h, w), without the border.
+    """
+
+    name: str
+    words: int
+    channels: int
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which images are encoded, and where they stand in the store.
+
+    Attributes:
+        first: the store's row of the first of them; those before are there already.
+        index_rows: int64, rows of the index in the order of the store; None for all of them as they are.
+    """
+
+    first: int = 0
+    index_rows: NDArray[np.int64] | None = None
+
+    def in_index(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the index that stand in rows of the store."""
+        return rows_B if self.index_rows is None else self.index_rows[rows_B - self.first]
+
+    def in_store(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the store for rows of the index."""
+        return rows_B if self.index_rows is None else self.first + np.searchsorted(self.index_rows, rows_B)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process has to do for a store.
+
+    Attributes:
+        config: the settings.
+        index: of the shards.
+        teacher: frozen, with the layers.
+        store: the store that is written: that of the user, or the one that an append prepares beside it.
+        layers: what is encoded, in one pass.
+        device: where the teacher runs.
+        rows: which images.
+        base: the store that is appended to; None for a plain encode.
+        source: the store whose vocabulary is used; None to make one.
+        seconds: wall-clock time by stage.
+    """
+
+    config: EncodeConfig
+    index: Index
+    teacher: Teacher
+    store: Path
+    layers: tuple[LayerPlan, ...]
+    device: torch.device
+    rows: Rows = field(default_factory=Rows)
+    base: Store | None = None
+    source: Store | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Images a batch."""
+        return self.config.batch or _BATCH[self.device.type]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def part(self) -> str:
+        """What claims on this job's parts start with."""
+        return "+".join(self.names)
+
+    def settings(self, plan: LayerPlan) -> dict[str, Any]:
+        """Values that must be the same to go on with a layer, by the names that messages use."""
+        config, vocabulary = self.config, {}
+        if self.source:
+            vocabulary["vocabulary"] = self.source.layer(plan.name).attributes["vocabulary_digest"]
+        elif self.base is None:
+            vocabulary = {name: getattr(config, name) for name in _VOCABULARY_SETTINGS}
+        return {
+            "teacher architecture": self.teacher.backbone.arch,
+            "teacher weights": self.teacher.sha256,
+            "precision": config.precision,
+            "clean view": view_values(self.teacher),
+            "border": config.border,
+            "K": plan.words,
+            **vocabulary,
+        }
+
+    def check_settings(self, layer: Layer) -> None:
+        """Refuse to go on with a layer of other settings.
+
+        Raises:
+            MismatchError: names the first setting that differs.
+        """
+        plan = next(plan for plan in self.layers if plan.name == layer.name)
+        made = layer.attributes
+        have = {
+            "teacher architecture": made["teacher"]["arch"],
+            "teacher weights": made["teacher"]["weights_sha256"],
+            "precision": made["teacher"]["precision"],
+            "clean view": made["view"],
+            "border": layer.border,
+            "K": layer.words,
+            "vocabulary": made["vocabulary_digest"],
+            **{name: made["vocabulary"].get(name) for name in _VOCABULARY_SETTINGS},
+        }
+        remedy = (
+            "--append needs the teacher and the settings that the store was made with"
+            if self.base
+            else "use the same value, or encode into a new store"
+        )
+        for name, want in self.settings(plan).items():
+            if have[name] != want:
+                raise MismatchError(
+                    f"layer {layer.name!r} of word store {layer.path} was begun with {name} {have[name]}, now it is "
+                    f"{want}; {remedy}"
+                )
+
+
+_VOCABULARY_SETTINGS = ("seed", "sample_per_word", "iterations", "pca", "whiten")
+
+
+def view_values(teacher: Teacher) -> dict[str, Any]:
+    """The clean view as it comes back from JSON: tuples as lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(teacher.view).items()}
+
+
+def plan_layers(
+    config: EncodeConfig, layers: Sequence[TeacherLayer], known: Sequence[int | None]
+) -> tuple[LayerPlan, ...]:
+    """The layers with their words and grids.
+
+    Args:
+        config: K, one for all layers or one for each, and the border.
+        layers: of the teacher.
+        known: K of each layer where a vocabulary is there already.
+
+    Raises:
+        UsageError: K is missing, of another number than the layers, or not that of the vocabulary; or a border that
+            leaves nothing.
+    """
+    given = config.k * len(layers) if len(config.k) == 1 else config.k
+    if given and len(given) != len(layers):
+        raise UsageError(
+            f"{len(layers)} layers and {len(given)} values of --K; give one for all, or one for each layer"
+        )
+    plans = []
+    for place, layer in enumerate(layers):
+        words = given[place] if given else known[place]
+        if words is None:
+            raise UsageError(
+                f"the number of words of layer {layer.name!r} is not known; give --K, for example --K 2048"
+            )
+        if known[place] not in (None, words):
+            raise UsageError(
+                f"--K {words} does not fit the vocabulary's {known[place]} words of layer {layer.name!r}; leave --K out"
+            )
+        grid = (layer.grid[0] - 2 * config.border, layer.grid[1] - 2 * config.border)
+        if min(grid) < 1:
+            raise UsageError(
+                f"--border {config.border} leaves nothing of the {layer.grid[0]} x {layer.grid[1]} map of layer "
+                f"{layer.name!r}; choose at most {(min(layer.grid) - 1) // 2}"
+            )
+        plans.append(LayerPlan(layer.name, words, layer.channels, grid))
+    return tuple(plans)

@@ -1,0 +1,186 @@
+"""Making and filling word stores: every write is durable, and counts only once it is recorded.
+
+Chunks may be written by several processes, each chunk by the one that has claimed it; the schema is changed by the
+one process that leads (`bowstore.words.claims`).
+
+Legend: N images, h w word grid, K words, c channels, p dimensions of a word, n images kept for each word.
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import bowstore
+from bowstore.errors import UsageError
+from bowstore.files import TEMPORARY_MARK, fsync_path
+from bowstore.words.arrays import array, array_digest, create, hex_digest, new_group, read, reading, subgroup, sweep
+from bowstore.words.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
+from bowstore.words.nearest import KEPT_IMAGES, NO_ROW, NearestImages
+from bowstore.words.statistics import WordStatistics
+from bowstore.words.store import FORMAT, FORMAT_VERSION, open_root
+
+_KEY_ROWS = 1 << 20  # of a chunk of key hashes: 8 MiB
+
+
+class StoreWriter:
+    """A store opened for writing.
+
+    Attributes:
+        path: the store.
+        fingerprint: of the data set.
+        images: N.
+        layers: names of its layers, complete or not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._group, attributes = open_root(path, writable=True)
+        with reading(f"word store {path}"):
+            self.fingerprint = str(attributes["dataset"]["fingerprint"])
+            self.images = int(attributes["dataset"]["images"])
+            self.layers = tuple(attributes["layers"])
+
+    def layer(self, name: str) -> Layer:
+        """A layer, complete or not."""
+        return Layer(self.path, self._group, name, self.images)
+
+    def add_layer(
+        self,
+        name: str,
+        spec: LayerSpec,
+        vocabulary_Kp: NDArray[np.float32],
+        projection: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    ) -> Layer:
+        """Create a layer with its vocabulary and no words, for the process that leads.
+
+        It counts once its name is in the list, whole.
+
+        Args:
+            name: the layer.
+            spec: its attributes.
+            vocabulary_Kp: float32 (K, p).
+            projection: what comes between map and words, y = A x + b: float32 (p, c) and (p,); None for nothing.
+        """
+        shutil.rmtree(self.path / name, ignore_errors=True)  # what a killed writer left, not yet listed
+        group = self._group.create_group(name)
+        rows = chunk_rows(self.images, spec.grid)
+        chunks = math.ceil(self.images / rows)
+        kept = (spec.words, KEPT_IMAGES)
+        create(group, "words", (self.images, *spec.grid), np.uint16, fill=NOT_WRITTEN, chunks=(rows, *spec.grid))
+        create(group, "chunk_digest", (chunks,), np.uint64, fill=0, chunks=(1,))
+        create(group, "document_frequency", (spec.words,), np.int64, fill=-1)
+        create(group, "nearest", (*kept, 2), np.int64, fill=NO_ROW)
+        create(group, "nearest_distance", kept, np.float32, fill=math.nan)
+        create(group, "vocabulary", vocabulary_Kp.shape, np.float32, fill=math.nan)[:] = vocabulary_Kp
+        digests = {"vocabulary_digest": hex_digest(vocabulary_Kp)}
+        for part, values in zip(("projection", "projection_offset"), projection or (), strict=False):
+            create(group, part, values.shape, np.float32, fill=math.nan)[:] = values
+            digests[f"{part}_digest"] = hex_digest(values)
+        version = {"bowstore_version": bowstore.__version__}
+        group.attrs.update({"complete": False, **asdict(spec), **digests, **version})
+        self.layers = (*self.layers, name)
+        self._group.attrs.update({"layers": list(self.layers)})
+        return self.layer(name)
+
+    def write_chunk(self, layer: str, chunk: int, words: NDArray[np.uint16]) -> None:
+        """Write all words of a chunk, uint16 (rows, h, w), durably; then commit it by recording its digest.
+
+        Raises:
+            UsageError: another shape, or ids that are not below K.
+        """
+        what = self.layer(layer)
+        rows = what.rows(chunk)
+        shape = (rows.stop - rows.start, *what.grid)
+        if words.shape != shape or words.dtype != np.uint16:
+            raise UsageError(f"chunk {what.place(chunk)} takes uint16 {shape}, not {words.dtype} {words.shape}")
+        if int(words.max()) >= what.words:
+            raise UsageError(f"chunk {what.place(chunk)}: word {int(words.max())} is not below K = {what.words}")
+        array(self._group, f"{layer}/words")[rows] = words
+        array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(array_digest(words))
+
+    def committed_chunks(self, layer: str) -> NDArray[np.bool_]:
+        """Which chunks are committed, bool (chunks,)."""
+        return np.not_equal(self.layer(layer).chunk_digests(), 0)
+
+    def mark_complete(self, layer: str, statistics: WordStatistics, nearest: NearestImages) -> None:
+        """Record what was found over all words and make the layer usable: the last step, for the process that leads.
+
+        Raises:
+            UsageError: a chunk is not committed yet.
+        """
+        done = self.committed_chunks(layer)
+        if not done.all():
+            raise UsageError(f"layer {layer!r} has {int(done.sum())} of {len(done)} chunks; write the others first")
+        digests = {}
+        found: dict[str, NDArray[Any]] = {
+            "document_frequency": statistics.document_frequency_K,
+            "nearest": np.stack([nearest.row_Kn, nearest.cell_Kn], axis=-1),
+            "nearest_distance": nearest.distance_Kn,
+        }
+        for name, values in found.items():
+            array(self._group, f"{layer}/{name}")[:] = values
+            digests[f"{name}_digest"] = hex_digest(values)
+        attributes = subgroup(self._group, layer).attrs
+        attributes.update({**digests, "statistics": statistics.summary(), "complete": True})
+
+    def nearest(self, layer: str) -> NearestImages:
+        """What an earlier run, or the store that is appended to, recorded of the nearest images."""
+        name = f"arrays nearest of layer {layer!r} of word store {self.path}"
+        with reading(name):
+            place = read(array(self._group, f"{layer}/nearest"))
+            distance_Kn = read(array(self._group, f"{layer}/nearest_distance"))
+        return NearestImages(place[..., 0], place[..., 1], distance_Kn)
+
+    def discard_chunks(self, layer: str, chunks: Sequence[int]) -> None:
+        """Take chunks back: the layer is incomplete again, and encoding writes just these anew."""
+        subgroup(self._group, layer).attrs.update({"complete": False})
+        for chunk in chunks:
+            array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(0)
+
+
+def create_store(path: Path, *, fingerprint: str, key_hash_N: NDArray[np.uint64], **dataset: Any) -> StoreWriter:
+    """Make a store without layers, whole or not at all; for the process that leads.
+
+    Args:
+        path: where it will be.
+        fingerprint: of the data set.
+        key_hash_N: uint64 (N,), hashes of its keys.
+        dataset: what else to record of the data set.
+
+    Raises:
+        UsageError: something of that name is there already.
+    """
+    if path.exists():
+        raise UsageError(f"{path} exists already; remove it, or take another name")
+    for old in path.parent.glob(f".{path.name}{TEMPORARY_MARK}*"):
+        shutil.rmtree(old, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}new")
+    images = len(key_hash_N)
+    try:
+        group = new_group(temporary, {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "bowstore_version": bowstore.__version__,
+            "dataset": {"fingerprint": fingerprint, "images": images, **dataset},
+            "key_hash_digest": hex_digest(key_hash_N),
+            "layers": [],
+        })  # fmt: skip
+        chunks = (max(1, min(images, _KEY_ROWS)),)
+        create(group, "key_hash", key_hash_N.shape, np.uint64, fill=0, chunks=chunks)[:] = key_hash_N
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(path.parent)
+    return StoreWriter(path)
+
+
+def sweep_leftovers(path: Path) -> None:
+    """Remove what killed writers left in a store; only while nobody else writes it."""
+    sweep(path)

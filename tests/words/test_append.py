@@ -1,0 +1,228 @@
+"""Stores that grow by new images under their own vocabularies."""
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from encoding import encode_in_process, run_encode
+from teacher_sets import IMAGES, write_shards, write_teacher
+
+from bowstore.data.index import open_index
+from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
+from bowstore.words import append as append_module
+from bowstore.words import layer as layer_module
+from bowstore.words.store import join_rows, open_store
+from bowstore.words.store_writer import StoreWriter
+from bowstore.words.verify import digest, verify
+
+LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "k": (12, 24)}
+NEW = 50
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of images that came later."""
+    return write_shards(tmp_path_factory.mktemp("more") / "shards", NEW, seed=1, prefix="new")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, shards: Path) -> Path:
+    """A store of two layers, in chunks of 20 rows; not to be changed."""
+    path = tmp_path_factory.mktemp("first") / "words.zarr"
+    with small_chunks_patch():
+        run_encode(teacher=teacher_file, shards=shards, store=path, **LAYERS)
+    return path
+
+
+@pytest.fixture
+def store(first: Path, tmp_path: Path, small_chunks: int) -> Path:
+    return Path(shutil.copytree(first, tmp_path / "words.zarr"))
+
+
+def small_chunks_patch() -> Any:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(layer_module, "MIN_CHUNK_BYTES", 1)
+    patch.setattr(layer_module, "CHUNK_STEP_ROWS", 20)
+
+    class Context:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            patch.undo()
+
+    return Context()
+
+
+def test_new_images_get_the_words_of_the_old_vocabulary(
+    store: Path, first: Path, teacher_file: Path, shards: Path, more: Path, tmp_path: Path
+) -> None:
+    report = run_encode(teacher=teacher_file, shards=more, store=store, append=True, layers=(), k=())
+    assert (report.images, report.images_added, report.images_here) == (IMAGES + NEW, NEW, NEW)
+    grown, old = open_store(store), open_store(first)
+    other = tmp_path / "other.zarr"
+    run_encode(teacher=teacher_file, shards=more, store=other, vocabulary=first, layers=LAYERS["layers"], k=())
+    for name in LAYERS["layers"]:
+        words = grown.load_words(name)
+        assert np.array_equal(words[:IMAGES], old.load_words(name))
+        assert np.array_equal(grown.vocabulary(name), old.vocabulary(name))
+        alone = open_store(other).load_words(name)
+        assert (words[IMAGES:] == alone).mean() > 0.999  # but for rounding at near ties: other batches
+        counted = [int((words == word).any(axis=(1, 2)).sum()) for word in range(grown.layer(name).words)]
+        assert grown.document_frequency(name).tolist() == counted
+        assert grown.nearest(name).row_Kn.max() >= IMAGES  # new images are among the nearest
+    assert verify(store).sound
+    assert np.array_equal(join_rows(grown, open_index(more)), np.arange(IMAGES, IMAGES + NEW))
+    assert np.array_equal(join_rows(grown, open_index(shards)), np.arange(IMAGES))
+    assert [part["images"] for part in grown.parts] == [IMAGES, NEW]
+    assert grown.parts[0]["fingerprint"] == old.fingerprint != grown.fingerprint
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_same_images_again_change_nothing(store: Path, first: Path, teacher_file: Path, shards: Path) -> None:
+    before = digest(store)
+    report = run_encode(teacher=teacher_file, shards=shards, store=store, append=True)
+    assert (report.images, report.images_added, report.images_here) == (IMAGES, 0, 0)
+    assert digest(store) == before
+
+
+def test_grown_twice_and_by_shards_that_hold_old_images_too(
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path
+) -> None:
+    bigger = write_shards(tmp_path / "bigger", NEW + 30, seed=1, prefix="new")
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    report = run_encode(teacher=teacher_file, shards=bigger, store=store, append=True)
+    assert (report.images, report.images_added) == (IMAGES + NEW + 30, 30)
+    assert verify(store).sound
+    assert [part["images"] for part in open_store(store).parts] == [IMAGES, NEW, 30]
+    assert len(join_rows(open_store(store), open_index(bigger))) == NEW + 30
+
+
+def test_the_old_store_stays_usable_until_the_end(
+    store: Path, teacher_file: Path, more: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, plain, written = digest(store), StoreWriter.write_chunk, []
+
+    def failing(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
+        written.append((layer, chunk))
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        plain(self, layer, chunk, words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_chunk", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert digest(store) == before
+    assert verify(store).sound
+    written_before = len(written)
+    monkeypatch.setattr(StoreWriter, "write_chunk", failing)
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert len(written) < written_before + 8  # of the eight new chunks those that were there are not written again
+    assert len(open_store(store)) == IMAGES + NEW
+
+
+def test_another_append_meanwhile_is_refused(
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_chunk", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    others = write_shards(tmp_path / "others", 20, seed=2, prefix="other")
+    with pytest.raises(MismatchError, match=r"\.append is an unfinished --append of other images; finish it with"):
+        run_encode(teacher=teacher_file, shards=others, store=store, append=True)
+
+
+def test_what_does_not_fit_is_one_line(store: Path, teacher_file: Path, more: Path, tmp_path: Path) -> None:
+    def refused(error: type[BowstoreError], message: str, **values: Any) -> None:
+        with pytest.raises(error, match=message):
+            run_encode(**{"teacher": teacher_file, "shards": more, "store": store, "append": True, **values})
+
+    other = write_teacher(tmp_path / "other.safetensors", seed=1)
+    refused(MismatchError, r"teacher weights [0-9a-f]{64}, now it is .*; --append needs the teacher", teacher=other)
+    refused(MismatchError, r"precision float32, now it is bfloat16; --append needs", precision="bfloat16")
+    refused(UsageError, r"all layers of word store .*: block2, block3; leave --layer out", layers=("block3",))
+    refused(UsageError, r"--K 25 does not fit the vocabulary's 12 words of layer 'block2'; leave --K out", k=(25,))
+    refused(UsageError, r"--vocabulary does not go with --append", vocabulary=store)
+    refused(MissingError, r"no word store .*none\.zarr", store=tmp_path / "none.zarr")
+    assert digest(store)
+
+
+def test_an_unfinished_layer_is_not_appended_to(store: Path, teacher_file: Path, more: Path) -> None:
+    StoreWriter(store).discard_chunks("block3", [1])
+    with pytest.raises(MismatchError, match=r"'block3' .* is not complete: 4 of 5 chunks are written; run `bowstore"):
+        run_encode(teacher=teacher_file, shards=more, store=store, append=True, layers=("block2", "block3"))
+
+
+def test_without_links_chunks_are_copied(
+    store: Path, teacher_file: Path, more: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert verify(store).sound
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_death_between_the_two_renames_is_made_good(
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    plain = Path.rename
+
+    def deadly(self: Path, target: Path) -> Path:
+        if self.name == ".words.zarr.append":
+            raise KeyboardInterrupt
+        return plain(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", deadly)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert not store.exists()
+    if not finished:
+        shutil.rmtree(tmp_path / ".words.zarr.append")
+    append_module.recover_append(store)
+    assert len(open_store(store)) == (IMAGES + NEW if finished else IMAGES)
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert len(open_store(store)) == IMAGES + NEW
+    assert verify(store).sound
+
+
+def test_a_store_that_is_missing_between_the_renames_says_so(store: Path) -> None:
+    store.rename(store.with_name(".words.zarr.old"))
+    message = r"no word store .*: an --append was interrupted as it took the name; run it again"
+    with pytest.raises(MissingError, match=message):
+        open_store(store)
+
+
+def test_killed_while_appending(store: Path, teacher_file: Path, more: Path, tmp_path: Path) -> None:
+    import multiprocessing
+
+    whole = Path(shutil.copytree(store, tmp_path / "whole.zarr"))
+    run_encode(teacher=teacher_file, shards=more, store=whole, append=True)
+    before = digest(store)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bowstore.words.encode", "bowstore.models.saved"])
+    values = {"teacher": teacher_file, "shards": more, "store": store, "append": True}
+    deaths = 0
+    for renames in (3, 9, 20, 4, 6, 10_000):
+        process = context.Process(target=encode_in_process, args=(values, renames))
+        process.start()
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        deaths += 1
+        assert digest(store) == before
+    assert deaths >= 3
+    assert digest(store) == digest(whole)
+    assert re.findall(r"\.words\.zarr\S*", str(list(tmp_path.iterdir()))) == []
