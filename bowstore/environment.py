@@ -49,6 +49,11 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the first of those that torchrun started, or was started without it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def cores_per_rank() -> int:
     """This process's share of the machine's cores, among the ranks that torchrun started on it."""
     return max(1, cores() // local_ranks())

@@ -70,6 +70,34 @@ def test_bench_store_and_targets(workspace: Path) -> None:
     assert targets["microseconds_step_host"] > 0
 
 
+def test_bench_encode_compares_the_pass_with_what_bounds_it(workspace: Path) -> None:
+    teacher = ["--teacher", "wrn-10-1", "--size", 16, "--resize", 16, "--layer", "block2", "--layer", "block3"]
+    value = bench("encode", *teacher, "--K", 8, "--K", 12, "--images", 32, "--batch", 8, "--rounds", 3)
+    rates = value["images_per_second"]
+    assert list(rates) == ["clean view alone", "teacher alone", "encode"]
+    view, network, whole = (rates[name]["rounds"] for name in rates)
+    ratios = [c / min(a, b) for a, b, c in zip(view, network, whole, strict=True)]
+    assert value["ratio_over_slower"] == sorted(ratios)[1]
+    assert value["layers"] == {"block2": {"words": 8, "grid": [8, 8]}, "block3": {"words": 12, "grid": [4, 4]}}
+    assert value["binds"] in rates
+    assert 0 < value["share_teacher"] <= 1
+    assert not list(Path().glob("**/*.zarr/block2"))  # its stores were for the moment
+
+
+def test_bench_encode_needs_enough_vectors(workspace: Path) -> None:
+    arguments = ["--teacher", "wrn-10-1", "--size", "16", "--resize", "16", "--layer", "block3", "--K", "2000"]
+    result = CliRunner().invoke(main, ["bench", "encode", *arguments, "--images", "8"])
+    assert result.exit_code == 2
+    assert "8 images give 128 vectors of layer 'block3', fewer than K = 2000; lower --K" in result.stderr
+
+
+def test_bench_kmeans_times_both_backends(workspace: Path) -> None:
+    value = bench("kmeans", "--vectors", 2000, "--dimensions", 8, "--K", 20, "--rounds", 3, "--iterations", 10)
+    rates = value["iterations_per_second"]
+    assert list(rates) == ["faiss", "torch"]
+    assert value["seconds_torch"] == 10 / rates["torch"]["median"]
+
+
 def test_bench_prints_a_table(workspace: Path) -> None:
     result = CliRunner().invoke(main, ["bench", "reader", "--batch", "16", "--batches", "2", "--rounds", "1"])
     assert result.stdout.splitlines()[0].split() == ["images/s", "median", "min", "max"]

@@ -14,6 +14,7 @@ ALLOWED = {
     "words": {"words", "data", "models"},
     "train": {"train", "data", "models", "words"},
     "evaluate": {"evaluate", "data", "models"},
+    "report": {"report", "data", "words"},
 }
 EVERYWHERE = {"config", "environment", "errors", "files", "progress", "remote"}
 # train may know the store and the targets, never how words are made

@@ -10,10 +10,11 @@ from bowstore import __version__
 from bowstore.cli.bench import bench
 from bowstore.cli.common import Group
 from bowstore.cli.data import data_group, index, shards, verify
+from bowstore.cli.encoding import encode
 from bowstore.cli.evaluate import evaluate
+from bowstore.cli.gallery import words
 from bowstore.cli.jobs import demo, init, train
 from bowstore.cli.layers import layers
-from bowstore.cli.words import encode
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -26,6 +27,7 @@ def main(debug: bool) -> None:
     bowstore shards IMAGES data/shards          images to WebDataset shards
     bowstore train --config CONFIG              the teacher (rotation prediction)
     bowstore encode --layer conv4 --K 20000     its feature maps to words, once, into a store
+    bowstore words --out words.html             a page to look at the words
     bowstore train                              BoWNet on the words, with no teacher in the loop
     bowstore eval voc07                         how good the representation is
 
@@ -33,5 +35,5 @@ def main(debug: bool) -> None:
     """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 
-for command in (init, data_group, shards, index, verify, layers, encode, train, evaluate, demo, bench):
+for command in (init, data_group, shards, index, verify, layers, encode, words, train, evaluate, demo, bench):
     main.add_command(command)

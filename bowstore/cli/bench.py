@@ -1,4 +1,4 @@
-"""Commands that measure this machine: bench loader, reader, store, targets, train, assign."""
+"""Commands that measure this machine: bench loader, reader, store, targets, train, assign, encode, kmeans."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +195,64 @@ def assign(images: int, positions: int, dimensions: int, words: int, rounds: int
         device=choose_device(device),
     )
     _keep(load_workspace(), "assign", result, as_json)
+
+
+@bench.command()
+@_options(
+    click.option("--teacher", help="As for `bowstore encode`.  [default: the workspace's, or torchvision:resnet50]"),
+    click.option("--weights", type=PATH, help="Weights file of a timm or torchvision teacher."),
+    click.option("--layer", "layers", multiple=True, default=["conv4"], show_default=True, help="Several in one pass."),
+    click.option("--K", "k", type=click.IntRange(1), multiple=True, default=[2000], show_default=True),
+    click.option("--size", type=click.IntRange(8), help="Side of the clean view, pixels."),
+    click.option("--resize", type=click.IntRange(8), help="Short side before the crop, pixels."),
+    click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
+    click.option("--batch", type=click.IntRange(1), help="Images a batch.  [default: 16, 256 on a GPU]"),
+    click.option("--images", type=click.IntRange(1), default=256, show_default=True, help="Images a round."),
+    click.option("--device", type=DEVICES, default="auto", show_default=True),
+)
+def encode(
+    teacher: str | None, images: int, device: str, shards_dir: Path | None, rounds: int, as_json: bool, **values: Any
+) -> None:
+    """The pass of `bowstore encode` over the slower of the clean view alone and the teacher alone."""
+    from bowstore.benchmarks.encode import bench_encode
+    from bowstore.config import EncodeConfig, load_workspace, validate
+    from bowstore.environment import choose_device
+    from bowstore.errors import MissingError
+    from bowstore.workspace import resolve_teacher
+
+    workspace = load_workspace()
+    try:
+        values["teacher"] = resolve_teacher(workspace, teacher)
+    except MissingError:
+        if teacher:
+            raise
+        values["teacher"] = "torchvision:resnet50"
+    result = bench_encode(
+        shards_dir or workspace.shards,
+        validate(EncodeConfig, values, "bench encode"),
+        images=images,
+        rounds=rounds,
+        device=choose_device(device),
+        storage=workspace.storage,
+    )
+    _keep(workspace, "encode", result, as_json)
+
+
+@bench.command()
+@click.option("--vectors", type=click.IntRange(1), default=51200, show_default=True, help="Of the sample.")
+@click.option("--dimensions", type=click.IntRange(1), default=1024, show_default=True)
+@click.option("--K", "words", type=click.IntRange(1), default=200, show_default=True, help="Number of words.")
+@click.option("--iterations", type=click.IntRange(1), default=25, show_default=True, help="Of a vocabulary.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed iterations.")
+@click.option("--device", type=DEVICES, default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
+def kmeans(device: str, as_json: bool, **values: int) -> None:
+    """k-means by FAISS and by our own iteration over a resident sample."""
+    from bowstore.benchmarks.kmeans import bench_kmeans
+    from bowstore.config import load_workspace
+    from bowstore.environment import choose_device
+
+    _keep(load_workspace(), "kmeans", bench_kmeans(**values, device=choose_device(device)), as_json)
 
 
 def _keep(workspace: Any, name: str, result: Any, as_json: bool) -> None:

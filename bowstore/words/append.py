@@ -51,7 +51,7 @@ def begin_append(job: Job, board: Board) -> Job:
             )
         job.check_settings(base.layer(layer.name))
     fresh_M = np.flatnonzero(~np.isin(index.key_hash, base.key_hash()))
-    say(f"{len(index) - len(fresh_M)} of {len(index)} images are in word store {base.path} already")
+    say(f"{len(index) - len(fresh_M)} of {len(index)} images are in word store {base.path} already, by their keys")
     if not len(fresh_M):
         return replace(job, rows=Rows(len(base), fresh_M))
     staging = _staging(job.store)

@@ -90,10 +90,11 @@ class AssignPass:
         job: what is encoded.
         writer: of the store.
         board: where units are claimed.
+        shown: whether to show progress.
     """
 
-    def __init__(self, job: Job, writer: StoreWriter, board: Board) -> None:
-        self._job, self._writer, self._board = job, writer, board
+    def __init__(self, job: Job, writer: StoreWriter, board: Board, *, shown: bool = True) -> None:
+        self._job, self._writer, self._board, self._shown = job, writer, board, shown
         self._layers = [writer.layer(name) for name in job.names]
         self._units = cut_units(writer.images, [layer.chunk_rows for layer in self._layers])
         self._open = list(range(len(self._units)))  # not known to be whole, nor taken by this process
@@ -116,7 +117,7 @@ class AssignPass:
         self._quantizers = {layer.name: quantizer(layer, job.device) for layer in self._layers}
         self._nearest = {layer.name: NearestSearch(layer.words) for layer in self._layers}
         told = False
-        with Progress("encode", self._writer.images) as self._progress:
+        with Progress("encode", self._writer.images, shown=self._shown) as self._progress:
             while True:
                 first = self._next_unit()
                 if first is not None:
@@ -124,7 +125,7 @@ class AssignPass:
                 elif not self._open:
                     return
                 else:
-                    if not told:
+                    if self._shown and not told:
                         say(f"waiting for {len(self._open)} parts that other processes have claimed")
                         told = True
                     time.sleep(POLL_SECONDS)

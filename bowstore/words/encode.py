@@ -8,7 +8,6 @@ Legend: N images, h w word grid, K words, c channels.
 """
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor
 from bowstore.config import EncodeConfig, StorageConfig
 from bowstore.data.index import Index, check_columns, open_index
 from bowstore.data.reader import fetched
-from bowstore.environment import available_memory
+from bowstore.environment import available_memory, is_first_rank
 from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store, local_only
@@ -84,7 +83,7 @@ def encode(
         if append:
             job = begin_append(job, board)
         before = _prepare(job, board)
-        work = AssignPass(job, StoreWriter(job.store), board)
+        work = AssignPass(job, StoreWriter(job.store), board, shown=is_first_rank())
         with timed(job.seconds, "assign"):
             work.run()
         with timed(job.seconds, "finish"):
@@ -323,7 +322,7 @@ def _report(job: Job, store: Path, before: dict[str, int], work: AssignPass) -> 
         seconds=job.seconds,
         stages=work.clock.shares(),
         binds=work.clock.binds(),
-        first=os.environ.get("RANK", "0") == "0",
+        first=is_first_rank(),
     )
     if report.first:
         for line in report.warnings:

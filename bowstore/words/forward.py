@@ -131,7 +131,7 @@ def forward(
 
     images = clean_batches(ShardReader(index), teacher.view, batches, batch=batch, device=device, threads=threads)
     waiting: deque[tuple[NDArray[np.int64], Future[T]]] = deque()
-    with _one_thread_each(device), exact_float32(), ThreadPoolExecutor(clock.workers, "teacher") as pool:
+    with one_thread_each(device), exact_float32(), ThreadPoolExecutor(clock.workers, "teacher") as pool:
         try:
             while True:
                 with clock.time("images"):
@@ -163,7 +163,7 @@ def _check_finite(index: Index, rows_B: NDArray[np.int64], maps: Maps) -> None:
 
 
 @contextmanager
-def _one_thread_each(device: torch.device) -> Iterator[None]:
+def one_thread_each(device: torch.device) -> Iterator[None]:
     """On a CPU every operation runs on the thread that calls it."""
     if device.type != "cpu":
         yield

@@ -138,15 +138,14 @@ class Job:
             "vocabulary": made["vocabulary_digest"],
             **{name: made["vocabulary"].get(name) for name in _VOCABULARY_SETTINGS},
         }
-        remedy = (
-            "--append needs the teacher and the settings that the store was made with"
-            if self.base
-            else "use the same value, or encode into a new store"
-        )
+        remedy = "use the same value, or encode into a new store"
+        if self.base or (self.source and layer.path == self.source.path):
+            flag = "--append" if self.base else "--vocabulary"
+            remedy = f"{flag} needs the teacher and the settings that the store was made with"
         for name, want in self.settings(plan).items():
             if have[name] != want:
                 raise MismatchError(
-                    f"layer {layer.name!r} of word store {layer.path} was begun with {name} {have[name]}, now it is "
+                    f"layer {layer.name!r} of word store {layer.path} was made with {name} {have[name]}, now it is "
                     f"{want}; {remedy}"
                 )
 

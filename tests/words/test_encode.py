@@ -118,7 +118,7 @@ def test_another_layer_joins_the_store(run: Any, clean: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"k": (23,)}, "was begun with K 24, now it is 23; use the same value, or encode into a new store"),
+        ({"k": (23,)}, "was made with K 24, now it is 23; use the same value, or encode into a new store"),
         ({"seed": 1}, "seed 0, now it is 1"),
         ({"iterations": 4}, "iterations 3, now it is 4"),
         ({"sample_per_word": 10}, "sample_per_word 256, now it is 10"),
@@ -284,3 +284,113 @@ def test_killed_again_and_again_it_ends_with_the_same_words(
     assert digest(path) == digest(clean)
     assert verify(path, shards).sound
     assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_the_vocabulary_of_another_store_is_reused(run: Any, clean: Path, tmp_path: Path) -> None:
+    others = write_shards(tmp_path / "others", 30, seed=5, prefix="other")
+    report = run(shards=others, vocabulary=clean, k=(), store=tmp_path / "others.zarr")
+    store = open_store(report.store)
+    assert np.array_equal(store.vocabulary(), open_store(clean).vocabulary())
+    assert store.layer().attributes["vocabulary"]["taken_from"] == "words.zarr"
+    assert "sample" not in report.seconds
+    assert "k-means" not in report.seconds
+    again = run(vocabulary=clean, k=(), store=tmp_path / "again.zarr")  # the same images
+    assert np.array_equal(open_store(again.store).load_words(), open_store(clean).load_words())
+    with pytest.raises(UsageError, match=r"--K 23 does not fit the vocabulary's 24 words of layer 'block3'; leave --K"):
+        run(shards=others, vocabulary=clean, k=(23,), store=tmp_path / "x.zarr")
+    other = write_teacher(tmp_path / "other.safetensors", seed=1)
+    with pytest.raises(
+        MismatchError, match=r"was made with teacher weights [0-9a-f]{64}, now it is .*; --vocabulary n"
+    ):
+        run(teacher=other, shards=others, vocabulary=clean, k=(), store=tmp_path / "x.zarr")
+    with pytest.raises(MissingError, match=r"has no layer 'block2'; its layers: block3"):
+        run(shards=others, vocabulary=clean, k=(), layers=("block2",), store=tmp_path / "x.zarr")
+    assert not (tmp_path / "x.zarr").exists()
+
+
+def test_pca_and_whitening_come_before_the_words(run: Any, teacher_file: Path, shards: Path, tmp_path: Path) -> None:
+    report = run(pca=6, whiten=True)
+    store, index = open_store(report.store), open_index(shards)
+    assert store.vocabulary().shape == (24, 6)
+    assert store.layer().attributes["projection"] == {"kind": "pca", "dimensions": 6, "whiten": True}
+    matrix, offset = store.projection() or (None, None)
+    teacher = load_teacher(teacher_file, ("block3",), CPU)
+    for rows, images in clean_batches(ShardReader(index), teacher.view, np.array([40]), batch=1, device=CPU):
+        vectors = teacher.maps(images)["block3"][0].flatten(1).T.double().numpy() @ matrix.T + offset
+        expected = ((vectors[:, None] - store.vocabulary()[None]) ** 2).sum(-1).argmin(1)
+        assert (store.load_words()[rows[0]].ravel() == expected).mean() > 0.9  # but for rounding at near ties
+    with pytest.raises(MismatchError, match=r"was made with pca 6, now it is None"):
+        run()
+    with pytest.raises(UsageError, match=r"--whiten goes with --pca N"):
+        run(whiten=True, store=tmp_path / "x.zarr")
+    with pytest.raises(UsageError, match=r"--pca 65 is more than the layer's 64 channels"):
+        run(pca=65, store=tmp_path / "x.zarr")
+
+
+def test_a_border_is_left_out_of_words_and_vocabulary(run: Any, clean: Path, tmp_path: Path) -> None:
+    store = open_store(run(border=1).store)
+    assert store.load_words().shape == (IMAGES, 2, 2)
+    assert store.layer().border == 1
+    assert store.layer().attributes["vocabulary"]["sample"] == IMAGES * 4
+    with pytest.raises(MismatchError, match=r"was made with border 1, now it is 0"):
+        run()
+    with pytest.raises(UsageError, match=r"--border 2 leaves nothing of the 4 x 4 map of layer 'block3'; .* most 1"):
+        run(border=2, store=tmp_path / "x.zarr")
+
+
+def test_a_teacher_in_bfloat16_gives_words_of_its_own(run: Any, clean: Path) -> None:
+    store = open_store(run(precision="bfloat16").store)
+    assert store.layer().attributes["teacher"]["precision"] == "bfloat16"
+    assert not np.array_equal(store.load_words(), open_store(clean).load_words())
+    with pytest.raises(MismatchError, match=r"was made with precision bfloat16, now it is float32"):
+        run()
+
+
+def test_k_is_one_for_all_layers_or_one_for_each(run: Any, tmp_path: Path) -> None:
+    store = open_store(run(layers=("block2", "block3"), k=(9,)).store)
+    assert [store.layer(name).words for name in store.layers] == [9, 9]
+    with pytest.raises(UsageError, match=r"2 layers and 3 values of --K; give one for all, or one for each layer"):
+        run(layers=("block2", "block3"), k=(1, 2, 3), store=tmp_path / "x.zarr")
+    with pytest.raises(UsageError, match=r"the number of words of layer 'block3' is not known; give --K"):
+        run(k=(), store=tmp_path / "x.zarr")
+    with pytest.raises(UsageError, match=r"no layer was named; give --layer"):
+        run(layers=(), store=tmp_path / "x.zarr")
+
+
+def test_the_nearest_images_are_those_of_the_store(clean: Path, teacher_file: Path, shards: Path) -> None:
+    index, store = open_index(shards), open_store(clean)
+    nearest, words, centres = store.nearest(), store.load_words(), store.vocabulary().astype(np.float64)
+    assert nearest.row_Kn.shape == (24, 16)
+    teacher = load_teacher(teacher_file, ("block3",), CPU)
+    distance = np.empty((IMAGES, 16))
+    for rows, images in clean_batches(ShardReader(index), teacher.view, np.arange(IMAGES), batch=8, device=CPU):
+        vectors = teacher.maps(images)["block3"].flatten(2).transpose(1, 2).double().numpy()
+        distance[rows] = np.linalg.norm(vectors - centres[words[rows].reshape(len(rows), -1)], axis=-1)
+    flat = words.reshape(IMAGES, -1)
+    for word in range(24):
+        own = np.where(flat == word, distance, np.inf)
+        expected = np.sort(own.min(1))[:16]
+        rows = nearest.row_Kn[word][nearest.row_Kn[word] >= 0]
+        assert (flat[rows, nearest.cell_Kn[word][: len(rows)]] == word).all()
+        assert len(set(rows.tolist())) == len(rows) == min(16, int(np.isfinite(own.min(1)).sum()))
+        assert np.allclose(nearest.distance_Kn[word][: len(rows)], expected[: len(rows)], rtol=1e-3)
+
+
+def test_a_sample_larger_than_memory_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bowstore.words.encode.available_memory", lambda: 100_000)
+    with pytest.raises(UsageError, match=r"the samples of block3 take 0.0 GB of memory, .* lower --sample-per-word"):
+        run()
+
+
+def test_an_interrupted_store_is_no_store_to_train_on(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_chunk", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    with pytest.raises(MismatchError, match=r"is not complete: 0 of 5 chunks are written; run `bowstore encode` again"):
+        open_store(tmp_path / "words.zarr")

@@ -1,4 +1,4 @@
-"""Commands that make word stores: encode."""
+"""The command that makes word stores: encode."""
 
 import os
 import signal

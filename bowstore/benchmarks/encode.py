@@ -1,0 +1,209 @@
+"""Encoding against what bounds it: the clean view alone and the teacher alone, interleaved in one process."""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.config import EncodeConfig, StorageConfig
+from bowstore.data.index import Index, open_index
+from bowstore.data.pipeline import PREFETCH, clean_batches
+from bowstore.data.reader import ShardReader, fetched
+from bowstore.environment import cores, device_name
+from bowstore.errors import UsageError
+from bowstore.progress import Progress
+from bowstore.words.assign_pass import AssignPass
+from bowstore.words.claims import Board
+from bowstore.words.forward import compute_workers, one_thread_each
+from bowstore.words.job import Job, Rows, plan_layers, view_values
+from bowstore.words.layer import LayerSpec
+from bowstore.words.store_writer import StoreWriter, create_store
+from bowstore.words.teacher import load_teacher
+
+_WAYS = ("clean view alone", "teacher alone", "encode")
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What is timed.
+
+    Attributes:
+        job: a plain encode of the first images.
+        vocabularies: float32 (K, c) by layer, vectors of the teacher's own maps.
+        images_BCHW: a batch of the clean view.
+    """
+
+    job: Job
+    vocabularies: dict[str, NDArray[np.float32]]
+    images_BCHW: Tensor
+
+    @property
+    def images(self) -> int:
+        """Of one round."""
+        assert self.job.rows.index_rows is not None, "the bench says which rows"
+        return len(self.job.rows.index_rows)
+
+    def view(self) -> Iterator[None]:
+        """Batches of the clean view without end, in the order of the rows."""
+        job = self.job
+        rows = np.arange(self.images)
+        cut = [rows[start : start + job.batch] for start in range(0, self.images, job.batch)]
+        endless = itertools.cycle(cut)
+        for _ in clean_batches(
+            ShardReader(job.index), job.teacher.view, endless, batch=job.batch, device=job.device,
+            threads=job.config.threads,
+        ):  # fmt: skip
+            yield None
+
+    def time_view(self, batches: Iterator[None]) -> float:
+        """Images/s of decoding, after what was made ahead."""
+        for _ in range(PREFETCH + 2):
+            next(batches)
+        count = -(-self.images // self.job.batch)
+        begun = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        return count * self.job.batch / (time.perf_counter() - begun)
+
+    def time_teacher(self) -> float:
+        """Images/s of the teacher, run as the pass runs it, on one batch that lies there."""
+        job = self.job
+        replicas = [job.teacher.replica() for _ in range(compute_workers(job.device))]
+        count = max(len(replicas), -(-self.images // len(self.images_BCHW)))
+
+        def work(worker: int) -> None:
+            for _ in range(worker, count, len(replicas)):
+                replicas[worker].maps(self.images_BCHW)
+
+        with one_thread_each(job.device), ThreadPoolExecutor(len(replicas)) as pool:
+            begun = time.perf_counter()
+            list(pool.map(work, range(len(replicas))))
+            if job.device.type == "cuda":
+                torch.cuda.synchronize(job.device)
+            return count * len(self.images_BCHW) / (time.perf_counter() - begun)
+
+    def time_encode(self) -> tuple[float, dict[str, float]]:
+        """Images/s of the whole pass into a store of its own, and the shares of its stages."""
+        job = self.job
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "words.zarr"
+            hashes = np.asarray(job.index.key_hash[: self.images])
+            writer = create_store(path, fingerprint=job.index.fingerprint, key_hash_N=hashes)
+            for plan in job.layers:
+                spec = LayerSpec(
+                    teacher=job.teacher.provenance(plan.name), view=view_values(job.teacher), vocabulary={},
+                    words=plan.words, grid=plan.grid, channels=plan.channels,
+                )  # fmt: skip
+                writer.add_layer(plan.name, spec, self.vocabularies[plan.name])
+            begun = time.perf_counter()
+            with Board(path) as board:
+                work = AssignPass(job, StoreWriter(path), board, shown=False)
+                work.run()
+            return self.images / (time.perf_counter() - begun), work.clock.shares()
+
+
+def bench_encode(
+    shards: Path,
+    config: EncodeConfig,
+    *,
+    images: int,
+    rounds: int,
+    device: torch.device,
+    storage: StorageConfig | None = None,
+) -> BenchResult:
+    """Images/s of the clean view alone, of the teacher alone as far as its deepest layer, and of the whole pass.
+
+    Args:
+        shards: folder of indexed shards.
+        config: teacher, layers and K; the vocabulary is made of vectors of the first images, without k-means.
+        images: the first so many are encoded, or all there are.
+        rounds: interleaved rounds, after one to warm up.
+        device: where the teacher runs.
+        storage: how shards are read.
+    """
+    bench = _prepare(fetched(open_index(shards, storage), images=images), config, images, device)
+    batches, job = bench.view(), bench.job
+    shares: dict[str, float] = {}
+
+    def encode() -> float:
+        rate, found = bench.time_encode()
+        shares.update(found)
+        return rate
+
+    ways: dict[str, Callable[[], float]] = dict(
+        zip(_WAYS, (lambda: bench.time_view(batches), bench.time_teacher, encode), strict=True)
+    )
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    with Progress("bench encode", (rounds + 1) * len(ways), "timings") as progress:
+        for number in range(rounds + 1):
+            for name, way in ways.items():
+                rate = way()
+                if number:  # the first round warms caches, allocators and compilers
+                    rates[name].append(rate)
+                progress.advance(note=f"{name} {rate:.1f} images/s")
+    view, teacher, whole = (rates[name] for name in _WAYS)
+    ratios = [all_ / min(one, other) for one, other, all_ in zip(view, teacher, whole, strict=True)]
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    return BenchResult(
+        protocol="bench/encode",
+        device=f"{device_name(device)}, {cores()} cores",
+        inputs={"shards": job.index.fingerprint, "teacher": job.teacher.sha256},
+        settings={
+            "images": bench.images,
+            "batch": job.batch,
+            "workers": compute_workers(device),
+            "arch": job.teacher.backbone.arch,
+            "layers": {plan.name: {"words": plan.words, "grid": plan.grid} for plan in job.layers},
+            "size": job.teacher.view.size,
+            "precision": config.precision,
+            "mean_image_bytes": float(job.index.size[: bench.images].mean()),
+        },
+        unit="images",
+        timings=[Timing(name, values) for name, values in rates.items()],
+        binds=min(_WAYS[:2], key=lambda name: median[name]),
+        figures={
+            "ratio_over_slower": statistics.median(ratios),
+            "least_ratio_over_slower": min(ratios),
+            **{f"share_{stage}": share for stage, share in shares.items()},
+        },
+        notes=["encode over the slower of the other two, by round; the shares are those of the last round's pass"],
+    )
+
+
+def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.device) -> _Bench:
+    images = min(images, len(index))
+    teacher = load_teacher(
+        config.teacher, config.layers, device, weights=config.weights, size=config.size, resize=config.resize,
+        seed=config.seed, precision=config.precision,
+    )  # fmt: skip
+    plans = plan_layers(config, teacher.layers, [None] * len(teacher.layers))
+    job = Job(config, index, teacher, Path(), plans, device, rows=Rows(0, np.arange(images)))
+    found: dict[str, list[NDArray[np.float32]]] = {plan.name: [] for plan in plans}
+    kept: Tensor | None = None
+    for _, images_BCHW in clean_batches(
+        ShardReader(index), teacher.view, np.arange(images), batch=job.batch, device=device
+    ):
+        kept = images_BCHW.clone() if kept is None else kept
+        for name, map_Bchw in teacher.maps(images_BCHW).items():
+            found[name].append(map_Bchw.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy())
+        if all(sum(map(len, found[plan.name])) >= plan.words for plan in plans):
+            break
+    vectors = {name: np.concatenate(parts) for name, parts in found.items()}
+    for plan in plans:
+        if len(vectors[plan.name]) < plan.words:
+            raise UsageError(
+                f"{images} images give {len(vectors[plan.name])} vectors of layer {plan.name!r}, fewer than K = "
+                f"{plan.words}; lower --K, or name more images"
+            )
+    assert kept is not None, "there is at least one image"
+    return _Bench(job, {plan.name: vectors[plan.name][: plan.words] for plan in plans}, kept)

@@ -1,0 +1,1 @@
+"""Pages to look at: the words of a store as images."""
