@@ -6,6 +6,7 @@ All ways run interleaved in one process, because machines are noisy: the median 
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.environment import cores, device_name
 from bowstore.progress import Progress
 from bowstore.words.assign import PreparedWords, assign, assign_reference, exact_float32, prepare_words
+from bowstore.words.forward import compute_workers, one_thread_each
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords, Tiles
@@ -47,8 +49,8 @@ def bench_assign(
     features_ND, vocabulary_KD = _vectors(images * positions, dimensions, words, device)
     prepared = prepare_words(vocabulary_KD)
     ways: dict[str, Way] = {
-        "assign": partial(assign, features_ND, prepared),
-        "matrix product": _product(features_ND, prepared.words_DK),
+        "assign": _spread(features_ND, lambda part_ND: partial(assign, part_ND, prepared)),
+        "matrix product": _spread(features_ND, partial(_product, right_DK=vocabulary_KD.T.contiguous())),
         **_faiss(features_ND, vocabulary_KD),
         **(_tensor_cores(features_ND, vocabulary_KD, prepared, prepared.fast) if prepared.fast else {}),
     }
@@ -71,7 +73,7 @@ def bench_assign(
             "positions": positions,
             "dimensions": dimensions,
             "words": words,
-            "threads": torch.get_num_threads(),
+            "threads": cores() if device.type == "cpu" else torch.get_num_threads(),
         },
         unit="images",
         timings=[Timing(name, values, f"{teraflops[name]:.3g} TFLOP/s") for name, values in rates.items()],
@@ -83,6 +85,19 @@ def bench_assign(
         },
         notes=["of made-up features of 16 factors; the shares of second looks depend on the features"],
     )
+
+
+def _spread(features_ND: Tensor, make: Callable[[Tensor], Way]) -> Way:
+    """A way for all vectors: on a CPU cut up for workers of one thread each, as `bowstore encode` does it."""
+    if features_ND.is_cuda:
+        return make(features_ND)
+    ways = [make(part_ND) for part_ND in features_ND.chunk(compute_workers(features_ND.device))]
+
+    def all_ways() -> None:
+        with one_thread_each(features_ND.device), exact_float32(), ThreadPoolExecutor(len(ways)) as pool:
+            list(pool.map(lambda way: way(), ways))
+
+    return all_ways
 
 
 def _vectors(count: int, dimensions: int, words: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -121,7 +136,7 @@ def _faiss(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
         index = faiss.GpuIndexFlatL2(resources, vocabulary_KD.shape[1], config)
         index.add(vocabulary_KD)
         return {"FAISS": lambda: (resources, index.search(features_ND, 1))}
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss.omp_set_num_threads(cores())
     index = faiss.IndexFlatL2(vocabulary_KD.shape[1])
     index.add(vocabulary_KD.numpy())
     return {"FAISS": lambda: index.search(features_ND.numpy(), 1)}
@@ -136,7 +151,7 @@ def _tensor_cores(
     tilings = [tiles for tiles in _tilings() if fits(tiles, features_ND.device)]
     return {
         "float32 reference": partial(assign_reference, features_ND, prepared),
-        "float16 product": _product(features_ND.half(), prepared.words_DK.half()),
+        "float16 product": _product(features_ND.half(), vocabulary_KD.T.contiguous().half()),
         "bfloat16 search": partial(nearest, features_ND, prepare_fast(vocabulary_KD, torch.bfloat16)),
         **{_name(tiles): partial(nearest, features_ND, fast, tiles) for tiles in tilings},
     }

@@ -24,19 +24,22 @@ MAX_WORDS = 65535  # ids are uint16, and 65535 itself means "not written"
 # On a CPU a block of scores stays in cache between product and argmin; on a GPU it only has to fit in memory.
 _CPU_BLOCK, _CPU_BLOCK_WORDS = 1 << 21, 1024
 _GPU_BLOCK, _GPU_BLOCK_WORDS = 1 << 27, 1 << 15
+_GROUPS = 64, 80, 48, 96  # of words, whole vectors of a processor; their least score comes first
 
 
 class PreparedWords(NamedTuple):
     """A vocabulary laid out for `assign`.
 
     Attributes:
-        words_DK: float32, the words as columns.
-        half_norm_K: float32, half their squared norms.
+        words_DK: float32, the words as columns, then columns of zeros up to whole groups.
+        half_norm_K: float32, half their squared norms, then infinity: those columns are never the nearest.
+        group: words of a group.
         fast: what the search on tensor cores needs; None where there are none.
     """
 
     words_DK: Tensor
     half_norm_K: Tensor
+    group: int
     fast: "FastWords | None" = None
 
 
@@ -57,7 +60,11 @@ def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
         from bowstore.words.assign_triton import prepare_fast
 
         fast = prepare_fast(vocabulary_KD)
-    return PreparedWords(vocabulary_KD.T.contiguous(), half_norm_K, fast)
+    group = min(_GROUPS, key=lambda size: -len(vocabulary_KD) % size)  # padding costs products
+    padding = -len(vocabulary_KD) % group
+    words_DK = torch.nn.functional.pad(vocabulary_KD.T, (0, padding)).contiguous()
+    half_norm_K = torch.nn.functional.pad(half_norm_K, (0, padding), value=torch.inf)
+    return PreparedWords(words_DK, half_norm_K, group, fast)
 
 
 def _has_fast_path(device: torch.device) -> bool:
@@ -116,6 +123,7 @@ def assign_reference(
     rows, k = len(features_ND), words.words_DK.shape[1]
     gpu = features_ND.device.type == "cuda"
     step_words = min(k, block_words or (_GPU_BLOCK_WORDS if gpu else _CPU_BLOCK_WORDS))
+    step_words = -(-step_words // words.group) * words.group
     most = max(1, (block or (_GPU_BLOCK if gpu else _CPU_BLOCK)) // step_words)
     blocks = max(1, -(-rows // most))
     step = max(1, -(-rows // blocks))  # even blocks: a last one of a few rows would be slow for its size
@@ -144,10 +152,14 @@ def _nearest(features_BD: Tensor, words: PreparedWords, step_words: int, buffer:
         some = slice(first, min(first + step_words, k))
         scores = buffer[: rows * (some.stop - first)].view(rows, -1)
         torch.addmm(words.half_norm_K[some], features_BD, words.words_DK[:, some], alpha=-1, out=scores)
-        score_B = scores.amin(dim=1)
-        # On a CPU argmin takes twenty times longer than amin, so only rows that a block improves are searched.
+        # On a CPU argmin takes fourteen times longer than amin, so it only sees the groups' least scores, then the
+        # best group's own, and of rows that this block improves. It is documented to give the first of equal values.
+        grouped_BGg = scores.view(rows, -1, words.group)
+        least_BG = grouped_BGg.amin(dim=2)
+        score_B = least_BG.amin(dim=1)
         better_U = (score_B < least_B).nonzero()[:, 0]
-        ids_B[better_U] = first + scores[better_U].argmin(dim=1)  # documented to give the first of equal values
+        group_U = least_BG[better_U].argmin(dim=1)
+        ids_B[better_U] = first + words.group * group_U + grouped_BGg[better_U, group_U].argmin(dim=1)
         least_B = torch.minimum(least_B, score_B)
     return ids_B
 

@@ -76,7 +76,7 @@ def encode(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     index = fetched(open_index(shards, storage))
     check_columns(index)
-    with _full_disk(store), Board(store) as board:
+    with _disk_errors(store), Board(store) as board:
         with board.lead("looks for an interrupted --append"):
             recover_append(store)
         job = _resolve(config, index, store, append, device, storage)
@@ -331,12 +331,20 @@ def _report(job: Job, store: Path, before: dict[str, int], work: AssignPass) -> 
 
 
 @contextmanager
-def _full_disk(store: Path) -> Iterator[None]:
+def _disk_errors(store: Path) -> Iterator[None]:
+    """Say what to do about a disk that is full, or cannot be written."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, BowstoreError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, BowstoreError):
             raise
-        raise BowstoreError(
-            f"no space left on the disk of {store}; free some and run the same command again: finished chunks are kept"
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BowstoreError(
+                f"no space left on the disk of {store}; free some and run the same command again: finished chunks are "
+                "kept"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise BowstoreError(
+                f"{store.parent} cannot be written ({error.strerror}); make it writable, or name another --store"
+            ) from error
+        raise

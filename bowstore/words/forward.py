@@ -153,7 +153,8 @@ def forward(
 
 def _check_finite(index: Index, rows_B: NDArray[np.int64], maps: Maps) -> None:
     for layer, map_Bchw in maps.items():
-        if not bool(map_Bchw.isfinite().all()):
+        # The sum of finite values may overflow, never the other way round; it takes a quarter of the time.
+        if not bool(map_Bchw.sum().isfinite()) and not bool(map_Bchw.isfinite().all()):
             finite_B = map_Bchw.flatten(1).isfinite().all(dim=1).cpu().numpy()
             bad = [index.key(row) for row in rows_B[~finite_B].tolist()]
             raise DataError(

@@ -255,6 +255,19 @@ def test_a_full_disk_is_one_line_and_the_store_goes_on(
     assert digest(run().store) == digest(clean)
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_one_line(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    message = rf"{tmp_path} cannot be written \({os.strerror(number)}\); make it writable, or name another --store"
+    with pytest.raises(BowstoreError, match=message):
+        run()
+
+
 def test_a_disk_that_is_too_small_is_refused_at_the_start(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")(1, 1, 5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
