@@ -56,7 +56,7 @@ class _Bench:
     def view(self) -> Iterator[None]:
         """Batches of the clean view without end, in the order of the rows."""
         job = self.job
-        rows = np.arange(self.images)
+        rows = self.job.rows.in_index(np.arange(self.images))
         cut = [rows[start : start + job.batch] for start in range(0, self.images, job.batch)]
         endless = itertools.cycle(cut)
         for _ in clean_batches(
@@ -97,7 +97,7 @@ class _Bench:
         job = self.job
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "words.zarr"
-            hashes = np.asarray(job.index.key_hash[: self.images])
+            hashes = np.arange(1, self.images + 1, dtype=np.uint64)
             writer = create_store(path, fingerprint=job.index.fingerprint, key_hash_N=hashes)
             for plan in job.layers:
                 spec = LayerSpec(
@@ -126,12 +126,12 @@ def bench_encode(
     Args:
         shards: folder of indexed shards.
         config: teacher, layers and K; the vocabulary is made of vectors of the first images, without k-means.
-        images: the first so many are encoded, or all there are.
+        images: of a round; those of a smaller set come by again.
         rounds: interleaved rounds, after one to warm up.
         device: where the teacher runs.
         storage: how shards are read.
     """
-    bench = _prepare(fetched(open_index(shards, storage), images=images), config, images, device)
+    bench = _prepare(fetched(open_index(shards, storage)), config, images, device)
     batches, job = bench.view(), bench.job
     shares: dict[str, float] = {}
 
@@ -166,7 +166,7 @@ def bench_encode(
             "layers": {plan.name: {"words": plan.words, "grid": plan.grid} for plan in job.layers},
             "size": job.teacher.view.size,
             "precision": config.precision,
-            "mean_image_bytes": float(job.index.size[: bench.images].mean()),
+            "mean_image_bytes": float(job.index.size.mean()),
         },
         unit="images",
         timings=[Timing(name, values) for name, values in rates.items()],
@@ -181,17 +181,16 @@ def bench_encode(
 
 
 def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.device) -> _Bench:
-    images = min(images, len(index))
     teacher = load_teacher(
         config.teacher, config.layers, device, weights=config.weights, size=config.size, resize=config.resize,
         seed=config.seed, precision=config.precision,
     )  # fmt: skip
     plans = plan_layers(config, teacher.layers, [None] * len(teacher.layers))
-    job = Job(config, index, teacher, Path(), plans, device, rows=Rows(0, np.arange(images)))
+    job = Job(config, index, teacher, Path(), plans, device, rows=Rows(0, np.arange(images) % len(index)))
     found: dict[str, list[NDArray[np.float32]]] = {plan.name: [] for plan in plans}
     kept: Tensor | None = None
     for _, images_BCHW in clean_batches(
-        ShardReader(index), teacher.view, np.arange(images), batch=job.batch, device=device
+        ShardReader(index), teacher.view, np.arange(min(images, len(index))), batch=job.batch, device=device
     ):
         kept = images_BCHW.clone() if kept is None else kept
         for name, map_Bchw in teacher.maps(images_BCHW).items():
@@ -202,8 +201,8 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
     for plan in plans:
         if len(vectors[plan.name]) < plan.words:
             raise UsageError(
-                f"{images} images give {len(vectors[plan.name])} vectors of layer {plan.name!r}, fewer than K = "
-                f"{plan.words}; lower --K, or name more images"
+                f"{min(images, len(index))} images give {len(vectors[plan.name])} vectors of layer {plan.name!r}, fewer "
+                f"than K = {plan.words}; lower --K, or name more images"
             )
     assert kept is not None, "there is at least one image"
     return _Bench(job, {plan.name: vectors[plan.name][: plan.words] for plan in plans}, kept)

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class AssignPass:
         self._chunks: dict[tuple[str, int], _Chunk] = {}
         self._left: dict[int, int] = {}  # chunks of a claimed unit that are not committed yet
         self._wanted: dict[int, list[slice]] = {}  # their rows
+        self._ahead: deque[NDArray[np.int64]] = deque()  # rows of the store of the batches that are on their way
         self._lock = threading.Lock()
         self.images = 0
         self.clock = Clock(compute_workers(job.device))
@@ -134,7 +136,7 @@ class AssignPass:
         """Encode a unit, and as many others as can be claimed on the way."""
         job = self._job
         units = chain([first], iter(self._next_unit, None))
-        batches = (job.rows.in_index(rows_B) for unit in units for rows_B in self._batches(unit))
+        batches = (self._to_index(rows_B) for unit in units for rows_B in self._batches(unit))
         self._writes = _Writes(self.clock)
         found = forward(
             job.teacher,
@@ -148,10 +150,15 @@ class AssignPass:
             threads=job.config.threads,
         )
         with self._writes:
-            for rows_B, words in found:
-                self._keep(job.rows.in_store(rows_B), words)
+            for _, words in found:
+                rows_B = self._ahead.popleft()
+                self._keep(rows_B, words)
                 self.images += len(rows_B)
                 self._count(len(rows_B))
+
+    def _to_index(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        self._ahead.append(rows_B)
+        return self._job.rows.in_index(rows_B)
 
     def _next_unit(self) -> int | None:
         """Claim the next unit with something to do; None if others hold all that are left, or nothing is."""

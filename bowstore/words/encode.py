@@ -11,6 +11,7 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from bowstore.data.reader import fetched
 from bowstore.environment import available_memory, is_first_rank
 from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.progress import Progress, say, timed
-from bowstore.remote import fetch_store, local_only
+from bowstore.remote import fetch_store, is_remote, reserve_room, url_of, writable_store
 from bowstore.words.append import begin_append, end_append, recover_append
 from bowstore.words.assign_pass import AssignPass, nearest_name, without_border
 from bowstore.words.claims import Board
@@ -60,19 +61,32 @@ def encode(
     Args:
         config: teacher, layers, vocabulary.
         shards: folder of indexed shards.
-        store: where the word store is or will be.
+        store: where the word store is or will be; a URL gets it when all these layers are complete.
         append: add the images that the store does not hold yet, under its vocabularies, for all its layers.
         device: where the teacher runs; None for the GPU where there is one.
         storage: how shards are read, and where copies of remote ones lie; None for the defaults.
 
     Raises:
         MissingError: no teacher, shards, index, or vocabulary.
-        UsageError: no such layer, a K that does not fit the data set, or a store on another machine.
+        UsageError: no such layer, a K that does not fit the data set, or a URL that cannot be written.
         MismatchError: the store holds another data set, or a layer with other settings.
         DataError: images that do not decode, features that are not finite or too few distinct ones.
+        TransferError: the store's URL cannot be reached; the same call goes on.
         BowstoreError: the disk is full; the store can be gone on with.
     """
-    local_only(store, "encode into a local --store, then copy it there")
+    with writable_store(store, storage) as place:
+        report = _encode(config, shards, place, append, device, storage)
+    return replace(report, store=url_of(store)) if is_remote(store) else report
+
+
+def _encode(
+    config: EncodeConfig,
+    shards: Path,
+    store: Path,
+    append: bool,
+    device: torch.device | None,
+    storage: StorageConfig | None,
+) -> EncodeReport:
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     index = fetched(open_index(shards, storage))
     check_columns(index)
@@ -291,6 +305,7 @@ def _check_space(job: Job) -> None:
     needed = 0
     for plan in job.layers:
         needed += len(job.index) * (2 * plan.grid[0] * plan.grid[1] + 8) + 4 * plan.words * plan.channels
+    reserve_room(job.store, needed)
     folder = job.store.parent
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -55,10 +55,6 @@ class Rows:
         """Rows of the index that stand in rows of the store."""
         return rows_B if self.index_rows is None else self.index_rows[rows_B - self.first]
 
-    def in_store(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of the store for rows of the index."""
-        return rows_B if self.index_rows is None else self.first + np.searchsorted(self.index_rows, rows_B)
-
 
 @dataclass(frozen=True)
 class Job:
