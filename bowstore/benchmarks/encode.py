@@ -201,8 +201,8 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
     for plan in plans:
         if len(vectors[plan.name]) < plan.words:
             raise UsageError(
-                f"{min(images, len(index))} images give {len(vectors[plan.name])} vectors of layer {plan.name!r}, fewer "
-                f"than K = {plan.words}; lower --K, or name more images"
+                f"{min(images, len(index))} images give {len(vectors[plan.name])} vectors of layer {plan.name!r}, "
+                f"fewer than K = {plan.words}; lower --K, or name more images"
             )
     assert kept is not None, "there is at least one image"
     return _Bench(job, {plan.name: vectors[plan.name][: plan.words] for plan in plans}, kept)
