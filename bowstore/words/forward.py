@@ -40,8 +40,8 @@ class Clock:
 
     Attributes:
         workers: threads that compute.
-        seconds: by stage. `teacher` and what the maps are used for are the workers' own time; `images` and `write`
-            are the time that the pass waited for decoded images, or for the disk.
+        seconds: by stage. `teacher` and what the maps are used for are the workers' own time; `start`, `images` and
+            `write` are the time that the pass waited for the first images, for further ones, or for the disk.
     """
 
     workers: int
@@ -64,14 +64,14 @@ class Clock:
         elapsed = max(time.perf_counter() - self._begun, 1e-9)
         with self._lock:
             found = dict(self.seconds)
-        waits = ("images", "write")
+        waits = ("start", "images", "write")
         return {
             stage: min(1.0, spent / elapsed / (1 if stage in waits else self.workers)) for stage, spent in found.items()
         }
 
     def binds(self) -> str:
         """The stage that the others wait for."""
-        shares = self.shares()
+        shares = {stage: share for stage, share in self.shares().items() if stage != "start"}
         return max(shares, key=lambda stage: shares[stage], default="")
 
     def text(self) -> str:
@@ -133,9 +133,11 @@ def forward(
     waiting: deque[tuple[NDArray[np.int64], Future[T]]] = deque()
     with one_thread_each(device), exact_float32(), ThreadPoolExecutor(clock.workers, "teacher") as pool:
         try:
+            wait_for = "start"
             while True:
-                with clock.time("images"):
+                with clock.time(wait_for):
                     found = next(images, None)
+                wait_for = "images"
                 if found is None:
                     break
                 rows_B, images_BCHW = found

@@ -64,7 +64,7 @@ def test_report(run: Any, shards: Path, clean: Path) -> None:
     assert (layer.words, layer.grid, layer.channels) == (24, (4, 4), 64)
     assert (layer.chunks, layer.chunks_before, layer.already_complete) == (5, 0, False)
     assert set(report.seconds) == {"sample", "k-means", "assign", "finish"}
-    assert set(report.stages) == {"teacher", "assign", "images", "write"}
+    assert set(report.stages) == {"start", "teacher", "assign", "images", "write"}
     assert report.binds in report.stages
     assert 1 < layer.statistics["image_perplexity"] <= 16
     assert layer.statistics["unused_words"] == 0
