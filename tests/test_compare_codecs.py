@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import codec_candidates
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -105,17 +106,17 @@ def test_a_store_that_is_not_there_is_one_line(tool: ModuleType, tmp_path: Path)
 @pytest.mark.parametrize("bits", [1, 7, 9, 11, 15, 16])
 def test_packing_keeps_every_word_lowest_bit_first(tool: ModuleType, bits: int) -> None:
     words = np.random.default_rng(bits).integers(0, 1 << bits, 1001).astype(np.uint16)
-    packed = tool.pack(words, bits)
+    packed = codec_candidates.pack(words, bits)
     plain = np.unpackbits(words.view(np.uint8).reshape(-1, 2), axis=1, bitorder="little")[:, :bits]
     assert np.array_equal(packed, np.packbits(plain.reshape(-1), bitorder="little"))
-    assert np.array_equal(tool.unpack(packed, bits, len(words)), words)
+    assert np.array_equal(codec_candidates.unpack(packed, bits, len(words)), words)
     with pytest.raises(ValueError, match="bytes do not hold 1002 words"):
-        tool.unpack(packed[:-1], bits, len(words) + 1)
+        codec_candidates.unpack(packed[:-1], bits, len(words) + 1)
 
 
 def test_delta_stays_within_an_image(tool: ModuleType) -> None:
     words = some_words(1)
-    deltas = tool._delta(words)
+    deltas = codec_candidates._delta(words)
     assert np.array_equal(deltas[:, 0, 0], words[:, 0, 0])
     assert np.array_equal(deltas[:, 1, 0], words[:, 1, 0] - words[:, 0, -1])
-    assert np.array_equal(tool._undo_delta(deltas), words)
+    assert np.array_equal(codec_candidates._undo_delta(deltas), words)

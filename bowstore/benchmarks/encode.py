@@ -179,7 +179,7 @@ def bench_encode(
             **{f"share_{stage}": share for stage, share in shares.items()},
         },
         notes=[
-            "encode over the slower of the other two, by round; without the wait for the first images; shares of the last pass"
+            "encode, once its first images are there, over the slower of the other two; shares are of the last pass"
         ],
     )
 
