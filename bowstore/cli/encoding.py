@@ -23,7 +23,7 @@ _OWN = "[default: the teacher's own]"
 @click.option("--resize", type=click.IntRange(8), help=f"Short side before the crop, pixels.  {_OWN}")
 @click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
-@click.option("--store", type=PATH, help="Word store to write.  [default: the workspace's]")
+@click.option("--store", type=PATH, help="Word store to write, or its URL.  [default: the workspace's]")
 @click.option("--vocabulary", type=PATH, help="Word store whose words are used, instead of k-means.")
 @click.option("--append", is_flag=True, help="Add the images that the store lacks, under its own words.")
 @click.option("--border", type=click.IntRange(0), default=0, show_default=True, help="Cells to leave out at each side.")

@@ -7,8 +7,10 @@
                                           <id>.zarr/       a copy of a word store, whole
                                           .<id>.zarr.part/ what has arrived of it
     <root>/words/<file>                                    unpacked words, made again where they are missing
+    <root>/writing/<folder's name and hash>/               a word store that is written and not uploaded yet
 
-What else lies below the root counts towards the bound and is left alone.
+What else than copies and words lies below the root counts towards the bound and is left alone: nothing else has what a
+store has that is not uploaded yet.
 """
 
 import fcntl
@@ -24,16 +26,15 @@ from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, BusyError, UsageError
 from bowstore.files import TEMPORARY_MARK, exclusive_lock, waiting_lock
 
-_REMOTE, _WORDS = "remote", "words"
+_REMOTE, _WORDS, _WRITING = "remote", "words", "writing"
 STORE_SUFFIX, PART_SUFFIX = ".zarr", ".zarr.part"
 _REMEDY = "raise storage.cache_gb, or name a folder on a larger disk in storage.cache"
 
 
 class _Copy(NamedTuple):
-    """Something that can be removed: a file or a folder, its size, when it was last used."""
+    """Something that can be removed: a file or a folder, and when it was last used."""
 
     used_ns: int
-    size_bytes: int
     path: Path
 
 
@@ -46,6 +47,11 @@ def cache_root(storage: StorageConfig) -> Path:
 def copies_folder(storage: StorageConfig) -> Path:
     """The folder below the cache that holds the copies of remote folders."""
     return cache_root(storage) / _REMOTE
+
+
+def writing_folder(storage: StorageConfig) -> Path:
+    """The folder below the cache that holds the word stores that are written and not uploaded yet."""
+    return cache_root(storage) / _WRITING
 
 
 def mark_used(path: Path) -> None:
@@ -95,19 +101,24 @@ def make_room(needed: int, what: str, storage: StorageConfig, *, keep: Collectio
     check_fits(needed, what, storage)
     bound, root = int(storage.cache_gb * 1e9), cache_root(storage)
     with waiting_lock(root / ".room.lock", f"cache {root}", shown=False):
-        total, free = sum(size for _, size in _files(root)), shutil.disk_usage(root).free
+        total, free = _size_of(root), shutil.disk_usage(root).free
         if total + needed <= bound and needed <= free:
             return
         for copy in sorted(_copies(root)):
-            if copy.path not in keep and _remove(copy.path):
-                total, free = total - copy.size_bytes, free + copy.size_bytes
+            if copy.path in keep:
+                continue
+            freed = _freed_by(copy.path)
+            if _remove(copy.path):
+                total, free = total - freed, free + freed
             if total + needed <= bound and needed <= free:
                 return
     if total + needed <= bound:
         return  # that the disk is full of other things is told by whoever writes
+    written = _size_of(writing_folder(storage))
+    of_them = f" ({_size(written)} by stores in {root / _WRITING} that are not uploaded yet)" if written else ""
     raise BowstoreError(
         f"{what} needs {_size(needed)}, and {_size(total)} of the {storage.cache_gb:g} GB that the cache {root} may "
-        f"hold are in use; wait for the other runs to end, or {_REMEDY}"
+        f"hold are in use{of_them}; wait for the other runs to end, or {_REMEDY}"
     )
 
 
@@ -128,13 +139,26 @@ def reserve(needed: int, what: str, storage: StorageConfig, *, keep: Collection[
         )
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """All files below a folder with their sizes; those that vanish meanwhile are left out."""
+def _files(folder: Path) -> Iterator[os.stat_result]:
+    """What the disk says of all files below a folder; those that vanish meanwhile are left out."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                path = Path(parent, name)
-                yield path, path.lstat().st_size
+                yield Path(parent, name).lstat()
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; a file that has several names counts once."""
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in _files(folder)}.values())
+
+
+def _freed_by(copy: Path) -> int:
+    """Bytes that go with a copy; files that it shares (with a store that is written, or an older copy) stay."""
+    if copy.is_dir():
+        return sum(stat.st_size for stat in _files(copy) if stat.st_nlink == 1)
+    with suppress(FileNotFoundError):
+        return copy.stat().st_size
+    return 0
 
 
 def _copies(root: Path) -> Iterator[_Copy]:
@@ -143,9 +167,7 @@ def _copies(root: Path) -> Iterator[_Copy]:
         whole = not path.name.startswith(".")
         if whole or TEMPORARY_MARK in path.name or path.name.endswith(PART_SUFFIX):
             with suppress(FileNotFoundError):
-                stat = _handle(path).stat()
-                size_bytes = sum(size for _, size in _files(path)) if path.is_dir() else stat.st_size
-                yield _Copy(stat.st_atime_ns, size_bytes, path)
+                yield _Copy(_handle(path).stat().st_atime_ns, path)
 
 
 def _handle(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Bytes from another machine through fsspec, tried again until they are whole.
+"""Bytes from and to another machine through fsspec, tried again until they are whole.
 
 The one place that knows fsspec, what its protocols raise, and which of that is worth another try.
 """
@@ -8,6 +8,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
 from bowstore.files import file_digest, fsync_path
-from bowstore.remote.urls import protocol, shown
+from bowstore.remote.urls import below, protocol, shown
 
 # What a broken connection loses, and what is held in memory; long enough that its round trip does not count.
 BLOCK_BYTES = 8 << 20
@@ -23,6 +24,12 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _NO_CONNECTION = {"ClientConnectorError", "EndpointConnectionError", "ConnectionRefusedError", "gaierror"}
 _OTHER_BYTES = "other bytes"
+# aiohttp's time-out for an answer runs while a part is sent, so parts are the smallest that S3 takes.
+_PART_BYTES = 5 << 20
+_SENT_IN_PARTS = {"s3fs": {"chunksize": _PART_BYTES, "max_concurrency": 1}, "gcsfs": {"chunksize": _PART_BYTES}}
+# What S3 answers with status 400, by the status that it stands for.
+_CODES = {"RequestTimeout": 408, "ExpiredToken": 401, "InvalidToken": 401, "TokenRefreshRequired": 401}
+_PROBE = ".bowstore-probe"
 # Keys by which protocols say which version of a file this is, in small letters alone.
 _VERSION_KEYS = ("etag", "lastmodified", "mtime", "modified", "created", "updated", "generation", "contentmd5")
 
@@ -47,7 +54,7 @@ class RemoteFile:
 
 
 class Remote:
-    """Reads files of one protocol; safe to use from many threads.
+    """Reads and writes files of one protocol; safe to use from many threads.
 
     Attributes:
         stop: once set, transfers end at their next block.
@@ -55,6 +62,7 @@ class Remote:
 
     def __init__(self, url: str, storage: StorageConfig) -> None:
         self._storage = storage
+        self._parts: dict[str, Any] = _SENT_IN_PARTS.get(_PACKAGES.get(protocol(url), ""), {})
         self._fs = _file_system(protocol(url), storage.timeout_s, os.getpid())
         self.stop = threading.Event()
 
@@ -88,6 +96,54 @@ class Remote:
         while True:
             try:
                 return bytes(self._fs.cat_file(url))
+            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+                tries.failed(error)
+
+    def upload(self, url: str, data: bytes) -> None:
+        """Write a file: whole, or not at all where the server is an object store.
+
+        Raises:
+            UsageError: a protocol that only reads.
+            MissingError: no such bucket.
+            TransferError: no access, no answer, or no end of broken transfers.
+        """
+        tries = _Tries(url, self._storage, self.stop, writing=True)
+        while True:
+            if self.stop.is_set():
+                raise TransferError(f"{shown(url)}: stopped, because another transfer failed")
+            try:
+                self._fs.pipe_file(url, data, **self._parts)
+                return
+            except NotImplementedError as error:
+                raise UsageError(f"{protocol(url)}:// cannot be written; s3:// and gs:// can") from error
+            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+                tries.failed(error)
+
+    def check_writable(self, folder_url: str) -> None:
+        """Write an empty file into a folder and remove it.
+
+        Raises:
+            MissingError: no such bucket.
+            TransferError: no access, or no answer.
+        """
+        url = below(folder_url, _PROBE)
+        self.upload(url, b"")
+        with suppress(Exception):  # who may write need not be allowed to remove
+            self._fs.rm_file(url)
+
+    def sizes(self, folder_url: str) -> dict[str, int]:
+        """Lengths of all files below a folder, by their names in it; of none where it is not there.
+
+        Raises:
+            MissingError: no such bucket.
+            TransferError: no access, or no answer.
+        """
+        tries = _Tries(folder_url, self._storage, self.stop)
+        start = len(self._fs._strip_protocol(folder_url).rstrip("/")) + 1
+        while True:
+            try:
+                found = self._fs.find(folder_url, detail=True)
+                return {name[start:]: int(info["size"]) for name, info in found.items()}
             except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
                 tries.failed(error)
 
@@ -177,8 +233,16 @@ class _Problem(Exception):
 class _Tries:
     """Counts failures in a row, waits longer after each, and says at the end what was wrong."""
 
-    def __init__(self, url: str, storage: StorageConfig, stop: threading.Event, retries: int | None = None) -> None:
-        self._url, self._stop, self._timeout_s = url, stop, storage.timeout_s
+    def __init__(
+        self,
+        url: str,
+        storage: StorageConfig,
+        stop: threading.Event,
+        retries: int | None = None,
+        *,
+        writing: bool = False,
+    ) -> None:
+        self._url, self._stop, self._timeout_s, self._writing = url, stop, storage.timeout_s, writing
         self._retries = storage.retries if retries is None else retries
         self._failures = 0
 
@@ -203,10 +267,13 @@ class _Tries:
         names = {type(cause).__name__ for cause in _causes(error)}
         first = list(_causes(error))[-1]  # fsspec's own messages may hold the URL with its secrets
         reason = " ".join(str(first).split()).replace(self._url, url)[:200] or type(first).__name__
+        if status == 404 and self._writing:
+            return MissingError(f"{url} cannot be written: there is no such bucket (404); make it, or check the URL")
         if status == 404:
             return MissingError(f"{url} is not there (404); check the URL, and that all files were copied there")
         if status in (401, 403):
-            return TransferError(f"{url} may not be read ({status}, {tries}); check the credentials and the policy")
+            what = "written" if self._writing else "read"
+            return TransferError(f"{url} may not be {what} ({status}, {tries}); check the credentials and the policy")
         if status is not None:
             return TransferError(f"{url}: the server answers {status} ({tries}); try again later")
         if isinstance(error, _Problem) and error.what == _OTHER_BYTES:
@@ -214,8 +281,9 @@ class _Tries:
         if isinstance(error, _Problem):
             return TransferError(f"{url}: the server sends {reason} ({tries}); check the server, or try again later")
         if any("Timeout" in name for name in names):
+            missing = "answer" if self._writing else "byte"
             return TransferError(
-                f"{url}: no byte for {self._timeout_s:g} s ({tries}); try again later, or raise storage.timeout_s"
+                f"{url}: no {missing} for {self._timeout_s:g} s ({tries}); try again later, or raise storage.timeout_s"
             )
         if names & _NO_CONNECTION:
             return TransferError(f"{url}: no connection ({reason}; {tries}); check the address and the network")
@@ -239,7 +307,10 @@ def _status(error: BaseException) -> int | None:
     """HTTP status of an error, found the way each protocol says it; 404 and 403 also of plain Python errors."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
-        parts = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        response = response if isinstance(response, dict) else {}
+        parts, code = response.get("ResponseMetadata", {}), response.get("Error", {}).get("Code")
+        if code in _CODES:
+            return _CODES[code]
         # aiohttp calls its own complaints about a broken answer `code` 400; of gcsfs that is the server's.
         code = getattr(cause, "code", None) if type(cause).__module__.startswith("gcsfs") else None
         for value in (getattr(cause, "status", None), code, parts.get("HTTPStatusCode")):
@@ -270,6 +341,8 @@ def _file_system(name: str, timeout_s: float, process: int) -> Any:
     elif _PACKAGES.get(name) == "s3fs":
         patient = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"total_max_attempts": 1}}
         options["config_kwargs"] = {**patient, **configured.get("config_kwargs", {})}
+    elif name in ("file", "local"):
+        options["auto_mkdir"] = True
     try:
         system = fsspec.filesystem(name, **options)
     except ImportError as error:

@@ -14,7 +14,7 @@ from bowstore.errors import UsageError
 # Two letters at least, so that a drive letter is no protocol; fsspec's names may hold + - and dots.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
 _USER = re.compile(r"//[^/@]*@")
-_WEB = ("http", "https")
+WEB = ("http", "https")
 
 
 def is_remote(path: Path | str) -> bool:
@@ -52,7 +52,7 @@ def protocol(url: str) -> str:
 def below(url: str, name: str) -> str:
     """URL of a file below a folder's URL; what follows a `?` (a signature) stays behind the name."""
     folder, mark, query = url.partition("?")
-    return f"{folder}/{quote(name) if protocol(url) in _WEB else name}{mark}{query}"
+    return f"{folder}/{quote(name) if protocol(url) in WEB else name}{mark}{query}"
 
 
 def shown(url: str) -> str:
