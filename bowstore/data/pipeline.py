@@ -29,6 +29,7 @@ from bowstore.environment import cores_per_rank
 from bowstore.errors import DataError
 
 PREFETCH = 2
+_FILTER_MARGIN = 2.0  # beyond the antialiased filter's support, for rounding
 HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
 Stage = Literal["decode", "resize", "jitter", "cutmix", "normalise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -191,17 +192,7 @@ def clean_batches(
     pipe = _pipeline(batch, device, threads)
     with pipe:
         encoded = feed.declare()["encoded"]
-        images = fn.decoders.image(
-            encoded,
-            device=_decoder(device),
-            output_type=types.RGB,
-            adjust_orientation=False,
-            hw_decoder_load=hw_load,
-        )
-        if view.resize is not None:
-            images = _short_side(images, _bounds(encoded), view.resize, None if view.squash else view.size)
-        if view.resize is None or view.squash:
-            images = fn.resize(images, size=[view.size, view.size], antialias=True)
+        images = _clean(encoded, view, device, hw_load)
         pipe.set_outputs(_normalise(images, view))
     yield from _run(pipe, feed, lambda part: _undecodable(source, part))
 
@@ -226,20 +217,40 @@ def _bounds(encoded: Any) -> Any:
     return fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[0:2]
 
 
-def _short_side(images: Any, bounds: Any, resize: int, crop: int | None) -> Any:
-    """Resize the short side, then crop the centre; sizes and offsets are rounded as torchvision rounds them.
-
-    torchvision truncates the long side and rounds half a pixel of offset to the even neighbour; DALI's own modes
-    round both up, which moves many images by a pixel.
-    """
-    target = (bounds * resize) // math.min(bounds[0], bounds[1])
-    images = fn.resize(images, size=fn.cast(target, dtype=types.FLOAT), antialias=True)
-    if crop is None:
-        return images
-    gap = target - crop
+def _clean(encoded: Any, view: CleanView, device: torch.device, hw_load: float) -> Any:
+    """The image of the clean view: whole and resized, or the centre of it, of which only what it needs is decoded."""
+    how: dict[str, Any] = {
+        "device": _decoder(device), "output_type": types.RGB, "adjust_orientation": False, "hw_decoder_load": hw_load
+    }  # fmt: skip
+    if view.resize is None or view.squash:
+        images = fn.decoders.image(encoded, **how)
+        if view.resize is not None:
+            images = fn.resize(
+                images, size=fn.cast(_target(_bounds(encoded), view.resize), dtype=types.FLOAT), antialias=True
+            )
+        return fn.resize(images, size=[view.size, view.size], antialias=True)
+    bounds = _bounds(encoded)
+    target = _target(bounds, view.resize)
+    # Half a pixel of offset goes to the even neighbour, as torchvision rounds it; DALI rounds it up.
+    gap = target - view.size
     half = gap // 2
     start = half + (gap - 2 * half) * (half - 2 * (half // 2))
-    return fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
+    edge = fn.cast(bounds, dtype=types.FLOAT)
+    scale = edge / fn.cast(target, dtype=types.FLOAT)
+    first, last = fn.cast(start, dtype=types.FLOAT) * scale, fn.cast(start + view.size, dtype=types.FLOAT) * scale
+    reach = scale + _FILTER_MARGIN  # of the filter beyond the centre, source pixels
+    low = fn.cast(math.max(math.floor(first - reach), 0.0), dtype=types.INT32)
+    high = fn.cast(math.min(math.ceil(last + reach), edge), dtype=types.INT32)
+    images = fn.decoders.image_slice(encoded, start=low, shape=high - low, axes=[0, 1], **how)
+    origin = fn.cast(low, dtype=types.FLOAT)
+    return fn.resize(
+        images, size=[view.size, view.size], roi_start=first - origin, roi_end=last - origin, antialias=True
+    )
+
+
+def _target(bounds: Any, resize: int) -> Any:
+    """Height and width with the short side resized, int32; torchvision truncates the long side, DALI rounds it up."""
+    return (bounds * resize) // math.min(bounds[0], bounds[1])
 
 
 def _decode_window(inputs: dict[str, Any], device: torch.device, hw_load: float) -> Any:
