@@ -14,14 +14,18 @@ _OWN = "[default: the teacher's own]"
 
 @click.command()
 @click.option("--layer", "layers", multiple=True, help="Layer of the teacher; several in one pass.")
-@click.option(
-    "--K", "k", type=click.IntRange(1), multiple=True, help="Visual words, at most 65535; one for each layer."
-)
+@click.option("--K", "k", type=click.IntRange(1), multiple=True, help="Words (up to 65535) of all layers, or of each.")
 @click.option("--teacher", help="Run, file, timm:NAME or torchvision:NAME.  [default: newest finished rotation run]")
 @click.option("--weights", type=PATH, help="Weights file of a timm or torchvision teacher.  [default: random weights]")
 @click.option("--size", type=click.IntRange(8), help=f"Side of the clean view, pixels.  {_OWN}")
 @click.option("--resize", type=click.IntRange(8), help=f"Short side before the crop, pixels.  {_OWN}")
-@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="The teacher's.",
+)
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
 @click.option("--store", type=PATH, help="Word store to write, or its URL.  [default: the workspace's]")
 @click.option("--vocabulary", type=PATH, help="Word store whose words are used, instead of k-means.")

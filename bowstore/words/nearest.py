@@ -119,7 +119,7 @@ def load_nearest(paths: Iterable[Path]) -> Iterator[NearestImages]:
     """
     for path in paths:
         try:
-            with np.load(path) as values:
+            with np.load(io.BytesIO(path.read_bytes())) as values:  # of a damaged file NumPy forgets to close
                 yield NearestImages(**values)
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise CorruptError(f"{path} is damaged ({error}); remove it and run the same command again") from error

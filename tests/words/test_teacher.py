@@ -79,6 +79,7 @@ def test_provenance(teacher_file: Path) -> None:
         "weights_sha256": teacher.sha256,
         "weights_file": "teacher.safetensors",
         "weights_layout": "bowstore run",
+        "precision": "float32",
         "name": "tiny-rotnet",
         "student": "tiny-bownet",
     }
@@ -102,6 +103,7 @@ def test_weights_of_another_codebase(tmp_path: Path) -> None:
         "weights_sha256": moco.sha256,
         "weights_file": "moco.pth.tar",
         "weights_layout": "torchvision names in state_dict behind 'module.encoder_q.'",
+        "precision": "float32",
         "name": "resnet18",
         "student": None,
     }
