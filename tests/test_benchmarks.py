@@ -96,6 +96,9 @@ def test_bench_kmeans_times_both_backends(workspace: Path) -> None:
     rates = value["iterations_per_second"]
     assert list(rates) == ["faiss", "torch"]
     assert value["seconds_torch"] == 10 / rates["torch"]["median"]
+    result = CliRunner().invoke(main, ["bench", "kmeans", "--vectors", "10", "--K", "20"])
+    assert result.exit_code == 2
+    assert "--K 20 words need as many vectors, --vectors 10 are fewer; raise it" in result.stderr
 
 
 def test_bench_prints_a_table(workspace: Path) -> None:

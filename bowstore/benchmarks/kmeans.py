@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.environment import cores, device_name
+from bowstore.errors import UsageError
 from bowstore.progress import Progress
 from bowstore.words.kmeans import FaissLloyd, Lloyd, TorchLloyd, default_backend
 
@@ -28,6 +29,8 @@ def bench_kmeans(
         rounds: interleaved iterations that are timed, after one to warm up.
         device: where k-means runs.
     """
+    if words > vectors:
+        raise UsageError(f"--K {words} words need as many vectors, --vectors {vectors} are fewer; raise it")
     sample = _vectors(vectors, dimensions)
     ways: dict[str, Lloyd] = {kind.name: kind(sample, words, 0, device) for kind in (FaissLloyd, TorchLloyd)}
     rates: dict[str, list[float]] = {name: [] for name in ways}

@@ -24,7 +24,7 @@ from bowstore.progress import say
 from bowstore.words.arrays import create, open_group, subgroup
 from bowstore.words.claims import Board
 from bowstore.words.job import Job, Rows
-from bowstore.words.layer import NOT_WRITTEN, Layer
+from bowstore.words.layer import NOT_WRITTEN, Layer, chunk_rows
 from bowstore.words.store import Store
 from bowstore.words.store_writer import StoreWriter, create_store
 
@@ -41,29 +41,36 @@ def begin_append(job: Job, board: Board) -> Job:
         MismatchError: another teacher or other settings, a layer that is not complete, or an append of other images
             that was begun and is not finished.
     """
-    base, index = job.base, job.index
-    assert base, "an append has a store to append to"
-    for layer in base.every_layer():
-        if layer.name not in job.names:
-            raise UsageError(
-                f"--append adds images to all layers of word store {base.path}: "
-                f"{', '.join(each.name for each in base.every_layer())}; leave --layer out"
-            )
-        job.check_settings(base.layer(layer.name))
-    fresh_M = np.flatnonzero(~np.isin(index.key_hash, base.key_hash()))
-    say(f"{len(index) - len(fresh_M)} of {len(index)} images are in word store {base.path} already, by their keys")
-    if not len(fresh_M):
-        return replace(job, rows=Rows(len(base), fresh_M))
-    staging = _staging(job.store)
-    fingerprint = xxhash.xxh3_128_hexdigest(f"{base.fingerprint} {index.fingerprint} {len(fresh_M)}".encode())
+    index, staging = job.index, _staging(job.store)
     with board.lead("prepares the grown store"):
+        base = Store(job.store)  # once more: another process may have ended the same append
+        job = replace(job, base=base)
+        for layer in base.every_layer():
+            if layer.name not in job.names:
+                raise UsageError(
+                    f"--append adds images to all layers of word store {base.path}: "
+                    f"{', '.join(each.name for each in base.every_layer())}; leave --layer out"
+                )
+            job.check_settings(base.layer(layer.name))
+        fresh_M = np.flatnonzero(~np.isin(index.key_hash, base.key_hash()))
+        say(f"{len(index) - len(fresh_M)} of {len(index)} images are in word store {base.path} already, by their keys")
+        if not len(fresh_M):
+            return replace(job, rows=Rows(len(base), fresh_M))
+        fingerprint = _grown_fingerprint(base, index.fingerprint, len(fresh_M))
         if staging.exists() and StoreWriter(staging).fingerprint != fingerprint:
             raise MismatchError(
-                f"{staging} is an unfinished --append of other images; finish it with the same --shards, or remove it"
+                f"{staging} is an unfinished --append of other images, or to another store; finish it with the same "
+                "--shards, or remove it"
             )
         if not staging.exists():
             _make_grown(base, index.key_hash[fresh_M], staging, fingerprint, index.fingerprint)
     return replace(job, store=staging, rows=Rows(len(base), fresh_M))
+
+
+def _grown_fingerprint(base: Store, added: str, images: int) -> str:
+    """Identity of a store with more images: of its data sets, and of the layers whose words they get."""
+    layers = ",".join(f"{each.name}={each.attributes['vocabulary_digest']}" for each in base.every_layer())
+    return xxhash.xxh3_128_hexdigest(f"{base.fingerprint} {added} {images} {layers}".encode())
 
 
 def end_append(job: Job, store: Path, board: Board) -> None:
@@ -71,6 +78,7 @@ def end_append(job: Job, store: Path, board: Board) -> None:
     with board.lead("takes the grown store into use"):
         if job.store == store or not job.store.exists():
             return
+        board.check_lead()
         old = _old(store)
         shutil.rmtree(old, ignore_errors=True)
         store.rename(old)
@@ -119,10 +127,12 @@ def _make_grown(base: Store, new_hashes_M: NDArray[np.uint64], staging: Path, fi
 def _grow_layer(base: Path, layer: Layer, group: zarr.Group, grown: Path, images: int) -> None:
     own = group.create_group(layer.name)
     kept = {name: value for name, value in layer.attributes.items() if name not in _RENEWED}
-    create(own, "words", (images, *layer.grid), np.uint16, fill=NOT_WRITTEN, chunks=(layer.chunk_rows, *layer.grid))
-    create(own, "chunk_digest", (-(-images // layer.chunk_rows),), np.uint64, fill=0, chunks=(1,))
+    # The one chunk of a small store may grow to the size of others.
+    rows = chunk_rows(images, layer.grid) if layer.chunks == 1 else layer.chunk_rows
+    create(own, "words", (images, *layer.grid), np.uint16, fill=NOT_WRITTEN, chunks=(rows, *layer.grid))
+    create(own, "chunk_digest", (-(-images // rows),), np.uint64, fill=0, chunks=(1,))
     create(own, "document_frequency", (layer.words,), np.int64, fill=-1)
-    for chunk in range(layer.images // layer.chunk_rows):  # the last one stays only if it is full
+    for chunk in range(layer.images // rows):  # the last one stays only if it is full
         for name in (f"words/c/{chunk}/0/0", f"chunk_digest/c/{chunk}"):
             _link(base / layer.name / name, grown / layer.name / name)
     for name in _KEPT_ARRAYS:

@@ -171,7 +171,7 @@ class AssignPass:
             elif self._board.claim(self._name(unit)):
                 self._open.remove(unit)
                 missing = self._missing(unit)  # once more: its last owner may have ended just now
-                if missing:
+                if missing and self._writer.path.exists():
                     self._begin(unit, missing)
                     return unit
                 self._board.release(self._name(unit))
@@ -240,6 +240,11 @@ class AssignPass:
             # First what was seen, then the chunk: a chunk that is committed has been looked at.
             save_nearest(self._board.folder / f"{nearest_name(self._writer, layer)}{self._mine}.npz", nearest)
             self._writer.write_chunk(layer.name, chunk.number, chunk.words)
+        elif layer.chunk_digest(chunk.number) == 0 and self._writer.path.exists():
+            # This process was silent too long, and another one has the unit: see to it that it gets done.
+            if chunk.unit not in self._open:
+                self._open.append(chunk.unit)
+            return
         with self._lock:
             self._left[chunk.unit] -= 1
             whole = self._left[chunk.unit] == 0

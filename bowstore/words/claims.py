@@ -61,6 +61,8 @@ class Board:
 
     def claim(self, name: str) -> bool:
         """Take a part that nobody alive holds; whether it is this process's now."""
+        if self._stop.is_set():
+            return False
         self.folder.mkdir(parents=True, exist_ok=True)
         generation, path = self._newest(name)
         if path and not self._is_dead(path):
@@ -72,6 +74,10 @@ class Board:
             return False
         except FileNotFoundError:  # the folder was removed by a process that was the last one in it
             return self.claim(name)
+        # A claim that was given back in between makes two processes count from different numbers: look again.
+        if any(path != mine and not self._is_dead(path) for path in self._named(name)):
+            mine.unlink(missing_ok=True)
+            return False
         with self._lock:
             self._held[name] = mine
         return True
@@ -123,6 +129,35 @@ class Board:
         finally:
             self.release(_LEAD)
 
+    def check_lead(self) -> None:
+        """Refuse to change the schema once another process has taken this one for dead.
+
+        Raises:
+            BusyError: it has.
+        """
+        if not self.holds(_LEAD):
+            raise BusyError(
+                f"this process was silent for more than {SILENT_SECONDS:.0f} s, and another one leads the work on word "
+                f"store {self.store} now; run the same command again"
+            )
+
+    def wait_for_the_dead(self) -> None:
+        """Refuse to go on while others are at work; claims of other machines are watched until they count as dead.
+
+        Raises:
+            BusyError: another process is alive.
+        """
+        begun, told = time.monotonic(), False
+        while names := self.others():
+            _, path = self._newest(names[0])
+            text = path.read_bytes() if path and path.exists() else b""
+            if _is_here(text) or time.monotonic() - begun > SILENT_SECONDS + TOUCH_SECONDS:
+                raise BusyError(f"word store {self.store} is in use by {self.owner(names[0])}; wait for it to end")
+            if not told:
+                say(f"waiting {SILENT_SECONDS:.0f} s for a sign of life of {self.owner(names[0])}")
+                told = True
+            time.sleep(POLL_SECONDS)
+
     def clear(self, *beginnings: str) -> None:
         """Remove what the dead left, and files under names that begin so, of a job that is done."""
         for path in self._files():
@@ -144,8 +179,11 @@ class Board:
 
     def _newest(self, name: str) -> tuple[int, Path | None]:
         """The highest generation of a name, and its file; (-1, None) without one."""
-        found = [(int(p.name.rpartition(".")[2]), p) for p in self._claims() if p.name.rpartition(".")[0] == name]
+        found = [(int(path.name.rpartition(".")[2]), path) for path in self._named(name)]
         return max(found, default=(-1, None))
+
+    def _named(self, name: str) -> list[Path]:
+        return [path for path in self._claims() if path.name.rpartition(".")[0] == name]
 
     def _is_dead(self, path: Path) -> bool:
         try:
@@ -228,6 +266,14 @@ def _is_gone(text: bytes) -> bool:
         return bool(space) and owner["space"] == space and _started(owner["pid"]) != owner["started"]
     except (ValueError, KeyError, TypeError):
         return False  # made, but not written yet: its touches decide
+
+
+def _is_here(text: bytes) -> bool:
+    """Whether a claim's owner is a process whose life this one can tell."""
+    try:
+        return bool(_space()) and json.loads(text)["space"] == _space()
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _describe(path: Path) -> str:

@@ -87,6 +87,8 @@ def _encode(
     device: torch.device | None,
     storage: StorageConfig | None,
 ) -> EncodeReport:
+    if not store.name:
+        raise UsageError(f"--store {store} has no name of its own; name a folder in it, {store / 'words.zarr'}")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     index = fetched(open_index(shards, storage))
     check_columns(index)
@@ -96,6 +98,8 @@ def _encode(
         job = _resolve(config, index, store, append, device, storage)
         if append:
             job = begin_append(job, board)
+            if not job.store.exists():  # another process has ended the same append just now
+                job = replace(job, store=store)
         before = _prepare(job, board)
         work = AssignPass(job, StoreWriter(job.store), board, shown=is_first_rank())
         with timed(job.seconds, "assign"):
@@ -114,7 +118,7 @@ def _resolve(
     base = Store(store) if append else None
     if base and config.vocabulary:
         raise UsageError("--vocabulary does not go with --append: images are added under the store's own vocabularies")
-    names = config.layers or (base.layers if base else ())
+    names = config.layers or (tuple(layer.name for layer in base.every_layer()) if base else ())
     if not names:
         raise UsageError(
             "no layer was named; give --layer, for example --layer conv4; `bowstore layers ARCH` lists them"
@@ -147,12 +151,12 @@ def _resolve(
 
 def _prepare(job: Job, board: Board) -> dict[str, int]:
     """See to it that the store has all layers with their vocabularies; chunks that each has already."""
-    if not _has_layers(job):
+    if job.base is None and not _has_layers(job):
         with board.lead("makes the vocabulary"):
             if not board.others() and job.store.exists():
                 sweep_leftovers(job.store)
             if not _has_layers(job):
-                _make_layers(job)
+                _make_layers(job, board)
     writer = StoreWriter(job.store)
     return {name: int(writer.committed_chunks(name).sum()) for name in job.names}
 
@@ -173,14 +177,15 @@ def _has_layers(job: Job) -> bool:
     return set(job.names) <= set(writer.layers)
 
 
-def _make_layers(job: Job) -> None:
+def _make_layers(job: Job, board: Board) -> None:
     _check_space(job)
     samples = None if job.source else _draw_samples(job)
-    writer = StoreWriter(job.store) if job.store.exists() else None
     for plan in job.layers:
+        writer = StoreWriter(job.store) if job.store.exists() else None
         if writer and plan.name in writer.layers:
             continue
         vocabulary = _vocabulary(job, plan, samples[plan.name].vectors() if samples else None)
+        board.check_lead()
         writer = writer or create_store(
             job.store, fingerprint=job.index.fingerprint, key_hash_N=np.asarray(job.index.key_hash)
         )
@@ -290,7 +295,8 @@ def _finish(job: Job, board: Board) -> None:
             for found in (writer.nearest(name), *load_nearest(board.files(f"{nearest_name(writer, layer)}*.npz"))):
                 nearest.merge(found)
             writer.mark_complete(name, statistics, nearest.result())
-        sweep_leftovers(job.store)
+        if not board.others():
+            sweep_leftovers(job.store)
         board.clear(f"{job.part}@", *(f"{dot}nearest.{name}." for name in job.names for dot in ("", ".")))
 
 
@@ -302,8 +308,10 @@ def _counted(progress: Progress, parts: Iterator[NDArray[np.uint16]]) -> Iterato
 
 def _check_space(job: Job) -> None:
     """Refuse to start what cannot end."""
-    needed = 0
+    needed, there = 0, StoreWriter(job.store).layers if job.store.exists() else ()
     for plan in job.layers:
+        if plan.name in there:
+            continue
         needed += len(job.index) * (2 * plan.grid[0] * plan.grid[1] + 8) + 4 * plan.words * plan.channels
     reserve_room(job.store, needed)
     folder = job.store.parent
@@ -358,7 +366,8 @@ def _disk_errors(store: Path) -> Iterator[None]:
                 f"no space left on the disk of {store}; free some and run the same command again: finished chunks are "
                 "kept"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        ours = error.filename is None or Path(error.filename).is_relative_to(store.parent)
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and ours:
             raise BowstoreError(
                 f"{store.parent} cannot be written ({error.strerror}); make it writable, or name another --store"
             ) from error

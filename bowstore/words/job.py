@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from bowstore.config import EncodeConfig
@@ -96,8 +97,8 @@ class Job:
 
     @property
     def part(self) -> str:
-        """What claims on this job's parts start with."""
-        return "+".join(self.names)
+        """What claims on this job's parts start with: the same for the same layers, in whatever order."""
+        return xxhash.xxh3_64_hexdigest("+".join(sorted(self.names)).encode())
 
     def settings(self, plan: LayerPlan) -> dict[str, Any]:
         """Values that must be the same to go on with a layer, by the names that messages use."""
@@ -106,6 +107,9 @@ class Job:
             vocabulary["vocabulary"] = self.source.layer(plan.name).attributes["vocabulary_digest"]
         elif self.base is None:
             vocabulary = {name: getattr(config, name) for name in _VOCABULARY_SETTINGS}
+            vocabulary["vocabulary taken from"] = None
+        if (self.source or self.base) and config.pca is not None:
+            vocabulary |= {"pca": config.pca, "whiten": config.whiten}
         return {
             "teacher architecture": self.teacher.backbone.arch,
             "teacher weights": self.teacher.sha256,
@@ -132,6 +136,7 @@ class Job:
             "border": layer.border,
             "K": layer.words,
             "vocabulary": made["vocabulary_digest"],
+            "vocabulary taken from": made["vocabulary"].get("taken_from"),
             **{name: made["vocabulary"].get(name) for name in _VOCABULARY_SETTINGS},
         }
         remedy = "use the same value, or encode into a new store"

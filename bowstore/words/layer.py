@@ -115,11 +115,6 @@ class Layer:
         """The chunks that hold any of the rows."""
         return range(rows.start // self.chunk_rows, math.ceil(rows.stop / self.chunk_rows))
 
-    def read_rows(self, rows: slice) -> NDArray[np.uint16]:
-        """Words of some rows, uint16 (rows, h, w), as they lie there: not checked, not written ones too."""
-        with reading(f"rows {rows.start}-{rows.stop - 1} of layer {self.name!r} of word store {self.path}"):
-            return read(self._words, rows)
-
     def read_chunk(self, chunk: int, digest: int) -> NDArray[np.uint16]:
         """Words of one chunk, uint16 (rows, h, w), checked against its recorded digest.
 

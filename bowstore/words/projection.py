@@ -55,6 +55,11 @@ def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: b
     channels = sample_Sc.shape[1]
     if dimensions > channels:
         raise UsageError(f"--pca {dimensions} is more than the layer's {channels} channels; choose at most {channels}")
+    if dimensions > len(sample_Sc):
+        raise UsageError(
+            f"--pca {dimensions} needs as many vectors, the sample has {len(sample_Sc)}; choose at most that, or raise "
+            "--sample-per-word"
+        )
     fitted: Any = faiss.PCAMatrix(channels, dimensions, -0.5 if whiten else 0.0)
     fitted.train(sample_Sc)
     variance_c = faiss.vector_to_array(fitted.eigenvalues)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
-from bowstore.errors import BowstoreError, BusyError, CorruptError
+from bowstore.errors import BowstoreError, CorruptError, UsageError
 from bowstore.progress import Progress
 from bowstore.words.claims import Board
 from bowstore.words.layer import Layer
@@ -88,11 +88,15 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
 
     Raises:
         BusyError: another process writes the store.
+        UsageError: a store that was grown by --append.
     """
     with Board(path) as board, board.lead("repairs it", wait=False):
-        others = board.others()
-        if others:
-            raise BusyError(f"word store {path} is in use by {board.owner(others[0])}; wait for it to end")
+        board.wait_for_the_dead()
+        if len(Store(path).parts) > 1 and report.damaged:
+            raise UsageError(
+                f"word store {path} was grown by --append: its damaged chunks cannot be written again alone; "
+                f"encode all its images into a new store with --vocabulary {path}"
+            )
         writer = StoreWriter(path)
         sweep_leftovers(path)
         for layer, chunks in report.damaged.items():

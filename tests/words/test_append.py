@@ -18,7 +18,7 @@ from bowstore.words import append as append_module
 from bowstore.words import layer as layer_module
 from bowstore.words.store import join_rows, open_store
 from bowstore.words.store_writer import StoreWriter
-from bowstore.words.verify import digest, verify
+from bowstore.words.verify import digest, discard_damaged, verify
 
 LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "k": (12, 24)}
 NEW = 50
@@ -137,8 +137,60 @@ def test_another_append_meanwhile_is_refused(
         with pytest.raises(KeyboardInterrupt):
             run_encode(teacher=teacher_file, shards=more, store=store, append=True)
     others = write_shards(tmp_path / "others", 20, seed=2, prefix="other")
-    with pytest.raises(MismatchError, match=r"\.append is an unfinished --append of other images; finish it with"):
+    with pytest.raises(MismatchError, match=r"\.append is an unfinished --append of other images, or to"):
         run_encode(teacher=teacher_file, shards=others, store=store, append=True)
+
+
+def interrupted_append(store: Path, teacher_file: Path, more: Path) -> None:
+    def failing(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoreWriter, "write_chunk", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+
+
+@pytest.mark.parametrize("change", ["another vocabulary", "another layer"])
+def test_an_append_of_the_store_that_was_there_before_is_not_finished(
+    store: Path, teacher_file: Path, shards: Path, more: Path, change: str
+) -> None:
+    interrupted_append(store, teacher_file, more)
+    if change == "another vocabulary":
+        shutil.rmtree(store)
+        run_encode(teacher=teacher_file, shards=shards, store=store, seed=1, **LAYERS)
+    else:
+        run_encode(teacher=teacher_file, shards=shards, store=store, layers=("block1",), k=(8,))
+    before = digest(store)
+    with pytest.raises(MismatchError, match=r"unfinished --append of other images, or to another store; finish it"):
+        run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert digest(store) == before
+    shutil.rmtree(store.with_name(".words.zarr.append"))
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert verify(store).sound
+
+
+def test_the_chunk_of_a_small_store_grows(teacher_file: Path, more: Path, tmp_path: Path) -> None:
+    small = write_shards(tmp_path / "small", 7, seed=4, prefix="small")
+    path = tmp_path / "words.zarr"
+    with small_chunks_patch():
+        run_encode(teacher=teacher_file, shards=small, store=path, **LAYERS)
+        old = open_store(path).load_words("block3")
+        run_encode(teacher=teacher_file, shards=more, store=path, append=True)
+    grown = open_store(path)
+    assert grown.layer("block3").chunk_rows == 20
+    assert np.array_equal(grown.load_words("block3")[:7], old)
+    assert verify(path).sound
+
+
+def test_damage_of_a_grown_store_is_not_taken_back(store: Path, teacher_file: Path, more: Path) -> None:
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    (store / "block3/words/c/1/0/0").write_bytes(b"")
+    report = verify(store)
+    message = r"was grown by --append: its damaged chunks cannot be written again alone; encode all .* --vocabulary"
+    with pytest.raises(UsageError, match=message):
+        discard_damaged(store, report)
+    assert open_store(store).layers == ("block2", "block3")
 
 
 def test_what_does_not_fit_is_one_line(store: Path, teacher_file: Path, more: Path, tmp_path: Path) -> None:

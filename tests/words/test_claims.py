@@ -145,3 +145,46 @@ def test_clear_leaves_what_is_held_and_other_names(board: Board) -> None:
     assert board.holds("a@0")
     assert not stale.exists()
     assert other.exists()
+
+
+def test_two_that_count_from_different_numbers_do_not_both_win(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One looked before a claim was given back, and counts on from it; the other one looked after."""
+    with Board(tmp_path / "s") as other:
+        stale = write_claim(board, "a@0.0", **{**claims._myself(), "started": "gone"})
+        plain = claims._make
+
+        def give_back_then_make(path: Path) -> None:
+            monkeypatch.setattr(claims, "_make", plain)
+            stale.unlink()
+            assert other.claim("a@0")  # makes a@0.0
+            plain(path)  # makes a@0.1
+
+        monkeypatch.setattr(claims, "_make", give_back_then_make)
+        assert not board.claim("a@0")
+        assert other.holds("a@0")
+
+
+def test_after_the_end_nothing_is_claimed(tmp_path: Path) -> None:
+    with Board(tmp_path / "s") as board:
+        pass
+    assert not board.claim("a@0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_was_silent_does_not_lead_on(board: Board) -> None:
+    with board.lead("makes the vocabulary"):
+        board.check_lead()
+        write_claim(board, "lead.7")
+        with pytest.raises(BusyError, match=r"silent for more than 120 s, and another one leads the work"):
+            board.check_lead()
+
+
+def test_the_claim_of_a_machine_that_is_gone_is_watched_until_it_counts_as_dead(
+    board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claims, "SILENT_SECONDS", 0.4)
+    write_claim(board, "a@0.0")
+    board.wait_for_the_dead()
+    assert "waiting 0 s for a sign of life of process 1 on elsewhere" in capsys.readouterr().err

@@ -329,7 +329,13 @@ def test_the_vocabulary_of_another_store_is_reused(run: Any, clean: Path, tmp_pa
         run(teacher=other, shards=others, vocabulary=clean, k=(), store=tmp_path / "x.zarr")
     with pytest.raises(MissingError, match=r"has no layer 'block2'; its layers: block3"):
         run(shards=others, vocabulary=clean, k=(), layers=("block2",), store=tmp_path / "x.zarr")
+    with pytest.raises(MismatchError, match=r"was made with pca None, now it is 3; --vocabulary needs the teacher"):
+        run(shards=others, vocabulary=clean, k=(), pca=3, store=tmp_path / "x.zarr")
     assert not (tmp_path / "x.zarr").exists()
+    with pytest.raises(MismatchError, match=r"was made with vocabulary taken from words\.zarr, now it is None; use"):
+        run(store=tmp_path / "again.zarr")
+    with pytest.raises(UsageError, match=r"--store \. has no name of its own; name a folder in it, words\.zarr"):
+        run(store=Path())
 
 
 def test_pca_and_whitening_come_before_the_words(run: Any, teacher_file: Path, shards: Path, tmp_path: Path) -> None:

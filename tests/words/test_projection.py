@@ -51,6 +51,11 @@ def test_too_many_components_are_one_line() -> None:
         fit_projection(np.ones((100, 4), np.float32), 1, whiten=False)
 
 
+def test_a_sample_smaller_than_the_components_is_one_line() -> None:
+    with pytest.raises(UsageError, match=r"--pca 8 needs as many vectors, the sample has 5; choose at most"):
+        fit_projection(sample(5), 8, whiten=False)
+
+
 def test_words_lie_among_the_components() -> None:
     vocabulary = build_vocabulary(sample(), 9, seed=0, iterations=4, device=CPU, pca=3, whiten=True, shown=False)
     assert vocabulary.centroids_Kp.shape == (9, 3)
