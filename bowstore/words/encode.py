@@ -142,7 +142,7 @@ def _resolve(
     job = Job(config, index, teacher, store, plans, device, base=base, source=source)
     for plan in plans:
         if source:
-            Job(config, index, teacher, store, plans, device, source=source).check_settings(source.layer(plan.name))
+            job.check_settings(source.layer(plan.name))
         elif base is None:
             grid = plan.grid
             plan_sample(len(index), grid[0] * grid[1], plan.words, sample_per_word=config.sample_per_word, seed=0)
