@@ -66,9 +66,12 @@ def slow_down(seconds: float) -> None:
 
 
 def encode_slowly(values: dict[str, Any], out: Path | None = None) -> None:
-    """Encode in small chunks and slowly; write the number of images that this process encoded to `out`."""
-    slow_down(0.05)
-    layer_module.MIN_CHUNK_BYTES, layer_module.CHUNK_STEP_ROWS = 1, ROWS
+    """Encode slowly, a batch a chunk; write the number of images that this process encoded to `out`.
+
+    A process claims some batches ahead: there have to be more than that for others to get any.
+    """
+    slow_down(0.2)
+    layer_module.MIN_CHUNK_BYTES, layer_module.CHUNK_STEP_ROWS = 1, SETTINGS["batch"]
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     report = run_encode(**values)
