@@ -17,7 +17,7 @@ from bowstore.words.arrays import READ_ERRORS, array, array_digest, read, read_c
 
 NOT_WRITTEN = 65535
 MIN_CHUNK_BYTES = 1 << 20
-CHUNK_STEP_ROWS = 256
+CHUNK_STEP_ROWS = 768
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class LayerSpec:
 
 
 def chunk_rows(images: int, grid: tuple[int, int]) -> int:
-    """Rows of a words chunk: 256 times a power of two with at least 1 MiB of words, or all rows of a small set.
+    """Rows of a words chunk: 768 times a power of two with at least 1 MiB of words, or all rows of a small set.
 
-    Powers of two, so that the chunks of one layer end where those of another do, and one pass can fill both.
+    Times powers of two, so that the chunks of one layer end where those of another do, and one pass can fill both.
     """
     rows = CHUNK_STEP_ROWS
     while rows < images and 2 * rows * grid[0] * grid[1] < MIN_CHUNK_BYTES:

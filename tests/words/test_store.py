@@ -116,9 +116,9 @@ def test_plain_zarr_reads_it(path: Path) -> None:
 
 
 def test_chunks_hold_a_mebibyte_or_the_whole_small_set() -> None:
-    assert chunk_rows(1_281_167, (14, 14)) == 4096
-    assert 2 * 14 * 14 * 4096 >= 1 << 20 > 2 * 14 * 14 * 2048
-    assert chunk_rows(1_281_167, (7, 7)) == 16384
+    assert chunk_rows(1_281_167, (14, 14)) == 3072
+    assert 2 * 14 * 14 * 3072 >= 1 << 20 > 2 * 14 * 14 * 1536
+    assert chunk_rows(1_281_167, (7, 7)) == 12288
     assert chunk_rows(500, (14, 14)) == 500
 
 

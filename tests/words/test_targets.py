@@ -176,8 +176,8 @@ def test_a_read_that_fails_ends_the_step_that_needs_it(open_tier: Open) -> None:
 
 
 def test_a_store_larger_than_memory_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data memory is bounded to 24 MB more than Python has: 78 MB of words pass through, but do not fit."""
-    maps = np.random.default_rng(0).integers(0, 8, (200_000, 14, 14)).astype(np.uint16)
+    """Data memory is bounded to 16 MB more than Python has: 47 MB of words pass through, but do not fit."""
+    maps = np.random.default_rng(0).integers(0, 8, (120_000, 14, 14)).astype(np.uint16)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # for speed alone
     store = write_words(tmp_path / "words.zarr", maps, words=8)
     code = """
@@ -200,8 +200,8 @@ def run(tier, layer, rows):
 small = open_store(Path(sys.argv[3])).layer()
 run("streamed", small, np.arange(small.images))  # threads and their stacks, Zarr's and ours
 data_kb = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, ((data_kb << 10) + (24 << 20),) * 2)
-identity = np.arange(200_000)
+resource.setrlimit(resource.RLIMIT_DATA, ((data_kb << 10) + (16 << 20),) * 2)
+identity = np.arange(120_000)
 print(*run("streamed", layer(), identity))
 print(*run("streamed", layer(), identity[::-1].copy()))
 try:
