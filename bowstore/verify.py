@@ -140,7 +140,7 @@ def _verify_store(path: Path, shards: Path | None, storage: StorageConfig, *, di
     repairs = []
     if repair and report.damaged:
         count = verify.discard_damaged(path, report)
-        repairs.append(f"{count} damaged chunks were taken back; run `bowstore encode` again to write just these")
+        repairs.append(f"{count} damaged chunks were taken back; {report.way_on}, to write just these")
     words_digest = verify.digest(path) if digest and report.sound else None
     return PathReport(path, "store", checked, problems, repairs, not problems, digest=words_digest)
 

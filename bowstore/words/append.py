@@ -2,7 +2,8 @@
 
 The grown store is prepared beside the old one: chunks that stay as they are become links to the same files, so that it
 costs no room, and the old store stays as it is, usable, until the new one is whole and takes its name. An append that
-is interrupted goes on like any other encode.
+is interrupted goes on like any other encode. Chunks that `bowstore verify --repair` took back from a grown store are
+encoded again first.
 
 Legend: N images of the store, M images that are added.
 """
@@ -10,7 +11,9 @@ Legend: N images of the store, M images that are added.
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +27,47 @@ from bowstore.progress import say
 from bowstore.words.arrays import create, open_group, subgroup
 from bowstore.words.claims import Board
 from bowstore.words.job import Job, Rows
-from bowstore.words.layer import NOT_WRITTEN, Layer, chunk_rows
+from bowstore.words.layer import NOT_WRITTEN, Layer, bytes_per_image, chunk_rows
 from bowstore.words.store import Store
-from bowstore.words.store_writer import StoreWriter, create_store
+from bowstore.words.store_writer import StoreWriter, check_room, create_store
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 _KEPT_ARRAYS = ("vocabulary", "projection", "projection_offset", "nearest", "nearest_distance")
 _RENEWED = ("statistics", "document_frequency_digest", "nearest_digest", "nearest_distance_digest")
+
+
+def refill(job: Job) -> Job | None:
+    """The job of encoding again the chunks that were taken back from a grown store; None if there are none.
+
+    Raises:
+        UsageError: not all layers of the store were named.
+        MismatchError: another teacher or other settings.
+    """
+    base, index = job.base, job.index
+    if base is None or len(base.parts) == 1 or len(base.layers) == len(base.every_layer()):
+        return None
+    _check_layers(job, base)
+    hashes, order = base.key_hash(), np.argsort(index.key_hash)
+    ordered = index.key_hash[order]
+    place = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
+    ends = tuple(accumulate(int(part["images"]) for part in base.parts))
+    return replace(job, rows=Rows(0, np.where(ordered[place] == hashes, order[place], -1), ends))
+
+
+def check_held(job: Job, rows_left: Iterable[NDArray[np.int64]]) -> None:
+    """Refuse to encode rows of which the shards do not have the images.
+
+    Raises:
+        MismatchError: says how many, and some of them.
+    """
+    lacking = [rows_B[job.rows.in_index(rows_B) < 0] for rows_B in rows_left]
+    rows = np.concatenate([np.empty(0, np.int64), *lacking])
+    if len(rows):
+        raise MismatchError(
+            f"{job.index.root} lacks {len(rows)} images of damaged chunks of word store {job.store}, for example those "
+            f"of rows {', '.join(map(str, rows[:5].tolist()))}; give --shards that have them all (the tars of several "
+            "sets in one folder, then `bowstore index`)"
+        )
 
 
 def begin_append(job: Job, board: Board) -> Job:
@@ -45,13 +82,9 @@ def begin_append(job: Job, board: Board) -> Job:
     with board.lead("prepares the grown store"):
         base = Store(job.store)  # once more: another process may have ended the same append
         job = replace(job, base=base)
-        for layer in base.every_layer():
-            if layer.name not in job.names:
-                raise UsageError(
-                    f"--append adds images to all layers of word store {base.path}: "
-                    f"{', '.join(each.name for each in base.every_layer())}; leave --layer out"
-                )
-            job.check_settings(base.layer(layer.name))
+        _check_layers(job, base)
+        for name in job.names:
+            base.layer(name)  # complete
         fresh_M = np.flatnonzero(~np.isin(index.key_hash, base.key_hash()))
         say(f"{len(index) - len(fresh_M)} of {len(index)} images are in word store {base.path} already, by their keys")
         if not len(fresh_M):
@@ -63,8 +96,25 @@ def begin_append(job: Job, board: Board) -> Job:
                 "--shards, or remove it"
             )
         if not staging.exists():
+            added = sum(bytes_per_image(layer.grid) for layer in base.every_layer()) * len(fresh_M)
+            check_room(job.store, added + 8 * (len(base) + len(fresh_M)))
             _make_grown(base, index.key_hash[fresh_M], staging, fingerprint, index.fingerprint)
     return replace(job, store=staging, rows=Rows(len(base), fresh_M))
+
+
+def _check_layers(job: Job, base: Store) -> None:
+    for layer in base.every_layer():
+        if layer.name not in job.names:
+            raise UsageError(
+                f"--append adds images to all layers of word store {base.path}: "
+                f"{', '.join(each.name for each in base.every_layer())}; leave --layer out"
+            )
+        job.check_settings(layer)
+
+
+def drop_append(store: Path) -> None:
+    """Forget an unfinished append, which shares files with the store; the next one begins anew."""
+    shutil.rmtree(_staging(store), ignore_errors=True)
 
 
 def _grown_fingerprint(base: Store, added: str, images: int) -> str:

@@ -108,6 +108,12 @@ class AssignPass:
         self.images = 0
         self.clock = Clock(compute_workers(job.device))
 
+    def rows_left(self) -> Iterator[NDArray[np.int64]]:
+        """Rows of the store that nobody has encoded yet, batch by batch."""
+        for unit in self._open:
+            if missing := self._missing(unit):
+                yield from self._cut(self._units[unit], [layer.rows(chunk) for layer, chunk in missing])
+
     def run(self) -> None:
         """Encode until every chunk of every layer is committed, by whomever.
 
@@ -203,14 +209,17 @@ class AssignPass:
 
     def _batches(self, unit: int) -> Iterator[NDArray[np.int64]]:
         """Rows of the store in batches; those of chunks that are all committed are left out."""
-        rows, first, wanted = self._units[unit], self._job.rows.first, self._wanted.pop(unit)
+        rows, wanted = self._units[unit], self._wanted.pop(unit)
         skipped = rows.stop - rows.start
-        for start in range(max(rows.start, first), rows.stop, self._job.batch):
-            stop = min(start + self._job.batch, rows.stop)
-            if any(some.start < stop and start < some.stop for some in wanted):
-                skipped -= stop - start
-                yield np.arange(start, stop)
+        for rows_B in self._cut(rows, wanted):
+            skipped -= len(rows_B)
+            yield rows_B
         self._count(skipped)
+
+    def _cut(self, rows: slice, wanted: list[slice]) -> Iterator[NDArray[np.int64]]:
+        for part in self._job.rows.batches(rows, self._job.batch):
+            if any(some.start < part.stop and part.start < some.stop for some in wanted):
+                yield np.arange(part.start, part.stop)
 
     def _count(self, images: int) -> None:
         """Images that are done, by this process or without it."""

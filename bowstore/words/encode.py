@@ -8,7 +8,6 @@ Legend: N images, h w word grid, K words, c channels.
 """
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,20 +24,20 @@ from bowstore.data.reader import fetched
 from bowstore.environment import available_memory, is_first_rank
 from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.progress import Progress, say, timed
-from bowstore.remote import fetch_store, is_remote, reserve_room, url_of, writable_store
-from bowstore.words.append import begin_append, end_append, recover_append
+from bowstore.remote import fetch_store, is_remote, url_of, writable_store
+from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
 from bowstore.words.assign_pass import AssignPass, nearest_name, without_border
 from bowstore.words.claims import Board
 from bowstore.words.encode_report import EncodeReport, report_layer
 from bowstore.words.forward import Clock, Maps, compute_workers, forward
 from bowstore.words.job import Job, LayerPlan, plan_layers, view_values
-from bowstore.words.layer import LayerSpec
+from bowstore.words.layer import LayerSpec, bytes_per_image
 from bowstore.words.nearest import NearestSearch, load_nearest
 from bowstore.words.projection import Projection
 from bowstore.words.receptive import receptive_field
 from bowstore.words.statistics import word_statistics
 from bowstore.words.store import Store
-from bowstore.words.store_writer import StoreWriter, create_store, sweep_leftovers
+from bowstore.words.store_writer import StoreWriter, check_room, create_store, sweep_leftovers
 from bowstore.words.teacher import load_teacher
 from bowstore.words.vocabulary import Sample, Vocabulary, build_vocabulary, plan_sample
 
@@ -96,19 +95,30 @@ def _encode(
         with board.lead("looks for an interrupted --append"):
             recover_append(store)
         job = _resolve(config, index, store, append, device, storage)
+        works = []
         if append:
+            if again := refill(job):
+                works.append(_encode_rows(again, board))
             job = begin_append(job, board)
             if not job.store.exists():  # another process has ended the same append just now
                 job = replace(job, store=store)
         before = _prepare(job, board)
-        work = AssignPass(job, StoreWriter(job.store), board, shown=is_first_rank())
-        with timed(job.seconds, "assign"):
-            work.run()
-        with timed(job.seconds, "finish"):
-            _finish(job, board)
-            if append:
-                end_append(job, store, board)
-    return _report(job, store, before, work)
+        works.append(_encode_rows(job, board))
+        if append:
+            end_append(job, store, board)
+    return _report(job, store, before, works)
+
+
+def _encode_rows(job: Job, board: Board) -> AssignPass:
+    """Encode what is missing of the job's rows, with all others that do, and finish their layers."""
+    work = AssignPass(job, StoreWriter(job.store), board, shown=is_first_rank())
+    if job.rows.ends:
+        check_held(job, work.rows_left())
+    with timed(job.seconds, "assign"):
+        work.run()
+    with timed(job.seconds, "finish"):
+        _finish(job, board)
+    return work
 
 
 def _resolve(
@@ -134,8 +144,8 @@ def _resolve(
         precision=config.precision,
     )
     source = Store(fetch_store(config.vocabulary, storage)) if config.vocabulary else None
-    known = source or base
-    words = [known.layer(layer.name).words if known else None for layer in teacher.layers]
+    known = {layer.name: layer.words for layer in base.every_layer()} if base else {}
+    words = [source.layer(layer.name).words if source else known.get(layer.name) for layer in teacher.layers]
     if config.whiten and config.pca is None:
         raise UsageError("--whiten goes with --pca N; give the layer's number of channels to whiten all of them")
     plans = plan_layers(config, teacher.layers, words)
@@ -312,15 +322,8 @@ def _check_space(job: Job) -> None:
     for plan in job.layers:
         if plan.name in there:
             continue
-        needed += len(job.index) * (2 * plan.grid[0] * plan.grid[1] + 8) + 4 * plan.words * plan.channels
-    reserve_room(job.store, needed)
-    folder = job.store.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BowstoreError(
-            f"{folder} has {free / 1e6:.0f} MB free, the words need {needed / 1e6:.0f} MB; free some, or choose "
-            "another place for the store"
-        )
+        needed += len(job.index) * bytes_per_image(plan.grid) + 4 * plan.words * plan.channels
+    check_room(job.store, needed)
 
 
 def _check_memory(job: Job, sample_bytes: dict[str, int]) -> None:
@@ -333,14 +336,14 @@ def _check_memory(job: Job, sample_bytes: dict[str, int]) -> None:
         )
 
 
-def _report(job: Job, store: Path, before: dict[str, int], work: AssignPass) -> EncodeReport:
-    opened = Store(store)
+def _report(job: Job, store: Path, before: dict[str, int], works: list[AssignPass]) -> EncodeReport:
+    opened, work = Store(store), max(works, key=lambda work: work.images)
     layers = tuple(report_layer(opened.layer(name), before[name]) for name in job.names)
     report = EncodeReport(
         store=store,
         images=len(opened),
         images_added=0 if job.base is None else len(opened) - job.rows.first,
-        images_here=work.images,
+        images_here=sum(work.images for work in works),
         layers=layers,
         seconds=job.seconds,
         stages=work.clock.shares(),

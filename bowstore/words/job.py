@@ -3,8 +3,9 @@
 Legend: N images, h w word grid, K words, c channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,24 @@ class Rows:
 
     Attributes:
         first: the store's row of the first of them; those before are there already.
-        index_rows: int64, rows of the index in the order of the store; None for all of them as they are.
+        index_rows: int64, rows of the index in the order of the store, -1 where it has none; None for all of them as
+            they are.
+        ends: ascending, for rows of a store that has grown: where each set of images ends, and no batch goes on.
     """
 
     first: int = 0
     index_rows: NDArray[np.int64] | None = None
+    ends: tuple[int, ...] = ()
 
     def in_index(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of the index that stand in rows of the store."""
         return rows_B if self.index_rows is None else self.index_rows[rows_B - self.first]
+
+    def batches(self, rows: slice, batch: int) -> Iterator[slice]:
+        """Cut rows of the store, but for those that are there already, into batches."""
+        edges = [max(rows.start, self.first), *(end for end in self.ends if rows.start < end < rows.stop), rows.stop]
+        for begin, end in pairwise(edges):
+            yield from (slice(start, min(start + batch, end)) for start in range(begin, end, batch))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ def chunk_rows(images: int, grid: tuple[int, int]) -> int:
     return max(1, min(rows, images))
 
 
+def bytes_per_image(grid: tuple[int, int]) -> int:
+    """The most that words and digests of an image take on a disk."""
+    return 2 * grid[0] * grid[1] + 8
+
+
 class Layer:
     """One layer of an opened store: its attributes and arrays.
 

@@ -112,9 +112,16 @@ class Store:
             done = int((layer.chunk_digests() != 0).sum())
             raise MismatchError(
                 f"layer {name!r} of word store {self.path} is not complete: {done} of {layer.chunks} chunks "
-                f"are written; run `bowstore encode` again with the same settings"
+                f"are written; {self.way_on}"
             )
         return layer
+
+    @property
+    def way_on(self) -> str:
+        """What writes chunks that are missing, for messages."""
+        if len(self.parts) > 1:
+            return "run `bowstore encode --append` with shards that hold their images"
+        return "run `bowstore encode` again with the same settings"
 
     def every_layer(self) -> tuple[Layer, ...]:
         """All layers, those that are not complete too."""

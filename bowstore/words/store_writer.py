@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import bowstore
-from bowstore.errors import UsageError
+from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import TEMPORARY_MARK, fsync_path
+from bowstore.remote import reserve_room
 from bowstore.words.arrays import array, array_digest, create, hex_digest, new_group, read, reading, subgroup, sweep
 from bowstore.words.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
 from bowstore.words.nearest import KEPT_IMAGES, NO_ROW, NearestImages
@@ -179,6 +180,25 @@ def create_store(path: Path, *, fingerprint: str, key_hash_N: NDArray[np.uint64]
         raise
     fsync_path(path.parent)
     return StoreWriter(path)
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Refuse to begin what would fill the disk of a store, or the cache where it lies.
+
+    Args:
+        path: the store, which need not be there.
+        needed: bytes.
+
+    Raises:
+        BowstoreError: there is less room.
+    """
+    reserve_room(path, needed)
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise BowstoreError(
+            f"{path.parent} has {free / 1e6:,.2f} MB free, the words need {needed / 1e6:,.2f} MB; free some, or choose "
+            "another place for the store"
+        )
 
 
 def sweep_leftovers(path: Path) -> None:

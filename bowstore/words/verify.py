@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
-from bowstore.errors import BowstoreError, CorruptError, UsageError
+from bowstore.errors import BowstoreError, CorruptError
 from bowstore.progress import Progress
+from bowstore.words.append import drop_append
 from bowstore.words.claims import Board
 from bowstore.words.layer import Layer
 from bowstore.words.store import Store, open_store
@@ -34,6 +35,7 @@ class VerifyReport:
         chunks: words chunks that were read.
         problems: one line each; empty means sound.
         damaged: for each layer the committed chunks that have to be encoded again.
+        way_on: what encodes them, for messages.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class VerifyReport:
     chunks: int = 0
     problems: list[str] = field(default_factory=list)
     damaged: dict[str, list[int]] = field(default_factory=dict)
+    way_on: str = ""
 
     @property
     def sound(self) -> bool:
@@ -67,7 +70,7 @@ def verify(path: Path, shards: Path | None = None, storage: StorageConfig | None
     except BowstoreError as error:
         report.problems.append(str(error))
         return report
-    layers = store.every_layer()
+    layers, report.way_on = store.every_layer(), store.way_on
     report.images, report.layers = len(store), tuple(layer.name for layer in layers)
     if not layers:
         report.problems.append(f"word store {path} has no layer; run `bowstore encode` again")
@@ -88,17 +91,13 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
 
     Raises:
         BusyError: another process writes the store.
-        UsageError: a store that was grown by --append.
     """
     with Board(path) as board, board.lead("repairs it", wait=False):
         board.wait_for_the_dead()
-        if len(Store(path).parts) > 1 and report.damaged:
-            raise UsageError(
-                f"word store {path} was grown by --append: its damaged chunks cannot be written again alone; "
-                f"encode all its images into a new store with --vocabulary {path}"
-            )
         writer = StoreWriter(path)
         sweep_leftovers(path)
+        if report.damaged:
+            drop_append(path)
         for layer, chunks in report.damaged.items():
             writer.discard_chunks(layer, chunks)
     return sum(len(chunks) for chunks in report.damaged.values())
@@ -144,8 +143,7 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
     if not layer.complete:
         done = sum(value != 0 for value in digests)
         report.problems.append(
-            f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; "
-            "run `bowstore encode` again with the same settings"
+            f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; {report.way_on}"
         )
     for chunk, value in enumerate(digests):
         if value or layer.complete:

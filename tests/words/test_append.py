@@ -12,7 +12,7 @@ import pytest
 from encoding import encode_in_process, run_encode
 from teacher_sets import IMAGES, write_shards, write_teacher
 
-from bowstore.data.index import open_index
+from bowstore.data.index import build_index, open_index
 from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
 from bowstore.words import append as append_module
 from bowstore.words import layer as layer_module
@@ -183,14 +183,65 @@ def test_the_chunk_of_a_small_store_grows(teacher_file: Path, more: Path, tmp_pa
     assert verify(path).sound
 
 
-def test_damage_of_a_grown_store_is_not_taken_back(store: Path, teacher_file: Path, more: Path) -> None:
+def damage(store: Path, layer: str, chunk: int) -> None:
+    """Damage a chunk and take it back."""
+    (store / f"{layer}/words/c/{chunk}/0/0").write_bytes(b"")
+    assert discard_damaged(store, verify(store)) == 1
+
+
+def test_damage_of_a_grown_store_is_made_good(store: Path, teacher_file: Path, shards: Path, more: Path) -> None:
     run_encode(teacher=teacher_file, shards=more, store=store, append=True)
-    (store / "block3/words/c/1/0/0").write_bytes(b"")
-    report = verify(store)
-    message = r"was grown by --append: its damaged chunks cannot be written again alone; encode all .* --vocabulary"
-    with pytest.raises(UsageError, match=message):
-        discard_damaged(store, report)
-    assert open_store(store).layers == ("block2", "block3")
+    before, nearest = digest(store), open_store(store).nearest("block3").row_Kn
+    damage(store, "block3", 1)
+    way = r"not complete: 7 of 8 chunks .*; run `bowstore encode --append` with shards that hold their images"
+    with pytest.raises(MismatchError, match=way):
+        open_store(store).layer("block3")
+    report = run_encode(teacher=teacher_file, shards=shards, store=store, append=True)
+    assert (report.images_here, report.images_added) == (20, 0)  # just the images of the chunk
+    assert digest(store) == before
+    assert np.array_equal(open_store(store).nearest("block3").row_Kn, nearest)
+    assert verify(store).sound
+
+
+def test_damage_where_two_sets_meet_needs_the_images_of_both(
+    store: Path, teacher_file: Path, shards: Path, more: Path, tmp_path: Path
+) -> None:
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    before = digest(store)
+    damage(store, "block2", IMAGES // 20)
+    for part in (shards, more):
+        with pytest.raises(
+            MismatchError, match=r"lacks \d+ images of damaged chunks of .* rows \d+, .*`bowstore index`"
+        ):
+            run_encode(teacher=teacher_file, shards=part, store=store, append=True)
+    both, late = tmp_path / "both", write_shards(tmp_path / "late", 30, seed=2, prefix="late")
+    both.mkdir()
+    for part in (shards, more):
+        for tar in part.glob("*.tar"):
+            shutil.copy(tar, both / f"{part.parent.name}-{tar.name}")
+    build_index(both)
+    assert run_encode(teacher=teacher_file, shards=both, store=store, append=True).images_added == 0
+    assert digest(store) == before
+    run_encode(teacher=teacher_file, shards=late, store=store, append=True)
+    assert verify(store).sound
+
+
+def test_what_is_taken_back_comes_before_what_is_new(
+    store: Path, teacher_file: Path, shards: Path, more: Path, tmp_path: Path
+) -> None:
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    bigger = write_shards(tmp_path / "bigger", NEW + 30, seed=1, prefix="new")
+    interrupted_append(store, teacher_file, bigger)
+    damage(store, "block3", 6)
+    assert not store.with_name(".words.zarr.append").exists()  # it shared the damaged file
+    report = run_encode(teacher=teacher_file, shards=bigger, store=store, append=True)
+    assert report.images_added == 30
+    assert report.images_here > 30
+    grown, whole = open_store(store), tmp_path / "whole.zarr"
+    assert verify(store).sound
+    assert len(grown) == IMAGES + NEW + 30
+    run_encode(teacher=teacher_file, shards=bigger, store=whole, vocabulary=store, layers=LAYERS["layers"], k=())
+    assert (grown.load_words("block3")[IMAGES:] == open_store(whole).load_words("block3")).mean() > 0.999
 
 
 def test_what_does_not_fit_is_one_line(store: Path, teacher_file: Path, more: Path, tmp_path: Path) -> None:
@@ -212,6 +263,17 @@ def test_an_unfinished_layer_is_not_appended_to(store: Path, teacher_file: Path,
     StoreWriter(store).discard_chunks("block3", [1])
     with pytest.raises(MismatchError, match=r"'block3' .* is not complete: 4 of 5 chunks are written; run `bowstore"):
         run_encode(teacher=teacher_file, shards=more, store=store, append=True, layers=("block2", "block3"))
+
+
+def test_a_disk_that_is_too_small_is_refused_at_the_start(
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=NEW * 2 * (64 + 16) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BowstoreError, match=r"has 0\.01 MB free, the words need 0\.\d\d MB; free some"):
+        run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert verify(store).sound
 
 
 def test_without_links_chunks_are_copied(
