@@ -4,7 +4,6 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from unittest.mock import patch
 import torch
 import xxhash
 from coloured_keys import misaligned
+from served import SERVER
 
 from bowstore.config import TrainConfig
 from bowstore.train import loop
@@ -83,13 +83,10 @@ def start_ranks(
 ) -> list[BaseProcess]:
     """Start `target(rank, *arguments)` in `world` processes that `bowstore.train.distributed.joined` joins by gloo.
 
-    The processes come from one server that has imported torch and DALI once. A process that trains several times
-    calls `next_sitting` before each further time.
+    A process that trains several times calls `next_sitting` before each further time.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["bowstore.train.loop", "coloured_keys", "torch._dynamo", "torch.utils.tensorboard"])
     ports = [free_port() for _ in range(sittings)]
-    processes = [context.Process(target=_rank, args=(target, rank, world, ports, *arguments)) for rank in range(world)]
+    processes = [SERVER.Process(target=_rank, args=(target, rank, world, ports, *arguments)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes

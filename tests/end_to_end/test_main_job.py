@@ -202,7 +202,7 @@ def test_shards_changed_after_indexing_stop_everything(workspace: Path) -> None:
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if path.exists() and len(path.read_text().splitlines()) >= count:
             return

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from encoding import encode_in_process, run_encode
+from served import SERVER
 from teacher_sets import IMAGES, write_shards, write_teacher
 
 from bowstore.data.index import build_index, open_index
@@ -320,19 +321,15 @@ def test_a_store_that_is_missing_between_the_renames_says_so(store: Path) -> Non
 
 
 def test_killed_while_appending(store: Path, teacher_file: Path, more: Path, tmp_path: Path) -> None:
-    import multiprocessing
-
     whole = Path(shutil.copytree(store, tmp_path / "whole.zarr"))
     run_encode(teacher=teacher_file, shards=more, store=whole, append=True)
     before = digest(store)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bowstore.words.encode", "bowstore.models.saved"])
     values = {"teacher": teacher_file, "shards": more, "store": store, "append": True}
     deaths = 0
     for renames in (3, 9, 20, 4, 6, 10_000):
-        process = context.Process(target=encode_in_process, args=(values, renames))
+        process = SERVER.Process(target=encode_in_process, args=(values, renames))
         process.start()
-        process.join(60)
+        process.join(300)
         if process.exitcode == 0:
             break
         deaths += 1

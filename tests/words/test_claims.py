@@ -1,7 +1,6 @@
 """Claims on parts of a job: one owner each, and heirs for the dead."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import SERVER
 
 from bowstore.errors import BusyError
 from bowstore.words import claims
@@ -65,7 +65,7 @@ def _claim_and_sleep(store: Path) -> None:
 
 
 def test_kill_9_leaves_nothing_to_wait_for(board: Board, tmp_path: Path) -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=_claim_and_sleep, args=(tmp_path / "s",))
+    process = SERVER.Process(target=_claim_and_sleep, args=(tmp_path / "s",))
     process.start()
     while not (tmp_path / "claimed").exists():
         time.sleep(0.01)

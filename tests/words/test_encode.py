@@ -1,5 +1,4 @@
 import errno
-import multiprocessing
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from encoding import CPU, encode_in_process, run_encode
+from served import SERVER
 from teacher_sets import IMAGES, write_shards, write_teacher
 
 from bowstore.data.index import open_index
@@ -289,15 +289,13 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(run: Any, monkeypatch:
 def test_killed_again_and_again_it_ends_with_the_same_words(
     clean: Path, teacher_file: Path, shards: Path, tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bowstore.words.encode", "bowstore.models.saved"])
     path = tmp_path / "words.zarr"
     values = {"teacher": teacher_file, "shards": shards, "store": path}
     deaths = 0
     for renames in (2, 8, 18, 2, 3, 4, 10_000):  # in the store, the layer, its chunks and digests, at the end
-        process = context.Process(target=encode_in_process, args=(values, renames))
+        process = SERVER.Process(target=encode_in_process, args=(values, renames))
         process.start()
-        process.join(60)
+        process.join(300)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL

@@ -1,6 +1,5 @@
 """Several processes encode one store: the words of one process, byte for byte, whoever dies on the way."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from encoding import encode_in_process, encode_slowly, run_encode
+from served import SERVER
 from teacher_sets import IMAGES
 
 from bowstore.words import layer as layer_module
@@ -42,11 +42,10 @@ def values(teacher_file: Path, shards: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts processes that do not outlive the test."""
-    context, started = multiprocessing.get_context("forkserver"), []
-    context.set_forkserver_preload(["bowstore.words.encode", "bowstore.models.saved"])
+    started = []
 
     def begin(*arguments: Any, target: Callable[..., None] = encode_in_process) -> BaseProcess:
-        process = context.Process(target=target, args=arguments)
+        process = SERVER.Process(target=target, args=arguments)
         process.start()
         started.append(process)
         return process
@@ -73,7 +72,7 @@ def test_the_words_do_not_depend_on_the_number_of_processes(
     outs = [tmp_path / f"{number}.txt" for number in range(count)]
     processes = [start(values, out, target=encode_slowly) for out in outs]
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
     encoded = [int(out.read_text()) for out in outs]
     assert sum(encoded) == IMAGES  # every image once
@@ -98,7 +97,7 @@ def test_parts_of_a_dead_process_are_taken_over(
     second = start(values, tmp_path / "second.txt", target=encode_slowly)
     assert first.pid
     os.kill(first.pid, signal.SIGKILL)
-    second.join(120)
+    second.join(300)
     assert second.exitcode == 0
     assert int((tmp_path / "second.txt").read_text()) > 0
     assert digest(values["store"]) == digest(clean)
@@ -114,7 +113,7 @@ def test_killed_at_thirty_random_moments_it_ends_with_the_same_words(
     while deaths < 30 or not store.exists():
         assert deaths + finished < 150
         process = start(values, None, draw.uniform(0, scale) if deaths < 30 else None)
-        process.join(120)
+        process.join(300)
         assert process.exitcode is not None
         committed = {path: path.stat().st_mtime_ns for path in store.glob("*/chunk_digest/c/[0-9]*")}
         assert all(committed[path] == stamp for path, stamp in written.items()), "a finished chunk was redone"
