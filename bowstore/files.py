@@ -5,6 +5,7 @@ fsync of the folder. `kill -9` leaves at most a temporary file, which `sweep_tem
 """
 
 import fcntl
+import glob
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ import xxhash
 from bowstore.errors import BusyError, CorruptError, MissingError
 from bowstore.progress import say
 
+STAGING_DIGITS = 12  # of the fingerprint that names a word store which is to take another one's place
 TEMPORARY_MARK = ".tmp-"
 _DIGEST_BLOCK_BYTES = 1 << 22
 _WAIT_SECONDS = 0.2
@@ -146,3 +148,8 @@ def waiting_lock(path: Path, what: str, *, shown: bool = True) -> Iterator[None]
                 shown = False
                 time.sleep(_WAIT_SECONDS)
         yield
+
+
+def stagings(store: Path) -> list[Path]:
+    """Grown word stores beside a store that are to take its place: appends under way, or left unfinished."""
+    return sorted(store.parent.glob(f".{glob.escape(store.name)}.append-{'[0-9a-f]' * STAGING_DIGITS}"))

@@ -139,8 +139,13 @@ def _verify_store(path: Path, shards: Path | None, storage: StorageConfig, *, di
     problems = [Problem(message, "store") for message in report.problems]
     repairs = []
     if repair and report.damaged:
-        count = verify.discard_damaged(path, report)
-        repairs.append(f"{count} damaged chunks were taken back; {report.way_on}, to write just these")
+        try:
+            count = verify.discard_damaged(path, report)
+        except OSError as error:
+            problems.append(Problem(f"nothing was taken back: {path} cannot be written ({error.strerror})", "store"))
+        else:
+            what = f"{count} damaged chunks were" if count else "what is counted over all words was"
+            repairs.append(f"{what} taken back; {report.way_on}, to write just that")
     words_digest = verify.digest(path) if digest and report.sound else None
     return PathReport(path, "store", checked, problems, repairs, not problems, digest=words_digest)
 

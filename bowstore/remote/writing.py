@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from bowstore.config import StorageConfig
 from bowstore.environment import is_first_rank
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
-from bowstore.files import TEMPORARY_MARK, exclusive_lock, file_digest, fsync_path, waiting_lock
+from bowstore.files import TEMPORARY_MARK, exclusive_lock, file_digest, fsync_path, stagings, waiting_lock
 from bowstore.progress import say
 from bowstore.remote import cache
 from bowstore.remote.folder import RemoteFolder
@@ -156,7 +156,7 @@ class _WorkingCopy:
     def _is_begun(self) -> bool:
         """Whether there is anything to go on with; a store that is appended to has another name for a moment."""
         name = self.store.name
-        return any((self.place / other).exists() for other in (name, f".{name}.append", f".{name}.old"))
+        return any((self.place / other).exists() for other in (name, f".{name}.old")) or bool(stagings(self.store))
 
     def _fetch(self, there: dict[str, bytes]) -> None:
         """Make the working copy of the store at the URL."""
@@ -183,7 +183,7 @@ class _WorkingCopy:
             shutil.rmtree(self.place, ignore_errors=True)
             return
         record = self._record()
-        if record.begun or not self.store.exists() or (self.place / f".{self.store.name}.append").exists():
+        if record.begun or not self.store.exists() or stagings(self.store):
             return
         metadata, left_out = metadata_of(self.store)
         if left_out or plan_of(self.store, metadata).digests != record.files:

@@ -22,18 +22,18 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.errors import BowstoreError, MismatchError, UsageError
-from bowstore.files import TEMPORARY_MARK, fsync_path
+from bowstore.files import STAGING_DIGITS, TEMPORARY_MARK, fsync_path, stagings
 from bowstore.progress import say
 from bowstore.words.arrays import create, open_group, subgroup
 from bowstore.words.claims import Board
 from bowstore.words.job import Job, Rows
 from bowstore.words.layer import NOT_WRITTEN, Layer, bytes_per_image, chunk_rows
 from bowstore.words.store import Store
-from bowstore.words.store_writer import StoreWriter, check_room, create_store
+from bowstore.words.store_writer import check_room, create_store
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 _KEPT_ARRAYS = ("vocabulary", "projection", "projection_offset", "nearest", "nearest_distance")
-_RENEWED = ("statistics", "document_frequency_digest", "nearest_digest", "nearest_distance_digest")
+_RENEWED = ("statistics", "document_frequency_digest")
 
 
 def refill(job: Job) -> Job | None:
@@ -78,7 +78,7 @@ def begin_append(job: Job, board: Board) -> Job:
         MismatchError: another teacher or other settings, a layer that is not complete, or an append of other images
             that was begun and is not finished.
     """
-    index, staging = job.index, _staging(job.store)
+    index = job.index
     with board.lead("prepares the grown store"):
         base = Store(job.store)  # once more: another process may have ended the same append
         job = replace(job, base=base)
@@ -90,11 +90,13 @@ def begin_append(job: Job, board: Board) -> Job:
         if not len(fresh_M):
             return replace(job, rows=Rows(len(base), fresh_M))
         fingerprint = _grown_fingerprint(base, index.fingerprint, len(fresh_M))
-        if staging.exists() and StoreWriter(staging).fingerprint != fingerprint:
-            raise MismatchError(
-                f"{staging} is an unfinished --append of other images, or to another store; finish it with the same "
-                "--shards, or remove it"
-            )
+        staging = _staging(job.store, fingerprint)
+        for other in stagings(job.store):
+            if other != staging:
+                raise MismatchError(
+                    f"{other} is an unfinished --append of other images, or to another store; finish it with the same "
+                    "--shards, or remove it"
+                )
         if not staging.exists():
             added = sum(bytes_per_image(layer.grid) for layer in base.every_layer()) * len(fresh_M)
             check_room(job.store, added + 8 * (len(base) + len(fresh_M)))
@@ -114,7 +116,8 @@ def _check_layers(job: Job, base: Store) -> None:
 
 def drop_append(store: Path) -> None:
     """Forget an unfinished append, which shares files with the store; the next one begins anew."""
-    shutil.rmtree(_staging(store), ignore_errors=True)
+    for staging in stagings(store):
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _grown_fingerprint(base: Store, added: str, images: int) -> str:
@@ -139,16 +142,23 @@ def end_append(job: Job, store: Path, board: Board) -> None:
 
 def recover_append(store: Path) -> None:
     """End what a process was killed in the middle of: the old store has given its name away, the new one lacks it."""
-    old, staging = _old(store), _staging(store)
+    old = _old(store)
     if not old.exists():
         return
     if not store.exists():
-        (staging if staging.exists() else old).rename(store)
+        whole = (staging for staging in stagings(store) if _is_whole(staging))
+        next(whole, old).rename(store)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _staging(store: Path) -> Path:
-    return store.with_name(f".{store.name}.append")
+def _is_whole(store: Path) -> bool:
+    found = Store(store)
+    return len(found.layers) == len(found.every_layer())
+
+
+def _staging(store: Path, fingerprint: str) -> Path:
+    """A name of its own for each append: a process that slept through the end of one must not meet the next."""
+    return store.with_name(f".{store.name}.append-{fingerprint[:STAGING_DIGITS]}")
 
 
 def _old(store: Path) -> Path:
@@ -157,7 +167,7 @@ def _old(store: Path) -> Path:
 
 def _make_grown(base: Store, new_hashes_M: NDArray[np.uint64], staging: Path, fingerprint: str, added: str) -> None:
     """A store of N + M images with all that stays as it is; whole or not at all."""
-    making = staging.with_name(f"{staging.name}{TEMPORARY_MARK}made")
+    making = base.path.with_name(f".{base.path.name}{TEMPORARY_MARK}grown")
     shutil.rmtree(making, ignore_errors=True)
     parts = [*base.parts, {"fingerprint": added, "images": len(new_hashes_M)}]
     try:
@@ -166,7 +176,7 @@ def _make_grown(base: Store, new_hashes_M: NDArray[np.uint64], staging: Path, fi
         group = open_group(making, writable=True)
         for layer in base.every_layer():
             _grow_layer(base.path, layer, group, making, len(hashes))
-        group.attrs.update({"layers": [layer.name for layer in base.every_layer()]})
+        group.update_attributes({"layers": [layer.name for layer in base.every_layer()]})
         making.rename(staging)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
@@ -189,7 +199,7 @@ def _grow_layer(base: Path, layer: Layer, group: zarr.Group, grown: Path, images
         for file in sorted((base / layer.name / name).rglob("*")):
             if file.is_file():
                 _link(file, grown / file.relative_to(base))
-    subgroup(group, layer.name).attrs.update({**kept, "complete": False})
+    subgroup(group, layer.name).update_attributes({**kept, "complete": False})
 
 
 def _link(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ The one place that turns a path into a Zarr store. Zarr's own local writes are a
 a missing chunk as fill values; its errors name no chunk.
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is f
 READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, OSError)
 
 
+_NO_REPAIR = "restore it from a copy, or encode into a new store"
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a chunk that is gone is never taken for one that is all fill
 
 
@@ -82,6 +84,14 @@ def sweep(path: Path) -> None:
     for pattern in (f".*{TEMPORARY_MARK}*", "*.partial"):
         for left in list(path.rglob(pattern)):
             left.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove what lies at a path, file or folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def subgroup(group: zarr.Group, name: str) -> zarr.Group:
@@ -145,10 +155,13 @@ def read_checked(path: Path, group: zarr.Group, name: str, digest: object) -> ND
         CorruptError: missing, undecodable, or other than what was recorded.
     """
     what = f"array {name} of word store {path}"
-    with reading(what):
-        values = read(array(group, name))
+    try:
+        with reading(what):
+            values = read(array(group, name))
+    except CorruptError as error:
+        raise CorruptError(f"{error}; {_NO_REPAIR}") from error
     if hex_digest(values) != digest:
-        raise CorruptError(f"{what} differs from its recorded digest {digest}; encode into a new store")
+        raise CorruptError(f"{what} differs from its recorded digest {digest}; {_NO_REPAIR}")
     return values
 
 

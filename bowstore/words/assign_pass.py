@@ -185,7 +185,7 @@ class AssignPass:
         return None
 
     def _name(self, unit: int) -> str:
-        return f"{self._job.part}@{self._units[unit].start}"
+        return f"{claim_prefix(self._job, self._writer)}{self._units[unit].start}"
 
     def _missing(self, unit: int) -> list[tuple[Layer, int]]:
         """Chunks of a unit that are not committed."""
@@ -262,6 +262,11 @@ class AssignPass:
 
 
 _Found = tuple[NDArray[np.uint16], NDArray[np.float32]]
+
+
+def claim_prefix(job: Job, writer: StoreWriter) -> str:
+    """What claims on parts of a job begin with: the store may be refilled and grown at the same time."""
+    return f"{job.part}.{writer.fingerprint[:16]}@"
 
 
 def nearest_name(writer: StoreWriter, layer: Layer) -> str:

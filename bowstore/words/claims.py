@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -158,10 +158,17 @@ class Board:
                 told = True
             time.sleep(POLL_SECONDS)
 
-    def clear(self, *beginnings: str) -> None:
-        """Remove what the dead left, and files under names that begin so, of a job that is done."""
+    def clear(self, is_done: Callable[[str], bool]) -> None:
+        """Remove claims of the dead, and files of which `is_done` of their name says that they are of no more use.
+
+        For the process that leads. Other jobs on the same store may be under way: their files stay.
+        """
+        claims = set(self._claims())
         for path in self._files():
-            if path.name.startswith((*beginnings, f"{_LEAD}.", _DRAFT)) and path not in self._held.values():
+            if path in self._held.values():
+                continue
+            dead = path in claims and self._is_dead(path)
+            if dead or path.name.startswith((f"{_LEAD}.", _DRAFT)) or is_done(path.name):
                 path.unlink(missing_ok=True)
 
     def files(self, pattern: str) -> list[Path]:

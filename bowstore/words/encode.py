@@ -11,6 +11,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,17 @@ from bowstore.data.index import Index, check_columns, open_index
 from bowstore.data.reader import fetched
 from bowstore.environment import available_memory, is_first_rank
 from bowstore.errors import BowstoreError, MismatchError, UsageError
+from bowstore.files import stagings
 from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store, is_remote, url_of, writable_store
 from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
-from bowstore.words.assign_pass import AssignPass, nearest_name, without_border
+from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name, without_border
 from bowstore.words.claims import Board
 from bowstore.words.encode_report import EncodeReport, report_layer
 from bowstore.words.forward import Clock, Maps, compute_workers, forward
 from bowstore.words.job import Job, LayerPlan, plan_layers, view_values
 from bowstore.words.layer import LayerSpec, bytes_per_image
-from bowstore.words.nearest import NearestSearch, load_nearest
+from bowstore.words.nearest import NearestSearch, load_nearest, save_nearest
 from bowstore.words.projection import Projection
 from bowstore.words.receptive import receptive_field
 from bowstore.words.statistics import word_statistics
@@ -98,18 +100,18 @@ def _encode(
         works = []
         if append:
             if again := refill(job):
-                works.append(_encode_rows(again, board))
+                works.append(_encode_rows(again, store, board))
             job = begin_append(job, board)
             if not job.store.exists():  # another process has ended the same append just now
                 job = replace(job, store=store)
         before = _prepare(job, board)
-        works.append(_encode_rows(job, board))
+        works.append(_encode_rows(job, store, board))
         if append:
             end_append(job, store, board)
     return _report(job, store, before, works)
 
 
-def _encode_rows(job: Job, board: Board) -> AssignPass:
+def _encode_rows(job: Job, store: Path, board: Board) -> AssignPass:
     """Encode what is missing of the job's rows, with all others that do, and finish their layers."""
     work = AssignPass(job, StoreWriter(job.store), board, shown=is_first_rank())
     if job.rows.ends:
@@ -117,7 +119,7 @@ def _encode_rows(job: Job, board: Board) -> AssignPass:
     with timed(job.seconds, "assign"):
         work.run()
     with timed(job.seconds, "finish"):
-        _finish(job, board)
+        _finish(job, store, board)
     return work
 
 
@@ -287,7 +289,7 @@ def _spec(job: Job, plan: LayerPlan, vocabulary: Vocabulary) -> LayerSpec:
     )
 
 
-def _finish(job: Job, board: Board) -> None:
+def _finish(job: Job, store: Path, board: Board) -> None:
     """Record statistics and nearest images of layers whose chunks are all written, unless another process has."""
     with board.lead("counts the words"):
         if not job.store.exists():  # an append that another process has ended
@@ -304,10 +306,25 @@ def _finish(job: Job, board: Board) -> None:
             nearest = NearestSearch(layer.words)
             for found in (writer.nearest(name), *load_nearest(board.files(f"{nearest_name(writer, layer)}*.npz"))):
                 nearest.merge(found)
+            save_nearest(board.folder / f"{nearest_name(writer, layer)}all.npz", nearest.result())
             writer.mark_complete(name, statistics, nearest.result())
         if not board.others():
             sweep_leftovers(job.store)
-        board.clear(f"{job.part}@", *(f"{dot}nearest.{name}." for name in job.names for dot in ("", ".")))
+        board.clear(partial(_is_done, claim_prefix(job, writer), tuple(_in_work(job, store))))
+
+
+def _in_work(job: Job, store: Path) -> Iterator[str]:
+    """What files of nearest images begin with that layers under way need, in the store and in an append to it."""
+    for path in (store, job.store, *stagings(store)):
+        if path.exists():
+            writer = StoreWriter(path)
+            layers = [writer.layer(name) for name in writer.layers]
+            yield from (nearest_name(writer, layer) for layer in layers if not layer.complete)
+
+
+def _is_done(prefix: str, needed: tuple[str, ...], name: str) -> bool:
+    name = name.removeprefix(".")  # files that are being written begin with a dot
+    return name.startswith(prefix) or (name.startswith("nearest.") and not name.startswith(needed))
 
 
 def _counted(progress: Progress, parts: Iterator[NDArray[np.uint16]]) -> Iterator[NDArray[np.uint16]]:

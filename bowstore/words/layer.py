@@ -12,8 +12,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from bowstore.errors import CorruptError
-from bowstore.words.arrays import READ_ERRORS, array, array_digest, read, read_checked, reading, subgroup
+from bowstore.errors import CorruptError, MismatchError
+from bowstore.words.arrays import READ_ERRORS, array, array_digest, open_group, read, read_checked, reading, subgroup
 
 NOT_WRITTEN = 65535
 MIN_CHUNK_BYTES = 1 << 20
@@ -125,14 +125,25 @@ class Layer:
 
         Raises:
             CorruptError: missing, undecodable, or not what was committed; names the chunk and its rows.
+            MismatchError: another store has taken its place since it was opened.
         """
         what = f"chunk {self.place(chunk)} of word store {self.path}"
-        with reading(what):
-            words = read(self._words, self.rows(chunk))
-        problem = self._chunk_problem(words, digest)
-        if problem:
-            raise CorruptError(f"{what} {problem}; run `bowstore verify --repair`, then `bowstore encode` again")
+        try:
+            with reading(what):
+                words = read(self._words, self.rows(chunk))
+            if problem := self._chunk_problem(words, digest):
+                raise CorruptError(f"{what} {problem}")
+        except CorruptError as error:
+            self._check_same_store()
+            raise CorruptError(
+                f"{error}; run `bowstore verify --repair {self.path}`, which says how to go on"
+            ) from error
         return words
+
+    def _check_same_store(self) -> None:
+        now = open_group(self.path, writable=False).attrs.asdict().get("dataset")
+        if now != self._root.attrs.asdict().get("dataset"):
+            raise MismatchError(f"word store {self.path} was grown by --append since it was opened; open it again")
 
     def read_words(self) -> NDArray[np.uint16]:
         """All words, uint16 (N, h, w), every chunk checked against its recorded digest.

@@ -20,9 +20,9 @@ import bowstore
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import TEMPORARY_MARK, fsync_path
 from bowstore.remote import reserve_room
-from bowstore.words.arrays import array, array_digest, create, hex_digest, new_group, read, reading, subgroup, sweep
+from bowstore.words.arrays import array, array_digest, create, hex_digest, new_group, reading, remove, subgroup, sweep
 from bowstore.words.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
-from bowstore.words.nearest import KEPT_IMAGES, NO_ROW, NearestImages
+from bowstore.words.nearest import KEPT_IMAGES, NO_ROW, NearestImages, NearestSearch
 from bowstore.words.statistics import WordStatistics
 from bowstore.words.store import FORMAT, FORMAT_VERSION, open_root
 
@@ -84,9 +84,9 @@ class StoreWriter:
             create(group, part, values.shape, np.float32, fill=math.nan)[:] = values
             digests[f"{part}_digest"] = hex_digest(values)
         version = {"bowstore_version": bowstore.__version__}
-        group.attrs.update({"complete": False, **asdict(spec), **digests, **version})
+        group.update_attributes({"complete": False, **asdict(spec), **digests, **version})
         self.layers = (*self.layers, name)
-        self._group.attrs.update({"layers": list(self.layers)})
+        self._group.update_attributes({"layers": list(self.layers)})
         return self.layer(name)
 
     def write_chunk(self, layer: str, chunk: int, words: NDArray[np.uint16]) -> None:
@@ -112,37 +112,49 @@ class StoreWriter:
     def mark_complete(self, layer: str, statistics: WordStatistics, nearest: NearestImages) -> None:
         """Record what was found over all words and make the layer usable: the last step, for the process that leads.
 
+        What was recorded before is gone from the first moment on: keep what was found until this is through.
+
         Raises:
             UsageError: a chunk is not committed yet.
         """
         done = self.committed_chunks(layer)
         if not done.all():
             raise UsageError(f"layer {layer!r} has {int(done.sum())} of {len(done)} chunks; write the others first")
-        digests = {}
+        group, digests = subgroup(self._group, layer), {}
         found: dict[str, NDArray[Any]] = {
             "document_frequency": statistics.document_frequency_K,
             "nearest": np.stack([nearest.row_Kn, nearest.cell_Kn], axis=-1),
             "nearest_distance": nearest.distance_Kn,
         }
+        # First it is said that they change: a death on the way must not look like damage.
+        group.update_attributes(dict.fromkeys(f"{name}_digest" for name in found))
         for name, values in found.items():
             array(self._group, f"{layer}/{name}")[:] = values
             digests[f"{name}_digest"] = hex_digest(values)
-        attributes = subgroup(self._group, layer).attrs
-        attributes.update({**digests, "statistics": statistics.summary(), "complete": True})
+        group.update_attributes({**digests, "statistics": statistics.summary(), "complete": True})
 
     def nearest(self, layer: str) -> NearestImages:
-        """What an earlier run, or the store that is appended to, recorded of the nearest images."""
-        name = f"arrays nearest of layer {layer!r} of word store {self.path}"
-        with reading(name):
-            place = read(array(self._group, f"{layer}/nearest"))
-            distance_Kn = read(array(self._group, f"{layer}/nearest_distance"))
-        return NearestImages(place[..., 0], place[..., 1], distance_Kn)
+        """What an earlier run, or the store that is appended to, recorded of the nearest images; empty if none did.
+
+        Raises:
+            CorruptError: it is not what was recorded.
+        """
+        what = self.layer(layer)
+        if not what.attributes.get("nearest_digest"):
+            return NearestSearch(what.words).result()
+        place = what.read_array("nearest")
+        return NearestImages(place[..., 0], place[..., 1], what.read_array("nearest_distance"))
 
     def discard_chunks(self, layer: str, chunks: Sequence[int]) -> None:
-        """Take chunks back: the layer is incomplete again, and encoding writes just these anew."""
-        subgroup(self._group, layer).attrs.update({"complete": False})
+        """Take chunks back: the layer is incomplete again, and encoding writes just these anew.
+
+        Without chunks only what is counted over all of them is made anew.
+        """
+        subgroup(self._group, layer).update_attributes({"complete": False})
         for chunk in chunks:
+            remove(self.path / layer / "chunk_digest" / "c" / str(chunk))
             array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(0)
+            remove(self.path / layer / "words" / "c" / str(chunk))
 
 
 def create_store(path: Path, *, fingerprint: str, key_hash_N: NDArray[np.uint64], **dataset: Any) -> StoreWriter:

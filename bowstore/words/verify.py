@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
-from bowstore.errors import BowstoreError, CorruptError
-from bowstore.progress import Progress
+from bowstore.errors import BowstoreError, CorruptError, MismatchError
+from bowstore.progress import Progress, say
 from bowstore.words.append import drop_append
 from bowstore.words.claims import Board
 from bowstore.words.layer import Layer
@@ -34,12 +34,14 @@ class VerifyReport:
         layers: names of all its layers.
         chunks: words chunks that were read.
         problems: one line each; empty means sound.
-        damaged: for each layer the committed chunks that have to be encoded again.
+        fingerprint: of the store's data set.
+        damaged: for each layer that is to be encoded again the committed chunks; none if only counting is to be done.
         way_on: what encodes them, for messages.
     """
 
     path: Path
     images: int = 0
+    fingerprint: str = ""
     layers: tuple[str, ...] = ()
     chunks: int = 0
     problems: list[str] = field(default_factory=list)
@@ -64,13 +66,29 @@ def verify(path: Path, shards: Path | None = None, storage: StorageConfig | None
         MissingError: no shards of that name (what is wrong with the store itself is reported, not raised).
     """
     index = open_index(shards, storage) if shards else None
+    while True:
+        report = _verify(path, index)
+        if report.sound or not _was_replaced(report):
+            return report
+        say(f"word store {path} was grown by --append while it was read; reading it again")
+
+
+def _was_replaced(report: VerifyReport) -> bool:
+    """Whether another store has the report's path now."""
+    try:
+        return bool(report.fingerprint) and Store(report.path).fingerprint != report.fingerprint
+    except BowstoreError:
+        return False
+
+
+def _verify(path: Path, index: Index | None) -> VerifyReport:
     report = VerifyReport(path)
     try:
         store = Store(path)
     except BowstoreError as error:
         report.problems.append(str(error))
         return report
-    layers, report.way_on = store.every_layer(), store.way_on
+    layers, report.way_on, report.fingerprint = store.every_layer(), store.way_on, store.fingerprint
     report.images, report.layers = len(store), tuple(layer.name for layer in layers)
     if not layers:
         report.problems.append(f"word store {path} has no layer; run `bowstore encode` again")
@@ -91,9 +109,12 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
 
     Raises:
         BusyError: another process writes the store.
+        MismatchError: another store has its place now.
     """
     with Board(path) as board, board.lead("repairs it", wait=False):
         board.wait_for_the_dead()
+        if _was_replaced(report):
+            raise MismatchError(f"word store {path} changed after it was read (an --append ended); run the same again")
         writer = StoreWriter(path)
         sweep_leftovers(path)
         if report.damaged:
@@ -128,31 +149,45 @@ def digest(path: Path) -> str:
 
 
 def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None:
-    try:
-        digests = layer.chunk_digests().tolist()
-        vocabulary = layer.read_array("vocabulary")
-        layer.read_projection()
-        for name in ("document_frequency", "nearest", "nearest_distance"):
-            if layer.complete:
-                layer.read_array(name)
-    except CorruptError as error:
-        report.problems.append(str(error))
-        return
-    if vocabulary.shape[0] != layer.words or not np.isfinite(vocabulary).all():
-        report.problems.append(f"array {layer.name}/vocabulary {vocabulary.shape} is not {layer.words} finite words")
+    _check_arrays(layer, report)
+    digests = [_chunk_digest(layer, chunk) for chunk in range(layer.chunks)]
     if not layer.complete:
         done = sum(value != 0 for value in digests)
         report.problems.append(
             f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; {report.way_on}"
         )
     for chunk, value in enumerate(digests):
-        if value or layer.complete:
-            problem = _chunk_problem(layer, chunk, value)
+        if value != 0 or layer.complete:
+            problem = value if isinstance(value, str) else _chunk_problem(layer, chunk, value)
             report.chunks += 1
             if problem:
                 report.problems.append(problem)
                 report.damaged.setdefault(layer.name, []).append(chunk)
         progress.advance()
+
+
+def _check_arrays(layer: Layer, report: VerifyReport) -> None:
+    """Vocabulary, projection, and what is recorded over all words."""
+    for name in ("vocabulary", "projection", "projection_offset", "document_frequency", "nearest", "nearest_distance"):
+        if not layer.attributes.get(f"{name}_digest") and not (layer.complete and "projection" not in name):
+            continue
+        try:
+            values = layer.read_array(name)
+        except CorruptError as error:
+            if name == "document_frequency":  # counted again from the words
+                report.damaged.setdefault(layer.name, [])
+            report.problems.append(str(error))
+            continue
+        if name == "vocabulary" and (values.shape[0] != layer.words or not np.isfinite(values).all()):
+            report.problems.append(f"array {layer.name}/vocabulary {values.shape} is not {layer.words} finite words")
+
+
+def _chunk_digest(layer: Layer, chunk: int) -> int | str:
+    """The recorded digest of a chunk, or what is wrong with it."""
+    try:
+        return layer.chunk_digest(chunk)
+    except CorruptError as error:
+        return str(error)
 
 
 def _chunk_problem(layer: Layer, chunk: int, digest_value: int) -> str | None:

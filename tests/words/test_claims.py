@@ -137,14 +137,21 @@ def test_one_process_leads(board: Board, tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
 
 
-def test_clear_leaves_what_is_held_and_other_names(board: Board) -> None:
+def test_clear_leaves_what_is_held_and_what_is_of_use_to_others(board: Board, tmp_path: Path) -> None:
     board.claim("a@0")
-    stale = write_claim(board, "a@5.3")
-    other = write_claim(board, "ab@5.3")
-    board.clear("a@")
+    done, other = write_claim(board, "a@5.3"), write_claim(board, "ab@5.3")
+    of_the_dead = write_claim(board, "ab@6.0", pid=2**22 + 1, space=claims._space())
+    seen = board.folder / "seen.npz"
+    seen.touch()
+    with Board(tmp_path / "s") as another:
+        assert another.claim("b@0")
+        board.clear(lambda name: name.startswith("a@"))
+        assert another.holds("b@0")
     assert board.holds("a@0")
-    assert not stale.exists()
+    assert not done.exists()
+    assert not of_the_dead.exists()
     assert other.exists()
+    assert seen.exists()
 
 
 def test_two_that_count_from_different_numbers_do_not_both_win(
