@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.files import STAGING_DIGITS, TEMPORARY_MARK, fsync_path, stagings
-from bowstore.progress import say
+from bowstore.progress import Progress, say
 from bowstore.words.arrays import create, open_group, subgroup
 from bowstore.words.claims import Board
 from bowstore.words.job import Job, Rows
 from bowstore.words.layer import NOT_WRITTEN, Layer, bytes_per_image, chunk_rows
-from bowstore.words.store import Store
+from bowstore.words.same_images import check_same_images
+from bowstore.words.store import Store, rows_of
 from bowstore.words.store_writer import check_room, create_store
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
@@ -47,11 +48,13 @@ def refill(job: Job) -> Job | None:
     if base is None or len(base.parts) == 1 or len(base.layers) == len(base.every_layer()):
         return None
     _check_layers(job, base)
-    hashes, order = base.key_hash(), np.argsort(index.key_hash)
-    ordered = index.key_hash[order]
-    place = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
     ends = tuple(accumulate(int(part["images"]) for part in base.parts))
-    return replace(job, rows=Rows(0, np.where(ordered[place] == hashes, order[place], -1), ends))
+    place_N = rows_of(base.key_hash(), index.key_hash)
+    for layer in base.every_layer():
+        chunks = np.repeat(layer.chunk_digests() != 0, layer.chunk_rows)[: len(place_N)]
+        held_N = np.flatnonzero((place_N >= 0) & chunks)
+        check_same_images(job, (layer,), place_N[held_N], held_N)
+    return replace(job, rows=Rows(0, place_N, ends))
 
 
 def check_held(job: Job, rows_left: Iterable[NDArray[np.int64]]) -> None:
@@ -65,8 +68,8 @@ def check_held(job: Job, rows_left: Iterable[NDArray[np.int64]]) -> None:
     if len(rows):
         raise MismatchError(
             f"{job.index.root} lacks {len(rows)} images of damaged chunks of word store {job.store}, for example those "
-            f"of rows {', '.join(map(str, rows[:5].tolist()))}; give --shards that have them all (the tars of several "
-            "sets in one folder, then `bowstore index`)"
+            f"of rows {', '.join(map(str, rows[:5].tolist()))}; give --shards that have them all (links to the tars of "
+            "several sets in one folder, under names that differ, then `bowstore index`)"
         )
 
 
@@ -85,9 +88,11 @@ def begin_append(job: Job, board: Board) -> Job:
         _check_layers(job, base)
         for name in job.names:
             base.layer(name)  # complete
-        fresh_M = np.flatnonzero(~np.isin(index.key_hash, base.key_hash()))
-        say(f"{len(index) - len(fresh_M)} of {len(index)} images are in word store {base.path} already, by their keys")
+        place_M = rows_of(index.key_hash, base.key_hash())
+        fresh_M, held_M = np.flatnonzero(place_M < 0), np.flatnonzero(place_M >= 0)
+        say(f"{len(held_M)} of {len(index)} images are in word store {base.path} already, by their keys")
         if not len(fresh_M):
+            check_same_images(job, base.every_layer(), held_M, place_M[held_M])
             return replace(job, rows=Rows(len(base), fresh_M))
         fingerprint = _grown_fingerprint(base, index.fingerprint, len(fresh_M))
         staging = _staging(job.store, fingerprint)
@@ -100,6 +105,8 @@ def begin_append(job: Job, board: Board) -> Job:
         if not staging.exists():
             added = sum(bytes_per_image(layer.grid) for layer in base.every_layer()) * len(fresh_M)
             check_room(job.store, added + 8 * (len(base) + len(fresh_M)))
+            _check_whole(base)
+            check_same_images(job, base.every_layer(), held_M, place_M[held_M])
             _make_grown(base, index.key_hash[fresh_M], staging, fingerprint, index.fingerprint)
     return replace(job, store=staging, rows=Rows(len(base), fresh_M))
 
@@ -112,6 +119,17 @@ def _check_layers(job: Job, base: Store) -> None:
                 f"{', '.join(each.name for each in base.every_layer())}; leave --layer out"
             )
         job.check_settings(layer)
+
+
+def _check_whole(base: Store) -> None:
+    """Refuse damage before it is carried on: what the grown store shares with the old one is read once."""
+    with Progress("check", len(base) * len(base.every_layer())) as progress:
+        for layer in base.every_layer():
+            for name in ("vocabulary", "nearest", "nearest_distance"):
+                layer.read_array(name)
+            layer.read_projection()
+            for chunk, value in enumerate(layer.chunk_digests().tolist()):
+                progress.advance(len(layer.read_chunk(chunk, value)))
 
 
 def drop_append(store: Path) -> None:

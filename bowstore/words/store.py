@@ -267,6 +267,14 @@ def join_rows(store: Store, index: KeyedRows) -> NDArray[np.int64]:
     return rows_N
 
 
+def rows_of(wanted: NDArray[np.uint64], have: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where each hash stands among others, int64; -1 where it does not."""
+    order = np.argsort(have, kind="stable")
+    ordered = have[order]
+    place = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+    return np.where(ordered[place] == wanted, order[place], -1)
+
+
 def open_root(path: Path, *, writable: bool) -> tuple[zarr.Group, dict[str, Any]]:
     """Group and attributes of a store, once its format is known to be this one."""
     if not path.exists():

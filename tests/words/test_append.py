@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from encoding import encode_in_process, run_encode
 from served import SERVER
 from teacher_sets import IMAGES, write_shards, write_teacher
 
 from bowstore.data.index import build_index, open_index
-from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
+from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, UsageError
 from bowstore.files import stagings
 from bowstore.words import append as append_module
+from bowstore.words import encode as encode_module
 from bowstore.words import layer as layer_module
 from bowstore.words.store import join_rows, open_store
 from bowstore.words.store_writer import StoreWriter
@@ -205,6 +207,22 @@ def test_damage_of_a_grown_store_is_made_good(store: Path, teacher_file: Path, s
     assert verify(store).sound
 
 
+@pytest.mark.parametrize("damaged", [True, False])
+def test_other_images_under_the_same_keys_are_refused(
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path, damaged: bool
+) -> None:
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    before = digest(store)
+    if damaged:
+        damage(store, "block3", 1)
+    other = write_shards(tmp_path / "other", IMAGES + 10, seed=7)  # the first ones have the names of old images
+    message = r"holds other images than word store .* under the same keys: of 16 compared 16 have .*, for example img0"
+    with pytest.raises(MismatchError, match=message):
+        run_encode(teacher=teacher_file, shards=other, store=store, append=True)
+    assert not stagings(store)
+    assert damaged or digest(store) == before
+
+
 def test_damage_where_two_sets_meet_needs_the_images_of_both(
     store: Path, teacher_file: Path, shards: Path, more: Path, tmp_path: Path
 ) -> None:
@@ -244,6 +262,95 @@ def test_what_is_taken_back_comes_before_what_is_new(
     assert len(grown) == IMAGES + NEW + 30
     run_encode(teacher=teacher_file, shards=bigger, store=whole, vocabulary=store, layers=LAYERS["layers"], k=())
     assert (grown.load_words("block3")[IMAGES:] == open_store(whole).load_words("block3")).mean() > 0.999
+
+
+def test_a_refill_leaves_alone_what_an_append_has_seen(
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    bigger = write_shards(tmp_path / "bigger", NEW + 30, seed=1, prefix="new")
+    whole = Path(shutil.copytree(store, tmp_path / "whole.zarr"))
+    run_encode(teacher=teacher_file, shards=bigger, store=whole, append=True)
+    plain, written = StoreWriter.write_chunk, []
+
+    def failing(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
+        written.append((layer, chunk))
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        plain(self, layer, chunk, words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_chunk", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(teacher=teacher_file, shards=bigger, store=store, append=True)
+    seen = set((tmp_path / ".words.zarr.work").glob("nearest.*"))
+    StoreWriter(store).discard_chunks("block3", [6])
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "begin_append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(teacher=teacher_file, shards=bigger, store=store, append=True)
+    assert seen == set((tmp_path / ".words.zarr.work").glob("nearest.*"))
+    run_encode(teacher=teacher_file, shards=bigger, store=store, append=True)
+    assert digest(store) == digest(whole)
+    for layer in LAYERS["layers"]:
+        for found, wanted in zip(open_store(store).nearest(layer), open_store(whole).nearest(layer), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_death_while_the_end_is_recorded_loses_no_nearest_image(
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path(shutil.copytree(store, tmp_path / "whole.zarr"))
+    run_encode(teacher=teacher_file, shards=more, store=whole, append=True)
+    plain, calls = zarr.Group.update_attributes, []
+
+    def deadly(self: zarr.Group, values: dict[str, Any]) -> zarr.Group:
+        calls.append(values)
+        if values.get("complete"):
+            raise KeyboardInterrupt
+        return plain(self, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Group, "update_attributes", deadly)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert {"nearest_digest": None}.items() <= calls[-2].items()
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    for layer in LAYERS["layers"]:
+        for found, wanted in zip(open_store(store).nearest(layer), open_store(whole).nearest(layer), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    assert verify(store).sound
+
+
+@pytest.mark.parametrize("name", ["nearest", "nearest_distance", "vocabulary"])
+def test_damaged_arrays_are_not_carried_on(store: Path, teacher_file: Path, more: Path, name: str) -> None:
+    (file,) = (path for path in (store / "block3" / name / "c").rglob("*") if path.is_file())
+    file.unlink()
+    with pytest.raises(CorruptError, match=rf"array block3/{name} of word store .*words\.zarr differs .*; restore it"):
+        run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert not stagings(store)
+
+
+def test_an_append_in_between_is_not_taken_for_damage(
+    store: Path, teacher_file: Path, shards: Path, more: Path
+) -> None:
+    opened, last = open_store(store), open_index(shards).key(IMAGES - 1)
+    opened.words(last, "block2")
+    (store / "block3/words/c/1/0/0").write_bytes(b"")
+    report = verify(store)
+    assert discard_damaged(store, report) == 1
+    run_encode(teacher=teacher_file, shards=shards, store=store, **LAYERS)
+    run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    with pytest.raises(MismatchError, match=r"changed after it was read \(an --append ended\); run the same again"):
+        discard_damaged(store, report)
+    assert verify(store).sound
+    with pytest.raises(MismatchError, match=r"was grown by --append since it was opened; open it again"):
+        opened.words(last, "block3")
 
 
 def test_what_does_not_fit_is_one_line(store: Path, teacher_file: Path, more: Path, tmp_path: Path) -> None:

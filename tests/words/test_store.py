@@ -236,6 +236,33 @@ def test_damaged_chunk_is_named_and_can_be_written_again(path: Path, name: str, 
     assert verify(path).sound
 
 
+def test_all_damage_of_a_layer_is_found_and_what_can_be_is_taken_back(path: Path) -> None:
+    before = digest(path)
+    (path / "conv4/words/c/0/0/0").write_bytes(b"")
+    shutil.rmtree(path / "conv4/words/c/1")
+    (path / "conv4/words/c/1/0/0").mkdir(parents=True)
+    (path / "conv4/chunk_digest/c/2").write_bytes(b"x")
+    (path / "conv4/document_frequency/c/0").write_bytes(b"x")
+    report = verify(path)
+    assert len(report.problems) == 4
+    assert report.damaged == {"conv4": [0, 1, 2]}
+    assert discard_damaged(path, report) == 3
+    finish(StoreWriter(path), some_words())
+    assert digest(path) == before
+    assert verify(path).sound
+
+
+def test_counts_are_made_anew(path: Path) -> None:
+    (path / "conv4/document_frequency/c/0").write_bytes(b"x")
+    report = verify(path)
+    assert report.damaged == {"conv4": []}
+    assert discard_damaged(path, report) == 0
+    with pytest.raises(MismatchError, match="4 of 4 chunks"):
+        open_store(path)
+    finish(StoreWriter(path), some_words())
+    assert verify(path).sound
+
+
 def test_swapped_chunks_are_found(path: Path) -> None:
     first, second = path / "conv4/words/c/0/0/0", path / "conv4/words/c/1/0/0"
     raw = first.read_bytes()
