@@ -50,7 +50,18 @@ def _os_error(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}; free some space and run the command again: it goes on where it stopped"
-    return f"{error.strerror or error}{where}"
+    return f"{error.strerror or error}{where}{_REMEDIES.get(error.errno or 0, '')}"
+
+
+_REMEDIES = {
+    errno.ENOENT: "; check the path: it, or a folder above it, is not there",
+    errno.ENOTDIR: "; a file lies where a folder is needed: name another path, or move the file away",
+    errno.EEXIST: "; move away what lies there, or name another path",
+    errno.EISDIR: "; a folder lies where a file is needed: name another path, or move the folder away",
+    errno.EROFS: "; name a path on a disk that can be written",
+    errno.EACCES: "; give yourself the permission, or name another path",
+    errno.EPERM: "; give yourself the permission, or name another path",
+}
 
 
 def emit(value: Any, text: str, as_json: bool) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, math, types
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bowstore.config import Triple, ViewConfig
@@ -388,5 +388,7 @@ def _undecodable(source: ImageSource, rows: NDArray[np.int64]) -> str:
             with Image.open(io.BytesIO(data.tobytes())) as image:
                 image.load()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"image {source.name(row)!r} cannot be decoded ({error}); remove it, or make the shards again"
+            # Pillow names the buffer, an address, of what it does not know.
+            why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            return f"image {source.name(row)!r} cannot be decoded ({why}); remove it, or make the shards again"
     return f"an image among {source.name(int(rows[0]))!r} and the {len(rows) - 1} after it cannot be decoded by DALI"

@@ -137,7 +137,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], set[str]]:
                 f"{path} holds Python objects besides tensors ({named[1]}), which are never loaded because they could "
                 "run code; save its state dict alone"
             ) from error
-        raise CorruptError(f"{path} is not a file of torch.save ({_first_line(error)})") from error
+        # PyTorch's text recommends to load it as code.
+        raise CorruptError(f"{path} is not a file of torch.save, or a damaged one; take another copy") from error
     except Exception as error:  # damaged bytes end in errors of any kind
         raise CorruptError(f"{path} is not a whole weights file ({_first_line(error)})") from error
     tensors = dict(_flat(tree, "", _MAX_DEPTH))

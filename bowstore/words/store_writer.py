@@ -36,6 +36,7 @@ class StoreWriter:
         path: the store.
         fingerprint: of the data set.
         images: N.
+        grown: whether images were added by --append.
         layers: names of its layers, complete or not.
     """
 
@@ -45,6 +46,7 @@ class StoreWriter:
         with reading(f"word store {path}"):
             self.fingerprint = str(attributes["dataset"]["fingerprint"])
             self.images = int(attributes["dataset"]["images"])
+            self.grown = "parts" in attributes["dataset"]
             self.layers = tuple(attributes["layers"])
 
     def layer(self, name: str) -> Layer:

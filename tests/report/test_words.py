@@ -242,7 +242,7 @@ def test_the_workspace_says_where_things_are(
         (["--out", "gone/words.html"], 1, r"no folder gone to write words\.html into; make it, or name another --out"),
         (["--out", "."], 2, r"\. is a folder; name the file to write, for example --out words\.html"),
         (["--out", "s3://bucket/words.html"], 2, r"s3://bucket/words\.html is on another machine; write the page into"),
-        (["--shards", "gone"], 1, r"no index in gone; run `bowstore index gone` first"),
+        (["--shards", "gone"], 1, r"no folder gone; name the one that holds the shards"),
         (["--examples", 17], 2, r"Invalid value for '--examples'"),
     ],
 )

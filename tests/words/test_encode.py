@@ -173,7 +173,7 @@ def test_features_that_are_not_finite_name_the_image(run: Any, monkeypatch: pyte
         return {"block3": maps}
 
     monkeypatch.setattr(Teacher, "maps", broken)
-    monkeypatch.setattr("bowstore.words.encode.compute_workers", lambda device, alone: 1)
+    monkeypatch.setattr("bowstore.words.prepare.compute_workers", lambda device, alone: 1)
     message = r"layer 'block3' of the teacher gives NaN or infinity for 1 images of a batch, for example img0021; check"
     with pytest.raises(DataError, match=message):
         run()
@@ -405,7 +405,7 @@ def test_the_nearest_images_are_those_of_the_store(clean: Path, teacher_file: Pa
 
 
 def test_a_sample_larger_than_memory_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bowstore.words.encode.available_memory", lambda: 100_000)
+    monkeypatch.setattr("bowstore.words.prepare.available_memory", lambda: 100_000)
     with pytest.raises(UsageError, match=r"the samples of block3 take 0.0 GB of memory, .* lower --sample-per-word"):
         run()
 

@@ -1,0 +1,167 @@
+"""Layers with their vocabularies, before any word is written: by one process, while the others wait.
+
+Legend: N images, B batch, h w word grid, K words, c channels, S sampled vectors.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bowstore.environment import available_memory
+from bowstore.errors import MismatchError, UsageError
+from bowstore.progress import Progress, say, timed
+from bowstore.words.assign_pass import without_border
+from bowstore.words.claims import Board
+from bowstore.words.forward import Clock, Maps, compute_workers, forward
+from bowstore.words.job import Job, LayerPlan, view_values
+from bowstore.words.layer import LayerSpec, bytes_per_image
+from bowstore.words.projection import Projection
+from bowstore.words.receptive import receptive_field
+from bowstore.words.store_writer import StoreWriter, check_room, create_store, sweep_leftovers
+from bowstore.words.vocabulary import Sample, Vocabulary, build_vocabulary, plan_sample
+
+
+def prepare_layers(job: Job, board: Board) -> None:
+    """Give the store all layers with their vocabularies, or wait for the process that does."""
+    with board.lead("makes the vocabulary"):
+        if not board.others() and job.store.exists():
+            sweep_leftovers(job.store)
+        if not has_layers(job):
+            _make_layers(job, board)
+
+
+def has_layers(job: Job) -> bool:
+    """Whether all layers are there; refuses a store of another data set, and layers of other settings."""
+    if not job.store.exists():
+        return False
+    writer, index = StoreWriter(job.store), job.index
+    if job.base is None and (writer.fingerprint != index.fingerprint or writer.images != len(index)):
+        raise MismatchError(
+            f"word store {writer.path} was made of data set {writer.fingerprint} ({writer.images} images), but "
+            f"{index.root} is {index.fingerprint} ({len(index)} images); "
+            + ("it has grown by --append: go on with that" if writer.grown else "encode into a new store")
+        )
+    for name in job.names:
+        if name in writer.layers:
+            job.check_settings(writer.layer(name))
+    return set(job.names) <= set(writer.layers)
+
+
+def _make_layers(job: Job, board: Board) -> None:
+    _check_space(job)
+    samples = None if job.source else _draw_samples(job)
+    for plan in job.layers:
+        writer = StoreWriter(job.store) if job.store.exists() else None
+        if writer and plan.name in writer.layers:
+            continue
+        vocabulary = _vocabulary(job, plan, samples[plan.name].vectors() if samples else None)
+        board.check_lead()
+        writer = writer or create_store(
+            job.store, fingerprint=job.index.fingerprint, key_hash_N=np.asarray(job.index.key_hash)
+        )
+        writer.add_layer(plan.name, _spec(job, plan, vocabulary), vocabulary.centroids_Kp, vocabulary.projection)
+
+
+def _vocabulary(job: Job, plan: LayerPlan, sample_Sc: NDArray[np.float32] | None) -> Vocabulary:
+    """That of another store, or one made of the layer's sample."""
+    config = job.config
+    if job.source or sample_Sc is None:
+        assert job.source, "without a sample there is another store's vocabulary"
+        layer = job.source.layer(plan.name)
+        found = layer.read_projection()
+        provenance = {**layer.attributes["vocabulary"], "taken_from": job.source.path.name}
+        return Vocabulary(layer.read_array("vocabulary"), Projection(*found) if found else None, provenance)
+    say(f"vocabulary of {plan.name}: {plan.words} words from {len(sample_Sc)} vectors")
+    with timed(job.seconds, "k-means"):
+        vocabulary = build_vocabulary(
+            sample_Sc,
+            plan.words,
+            seed=config.seed,
+            iterations=config.iterations,
+            device=job.device,
+            pca=config.pca,
+            whiten=config.whiten,
+        )
+    vocabulary.provenance.update(sample_per_word=config.sample_per_word, pca=config.pca, whiten=config.whiten)
+    return vocabulary
+
+
+def _draw_samples(job: Job) -> dict[str, Sample]:
+    """Sampled vectors of all layers in one pass; those that are there already, too, so that batches stay the same."""
+    config, images = job.config, len(job.index)
+    plans = {
+        plan.name: plan_sample(
+            images,
+            plan.grid[0] * plan.grid[1],
+            plan.words,
+            sample_per_word=config.sample_per_word,
+            seed=config.seed,
+        )
+        for plan in job.layers
+    }
+    _check_memory(job, {plan.name: 4 * plans[plan.name].vectors * plan.channels for plan in job.layers})
+    samples = {plan.name: Sample(plans[plan.name], plan.channels) for plan in job.layers}
+    rows = np.unique(np.concatenate([plan.rows for plan in plans.values()]))
+    batches = (rows[start : start + job.batch] for start in range(0, len(rows), job.batch))
+    clock = Clock(compute_workers(job.device, alone=True))
+
+    def trimmed(_rows_B: NDArray[np.int64], maps: Maps) -> dict[str, Tensor]:
+        return {name: without_border(map_Bchw, config.border) for name, map_Bchw in maps.items()}
+
+    with timed(job.seconds, "sample"), Progress("sample", len(rows), "images") as progress:
+        for rows_B, maps in forward(
+            job.teacher,
+            job.index,
+            batches,
+            trimmed,
+            batch=job.batch,
+            device=job.device,
+            clock=clock,
+            stage="sample",
+            threads=config.threads,
+        ):
+            for name, sample in samples.items():
+                sample.add(rows_B, maps[name])
+            progress.advance(len(rows_B), clock.text())
+    return samples
+
+
+def _spec(job: Job, plan: LayerPlan, vocabulary: Vocabulary) -> LayerSpec:
+    config = job.config
+    field = receptive_field(job.teacher.backbone, plan.name, job.teacher.view.size)
+    projection = None
+    if vocabulary.projection:
+        dimensions = len(vocabulary.projection.offset_p)
+        whiten = bool(vocabulary.provenance["whiten"])
+        projection = {"kind": "pca", "dimensions": dimensions, "whiten": whiten}
+    return LayerSpec(
+        teacher=job.teacher.provenance(plan.name),
+        view=view_values(job.teacher),
+        vocabulary=vocabulary.provenance,
+        words=plan.words,
+        grid=plan.grid,
+        channels=plan.channels,
+        border=config.border,
+        projection=projection,
+        receptive_field=field._asdict(),
+    )
+
+
+def _check_space(job: Job) -> None:
+    """Refuse to start what cannot end."""
+    needed, there = 0, StoreWriter(job.store).layers if job.store.exists() else ()
+    for plan in job.layers:
+        if plan.name in there:
+            continue
+        needed += len(job.index) * bytes_per_image(plan.grid) + 4 * plan.words * plan.channels
+    check_room(job.store, needed)
+
+
+def _check_memory(job: Job, sample_bytes: dict[str, int]) -> None:
+    """Refuse a sample that does not fit: the kernel would end the process without a word."""
+    needed, free = sum(sample_bytes.values()), available_memory()
+    if needed > free:
+        raise UsageError(
+            f"the samples of {', '.join(sample_bytes)} take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            f"are free; lower --sample-per-word (now {job.config.sample_per_word}), or encode fewer layers at a time"
+        )
