@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bowstore.config import StorageConfig
 from bowstore.data.shard_check import Problem
-from bowstore.errors import MissingError, UsageError
+from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
 
 if TYPE_CHECKING:
@@ -142,6 +142,8 @@ def _verify_store(path: Path, shards: Path | None, storage: StorageConfig, *, di
         try:
             count = verify.discard_damaged(path, report)
         except OSError as error:
+            if isinstance(error, BowstoreError):
+                raise
             problems.append(Problem(f"nothing was taken back: {path} cannot be written ({error.strerror})", "store"))
         else:
             what = f"{count} damaged chunks were" if count else "what is counted over all words was"
