@@ -110,49 +110,41 @@ def test_the_old_store_stays_usable_until_the_end(
     store: Path, teacher_file: Path, more: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, plain, written = digest(store), StoreWriter.write_chunk, []
-
-    def failing(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
-        written.append((layer, chunk))
-        if len(written) == 5:
-            raise KeyboardInterrupt
-        plain(self, layer, chunk, words)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "write_chunk", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    interrupted_append(store, teacher_file, more, chunks=4)
     assert digest(store) == before
     assert verify(store).sound
-    written_before = len(written)
-    monkeypatch.setattr(StoreWriter, "write_chunk", failing)
+
+    def counting(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
+        written.append((layer, chunk))
+        plain(self, layer, chunk, words)
+
+    monkeypatch.setattr(StoreWriter, "write_chunk", counting)
     run_encode(teacher=teacher_file, shards=more, store=store, append=True)
-    assert len(written) < written_before + 8  # of the eight new chunks those that were there are not written again
+    assert len(written) <= 8 - 4  # of the eight new chunks those that were there are not written again
     assert len(open_store(store)) == IMAGES + NEW
 
 
-def test_another_append_meanwhile_is_refused(
-    store: Path, teacher_file: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "write_chunk", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+def test_another_append_meanwhile_is_refused(store: Path, teacher_file: Path, more: Path, tmp_path: Path) -> None:
+    interrupted_append(store, teacher_file, more)
     others = write_shards(tmp_path / "others", 20, seed=2, prefix="other")
     with pytest.raises(MismatchError, match=r"\.append-\w+ is an unfinished --append of other images, or to"):
         run_encode(teacher=teacher_file, shards=others, store=store, append=True)
 
 
-def interrupted_append(store: Path, teacher_file: Path, more: Path) -> None:
-    def failing(*_: object) -> None:
-        raise KeyboardInterrupt
+def interrupted_append(store: Path, teacher_file: Path, shards: Path, *, chunks: int = 0) -> None:
+    """An append that ends like Ctrl-C when so many chunks are written."""
+    plain, written = StoreWriter.write_chunk, []
+
+    def failing(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
+        if len(written) == chunks:
+            raise KeyboardInterrupt
+        written.append((layer, chunk))
+        plain(self, layer, chunk, words)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StoreWriter, "write_chunk", failing)
         with pytest.raises(KeyboardInterrupt):
-            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+            run_encode(teacher=teacher_file, shards=shards, store=store, append=True)
 
 
 @pytest.mark.parametrize("change", ["another vocabulary", "another layer"])
@@ -271,18 +263,7 @@ def test_a_refill_leaves_alone_what_an_append_has_seen(
     bigger = write_shards(tmp_path / "bigger", NEW + 30, seed=1, prefix="new")
     whole = Path(shutil.copytree(store, tmp_path / "whole.zarr"))
     run_encode(teacher=teacher_file, shards=bigger, store=whole, append=True)
-    plain, written = StoreWriter.write_chunk, []
-
-    def failing(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
-        written.append((layer, chunk))
-        if len(written) == 4:
-            raise KeyboardInterrupt
-        plain(self, layer, chunk, words)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "write_chunk", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run_encode(teacher=teacher_file, shards=bigger, store=store, append=True)
+    interrupted_append(store, teacher_file, bigger, chunks=3)
     seen = set((tmp_path / ".words.zarr.work").glob("nearest.*"))
     StoreWriter(store).discard_chunks("block3", [6])
     with monkeypatch.context() as patch:
