@@ -21,6 +21,7 @@ import xxhash
 import zarr
 from numpy.typing import NDArray
 
+from bowstore.environment import is_first_rank
 from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.files import STAGING_DIGITS, TEMPORARY_MARK, fsync_path, stagings
 from bowstore.progress import Progress, say
@@ -50,10 +51,7 @@ def refill(job: Job) -> Job | None:
     _check_layers(job, base)
     ends = tuple(accumulate(int(part["images"]) for part in base.parts))
     place_N = rows_of(base.key_hash(), index.key_hash)
-    for layer in base.every_layer():
-        chunks = np.repeat(layer.chunk_digests() != 0, layer.chunk_rows)[: len(place_N)]
-        held_N = np.flatnonzero((place_N >= 0) & chunks)
-        check_same_images(job, (layer,), place_N[held_N], held_N)
+    check_same_images(job, base.every_layer(), place_N)
     return replace(job, rows=Rows(0, place_N, ends))
 
 
@@ -88,11 +86,12 @@ def begin_append(job: Job, board: Board) -> Job:
         _check_layers(job, base)
         for name in job.names:
             base.layer(name)  # complete
-        place_M = rows_of(index.key_hash, base.key_hash())
-        fresh_M, held_M = np.flatnonzero(place_M < 0), np.flatnonzero(place_M >= 0)
-        say(f"{len(held_M)} of {len(index)} images are in word store {base.path} already, by their keys")
+        place_N = rows_of(base.key_hash(), index.key_hash)
+        fresh_M = np.delete(np.arange(len(index)), place_N[place_N >= 0])
+        held = len(index) - len(fresh_M)
+        say(f"{held} of {len(index)} images are in word store {base.path} already, by their keys")
         if not len(fresh_M):
-            check_same_images(job, base.every_layer(), held_M, place_M[held_M])
+            check_same_images(job, base.every_layer(), place_N)
             return replace(job, rows=Rows(len(base), fresh_M))
         fingerprint = _grown_fingerprint(base, index.fingerprint, len(fresh_M))
         staging = _staging(job.store, fingerprint)
@@ -105,8 +104,10 @@ def begin_append(job: Job, board: Board) -> Job:
         if not staging.exists():
             added = sum(bytes_per_image(layer.grid) for layer in base.every_layer()) * len(fresh_M)
             check_room(job.store, added + 8 * (len(base) + len(fresh_M)))
+        if not staging.exists() or is_first_rank():
             _check_whole(base)
-            check_same_images(job, base.every_layer(), held_M, place_M[held_M])
+        if not staging.exists():
+            check_same_images(job, base.every_layer(), place_N)
             _make_grown(base, index.key_hash[fresh_M], staging, fingerprint, index.fingerprint)
     return replace(job, store=staging, rows=Rows(len(base), fresh_M))
 

@@ -27,7 +27,6 @@ _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is f
 READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, OSError)
 
 
-_NO_REPAIR = "restore it from a copy, or encode into a new store"
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a chunk that is gone is never taken for one that is all fill
 
 
@@ -148,20 +147,26 @@ def hex_digest(array: NDArray[Any]) -> str:
     return f"{array_digest(array):016x}"
 
 
-def read_checked(path: Path, group: zarr.Group, name: str, digest: object) -> NDArray[Any]:
+def repair_of(path: Path) -> str:
+    """What to do about damage that can be made good, for messages."""
+    return f"run `bowstore verify --repair {path}`, which says how to go on"
+
+
+def read_checked(path: Path, group: zarr.Group, name: str, digest: object, *, repairable: bool = False) -> NDArray[Any]:
     """A whole array, checked against its recorded hex digest.
 
     Raises:
         CorruptError: missing, undecodable, or other than what was recorded.
     """
     what = f"array {name} of word store {path}"
+    remedy = repair_of(path) if repairable else "restore it from a copy, or encode into a new store"
     try:
         with reading(what):
             values = read(array(group, name))
     except CorruptError as error:
-        raise CorruptError(f"{error}; {_NO_REPAIR}") from error
+        raise CorruptError(f"{error}; {remedy}") from error
     if hex_digest(values) != digest:
-        raise CorruptError(f"{what} differs from its recorded digest {digest}; {_NO_REPAIR}")
+        raise CorruptError(f"{what} differs from its recorded digest {digest}; {remedy}")
     return values
 
 

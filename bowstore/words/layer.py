@@ -13,9 +13,20 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.errors import CorruptError, MismatchError
-from bowstore.words.arrays import READ_ERRORS, array, array_digest, open_group, read, read_checked, reading, subgroup
+from bowstore.words.arrays import (
+    READ_ERRORS,
+    array,
+    array_digest,
+    open_group,
+    read,
+    read_checked,
+    reading,
+    repair_of,
+    subgroup,
+)
 
 NOT_WRITTEN = 65535
+FOUND = ("document_frequency", "nearest", "nearest_distance")  # arrays of what was found over all words
 MIN_CHUNK_BYTES = 1 << 20
 CHUNK_STEP_ROWS = 768
 
@@ -108,13 +119,18 @@ class Layer:
 
     def chunk_digests(self) -> NDArray[np.uint64]:
         """Recorded digests, uint64 (chunks,); 0 where a chunk is not committed."""
-        with reading(f"array {self.name}/chunk_digest of word store {self.path}"):
-            return read(self._digests)
+        return self._read_digests(slice(None))
 
     def chunk_digest(self, chunk: int) -> int:
         """The recorded digest of one chunk; 0 where it is not committed."""
-        with reading(f"array {self.name}/chunk_digest of word store {self.path}"):
-            return int(read(self._digests, slice(chunk, chunk + 1))[0])
+        return int(self._read_digests(slice(chunk, chunk + 1))[0])
+
+    def _read_digests(self, chunks: slice) -> NDArray[np.uint64]:
+        try:
+            with reading(f"array {self.name}/chunk_digest of word store {self.path}"):
+                return read(self._digests, chunks)
+        except CorruptError as error:
+            raise CorruptError(f"{error}; {repair_of(self.path)}") from error
 
     def chunks_of(self, rows: slice) -> range:
         """The chunks that hold any of the rows."""
@@ -135,9 +151,7 @@ class Layer:
                 raise CorruptError(f"{what} {problem}")
         except CorruptError as error:
             self._check_same_store()
-            raise CorruptError(
-                f"{error}; run `bowstore verify --repair {self.path}`, which says how to go on"
-            ) from error
+            raise CorruptError(f"{error}; {repair_of(self.path)}") from error
         return words
 
     def _check_same_store(self) -> None:
@@ -167,7 +181,8 @@ class Layer:
         Raises:
             CorruptError: missing, undecodable, or other than what was recorded.
         """
-        return read_checked(self.path, self._root, f"{self.name}/{name}", self.attributes.get(f"{name}_digest"))
+        digest = self.attributes.get(f"{name}_digest")
+        return read_checked(self.path, self._root, f"{self.name}/{name}", digest, repairable=name in FOUND)
 
     def read_projection(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """A (p, c) and b (p,) of the projection before the words, y = A x + b; None where there is none."""

@@ -147,12 +147,18 @@ class StoreWriter:
         place = what.read_array("nearest")
         return NearestImages(place[..., 0], place[..., 1], what.read_array("nearest_distance"))
 
-    def discard_chunks(self, layer: str, chunks: Sequence[int]) -> None:
+    def discard_chunks(self, layer: str, chunks: Sequence[int], *, nearest: bool = False) -> None:
         """Take chunks back: the layer is incomplete again, and encoding writes just these anew.
 
         Without chunks only what is counted over all of them is made anew.
+
+        Args:
+            layer: of which chunks.
+            chunks: their numbers.
+            nearest: also forget what was seen of the nearest images.
         """
-        subgroup(self._group, layer).update_attributes({"complete": False})
+        lost = dict.fromkeys(("nearest_digest", "nearest_distance_digest")) if nearest else {}
+        subgroup(self._group, layer).update_attributes({"complete": False, **lost})
         for chunk in chunks:
             remove(self.path / layer / "chunk_digest" / "c" / str(chunk))
             array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(0)

@@ -17,7 +17,7 @@ from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.progress import Progress, say
 from bowstore.words.append import drop_append
 from bowstore.words.claims import Board
-from bowstore.words.layer import Layer
+from bowstore.words.layer import FOUND, Layer
 from bowstore.words.store import Store, open_store
 from bowstore.words.store_writer import StoreWriter, sweep_leftovers
 
@@ -36,6 +36,8 @@ class VerifyReport:
         problems: one line each; empty means sound.
         fingerprint: of the store's data set.
         damaged: for each layer that is to be encoded again the committed chunks; none if only counting is to be done.
+        lost: layers whose vocabulary or projection is damaged.
+        unseen: layers whose nearest images are damaged.
         way_on: what encodes them, for messages.
     """
 
@@ -46,6 +48,8 @@ class VerifyReport:
     chunks: int = 0
     problems: list[str] = field(default_factory=list)
     damaged: dict[str, list[int]] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+    unseen: set[str] = field(default_factory=set)
     way_on: str = ""
 
     @property
@@ -120,7 +124,7 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
         if report.damaged:
             drop_append(path)
         for layer, chunks in report.damaged.items():
-            writer.discard_chunks(layer, chunks)
+            writer.discard_chunks(layer, chunks, nearest=layer in report.unseen)
     return sum(len(chunks) for chunks in report.damaged.values())
 
 
@@ -162,24 +166,35 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
             report.chunks += 1
             if problem:
                 report.problems.append(problem)
-                report.damaged.setdefault(layer.name, []).append(chunk)
+                report.damaged[layer.name] = sorted({*report.damaged.get(layer.name, ()), chunk})
         progress.advance()
+    if layer.name in report.lost:  # without its vocabulary nothing can be encoded again
+        report.damaged.pop(layer.name, None)
 
 
 def _check_arrays(layer: Layer, report: VerifyReport) -> None:
-    """Vocabulary, projection, and what is recorded over all words."""
-    for name in ("vocabulary", "projection", "projection_offset", "document_frequency", "nearest", "nearest_distance"):
+    """Vocabulary, projection, and what is recorded over all words.
+
+    Words are counted again at no cost; which images are nearest is only known when all are encoded again.
+    """
+    for name in ("vocabulary", "projection", "projection_offset", *FOUND):
         if not layer.attributes.get(f"{name}_digest") and not (layer.complete and "projection" not in name):
             continue
         try:
             values = layer.read_array(name)
         except CorruptError as error:
-            if name == "document_frequency":  # counted again from the words
+            if name in FOUND:
                 report.damaged.setdefault(layer.name, [])
+                if name.startswith("nearest"):
+                    report.damaged[layer.name] = list(range(layer.chunks))
+                    report.unseen.add(layer.name)
+            else:
+                report.lost.add(layer.name)
             report.problems.append(str(error))
             continue
         if name == "vocabulary" and (values.shape[0] != layer.words or not np.isfinite(values).all()):
             report.problems.append(f"array {layer.name}/vocabulary {values.shape} is not {layer.words} finite words")
+            report.lost.add(layer.name)
 
 
 def _chunk_digest(layer: Layer, chunk: int) -> int | str:
@@ -193,7 +208,7 @@ def _chunk_digest(layer: Layer, chunk: int) -> int | str:
 def _chunk_problem(layer: Layer, chunk: int, digest_value: int) -> str | None:
     try:
         words = layer.read_chunk(chunk, digest_value)
-    except CorruptError as error:
+    except (CorruptError, MismatchError) as error:
         return str(error)
     if (high := int(words.max())) >= layer.words:
         return f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.words}"

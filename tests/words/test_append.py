@@ -20,6 +20,7 @@ from bowstore.files import stagings
 from bowstore.words import append as append_module
 from bowstore.words import encode as encode_module
 from bowstore.words import layer as layer_module
+from bowstore.words.layer import Layer
 from bowstore.words.store import join_rows, open_store
 from bowstore.words.store_writer import StoreWriter
 from bowstore.words.verify import digest, discard_damaged, verify
@@ -199,20 +200,68 @@ def test_damage_of_a_grown_store_is_made_good(store: Path, teacher_file: Path, s
     assert verify(store).sound
 
 
-@pytest.mark.parametrize("damaged", [True, False])
+@pytest.mark.parametrize(("damaged", "other"), [("nothing", 16), ("a chunk", 16), ("everything", 15)])
 def test_other_images_under_the_same_keys_are_refused(
-    store: Path, teacher_file: Path, more: Path, tmp_path: Path, damaged: bool
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path, damaged: str, other: int
 ) -> None:
     run_encode(teacher=teacher_file, shards=more, store=store, append=True)
     before = digest(store)
-    if damaged:
+    if damaged == "a chunk":
         damage(store, "block3", 1)
-    other = write_shards(tmp_path / "other", IMAGES + 10, seed=7)  # the first ones have the names of old images
-    message = r"holds other images than word store .* under the same keys: of 16 compared 16 have .*, for example img0"
+    elif damaged == "everything":
+        StoreWriter(store).discard_chunks("block2", range(8))
+        StoreWriter(store).discard_chunks("block3", range(8))
+    strange = write_shards(tmp_path / "other", IMAGES + 10, seed=7)  # the first ones have the names of old images
+    message = rf"holds other images than word store .* under the same keys: of 16 compared {other} have .*, .* img0"
     with pytest.raises(MismatchError, match=message):
-        run_encode(teacher=teacher_file, shards=other, store=store, append=True)
+        run_encode(teacher=teacher_file, shards=strange, store=store, append=True)
     assert not stagings(store)
-    assert damaged or digest(store) == before
+    assert damaged != "nothing" or digest(store) == before
+
+
+@pytest.mark.parametrize("grown", [True, False])
+def test_lost_nearest_images_are_found_again(
+    store: Path, teacher_file: Path, shards: Path, more: Path, tmp_path: Path, grown: bool
+) -> None:
+    again: dict[str, Any] = {"teacher": teacher_file, "shards": shards, **LAYERS}
+    if grown:
+        run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+        again = {"teacher": teacher_file, "shards": joined(shards, more, tmp_path / "both"), "append": True}
+    whole = Path(shutil.copytree(store, tmp_path / "whole.zarr"))
+    (store / "block2/nearest/c/0/0/0").write_bytes(b"x")
+    (store / "block2/words/c/1/0/0").write_bytes(b"x")
+    (store / "block3/document_frequency/c/0").write_bytes(b"x")
+    report = verify(store)
+    assert len(report.problems) == 3
+    assert discard_damaged(store, report) == len(store_chunks(whole))
+    run_encode(store=store, **again)
+    assert verify(store).sound
+    assert digest(store) == digest(whole)
+    for layer in LAYERS["layers"]:
+        for found, wanted in zip(open_store(store).nearest(layer), open_store(whole).nearest(layer), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+def store_chunks(store: Path) -> list[int]:
+    return list(range(open_store(store).layer("block2").chunks))
+
+
+def test_a_lost_vocabulary_is_no_reason_to_take_words_back(store: Path) -> None:
+    (store / "block2/vocabulary/c/0/0").write_bytes(b"x")
+    (store / "block2/words/c/1/0/0").write_bytes(b"x")
+    report = verify(store)
+    assert len(report.problems) == 2
+    assert report.damaged == {}
+
+
+def joined(first: Path, second: Path, folder: Path) -> Path:
+    """Shards of two sets in one folder."""
+    folder.mkdir()
+    for part in (first, second):
+        for tar in part.glob("*.tar"):
+            shutil.copy(tar, folder / f"{part.parent.name}-{tar.name}")
+    build_index(folder)
+    return folder
 
 
 def test_damage_where_two_sets_meet_needs_the_images_of_both(
@@ -226,12 +275,7 @@ def test_damage_where_two_sets_meet_needs_the_images_of_both(
             MismatchError, match=r"lacks \d+ images of damaged chunks of .* rows \d+, .*`bowstore index`"
         ):
             run_encode(teacher=teacher_file, shards=part, store=store, append=True)
-    both, late = tmp_path / "both", write_shards(tmp_path / "late", 30, seed=2, prefix="late")
-    both.mkdir()
-    for part in (shards, more):
-        for tar in part.glob("*.tar"):
-            shutil.copy(tar, both / f"{part.parent.name}-{tar.name}")
-    build_index(both)
+    both, late = joined(shards, more, tmp_path / "both"), write_shards(tmp_path / "late", 30, seed=2, prefix="late")
     assert run_encode(teacher=teacher_file, shards=both, store=store, append=True).images_added == 0
     assert digest(store) == before
     run_encode(teacher=teacher_file, shards=late, store=store, append=True)
@@ -308,13 +352,20 @@ def test_a_death_while_the_end_is_recorded_loses_no_nearest_image(
     assert verify(store).sound
 
 
-@pytest.mark.parametrize("name", ["nearest", "nearest_distance", "vocabulary"])
-def test_damaged_arrays_are_not_carried_on(store: Path, teacher_file: Path, more: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("nearest", "run"), ("nearest_distance", "run"), ("vocabulary", "restore it from a copy")]
+)
+@pytest.mark.parametrize("begun", [True, False])
+def test_damaged_arrays_are_not_carried_on(
+    store: Path, teacher_file: Path, more: Path, name: str, remedy: str, begun: bool
+) -> None:
+    if begun:
+        interrupted_append(store, teacher_file, more)
     (file,) = (path for path in (store / "block3" / name / "c").rglob("*") if path.is_file())
     file.unlink()
-    with pytest.raises(CorruptError, match=rf"array block3/{name} of word store .*words\.zarr differs .*; restore it"):
+    with pytest.raises(CorruptError, match=rf"array block3/{name} of word store .*words\.zarr differs .*; {remedy}"):
         run_encode(teacher=teacher_file, shards=more, store=store, append=True)
-    assert not stagings(store)
+    assert len(stagings(store)) == begun
 
 
 def test_an_append_in_between_is_not_taken_for_damage(
@@ -332,6 +383,23 @@ def test_an_append_in_between_is_not_taken_for_damage(
     assert verify(store).sound
     with pytest.raises(MismatchError, match=r"was grown by --append since it was opened; open it again"):
         opened.words(last, "block3")
+
+
+def test_a_store_that_is_replaced_while_it_is_read_is_read_again(
+    store: Path, teacher_file: Path, more: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = Layer.read_chunk, []
+
+    def straddling(self: Layer, chunk: int, value: int) -> Any:
+        calls.append(chunk)
+        if len(calls) == 3:
+            run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+        return plain(self, chunk, value)
+
+    monkeypatch.setattr(Layer, "read_chunk", straddling)
+    report = verify(store)
+    assert report.problems == []
+    assert report.images == IMAGES + NEW
 
 
 def test_what_does_not_fit_is_one_line(store: Path, teacher_file: Path, more: Path, tmp_path: Path) -> None:
