@@ -1,9 +1,12 @@
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
 import pytest
 import torch
+from encoding import run_encode
+from growing import LAYERS, NEW, small_chunks_patch
 from teacher_sets import IMAGES, write_shards, write_teacher
 
 from bowstore.words import layer
@@ -36,3 +39,23 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(layer, "MIN_CHUNK_BYTES", 1)
     monkeypatch.setattr(layer, "CHUNK_STEP_ROWS", 20)
     return 20
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of images that came later."""
+    return write_shards(tmp_path_factory.mktemp("more") / "shards", NEW, seed=1, prefix="new")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, shards: Path) -> Path:
+    """A store of two layers, in chunks of 20 rows; not to be changed."""
+    path = tmp_path_factory.mktemp("first") / "words.zarr"
+    with small_chunks_patch():
+        run_encode(teacher=teacher_file, shards=shards, store=path, **LAYERS)
+    return path
+
+
+@pytest.fixture
+def store(first: Path, tmp_path: Path, small_chunks: int) -> Path:
+    return Path(shutil.copytree(first, tmp_path / "words.zarr"))
