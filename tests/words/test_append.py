@@ -17,7 +17,9 @@ from teacher_sets import IMAGES, write_shards, write_teacher
 
 from bowstore.data.index import open_index
 from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
+from bowstore.files import stagings
 from bowstore.words import append as append_module
+from bowstore.words import encode as encode_module
 from bowstore.words.store import join_rows, open_store
 from bowstore.words.store_writer import StoreWriter
 from bowstore.words.verify import digest, verify
@@ -111,6 +113,27 @@ def test_an_append_of_the_store_that_was_there_before_is_not_finished(
     assert verify(store).sound
 
 
+def test_a_process_that_slept_through_the_end_does_not_end_another_append(
+    store: Path, teacher_file: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bigger = write_shards(tmp_path / "bigger", NEW + 30, seed=1, prefix="new")
+    plain, digests = append_module.end_append, []
+
+    def asleep(*arguments: Any) -> None:
+        plain(*arguments)  # what another process does meanwhile, and then begins
+        digests.append(digest(store))
+        interrupted_append(store, teacher_file, bigger, chunks=2)
+        plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "end_append", asleep)
+        run_encode(teacher=teacher_file, shards=more, store=store, append=True)
+    assert digest(store) == digests[0]
+    assert len(stagings(store)) == 1
+    run_encode(teacher=teacher_file, shards=bigger, store=store, append=True)
+    assert len(open_store(store)) == IMAGES + NEW + 30
+
+
 def test_the_chunk_of_a_small_store_grows(teacher_file: Path, more: Path, tmp_path: Path) -> None:
     small = write_shards(tmp_path / "small", 7, seed=4, prefix="small")
     path = tmp_path / "words.zarr"
@@ -159,6 +182,7 @@ def test_what_does_not_fit_is_one_line(store: Path, teacher_file: Path, more: Pa
     refused(MismatchError, r"precision float32, now it is bfloat16; --append needs", precision="bfloat16")
     refused(UsageError, r"all layers of word store .*: block2, block3; leave --layer out", layers=("block3",))
     refused(UsageError, r"--K 25 does not fit the vocabulary's 12 words of layer 'block2'; leave --K out", k=(25,))
+    refused(UsageError, r"no layer 'block2'.*--append needs the teacher of word store .*, wrn-", teacher="resnet18")
     refused(UsageError, r"--vocabulary does not go with --append", vocabulary=store)
     refused(MissingError, r"no word store .*none\.zarr", store=tmp_path / "none.zarr")
     assert digest(store)
