@@ -101,12 +101,13 @@ def begin_append(job: Job, board: Board) -> Job:
                     f"{other} is an unfinished --append of other images, or to another store; finish it with the same "
                     "--shards, or remove it"
                 )
-        if not staging.exists():
+        begun = staging.exists()
+        if not begun:
             added = sum(bytes_per_image(layer.grid) for layer in base.every_layer()) * len(fresh_M)
             check_room(job.store, added + 8 * (len(base) + len(fresh_M)))
-        if not staging.exists() or is_first_rank():
+        if not begun or is_first_rank():
             _check_whole(base)
-        if not staging.exists():
+        if not begun:
             check_same_images(job, base.every_layer(), place_N)
             _make_grown(base, index.key_hash[fresh_M], staging, fingerprint, index.fingerprint)
     return replace(job, store=staging, rows=Rows(len(base), fresh_M))
