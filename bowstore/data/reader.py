@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowstore.data.index import Index
+from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, header_names, plain_name
-from bowstore.errors import DataError, MismatchError, MissingError, UsageError
+from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError
 from bowstore.remote import hold
 
 T = TypeVar("T")
@@ -51,7 +52,9 @@ class ImageSource(Protocol):
 class ShardReader:
     """Rows of an index, from its tars; what `read` returns lies in memory.
 
-    Each read compares the tar header's name with the key, so that bytes of another sample are never handed out.
+    Each read compares the tar header's name with the key and the image's bytes with the index's digest, so that neither
+    another sample's bytes nor damaged ones are ever handed out: a flipped bit may change pixels without an error of
+    any decoder.
 
     Two ways, with equal bytes (`storage.read`): memory maps, quickest where the tars lie on a local disk; or one
     `pread` an image by many threads, for network file systems. A tar that somebody cuts short while it is mapped is
@@ -63,6 +66,7 @@ class ShardReader:
         self._index = index
         # As plain arrays, because slices of np.memmap cost several times as much.
         self._shard, self._offset, self._size = map(np.asarray, (index.shard, index.offset, index.size))
+        self._digest = np.asarray(index.digest)
         self._key_start, self._key_bytes = np.asarray(index.key_start), np.asarray(index.key_bytes).data
         self._tars: _MappedTars | _OpenTars
         if read_mode(index) == "mmap":
@@ -82,11 +86,12 @@ class ShardReader:
 
         Raises:
             MismatchError: the tar holds another member at that place, or ends before it.
+            CorruptError: an image's bytes are not those that were indexed.
             MissingError: the tar is gone.
             DataError: the disk or the network fails.
         """
         offsets_B, keys, starts_B = self._offset[rows], self._key_bytes, self._key_start[rows]
-        return self._tars.read([
+        places = [
             _Place(row, shard, header, stop, bytes(keys[key_start:key_stop]) + b".")
             for row, shard, header, stop, key_start, key_stop in zip(
                 rows.tolist(),
@@ -97,7 +102,12 @@ class ShardReader:
                 self._key_start[rows + 1].tolist(),
                 strict=True,
             )
-        ])  # fmt: skip
+        ]
+        images = self._tars.read(places)
+        for place, image, digest in zip(places, images, self._digest[rows].tolist(), strict=True):
+            if image_digest(image.data) != digest:
+                raise _damaged(self._index, place)
+        return images
 
 
 class _Place(NamedTuple):
@@ -239,6 +249,15 @@ def _cut(index: Index, place: _Place, size_bytes: int) -> MismatchError:
     return MismatchError(
         f"shard {index.tar_path(place.shard)} ends at byte {size_bytes}, within image {index.key(place.row)!r} (to "
         f"byte {place.stop}): it was cut while in use; restore it, or run `bowstore index {index.root}`"
+    )
+
+
+def _damaged(index: Index, place: _Place) -> CorruptError:
+    return CorruptError(
+        f"image {index.key(place.row)!r} in shard {index.tar_path(place.shard)} (bytes {place.header + BLOCK_BYTES}-"
+        f"{place.stop - 1}) differs from its digest in the index: it was damaged or changed after indexing; run "
+        f"`bowstore verify --repair {index.root}`, which says how to go on, or `bowstore index {index.root}` if the "
+        f"change was meant"
     )
 
 

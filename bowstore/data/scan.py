@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from bowstore.data.image_header import ImageSize, image_size
 from bowstore.data.images import UnusableImage
 from bowstore.data.sources.base import LABEL_FIELDS, NO_LABEL
+from bowstore.data.table import image_digest
 from bowstore.data.tar import (
     BLOCK_BYTES,
     BrokenTar,
@@ -234,7 +235,7 @@ class _ShardScan:
         if member.size > _MAX_IMAGE_BYTES:
             return _Image(extension, member, 0, None, f"{member.size} bytes, more than {_MAX_IMAGE_BYTES}")
         data = tar.read(member)
-        digest = xxhash.xxh3_64_intdigest(data)
+        digest = image_digest(data)
         known_digest, known_reason = self._known_bad.get(member.name, (None, ""))
         if digest == known_digest:
             return _Image(extension, member, digest, None, known_reason)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from bowstore.data.image_header import ImageSize
 from bowstore.data.images import UnusableImage, prepare
 from bowstore.data.index_build import ShardEntry
 from bowstore.data.scan import Fault, Refused, ScanSettings, ShardTable, scan_shard
+from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, plain_name
 from bowstore.data.workers import Report
 
@@ -251,7 +251,7 @@ class _Check:
         reasons = {refused.offset: refused.reason for refused in table.left_out}
         for row in np.flatnonzero(lost_n & ~gone_n).tolist():
             key, offset, size = rows.key(row), int(rows.offset[row]), int(rows.size[row])
-            if xxhash.xxh3_64_intdigest(self._read(offset, size)) != rows.digest[row]:
+            if image_digest(self._read(offset, size)) != rows.digest[row]:
                 self._add_changed(rows, row)
             elif not told_n[row]:
                 reason = reasons.get(offset, "no header names it")

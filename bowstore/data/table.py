@@ -120,6 +120,11 @@ def map_columns(path: Path, header: TableHeader) -> dict[str, NDArray[Any]]:
     return columns
 
 
+def image_digest(data: bytes | memoryview) -> int:
+    """What the index keeps of an image's bytes, in column "digest": their xxh3-64."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
 def digest_columns(columns: Callable[[str], NDArray[Any]]) -> str:
     """xxh3-128 over all columns, hex; reads them once."""
     digest = xxhash.xxh3_128()

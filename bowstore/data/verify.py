@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bowstore.config import StorageConfig
-from bowstore.data.index import Index, build_index, check_columns, open_index, read_index
+from bowstore.data.index import Index, build_index, check_columns, read_index
 from bowstore.data.index_build import (
     MANIFEST_FILE,
     PARTS_FOLDER,
@@ -31,6 +31,7 @@ from bowstore.data.workers import run_jobs, worker_count
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError
 from bowstore.files import atomic_file, exclusive_lock
 from bowstore.progress import Progress
+from bowstore.remote import RemoteFolder
 
 DAMAGED_SUFFIX = ".damaged"
 _EXAMPLES = 3
@@ -117,7 +118,9 @@ def verify_remote(root: Path, storage: StorageConfig, *, deep: bool = False, rep
     Raises:
         BowstoreError: no index there, or no connection.
     """
-    index = open_index(root, storage)
+    remote = RemoteFolder(root, storage)
+    remote.fetch(INDEX_FILE)
+    index = read_index(remote.folder, remote, storage)
     report, trusted = FolderReport(index.root, shards=len(index.shards)), True
     try:
         check_columns(index)

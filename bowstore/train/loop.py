@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bowstore.config import RuntimeConfig, TrainConfig, dump
-from bowstore.data.index import Index, check_columns, open_index
+from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import Batch, train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader, fetched
@@ -100,7 +100,6 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
 
         # --- data
         index = open_index(config.shards, config.runtime.storage)
-        check_columns(index)
         schedule = data_schedule(config, index, world)
         steps = total_steps(config.optim, schedule.steps_per_pass)
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from bowstore.config import EncodeConfig, StorageConfig
-from bowstore.data.index import Index, check_columns, open_index
+from bowstore.data.index import Index, open_index
 from bowstore.data.reader import fetched
 from bowstore.environment import is_first_rank
 from bowstore.errors import BowstoreError, UsageError
@@ -88,7 +88,6 @@ def _encode(
         raise UsageError(f"--store {store} has no name of its own; name a folder in it, {store / 'words.zarr'}")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     index = fetched(open_index(shards, storage))
-    check_columns(index)
     with _disk_errors(store), Board(store) as board:
         with board.lead("looks for an interrupted --append"):
             recover_append(store)

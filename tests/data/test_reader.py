@@ -15,7 +15,7 @@ from bowstore.config import StorageConfig
 from bowstore.data import reader
 from bowstore.data.index import Index, build_index
 from bowstore.data.reader import ShardReader, is_network, open_limit, prefetched, read_mode, touch
-from bowstore.errors import DataError, MismatchError, MissingError
+from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
 
 WAYS = pytest.mark.parametrize("way", ["mmap", "pread"])
 
@@ -97,6 +97,22 @@ def test_a_tar_with_other_members_is_refused(make_shard_set: ShardMaker, way: st
     message = rf"train-000000\.tar holds 'c9/99999\.jpg' at byte {offset}, the index says 'c2/00002': the tar changed"
     with pytest.raises(MismatchError, match=message):
         source.read(np.arange(6))
+
+
+@WAYS
+def test_every_flipped_bit_of_an_image_is_refused_by_its_name(make_shard_set: ShardMaker, way: str) -> None:
+    index = make_shard_set(6, size=64)
+    tar = index.root / index.shards[0].name
+    whole, start, size = tar.read_bytes(), int(index.offset[2]), int(index.size[2])
+    for byte in [*range(0, size, 97), size - 1]:
+        data = bytearray(whole)
+        data[start + byte] ^= 1 << byte % 8
+        tar.write_bytes(data)
+        source = reading(index, way)
+        assert len(source.read(np.array([0, 1, 3]))) == 3
+        place = rf"image 'c2/00002' in shard .*train-000000\.tar \(bytes {start}-{start + size - 1}\)"
+        with pytest.raises(CorruptError, match=rf"{place} differs from its digest .* `bowstore verify --repair .*`"):
+            source.read(np.arange(6))
 
 
 @WAYS
