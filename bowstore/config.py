@@ -79,6 +79,12 @@ class WordsConfig(Strict):
     gamma: float = Field(1.0, gt=0, description="initial scale of the cosine logits")
 
 
+class RotationConfig(Strict):
+    """The rotation task's head: one more group of residual blocks before pooling (paper, section 4)."""
+
+    blocks: int | None = Field(None, ge=1, description="its residual blocks; null: those of the backbone's last group")
+
+
 class OptimConfig(Strict):
     """SGD with step decay. Epochs are of `steps_per_epoch` steps, or one pass over the images when null."""
 
@@ -163,6 +169,7 @@ class TrainConfig(Strict):
     images: int | None = Field(None, ge=1, description="use at most so many, the first rows")
     view: ViewConfig = ViewConfig()
     model: ModelConfig = ModelConfig()
+    rotation: RotationConfig = RotationConfig()
     words: WordsConfig = WordsConfig()
     optim: OptimConfig = OptimConfig()
     runtime: RuntimeConfig = RuntimeConfig()

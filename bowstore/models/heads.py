@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bowstore.models.registry import Backbone, extra_residual_stage
+from bowstore.models.registry import Backbone, extra_residual_group
 
 
 class CosineHead(nn.Module):
@@ -30,11 +30,16 @@ class CosineHead(nn.Module):
 
 
 class RotationHead(nn.Module):
-    """One extra residual stage, pooling and a linear layer over the four rotations (paper, section 4)."""
+    """One more residual group, pooling and a linear layer over the four rotations (paper, section 4).
 
-    def __init__(self, backbone: Backbone) -> None:
+    Args:
+        backbone: whose last map it takes.
+        blocks: depth of the group; None for that of the backbone's own last one.
+    """
+
+    def __init__(self, backbone: Backbone, blocks: int | None = None) -> None:
         super().__init__()
-        self.stage = extra_residual_stage(backbone)
+        self.stage = extra_residual_group(backbone, blocks)
         self.linear = nn.Linear(backbone.features, 4)
 
     def forward(self, map_BChw: Tensor) -> Tensor:

@@ -323,15 +323,34 @@ def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, 
     return stages, channels
 
 
-def extra_residual_stage(backbone: Backbone) -> nn.Module:
-    """One more residual stage of the backbone's kind and width, stride 2 (the rotation head's, paper section 4)."""
-    width = backbone.features
+def group_depth(backbone: Backbone) -> int:
+    """Residual blocks of a backbone's last group: (D - 4) / 6 of WRN-D, 3 of ResNet-50; 1 where there is no group."""
+    if match := _WIDE.fullmatch(backbone.arch):
+        return (int(match[1]) - 4) // 6
+    staged = isinstance(backbone, StagedBackbone)
+    last = getattr(backbone.root(), "conv5" if staged else "layer4", None)
+    return len(last) if isinstance(last, nn.Sequential) else 1
+
+
+def extra_residual_group(backbone: Backbone, blocks: int | None = None) -> nn.Module:
+    """One more group of the backbone's kind and width, its first block of stride 2 (the rotation head's, section 4).
+
+    Args:
+        backbone: whose last map it takes.
+        blocks: its depth; None for that of the backbone's own last group (`group_depth`).
+    """
+    width, blocks = backbone.features, blocks or group_depth(backbone)
     if _WIDE.fullmatch(backbone.arch):
         from bowstore.models.wide_resnet import Group
 
-        return nn.Sequential(Group(width, width, stride=2, blocks=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        return nn.Sequential(Group(width, width, stride=2, blocks=blocks), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
     from torchvision.models.resnet import BasicBlock, Bottleneck
 
-    block = BasicBlock if backbone.arch in ("resnet18", "resnet34") else Bottleneck
+    # A bottleneck's width is four times its inner one.
+    plain = backbone.arch in ("resnet18", "resnet34") or width % Bottleneck.expansion
+    block = BasicBlock if plain else Bottleneck
+    inner = width // block.expansion
     downsample = nn.Sequential(nn.Conv2d(width, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
-    return block(width, width // block.expansion, stride=2, downsample=downsample)  # type: ignore[no-any-return]
+    first: nn.Module = block(width, inner, stride=2, downsample=downsample)
+    # A single block stands alone, so that weights of such heads keep their names.
+    return first if blocks == 1 else nn.Sequential(first, *(block(width, inner) for _ in range(blocks - 1)))

@@ -110,7 +110,8 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], origin
     if missing or extra or wrong:
         raise MismatchError(
             f"{origin} does not fit the network: {len(missing)} missing {missing[:3]}, {len(extra)} unknown "
-            f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; is model.arch the one it was trained with?"
+            f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; is model.arch the one it was trained with "
+            f"(and, for a rotation head, rotation.blocks: 1 in runs from before that setting)?"
         )
     module.load_state_dict(state)
 

@@ -83,11 +83,11 @@ def build_task(config: TrainConfig, index: Index, world: World) -> Task:
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model)
     if config.task == "rotation":
-        return _rotation_task(backbone, index)
+        return _rotation_task(backbone, index, config.rotation.blocks)
     return _words_task(config, backbone, index, world)
 
 
-def _rotation_task(backbone: Backbone, index: Index) -> Task:
+def _rotation_task(backbone: Backbone, index: Index, blocks: int | None) -> Task:
     """4-way rotation prediction (RotNet); all four rotations of each image are in the batch."""
 
     def prepare(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def _rotation_task(backbone: Backbone, index: Index) -> Task:
         accuracy = (logits_B4.detach().argmax(1) == label_B).float().mean()
         return F.cross_entropy(logits_B4.float(), label_B), {"accuracy": accuracy}
 
-    network = Network(backbone, RotationHead(backbone), pooled=False)
+    network = Network(backbone, RotationHead(backbone, blocks), pooled=False)
     return Task(network, prepare, loss, {"chance_loss": float(np.log(4))}, {"shards": index.fingerprint})
 
 

@@ -1,11 +1,19 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
-from bowstore.config import ModelConfig
-from bowstore.errors import UsageError
+from bowstore.config import ModelConfig, TrainConfig
+from bowstore.errors import MismatchError, UsageError
 from bowstore.models.heads import CosineHead, RotationHead
-from bowstore.models.registry import build_backbone
+from bowstore.models.registry import build_backbone, group_depth
+from bowstore.models.saved import load_weights
+from bowstore.models.wide_resnet import Group
+from bowstore.train.distributed import World
+from bowstore.train.tasks import build_task
 
 
 @pytest.mark.parametrize(
@@ -77,13 +85,55 @@ def test_the_cosine_head_is_equation_5() -> None:
     assert head.gamma.ndim == 0
 
 
-@pytest.mark.parametrize("arch", ["wrn-10-1", "resnet18", "resnet50"])
-def test_the_rotation_head_has_one_more_residual_stage(arch: str) -> None:
-    backbone = build_backbone(ModelConfig(arch=arch))
-    head = RotationHead(backbone).eval()
-    maps = torch.randn(2, backbone.features, 8, 8)
+@pytest.mark.parametrize(
+    ("arch", "blocks", "convolutions"),
+    [
+        ("wrn-10-1", 1, 3),  # two in each block, and the shortcut of the first
+        ("wrn-28-1", 4, 9),
+        ("resnet18", 2, 5),
+        ("resnet50", 3, 10),
+        ("timm:resnet18", 2, 7),
+        ("timm:lcnet_035", 1, 4),
+        ("timm:tf_efficientnet_lite0", 1, 4),
+    ],
+)
+def test_the_rotation_head_is_one_more_group_as_deep_as_the_backbones_own(
+    arch: str, blocks: int, convolutions: int
+) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(ModelConfig(arch=arch))
+        head = RotationHead(backbone)
+        maps = torch.randn(2, backbone.features, 8, 8)
+    assert group_depth(backbone) == blocks
+    found = [module for module in head.stage.modules() if isinstance(module, nn.Conv2d)]
+    assert len(found) == convolutions
+    assert [c.stride for c in found if c.stride != (1, 1)] == [(2, 2), (2, 2)]  # of the first block, and its shortcut
     assert head.stage(maps).shape == (2, backbone.features, 4, 4)
     assert head(maps).shape == (2, 4)
+
+
+def test_a_width_that_no_bottleneck_has_gets_a_basic_block() -> None:
+    backbone = build_backbone(ModelConfig(arch="wrn-10-1"))
+    backbone.arch, backbone.features = "timm:other", 90
+    assert RotationHead(backbone, 2).stage(torch.randn(2, 90, 4, 4)).shape == (2, 90, 2, 2)
+
+
+@pytest.mark.parametrize("arch", ["wrn-10-1", "resnet50"])
+def test_a_head_of_one_block_is_that_of_older_runs(arch: str) -> None:
+    """Names and draws: checkpoints load, and a seed gives the weights that it gave."""
+    torch.manual_seed(5)
+    backbone = build_backbone(ModelConfig(arch=arch))
+    state = RotationHead(backbone, 1).state_dict()
+    torch.manual_seed(5)
+    build_backbone(ModelConfig(arch=arch))
+    if arch == "wrn-10-1":
+        old: nn.Module = nn.Sequential(Group(64, 64, stride=2, blocks=1), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+        assert state.keys() == RotationHead(backbone).state_dict().keys()
+    else:
+        shortcut = nn.Sequential(nn.Conv2d(2048, 2048, 1, stride=2, bias=False), nn.BatchNorm2d(2048))
+        old = Bottleneck(2048, 512, stride=2, downsample=shortcut)
+    assert state.keys() == {*(f"stage.{name}" for name in old.state_dict()), "linear.weight", "linear.bias"}
+    assert all(torch.equal(state[f"stage.{name}"], tensor) for name, tensor in old.state_dict().items())
 
 
 def test_the_seed_decides_the_weights() -> None:
@@ -93,3 +143,15 @@ def test_the_seed_decides_the_weights() -> None:
         nets.append(build_backbone(ModelConfig(arch="wrn-10-1")).state_dict()["stages.conv1.weight"])
     assert torch.equal(nets[0], nets[1])
     assert not torch.equal(nets[0], nets[2])
+
+
+def test_the_depth_of_the_rotation_head_is_a_setting() -> None:
+    values = {"name": "r", "task": "rotation", "view": {"cutmix": False}, "model": {"arch": "wrn-16-1"}}
+    index: Any = SimpleNamespace(fingerprint="0")
+    heads = {}
+    for blocks in (None, 1, 3):
+        config = TrainConfig.model_validate({**values, "rotation": {"blocks": blocks}})
+        heads[blocks] = build_task(config, index, World(0, 1, torch.device("cpu"))).network.head
+        assert len(heads[blocks].stage[0]) == (blocks or 2)  # type: ignore[index, arg-type]
+    with pytest.raises(MismatchError, match=r"and, for a rotation head, rotation\.blocks: 1 in runs from before that"):
+        load_weights(heads[None], heads[1].state_dict(), "runs/old")
