@@ -7,14 +7,19 @@ bytes between segments) is refused here, because training plans its windows with
 import zlib
 from typing import NamedTuple
 
-from bowstore.data.images import MAX_PIXELS, UnusableImage
+from bowstore.errors import DataError
 
+MAX_PIXELS = 178_956_970  # Pillow's own bound for an error: 2^29 bytes of RGB
 _JPEG_MARK = b"\xff\xd8\xff"
 _PNG_MARK = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _JPEG_SCAN = 0xDA
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those three are tables and extensions
 _VP8_START = b"\x9d\x01\x2a"
 _VP8L_SIGNATURE = 0x2F
+
+
+class UnusableImage(DataError):
+    """An image that no shard can hold; the message is the reason, without the file's name."""
 
 
 class ImageSize(NamedTuple):

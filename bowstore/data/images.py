@@ -12,19 +12,22 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
-from bowstore.errors import DataError
+from bowstore.data.image_header import MAX_PIXELS, UnusableImage
+from bowstore.data.tiff import check_tiff, grey_levels, unread_tiff
 
-MAX_PIXELS = 178_956_970  # Pillow's own bound for an error: 2^29 bytes of RGB
 JPEG_QUALITY = 95
 # Named one by one, so that a hostile file never reaches Pillow's rarer plugins (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what a shard may hold
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SIGNATURES = (_JPEG_SIGNATURE, b"\x89PNG", b"RIFF", b"GIF8", b"BM", *_TIFF_SIGNATURES)
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,11 +43,8 @@ _JPEG_NO_FRAME = frozenset({0xC4, 0xC8, 0xCC})  # in the range of the frame mark
 _JPEG_SCAN = 0xDA
 _LUMA_SAMPLING = frozenset({(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)})
 _PNG_SIGNATURE_BYTES = 8
+_BMP_FILE_HEADER_BYTES, _BMP_CORE_HEADER_BYTES = 14, 12
 _PNG_GREY, _PNG_RGB, _PNG_PALETTE = 0, 2, 3
-
-
-class UnusableImage(DataError):
-    """An image that no shard can hold; the message is the reason, without the file's name."""
 
 
 class Prepared(NamedTuple):
@@ -70,14 +70,15 @@ def prepare(data: bytes) -> Prepared:
 
     Kept as they are: baseline and progressive JPEG, PNG and still WebP, 8-bit RGB or grey, upright. All else
     becomes RGB: JPEG sources JPEG (quality 95, no chroma subsampling), other sources PNG, without EXIF and
-    colour profile. Alpha is dropped, as `convert("RGB")` drops it; 16 bits lose their lower 8; of an
-    animation the first frame stays.
+    colour profile, which nothing here or later applies. Alpha is dropped, as `convert("RGB")` drops it; of
+    more than 8 bits the upper 8 stay; of an animation the first frame.
 
     Args:
         data: a file's bytes.
 
     Raises:
-        UnusableImage: nothing that can be decoded, or more than `MAX_PIXELS` pixels.
+        UnusableImage: nothing that can be decoded, pixels whose meaning the file does not tell, or more than
+            `MAX_PIXELS` of them.
     """
     if not data:
         raise UnusableImage("empty file")
@@ -90,9 +91,7 @@ def prepare(data: bytes) -> Prepared:
         except (UnusableImage, MemoryError):
             raise
         except UnidentifiedImageError as error:
-            known = data.startswith(_SIGNATURES)
-            reason = "damaged or cut header" if known else f"not an image: it starts with {data[:16]!r}"
-            raise UnusableImage(reason) from error
+            raise UnusableImage(_why_unread(data)) from error
         except Image.DecompressionBombError as error:
             raise UnusableImage(f"more than {MAX_PIXELS} pixels") from error
         except Exception as error:
@@ -100,10 +99,29 @@ def prepare(data: bytes) -> Prepared:
             raise UnusableImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
+def _why_unread(data: bytes) -> str:
+    """What is wrong with a file that no reader of `FORMATS` opens."""
+    if not data.startswith(_SIGNATURES):
+        return f"not an image: it starts with {data[:16]!r}"
+    layout = unread_tiff(data) if data.startswith(_TIFF_SIGNATURES) else ""
+    if data.startswith(_JPEG_SIGNATURE):
+        try:
+            JpegImageFile(io.BytesIO(data)).close()
+        except Exception as error:  # noqa: BLE001 - see `prepare`
+            layout = f"a JPEG that Pillow does not read: {error}" if "cannot handle" in str(error) else ""
+    return layout or "damaged or cut header"
+
+
 def _prepare(image: Image.Image, data: bytes) -> Prepared:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnusableImage(f"more than {MAX_PIXELS} pixels")
+    if isinstance(image, TiffImageFile):
+        check_tiff(image)
+    if isinstance(image, BmpImageFile):
+        _check_bmp(image, data)
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        raise UnusableImage("a CMYK JPEG without Adobe's mark: nothing says whether 0 is ink or paper")
     image.load()
     orientation = _orientation(image)
     change = _change_needed(image, data, orientation)
@@ -119,6 +137,22 @@ def _prepare(image: Image.Image, data: bytes) -> Prepared:
         return Prepared(encoded.getvalue(), "jpg", rgb.height, rgb.width, change)
     rgb.save(encoded, "PNG")
     return Prepared(encoded.getvalue(), "png", rgb.height, rgb.width, change)
+
+
+def _check_bmp(image: BmpImageFile, data: bytes) -> None:
+    """Refuse palettes of greys whose places have fewer or more bits than Pillow takes them for.
+
+    It drops a palette of black and white, or of all greys in order, and reads the places as 1 or 8 bits.
+    """
+    start = 0 if image.format == "DIB" else _BMP_FILE_HEADER_BYTES
+    short = int.from_bytes(data[start : start + 4], "little") == _BMP_CORE_HEADER_BYTES
+    bits = data[start + (10 if short else 14)]
+    if bits == 8 and image.mode == "1" and image.tile[0].codec_name == "raw":
+        tile = image.tile[0]
+        assert isinstance(tile.args, tuple), "rawmode, stride, direction"
+        image.tile = [tile._replace(args=("1;8", *tile.args[1:]))]
+    elif image.mode in ("1", "L") and bits != (1 if image.mode == "1" else 8):
+        raise UnusableImage(f"a BMP of {bits} bits with a palette of greys, which Pillow does not read")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -229,8 +263,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         UnusableImage: pixels whose range is not known (float, 32-bit integers).
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
-        high_bytes_HW = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-        return Image.fromarray(high_bytes_HW).convert("RGB")
+        return Image.fromarray(grey_levels(image)).convert("RGB")
+    if image.mode == "La":  # grey with alpha multiplied in, which has no way of its own to RGB
+        return image.convert("LA").convert("RGB")
     if image.mode in ("I", "F"):
         raise UnusableImage(f"pixels of Pillow's mode {image.mode} have no known range")
     return image.convert("RGB")

@@ -20,8 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.data.image_header import ImageSize, image_size
-from bowstore.data.images import UnusableImage
+from bowstore.data.image_header import ImageSize, UnusableImage, image_size
 from bowstore.data.sources.base import LABEL_FIELDS, NO_LABEL
 from bowstore.data.table import image_digest
 from bowstore.data.tar import (

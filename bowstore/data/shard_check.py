@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bowstore.data.image_header import ImageSize
-from bowstore.data.images import UnusableImage, prepare
+from bowstore.data.image_header import ImageSize, UnusableImage
+from bowstore.data.images import prepare
 from bowstore.data.index_build import ShardEntry
 from bowstore.data.scan import Fault, Refused, ScanSettings, ShardTable, scan_shard
 from bowstore.data.table import image_digest

@@ -13,7 +13,8 @@ from typing import IO, Any, NamedTuple
 
 import xxhash
 
-from bowstore.data.images import Prepared, UnusableImage, prepare
+from bowstore.data.image_header import UnusableImage
+from bowstore.data.images import Prepared, prepare
 from bowstore.data.index_build import PARTS_FOLDER
 from bowstore.data.sources import DANGLING, NO_LABEL, ImageFile, Reader, Source, open_source
 from bowstore.data.workers import Report, run_jobs
