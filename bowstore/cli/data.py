@@ -115,14 +115,15 @@ def shards(
 @click.command()
 @click.argument("folder", type=PATH)
 @click.option("--image-ext", "image_ext", multiple=True, metavar="EXT", help="Extension of the image, as in 0.jpg.")
-@click.option("--label-field", metavar="NAME", help="Field of the .json member that is the label.")
+@click.option("--label-field", metavar="NAME", help="Field of the .json member that is the label; `none` for none.")
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: up to one a core.")
 def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, workers: int | None) -> None:
     """Index the WebDataset shards in FOLDER that were made elsewhere, so that they can be used as they are.
 
     Where samples hold several images, --image-ext says which to take; given twice, the first that is there. The
-    label is a whole number in .cls, in .json (label, cls, class, target, or --label-field) or in .txt. Images without
-    a readable header are left out and listed in FOLDER/quarantine.jsonl.
+    label is a whole number in .cls, in .json (label, cls, class, target, or --label-field), or in .txt where every
+    sample of every tar has one there (else those are captions). Images without a readable header are left out and
+    listed in FOLDER/quarantine.jsonl.
     """
     from bowstore.data.index import build_index
     from bowstore.data.index_build import known_classes

@@ -18,6 +18,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from bowstore.data.scan import ScanSettings, ShardTable, scan_shard
+from bowstore.data.sources.base import NO_LABEL_FIELD
+from bowstore.data.sources.labels import text_is_label
 from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, write_table
 from bowstore.data.workers import Report, run_jobs, worker_count
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
@@ -75,6 +77,7 @@ def write_index(root: Path, classes: tuple[str, ...], settings: ScanSettings, wo
     else:
         _write_quarantine(root, entries, tables, known_bad)
     _refuse_unusable(root, entries, tables)
+    _settle_labels(root, tables)
     key_hash_N = np.concatenate([table.columns["key_hash"] for table in tables])
     _refuse_duplicates(key_hash_N, tables)
     fingerprint = xxhash.xxh3_128(key_hash_N.data)
@@ -200,6 +203,39 @@ def _refuse_names(root: Path, tables: Sequence[ShardTable]) -> None:
     if several:
         choices = ", ".join(f"{extension} ({count})" for extension, count in several.most_common())
         raise DataError(f"{root}: samples hold several images; choose one with --image-ext: {choices}")
+
+
+def _settle_labels(root: Path, tables: Sequence[ShardTable]) -> None:
+    """Take the numbers in .txt for labels or for captions, by all tars together, and say what counts as no label.
+
+    Raises:
+        DataError: labels in .json of which some are whole numbers and some are names.
+    """
+    told: Counter[str] = Counter()
+    for table in tables:
+        told.update(table.told)
+    names = [name for table in tables for name in table.name_examples][:_EXAMPLES]
+    remedy = f"`bowstore shards {root} OUT` numbers names"
+    if told["named"] and told["json"]:
+        raise DataError(
+            f"{root}: labels in .json are whole numbers in {told['json']} samples and names in {told['named']}, for "
+            f"example {names}; {remedy}, and --label-field {NO_LABEL_FIELD} leaves labels out"
+        )
+    if told["named"]:
+        say(
+            f"note: labels in .json are names in {told['named']} samples, for example {names}, and are left out; "
+            f"{remedy}"
+        )
+    as_labels = text_is_label(samples=told["samples"], numbers=told["numbers"], labelled=told["labelled"])
+    for table in tables:
+        numbers = table.columns.pop("text")
+        if as_labels:
+            table.columns["label"] = numbers
+    if told["numbers"] and not as_labels and not told["labelled"]:
+        say(
+            f"note: .txt is a whole number in {told['numbers']} of {told['samples']} samples, so it holds captions "
+            "and no labels"
+        )
 
 
 def _refuse_changed(root: Path, entries: Sequence[ShardEntry], tables: Sequence[ShardTable]) -> None:

@@ -21,7 +21,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from bowstore.data.image_header import ImageSize, UnusableImage, image_size
-from bowstore.data.sources.base import LABEL_FIELDS, NO_LABEL
+from bowstore.data.sources.base import NO_LABEL, NO_LABEL_FIELD
+from bowstore.data.sources.labels import usual_label, whole_number
 from bowstore.data.table import image_digest
 from bowstore.data.tar import (
     BLOCK_BYTES,
@@ -34,10 +35,11 @@ from bowstore.data.tar import (
     split_key,
 )
 
-_LABEL_RANKS = {"txt": 1, "json": 2, "cls": 3}  # which of several members decides
-_MAX_JSON_BYTES = 1 << 20
+_LABEL_MEMBERS = ("cls", "json", "txt")
+_MAX_LABEL_BYTES = 1 << 20
 _MAX_IMAGE_BYTES = 2**31 - 1
 _EXAMPLES = 5
+_EXAMPLE_CHARACTERS = 40
 _USUAL_CHECKSUM = re.compile(rb"[0-7]{6}\0 |[0-7]{7}[\0 ]")
 _ARRAYS = {  # of a shard's part: type codes of `array`, and what they become
     "offset": ("q", np.int64),
@@ -45,6 +47,7 @@ _ARRAYS = {  # of a shard's part: type codes of `array`, and what they become
     "height": ("i", np.int32),
     "width": ("i", np.int32),
     "label": ("i", np.int32),
+    "text": ("i", np.int32),
     "key_hash": ("Q", np.uint64),
     "digest": ("Q", np.uint64),
     "key_length": ("i", np.int32),
@@ -59,7 +62,8 @@ class ScanSettings(NamedTuple):
 
     Attributes:
         image_ext: extensions that are the sample's image, the first that is there; empty: the one there is.
-        label_field: field of the .json member that is the label; None: .cls, a usual field, or a number in .txt.
+        label_field: field of the .json member that is the label; None for .cls, a usual field, or .txt where all of
+            them are numbers; `NO_LABEL_FIELD` for no labels.
     """
 
     image_ext: tuple[str, ...] = ()
@@ -97,13 +101,17 @@ class ShardTable:
     """What one tar holds.
 
     Attributes:
-        columns: those of the index, with `key_length` in place of `key_start`.
+        columns: those of the index, with `key_length` in place of `key_start`; "label" is that of .cls or .json, and
+            "text" the number in .txt, which is a caption unless `text_is_label` of all tars together.
         size_bytes: length of the tar.
         digest: xxh3-128 of it, hex.
         dali_index: DALI's text index, v1.2: a line a sample, `extension offset size name` for each member.
         left_out: images without a readable header, samples without an image.
         undecodable: images that `inspect` refused.
         bad_names: number of members whose name breaks the key contract, with some examples.
+        told: samples with an image ("samples"), and how many of them have a label in .cls or .json ("labelled"), in
+            .json ("json"), one there that is no whole number ("named"), and a whole number in .txt ("numbers").
+        name_examples: some of the labels that are no whole numbers.
         several: extensions of the images in samples that hold several.
         faults: what else is wrong, if it was asked not to stop there.
         oddities: bytes that nobody reads and that are not what tar writers write; looked for along with faults.
@@ -117,6 +125,8 @@ class ShardTable:
     undecodable: list[Refused] = field(default_factory=list)
     bad_names: int = 0
     bad_name_examples: list[str] = field(default_factory=list)
+    told: Counter[str] = field(default_factory=Counter)
+    name_examples: list[str] = field(default_factory=list)
     several: Counter[str] = field(default_factory=Counter)
     faults: list[Fault] = field(default_factory=list)
     oddities: list[Fault] = field(default_factory=list)
@@ -139,8 +149,8 @@ class _Sample:
     names: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     images: list[_Image] = field(default_factory=list)
-    label: int = NO_LABEL
-    label_rank: int = 0
+    labels: dict[str, int] = field(default_factory=dict)  # whole numbers, by the member that tells them
+    named: str = ""  # a label in .json that is no whole number
 
 
 class _ShardScan:
@@ -224,11 +234,8 @@ class _ShardScan:
         wanted = self._settings.image_ext
         if extension in wanted if wanted else image_extension(extension):
             sample.images.append(self._image(tar, member, extension))
-        rank = _LABEL_RANKS.get(extension, 0)
-        if rank > sample.label_rank:
-            label = self._label(tar, member, extension)
-            if label is not None:
-                sample.label, sample.label_rank = label, rank
+        if extension in _LABEL_MEMBERS:
+            self._add_label(tar, member, extension)
 
     def _image(self, tar: TarReader, member: Member, extension: str) -> _Image:
         if member.size > _MAX_IMAGE_BYTES:
@@ -245,34 +252,41 @@ class _ShardScan:
         reason = self._inspect(bytes(data), size) if self._inspect else None
         return _Image(extension, member, digest, size, reason or "")
 
-    def _label(self, tar: TarReader, member: Member, extension: str) -> int | None:
-        """Label in a member; None where it tells none.
+    def _add_label(self, tar: TarReader, member: Member, extension: str) -> None:
+        """Note what a member tells of its sample's label.
 
         Raises:
             RefusedMember: it should tell a label, and does not.
         """
         wanted = self._settings.label_field
-        if wanted is None and extension in ("cls", "txt"):
-            text = bytes(tar.read(member)).strip() if member.size <= _MAX_JSON_BYTES else b""
-            if text.isdigit() and len(text) <= 9:
-                return int(text)
-            if extension == "cls":
-                raise self._refused(member, f"holds {text[:20]!r}, not a whole number from 0 on")
+        if wanted == NO_LABEL_FIELD or (wanted and extension != "json"):
+            return
+        data = bytes(tar.read(member)).strip() if member.size <= _MAX_LABEL_BYTES else b""
         if extension != "json":
-            return None
+            number = whole_number(data.decode("ascii", "replace"))
+            if number is None and extension == "cls":
+                raise self._refused(member, f"holds {data[:20]!r}, not a whole number from 0 on")
+        else:
+            number = self._number_in_json(member, data, wanted)
+        if number is not None:
+            self._sample.labels[extension] = number
+
+    def _number_in_json(self, member: Member, data: bytes, wanted: str | None) -> int | None:
         try:
-            values = json.loads(bytes(tar.read(member))) if member.size <= _MAX_JSON_BYTES else None
+            values = json.loads(data)
         except (ValueError, RecursionError):
             values = None
         found = values if isinstance(values, dict) else {}
-        names = LABEL_FIELDS if wanted is None else (wanted,)
-        value = next((found[name] for name in names if name in found), None)
-        number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= 9 else value
-        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31:
+        if wanted is None:
+            text = usual_label(found)
+            number = whole_number(text)
+            self._sample.named = text if number is None else ""
             return number
-        if wanted is not None:
+        value = found.get(wanted)
+        number = whole_number(str(value)) if type(value) in (str, int) else None
+        if number is None:
             raise self._refused(member, f"has {value!r} in field {wanted!r}, not a whole number from 0 on")
-        return None
+        return number
 
     def _end_sample(self) -> None:
         """Close the sample that its last member has just ended: a row, or a reason why there is none."""
@@ -287,6 +301,7 @@ class _ShardScan:
             self._note(self._refused(sample.images[0].member, f"has a key that occurs twice, {sample.key!r}"))
             return
         self._seen.add(sample.key)
+        self._count_labels(sample)
         if len(sample.images) == 1:
             image = sample.images[0]
         elif self._settings.image_ext:
@@ -302,6 +317,14 @@ class _ShardScan:
                 return
         self._append(sample, image, image.size)
 
+    def _count_labels(self, sample: _Sample) -> None:
+        labels, told = sample.labels, self.table.told
+        told.update(samples=1, labelled="cls" in labels or "json" in labels, numbers="txt" in labels)
+        if "cls" not in labels:
+            told.update(json="json" in labels, named=bool(sample.named))
+            if sample.named and len(self.table.name_examples) < _EXAMPLES:
+                self.table.name_examples.append(sample.named[:_EXAMPLE_CHARACTERS])
+
     def _append(self, sample: _Sample, image: _Image, size: ImageSize) -> None:
         key = sample.key.encode("ascii")
         arrays = self._arrays
@@ -309,7 +332,8 @@ class _ShardScan:
         arrays["size"].append(image.member.size)
         arrays["height"].append(size.height)
         arrays["width"].append(size.width)
-        arrays["label"].append(sample.label)
+        arrays["label"].append(sample.labels.get("cls", sample.labels.get("json", NO_LABEL)))
+        arrays["text"].append(sample.labels.get("txt", NO_LABEL))
         arrays["key_hash"].append(xxhash.xxh3_64_intdigest(key))
         arrays["digest"].append(image.digest)
         arrays["key_length"].append(len(key))

@@ -17,6 +17,7 @@ from bowstore.data.image_header import ImageSize, UnusableImage
 from bowstore.data.images import prepare
 from bowstore.data.index_build import ShardEntry
 from bowstore.data.scan import Fault, Refused, ScanSettings, ShardTable, scan_shard
+from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, plain_name
 from bowstore.data.workers import Report
@@ -74,6 +75,7 @@ class CheckJob(NamedTuple):
         settings: how image and label of a sample were chosen.
         known_bad: images that are left out of the index, by member.
         deep: decode every image.
+        text_labels: numbers in .txt are labels.
         dali_index: look at DALI's index beside the tar, too.
     """
 
@@ -83,6 +85,7 @@ class CheckJob(NamedTuple):
     settings: ScanSettings
     known_bad: Mapping[str, tuple[int, str]]
     deep: bool
+    text_labels: bool = False
     dali_index: bool = True
 
 
@@ -207,6 +210,9 @@ class _Check:
             self._add_fault(fault, fault.member or rows.key(row))
         self._compare_lost(table, rows, ~found_n, told_n)
         columns = {name: table.columns[name][place_n] for name in COMPARED}
+        if self.job.text_labels:
+            unlabelled_n = columns["label"] == NO_LABEL
+            columns["label"] = np.where(unlabelled_n, table.columns["text"][place_n], columns["label"])
         self._compare_found(columns, rows, found_n, told_n)
         if extra := len(table) - int(found_n.sum()):
             self._add(self._kind, f"holds {extra} images that the index does not know")

@@ -26,6 +26,7 @@ from bowstore.data.index_build import (
 )
 from bowstore.data.scan import Refused, ScanSettings
 from bowstore.data.shard_check import COMPARED, CheckJob, Findings, Problem, Rows, check_shard
+from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import INDEX_FILE
 from bowstore.data.workers import run_jobs, worker_count
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError
@@ -127,6 +128,7 @@ def verify_remote(root: Path, storage: StorageConfig, *, deep: bool = False, rep
     except CorruptError as error:
         trusted = False
         report.add("index", str(error))
+    text_labels = bool(trusted and (index.label != NO_LABEL).all())
     with Progress("verify", sum(entry.size_bytes for entry in index.shards), "bytes") as progress:
         for number, entry in enumerate(index.shards):
             try:
@@ -135,7 +137,8 @@ def verify_remote(root: Path, storage: StorageConfig, *, deep: bool = False, rep
                 report.add("tar", str(error), entry.name)
                 continue
             rows = _rows(index, number) if trusted else None
-            job = CheckJob(path, entry, rows, index.settings, {}, deep, dali_index=False)  # nobody reads that of a copy
+            # (Nobody reads DALI's index of a copy.)
+            job = CheckJob(path, entry, rows, index.settings, {}, deep, text_labels, dali_index=False)
             findings = check_shard(job, progress.advance)
             _take(report, entry.name, findings)
     report.left = list(report.problems)
@@ -191,6 +194,7 @@ def _jobs(
     known = {entry.name: number for number, entry in enumerate(index.shards)} if index else {}
     entries = manifest.shards if manifest else index.shards if index else ()
     recorded = {entry.name: entry for entry in entries}
+    text_labels = bool(index and trusted and (index.label != NO_LABEL).all())  # .txt labels all images or none
     known_bad = {} if report.own else known_undecodable(root)
     here = {path.name: path for path in sorted(root.glob("*.tar")) if path.exists()}
     for name in sorted(recorded.keys() - here.keys()):
@@ -208,7 +212,7 @@ def _jobs(
         elif index and entry and trusted:
             rows = _rows(index, known[name])
         settings = index.settings if index else ScanSettings()
-        jobs.append(CheckJob(path, entry, rows, settings, known_bad.get(name, {}), deep))
+        jobs.append(CheckJob(path, entry, rows, settings, known_bad.get(name, {}), deep, text_labels))
     return jobs
 
 

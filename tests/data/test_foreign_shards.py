@@ -11,11 +11,13 @@ import pytest
 import webdataset
 from click.testing import CliRunner
 from shard_sets import encode_jpeg, textured_image
+from source_sets import shards_of
 from tar_files import JPEG, encode, write_members
 
 from bowstore.cli import main
 from bowstore.data.index import Index, build_index, open_index
 from bowstore.data.scan import ScanSettings
+from bowstore.data.table import COLUMNS, INDEX_FILE, read_header, write_table
 from bowstore.data.tar import header_names
 from bowstore.data.verify import verify_folder
 from bowstore.errors import CorruptError, DataError
@@ -105,6 +107,79 @@ def test_labels(tmp_path: Path, members: list[tuple[str, bytes]], field: str | N
     assert index.label.tolist() == [label]
     assert open_index(tmp_path).settings.label_field == field
     assert verify_folder(tmp_path).problems == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        ([["2012", "42"], ["7"]], [2012, 42, 7]),
+        ([["2012", "42"], ["a red car"]], [-1, -1, -1]),
+        ([["2012", None], ["7"]], [-1, -1, -1]),
+        ([["2012", "42"], ["1.5"]], [-1, -1, -1]),
+        ([["2012", "42"], ["\u0663"]], [-1, -1, -1]),  # a digit, but none of ASCII
+        ([["2012", "42"], ["1234567890"]], [-1, -1, -1]),  # more than 32 bits hold
+    ],
+)
+def test_txt_is_a_label_where_all_of_all_tars_are_numbers(
+    tmp_path: Path, texts: list[list[str | None]], labels: list[int]
+) -> None:
+    """The rule is that of `shards`, which has the same images here."""
+    for shard, found in enumerate(texts):
+        members = []
+        for number, text in enumerate(found):
+            members.append((f"{shard}{number}.jpg", image(number)))
+            members += [] if text is None else [(f"{shard}{number}.txt", text.encode())]
+        write_members(tmp_path / f"in/train-{shard}.tar", members)
+    built = build_index(tmp_path / "in")
+    assert built.label.tolist() == labels
+    assert verify_folder(tmp_path / "in").problems == []
+    assert sorted(sample.label for sample in shards_of(tmp_path / "in", tmp_path / "out")["train"].values()) == sorted(
+        labels
+    )
+
+
+def test_txt_beside_other_labels_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = [("a.jpg", JPEG), ("a.txt", b"2012"), ("a.cls", b"3"), ("b.jpg", image(1)), ("b.txt", b"7")]
+    write_members(tmp_path / "a.tar", members)
+    assert build_index(tmp_path).label.tolist() == [3, -1]
+    write_members(tmp_path / "a.tar", [("a.jpg", JPEG), ("a.txt", b"2012"), ("b.jpg", image(1)), ("b.txt", b"a cat")])
+    assert build_index(tmp_path).label.tolist() == [-1, -1]
+    assert "note: .txt is a whole number in 1 of 2 samples, so it holds captions and no labels" in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_index_that_took_a_caption_for_a_label_is_found(tmp_path: Path) -> None:
+    write_members(tmp_path / "a.tar", [("a.jpg", JPEG), ("a.txt", b"2012"), ("b.jpg", image(1)), ("b.txt", b"a cat")])
+    index = build_index(tmp_path)
+    columns = {name: np.asarray(getattr(index, name)).copy() for name in COLUMNS}
+    columns["label"][0] = 2012
+    write_table(
+        tmp_path / INDEX_FILE,
+        read_header(tmp_path / INDEX_FILE).meta,
+        {name: len(column) for name, column in columns.items()},
+        lambda name: iter([columns[name]]),
+    )
+    (problem,) = verify_folder(tmp_path, repair=True).problems
+    assert problem.message.endswith("sample 'a' at byte 512 has label -1, the index says 2012")
+    assert open_index(tmp_path).label.tolist() == [-1, -1]
+
+
+def test_names_and_numbers_in_json_are_no_labels_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As class names, which `shards` makes of them, "7" is one of several; as a number it would be the eighth."""
+    members = [("a.jpg", JPEG), ("a.json", b'{"label": "7"}'), ("b.jpg", image(1)), ("b.json", b'{"label": "cat"}')]
+    write_members(tmp_path / "a.tar", members)
+    with pytest.raises(
+        DataError,
+        match=r"are whole numbers in 1 samples and names in 1, for example \['cat'\]; `bowstore shards .*`"
+        r" numbers names, and --label-field none leaves labels out",
+    ):
+        build_index(tmp_path)
+    assert build_index(tmp_path, settings=ScanSettings(label_field="none")).label.tolist() == [-1, -1]
+    assert verify_folder(tmp_path).problems == []
+    write_members(tmp_path / "a.tar", members[2:])
+    assert build_index(tmp_path).label.tolist() == [-1]
+    assert "labels in .json are names in 1 samples, for example ['cat'], and are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bowstore.data.sources.base import NO_LABEL, NO_LABEL_FIELD, SPLIT_NAMES, ImageFile, Split, some
+from bowstore.data.sources.base import LABEL_FIELDS, NO_LABEL, NO_LABEL_FIELD, SPLIT_NAMES, ImageFile, Split, some
 from bowstore.data.sources.keys import make_keys
 from bowstore.errors import DataError
 
@@ -32,6 +32,29 @@ class Draft(NamedTuple):
     stamp: int
     container: str = ""
     place: int = 0
+
+
+def whole_number(text: str) -> int | None:
+    """A label that is a whole number, as it stands in a tar's .cls, .json or .txt; None for anything else."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_LABEL_DIGITS else None
+
+
+def usual_label(values: Mapping[str, Any]) -> str:
+    """The label in a sample's JSON where nobody names its field, as it was written; empty where there is none."""
+    # Lists, captions by part and the like are no labels, unless somebody names them.
+    found = [values[name] for name in LABEL_FIELDS if type(values.get(name)) in (str, int)]
+    return str(found[0]).strip() if found else ""
+
+
+def text_is_label(*, samples: int, numbers: int, labelled: int) -> bool:
+    """Whether the .txt of samples tells their labels, and no captions, some of which are numbers ("2012").
+
+    Args:
+        samples: with an image, in all tars of all splits.
+        numbers: of these, whose .txt is a whole number.
+        labelled: of these, with a label in .cls or .json.
+    """
+    return 0 < samples == numbers and not labelled
 
 
 def finish_splits(

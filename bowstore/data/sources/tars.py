@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bowstore.data.sources.base import IMAGE_SUFFIXES, LABEL_FIELDS, NO_LABEL_FIELD
+from bowstore.data.sources.base import IMAGE_SUFFIXES, NO_LABEL_FIELD
+from bowstore.data.sources.labels import usual_label
 from bowstore.data.tar import Member, TarReader, split_key
 from bowstore.errors import DataError
 
@@ -145,9 +146,7 @@ class _Labels:
         values = self._json_values()
         if self._field:
             return self._scalar(values.get(self._field))
-        # Lists, captions by part and the like are no labels, unless somebody names them.
-        found = [values[name] for name in LABEL_FIELDS if type(values.get(name)) in (str, int)]
-        return str(found[0]).strip() if found else ""
+        return usual_label(values)
 
     def text(self) -> str:
         """The .txt, if it is short enough to be a label."""

@@ -24,7 +24,7 @@ from bowstore.data.sources.base import (
     split_of,
 )
 from bowstore.data.sources.folder import split_folders
-from bowstore.data.sources.labels import Draft, finish_splits
+from bowstore.data.sources.labels import Draft, finish_splits, text_is_label, whole_number
 from bowstore.data.sources.tars import TarContent, TarImage, read_tar
 from bowstore.data.tar import split_key
 from bowstore.errors import DataError, MissingError
@@ -108,7 +108,13 @@ def _list_splits(source: Path, options: Options) -> list[Split]:
         if not images:
             raise DataError(f"no images in the {len(tars[split])} tars of split {split} in {source}; name other tars")
         _refuse_class_folders(source, images)
-    drafts = {split: _drafts(source, images, options) for split, images in found.items()}
+    everywhere = [image for images in found.values() for _, _, image in images]
+    as_text = text_is_label(
+        samples=len(everywhere),
+        numbers=sum(whole_number(image.text) is not None for image in everywhere),
+        labelled=sum(bool(image.label) for image in everywhere),
+    )
+    drafts = {split: _drafts(source, images, options, as_text=as_text) for split, images in found.items()}
     splits = finish_splits(drafts, where=source, unlabelled=options.unlabelled)
     _tell(source, drafts, empty, options)
     return splits
@@ -122,7 +128,7 @@ def _scan(path: Path, options: Options, report: Callable[[int], None]) -> tuple[
         raise DataError(f"cannot read {path}: {error.strerror}; make it readable, or take it away") from error
 
 
-def _drafts(source: Path, found: Sequence[_Found], options: Options) -> list[Draft]:
+def _drafts(source: Path, found: Sequence[_Found], options: Options, *, as_text: bool) -> list[Draft]:
     """Drafts with names that differ: a sample's key alone, with the component, or with the tar before it."""
     has_labels = any(image.label for _, _, image in found)
     if options.label_field and not options.unlabelled and not has_labels:
@@ -132,7 +138,6 @@ def _drafts(source: Path, found: Sequence[_Found], options: Options) -> list[Dra
         )
     names = ["/".join(filter(None, (image.sample, image.component))) for _, _, image in found]
     often = Counter(names)
-    as_text = not has_labels and all(image.text.isdecimal() for _, _, image in found)
     drafts = []
     for name, (tar, stamp, image) in zip(names, found, strict=True):
         container = tar.name if source.is_file() else tar.relative_to(source).as_posix()
