@@ -71,7 +71,7 @@ _SVM_CHOSEN = {
 def _svm_protocol(name: str, costs: str, **stated: str) -> Protocol:
     return Protocol(
         id=f"voc07-svm/{name}",
-        version=1,
+        version=2,  # 1: conv1 of a residual network was the map behind its max-pool
         description=f"VOC07 classification, one linear SVM a class, {costs}",
         headline="map_best",
         stated=_SVM_STATED | stated,

@@ -27,9 +27,9 @@ _LEVELS = range(1, 6)
 class LibraryBackbone(Backbone):
     """A library's network without its classifier.
 
-    Its stages are conv1 to conv5, the last maps of stride 2 to 32, where it has such a pyramid (conv1 of a residual
-    network is its stem with the pooling); the blocks of a transformer, whose last is taken after the final norm;
-    or else its modules two levels deep.
+    Its stages are conv1 to conv5, the last maps of stride 2 to 32, where it has such a pyramid, with pool1 between
+    conv1 and conv2 where its stem ends with a pooling; the blocks of a transformer, whose last is taken after the
+    final norm; or else its modules two levels deep.
     """
 
     def __init__(self, arch: str, network: nn.Module, image_size: int) -> None:
@@ -70,7 +70,7 @@ class LibraryBackbone(Backbone):
         return super().feature_maps(images_BCHW, layers)
 
     def aliases(self, probed: Sequence[Probed], size: int) -> dict[str, tuple[str, str]]:
-        """conv1 to conv5, or blocks.0, blocks.1..., with what they stand for."""
+        """conv1 to conv5 and pool1, or blocks.0, blocks.1..., with what they stand for."""
         usable = {found.name: found for found in probed if found.channels and found.calls == 1 and not found.passes_on}
         outputs = [name for name, found in usable.items() if found.is_output]
         output = min(outputs, key=lambda name: name.count("."), default="")
@@ -195,19 +195,42 @@ def _without(network: nn.Module, heads: Sequence[str]) -> nn.Module:
 
 
 def _pyramid(usable: dict[str, Probed], candidates: Sequence[str], size: int) -> dict[str, tuple[str, str]]:
-    """conv1 to conv5: the last map of stride 2 to 32; nothing where those of 8, 16 and 32 are not all there."""
+    """conv1 to conv5: the last map of stride 2 to 32; nothing where those of 8, 16 and 32 are not all there.
+
+    Where the stem ends with a pooling, as in residual networks, conv1 is the map before it and pool1 the one after.
+    """
     sides = {-(-size // 2**level): level for level in _LEVELS}
     last = {sides[side]: name for name in candidates if (side := usable[name].grid[0]) in sides}
     if not {3, 4, 5} <= set(last):
         return {}
-    if last.get(1) in ("act1", "relu", "conv1") and "maxpool" in usable and "layer1" in usable:
-        last[1] = "maxpool"
     aliases = {f"conv{level}": path for level, path in sorted(last.items())}
+    pool = _stem_pool(usable, last)
+    if pool:
+        aliases["pool1"] = pool
     return {
         name: (path, f"= {path}")
         for name, path in aliases.items()
-        if name == path or name not in usable or path == "maxpool"  # no name that another module has
+        # No name that another module has; but a stem's conv1 is its last map, not its bare convolution.
+        if name == path or name not in usable or (pool and name == "conv1")
     }
+
+
+def _stem_pool(usable: dict[str, Probed], last: dict[int, str]) -> str | None:
+    """The pooling that ends the stem, between the last map of stride 2 and the first stage of stride 4; None without.
+
+    It is known by its name, because it may be a chain of modules (a blurred pooling, a strided convolution in its
+    place).
+    """
+    if not {1, 2} <= set(last):
+        return None
+    side = usable[last[2]].grid[0]
+    names = list(usable)  # in the order in which modules finish
+    after = [name for name in names[names.index(last[1]) + 1 :] if usable[name].grid[0] == side]
+    for name in after:
+        if "pool" in name.rpartition(".")[2] and not f"{name}.".startswith(f"{last[2]}."):
+            inside = f"{name}."
+            return name if all(earlier.startswith(inside) for earlier in after[: after.index(name)]) else None
+    return None
 
 
 def _blocks(usable: dict[str, Probed], final: str) -> dict[str, tuple[str, str]]:
@@ -226,7 +249,7 @@ def _blocks(usable: dict[str, Probed], final: str) -> dict[str, tuple[str, str]]
 
 
 def _stages(table: dict[str, LayerInfo]) -> list[str]:
-    named = [name for name in table if re.fullmatch(r"conv[1-5]", name) and table[name].note]
+    named = [name for name in table if re.fullmatch(r"conv[1-5]|pool1", name) and table[name].note]
     if len(named) < len(_LEVELS) - 2:
         named = [name for name in table if re.fullmatch(r"blocks\.\d+", name)]
     return named or [name for name, info in table.items() if name.count(".") < 2 and not info.passes_on]

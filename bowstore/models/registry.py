@@ -26,6 +26,7 @@ RESNETS = (
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
 RESNET_STAGES = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
+_STEM_NOTES = {"conv1": "before the max-pool", "pool1": "= maxpool"}
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 _SHOWN_LAYERS = 8
 
@@ -225,12 +226,15 @@ class StagedBackbone(Backbone):
 
     def aliases(self, probed: Sequence[Probed], size: int) -> dict[str, tuple[str, str]]:
         """Torchvision's names of a residual network's stages, as notes."""
-        return {ours: (ours, f"= {theirs}") for ours, theirs in RESNET_STAGES.items() if self.arch in RESNETS}
+        if self.arch not in RESNETS:
+            return {}
+        notes = _STEM_NOTES | {ours: f"= {theirs}" for ours, theirs in RESNET_STAGES.items()}
+        return {name: (name, note) for name, note in notes.items()}
 
     def synonym(self, layer: str) -> str:
-        """Torchvision's `layer3.2` is `conv4.2` here."""
+        """Torchvision's `layer3.2` is `conv4.2` here, and its `maxpool` is `pool1`."""
         first, dot, rest = layer.partition(".")
-        stage = {theirs: ours for ours, theirs in RESNET_STAGES.items()}.get(first, first)
+        stage = ({theirs: ours for ours, theirs in RESNET_STAGES.items()} | {"maxpool": "pool1"}).get(first, first)
         return f"{stage}{dot}{rest}" if stage in self.layers else layer
 
     def spellings(self) -> dict[str, dict[str, str]]:
@@ -308,15 +312,16 @@ def is_arch(name: str) -> bool:
 
 
 def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, int]]:
-    """Torchvision's network under the paper's names: conv1 (the stem with its pooling) to conv5 (layer4)."""
+    """Torchvision's network under the paper's names: conv1 (the stem), pool1 (its pooling), conv2 to conv5 (layer4)."""
     import torchvision
 
     net: Any = getattr(torchvision.models, arch)(weights=None)
     stages: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool)),
+        conv1=nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu)),
+        pool1=net.maxpool,
         **{ours: getattr(net, theirs) for ours, theirs in RESNET_STAGES.items()},
     )
-    channels = {"conv1": net.conv1.out_channels}
+    channels = dict.fromkeys(("conv1", "pool1"), net.conv1.out_channels)
     for name in RESNET_STAGES:
         last: Any = list(stages[name].children())[-1]
         channels[name] = (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels

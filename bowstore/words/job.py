@@ -126,6 +126,7 @@ class Job:
             "precision": config.precision,
             "clean view": view_values(self.teacher),
             "border": config.border,
+            "map": _map(plan.channels, plan.grid),
             "K": plan.words,
             **vocabulary,
         }
@@ -144,6 +145,7 @@ class Job:
             "precision": made["teacher"]["precision"],
             "clean view": made["view"],
             "border": layer.border,
+            "map": _map(layer.channels, layer.grid),
             "K": layer.words,
             "vocabulary": made["vocabulary_digest"],
             "vocabulary taken from": made["vocabulary"].get("taken_from"),
@@ -155,10 +157,18 @@ class Job:
             remedy = f"{flag} needs the teacher and the settings that the store was made with"
         for name, want in self.settings(plan).items():
             if have[name] != want:
+                if name == "map" and layer.name == "conv1":
+                    remedy = (
+                        "in older stores conv1 of a residual network is the map behind its pooling: it is pool1 now"
+                    )
                 raise MismatchError(
                     f"layer {layer.name!r} of word store {layer.path} was made with {name} {have[name]}, now it is "
                     f"{want}; {remedy}"
                 )
+
+
+def _map(channels: int, grid: tuple[int, int]) -> str:
+    return f"{channels} x {grid[0]} x {grid[1]}"
 
 
 _VOCABULARY_SETTINGS = ("seed", "sample_per_word", "iterations", "pca", "whiten")

@@ -134,7 +134,8 @@ def test_resnet50_taps_of_the_protocol() -> None:
         net = build_backbone(ModelConfig(arch="resnet50"))
     taps = layer_taps(net, net.layers, size=224)
     assert taps == {
-        "conv1": Tap("conv1", WindowPool(5, 5, 2)),  # its stem ends with the max-pool
+        "conv1": Tap("conv1", WindowPool(10, 10, 4)),
+        "pool1": Tap("pool1", WindowPool(5, 5, 2)),
         "conv2": Tap("conv2", WindowPool(16, 8)),
         "conv3": Tap("conv3", WindowPool(13, 5)),
         "conv4": Tap("conv4", WindowPool(8, 3)),

@@ -129,7 +129,7 @@ def test_columns_align() -> None:
 def test_other_protocols_never_share_a_column() -> None:
     fair, vissl = a_result("voc07-svm/fair", map_best=0.8), a_result("voc07-svm/vissl", map_best=0.7)
     table = columns(comparison_table({"one": [fair], "two": [vissl]}))
-    assert table[0] == ["protocol", "voc07-svm/fair", "v1", "voc07-svm/vissl", "v1"]
+    assert table[0] == ["protocol", "voc07-svm/fair", "v2", "voc07-svm/vissl", "v2"]
     assert table[2] == ["one", "80.00", "-"]
     assert table[3] == ["two", "-", "70.00"]
 

@@ -42,7 +42,7 @@ def test_resnet50_has_the_papers_maps() -> None:
         maps = backbone.feature_maps(torch.randn(1, 3, 224, 224), ("conv4", "conv5"))
     assert maps["conv4"].shape == (1, 1024, 14, 14)
     assert maps["conv5"].shape == (1, 2048, 7, 7)
-    assert backbone.channels == {"conv1": 64, "conv2": 256, "conv3": 512, "conv4": 1024, "conv5": 2048}
+    assert backbone.channels == {"conv1": 64, "pool1": 64, "conv2": 256, "conv3": 512, "conv4": 1024, "conv5": 2048}
 
 
 def test_the_pooled_feature_is_the_mean_of_the_last_map() -> None:

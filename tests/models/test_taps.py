@@ -45,11 +45,11 @@ class Fails(nn.Module):
     [
         (
             "torchvision:resnet18", 64,
-            {"conv1": (64, 16), "conv2": (64, 16), "conv3": (128, 8), "conv4": (256, 4), "conv5": (512, 2)},
+            {"conv1": (64, 32), "pool1": (64, 16), "conv2": (64, 16), "conv3": (128, 8), "conv5": (512, 2)},
         ),
         (
             "timm:resnet18", 64,
-            {"conv1": (64, 16), "conv2": (64, 16), "conv3": (128, 8), "conv4": (256, 4), "conv5": (512, 2)},
+            {"conv1": (64, 32), "pool1": (64, 16), "conv2": (64, 16), "conv3": (128, 8), "conv5": (512, 2)},
         ),
         ("wrn-10-1", 32, {"conv1": (16, 32), "block1": (16, 32), "block2": (32, 16), "block3": (64, 8)}),
         ("torchvision:mnasnet0_5", 64, {"conv1": (8, 32), "conv2": (16, 16), "conv3": (24, 8), "conv4": (48, 4)}),
@@ -89,17 +89,57 @@ def test_aliases_and_the_librarys_own_names() -> None:
         "layer3.1": "conv4.1",
         "conv4": "conv4",
         "conv1.bn1": "conv1.bn1",
+        "maxpool": "pool1",
     }.items():
         assert staged.resolve(name) == expected
-    for name, expected in {"layer3": "conv4", "layer3.1": "layer3.1", "conv4": "conv4", "maxpool": "conv1"}.items():
+    for name, expected in {"layer3": "conv4", "layer3.1": "layer3.1", "conv4": "conv4", "maxpool": "pool1"}.items():
         assert library.resolve(name) == expected
     library.network.load_state_dict(torchvision_state(staged))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        ours = staged.feature_maps(images, ("layer3", "conv4.0", "conv1"))
-        theirs = library.feature_maps(images, ("conv4", "layer3.0", "conv1"))
+        ours = staged.feature_maps(images, ("layer3", "conv4.0", "conv1", "pool1"))
+        theirs = library.feature_maps(images, ("conv4", "layer3.0", "conv1", "pool1"))
+        stem: Any = library.network
+        conv1 = stem.act1(stem.bn1(stem.conv1(images)))
+        assert torch.equal(ours["conv1"], conv1)
+        assert torch.equal(ours["pool1"], stem.maxpool(conv1))
     for mine, other in zip(ours.values(), theirs.values(), strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("arch", "conv1", "pool1"),
+    [
+        ("resnet50", "conv1", "pool1"),
+        ("torchvision:wide_resnet50_2", "conv1", "pool1"),
+        ("torchvision:densenet121", "features.relu0", "features.pool0"),
+        ("timm:resnet26d", "act1", "maxpool"),
+        ("timm:seresnext26t_32x4d", "act1", "maxpool"),
+        ("timm:resnetblur18", "act1", "maxpool"),
+        ("timm:resnetrs50", "act1", "maxpool"),  # its pooling is a strided convolution
+        ("timm:skresnet18", "act1", "maxpool"),
+        ("timm:resnest14d", "act1", "maxpool"),
+        ("timm:resnetv2_18", "stem.conv", "stem.pool"),
+        ("timm:legacy_seresnet18", "layer0", "pool0"),
+        ("timm:cspresnet50", "stem.conv1", "stem.pool"),
+        ("timm:lcnet_050", "blocks.0", None),
+        ("timm:nfnet_l0", "stem.conv3", None),  # a pooling, but inside its first stage
+        ("torchvision:shufflenet_v2_x0_5", "conv1", None),  # its pooling is the last map of stride 4: conv2
+    ],
+)
+def test_conv1_is_the_map_before_the_stems_pooling_and_pool1_the_one_after(
+    arch: str, conv1: str, pool1: str | None
+) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(ModelConfig(arch=arch))
+    table = backbone.layer_table(backbone.image_size)
+    assert table["conv1"].module == conv1
+    assert ("pool1" in backbone.layers) == (pool1 is not None)
+    if pool1:
+        assert table["pool1"].module == pool1
+        assert backbone.layers[:3] == ("conv1", "pool1", "conv2")
+        assert table["conv1"].grid[0] == 2 * table["pool1"].grid[0] == 2 * table["conv2"].grid[0]
+        assert backbone.resolve(pool1) == "pool1"
 
 
 def torchvision_state(staged: Backbone) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.errors import BowstoreError, CorruptError, DataError, MismatchError, MissingError, UsageError
+from bowstore.models import registry
 from bowstore.words import layer as layer_module
 from bowstore.words.encode_report import EncodeReport
 from bowstore.words.store import Store, join_rows, open_store
@@ -422,3 +423,27 @@ def test_an_interrupted_store_is_no_store_to_train_on(
             run()
     with pytest.raises(MismatchError, match=r"is not complete: 0 of 5 chunks are written; run `bowstore encode` again"):
         open_store(tmp_path / "words.zarr")
+
+
+def test_conv1_of_an_older_store_is_not_taken_for_the_map_before_the_pooling(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was called conv1 is pool1 now: the same weights, the same name, another map."""
+    values: dict[str, Any] = {"teacher": "resnet18", "size": 16, "resize": 16, "layers": ("conv1",), "k": (4,)}
+    plain = registry._resnet_stages
+
+    def older(arch: str) -> Any:
+        stages, channels = plain(arch)
+        stages["conv1"].add_module("maxpool", stages.pop("pool1"))
+        del channels["pool1"]
+        return stages, channels
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_resnet_stages", older)
+        store = run(**values).store
+    told = r"was made with map 64 x 4 x 4, now it is 64 x 8 x 8; in older stores conv1 .*: it is pool1 now"
+    with pytest.raises(MismatchError, match=told):
+        run(**values)
+    with pytest.raises(MismatchError, match=told):
+        run(**{**values, "k": ()}, vocabulary=store, store=tmp_path / "new.zarr")
+    assert open_store(run(**{**values, "layers": ("pool1",)}).store).layer("pool1").grid == (4, 4)
