@@ -1,31 +1,73 @@
-"""Typed configurations: YAML files, `--set a.b=c` overrides, and the workspace file.
+"""Typed configurations: what a run, an encoding and a workspace are told, and which file says so.
 
 A configuration is a value: it is resolved once, validated, written into the run directory, and passed on.
-Unknown keys are errors that name the nearest known key.
+Unknown keys are errors that name the nearest known key; values of another type are errors, too.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bowstore.errors import MissingError, UsageError
+from bowstore.overrides import apply_overrides
+from bowstore.progress import say
+from bowstore.yaml_file import read_yaml, shown
 
 WORKSPACE_FILE = "bowstore.yaml"
+CONFIGS = Path("configs")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-Triple = tuple[float, float, float]
+MAX_COUNT = 2**31 - 1  # what the C libraries below take
+MAX_SEED = 2**32 - 1
+
+
+def text_problem(text: str) -> str | None:
+    """What keeps a text of the command line or a configuration from being used and recorded, or None."""
+    if not text:
+        return "is empty (a shell variable that is not set?)"
+    if "\0" in text:
+        return "holds a NUL character"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "is not UTF-8 text; rename what it names, or make a link to it"
+    return None
+
+
+def path_problem(path: str) -> str | None:
+    """What keeps a path from being used and recorded, or None."""
+    if path == "~" or path.startswith("~/"):
+        return "begins with ~, which only a shell expands; write the folder's whole name"
+    return text_problem(path)
+
+
+def _usable(value: Any) -> Any:
+    if isinstance(value, str | Path) and (problem := path_problem(str(value))):
+        raise ValueError(f"the path {problem}")
+    return value
+
+
+# Values are strict: a number is no text, a boolean no number. Only what YAML has no form for is taken from another:
+# paths from text, tuples from lists, and of course 1.0 from 1.
+T = TypeVar("T")
+Listed = Annotated[tuple[T, ...], Field(strict=False)]
+Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+Place = Annotated[Path, Field(strict=False), BeforeValidator(_usable)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+ShortSide = Annotated[int, Field(ge=8, le=8192)]
 Positive = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
-    """Base of all configurations: frozen, no unknown keys."""
+    """Base of all configurations: frozen, no unknown keys, no value taken for one of another type, finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ViewConfig(Strict):
@@ -37,11 +79,11 @@ class ViewConfig(Strict):
     """
 
     size: int = Field(224, ge=8, le=2048, description="side of the square network input, pixels")
-    resize: int | None = Field(256, ge=8, description="short side before the clean centre crop, pixels")
+    resize: ShortSide | None = Field(256, description="short side before the clean centre crop, pixels")
     mean: Triple = IMAGENET_MEAN
-    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
-    area: tuple[float, float] = Field((0.08, 1.0), description="crop area, share of the image")
-    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="crop width / height")
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] = IMAGENET_STD
+    area: Pair = Field((0.08, 1.0), description="crop area, share of the image")
+    ratio: Pair = Field((3 / 4, 4 / 3), description="crop width / height")
     flip: bool = True
     brightness: Unit = 0.4
     contrast: Unit = 0.4
@@ -63,17 +105,22 @@ class ViewConfig(Strict):
         return self
 
 
+_Stride = Annotated[int, Field(ge=1, le=8)]
+
+
 class ModelConfig(Strict):
     """A backbone by name; `bowstore.models.registry` lists the names."""
 
     arch: str = "resnet50"
-    strides: tuple[int, int, int] = Field((1, 2, 2), description="strides of a wide ResNet's three groups")
+    strides: Annotated[tuple[_Stride, _Stride, _Stride], Field(strict=False)] = Field(
+        (1, 2, 2), description="strides of a wide ResNet's three groups"
+    )
 
 
 class WordsConfig(Strict):
     """Targets of the words task (paper, Eq. 3 and 4) and the cosine head's scale (Eq. 5)."""
 
-    store: Path | None = Field(None, description="word store; null: the workspace's")
+    store: Place | None = Field(None, description="word store; null: the workspace's")
     layer: str | None = Field(None, description="layer of the store; null: its only one")
     form: Literal["count", "binary"] = "count"
     gamma: float = Field(1.0, gt=0, description="initial scale of the cosine logits")
@@ -88,11 +135,11 @@ class RotationConfig(Strict):
 class OptimConfig(Strict):
     """SGD with step decay. Epochs are of `steps_per_epoch` steps, or one pass over the images when null."""
 
-    batch: int = Field(256, ge=4, description="images a step, over all ranks")
-    epochs: int = Field(140, ge=1)
-    steps_per_epoch: int | None = Field(None, ge=1)
+    batch: int = Field(256, ge=4, le=MAX_COUNT, description="images a step, over all ranks")
+    epochs: Count = 140
+    steps_per_epoch: Count | None = None
     lr: float = Field(0.03, gt=0)
-    milestones: tuple[int, ...] = Field((), description="epochs after which lr is multiplied by factor")
+    milestones: Listed[Count] = Field((), description="epochs after which lr is multiplied by factor")
     factor: float = Field(0.1, gt=0, le=1)
     warmup_epochs: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -114,32 +161,34 @@ class StorageConfig(Strict):
         "auto",
         description="mmap: memory maps; pread: one read an image, for network file systems; auto: by the file system",
     )
-    read_threads: int = Field(16, ge=1, description="images read at once with pread")
-    cache: Path | None = Field(None, description="folder of local copies; null: $BOWSTORE_CACHE, or ~/.cache/bowstore")
-    cache_gb: float = Field(200.0, gt=0, description="bound on the cache, 10^9 bytes")
-    retries: int = Field(5, ge=0, description="further tries of a transfer that fails")
-    timeout_s: float = Field(30.0, gt=0, description="seconds without a byte before a transfer counts as failed")
+    read_threads: Threads = Field(16, description="images read at once with pread")
+    cache: Place | None = Field(None, description="folder of local copies; null: $BOWSTORE_CACHE, or ~/.cache/bowstore")
+    cache_gb: float = Field(200.0, gt=0, le=1e9, description="bound on the cache, 10^9 bytes")
+    retries: int = Field(5, ge=0, le=1000, description="further tries of a transfer that fails")
+    timeout_s: float = Field(
+        30.0, gt=0, le=86400, description="seconds without a byte before a transfer counts as failed"
+    )
 
 
 class EncodeConfig(Strict):
     """How words are made: the teacher, its layers, the vocabulary (paper, Eq. 1 and 2)."""
 
     teacher: Path | str = Field(description="run, checkpoint or exported backbone; or timm:NAME, torchvision:NAME...")
-    weights: Path | None = Field(None, description="weights file of an architecture; null: random, from seed")
+    weights: Place | None = Field(None, description="weights file of an architecture; null: random, from seed")
     size: int | None = Field(None, ge=8, le=2048, description="side of the clean view, pixels; null: the teacher's")
-    resize: int | None = Field(None, ge=8, description="short side before the crop, pixels; null: the teacher's")
+    resize: ShortSide | None = Field(None, description="short side before the crop, pixels; null: the teacher's")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the teacher; words are always exact")
-    layers: tuple[str, ...] = Field((), description="layers that are encoded in one pass")
-    k: tuple[int, ...] = Field((), description="words of each layer; one number for all of them")
-    border: int = Field(0, ge=0, description="cells left out at each side of the map")
-    pca: int | None = Field(None, ge=1, description="principal components before k-means; null: none")
+    layers: Listed[str] = Field((), description="layers that are encoded in one pass")
+    k: Listed[Count] = Field((), description="words of each layer; one number for all of them")
+    border: int = Field(0, ge=0, le=MAX_COUNT, description="cells left out at each side of the map")
+    pca: Count | None = Field(None, description="principal components before k-means; null: none")
     whiten: bool = Field(False, description="components of unit variance; goes with pca")
-    vocabulary: Path | None = Field(None, description="word store whose vocabulary is used; null: one is made")
-    seed: int = Field(0, ge=0, description="of the sample and of k-means")
-    sample_per_word: int = Field(256, ge=1, description="feature vectors sampled for each word")
-    iterations: int = Field(25, ge=1, description="of k-means")
-    batch: int | None = Field(None, ge=1, description="images a batch; null: 16, 256 on a GPU")
-    threads: int | None = Field(None, ge=1, description="decoding threads; null: cores a process")
+    vocabulary: Place | None = Field(None, description="word store whose vocabulary is used; null: one is made")
+    seed: Seed = Field(0, description="of the sample and of k-means")
+    sample_per_word: Count = Field(256, description="feature vectors sampled for each word")
+    iterations: Count = Field(25, description="of k-means")
+    batch: Count | None = Field(None, description="images a batch; null: 16, 256 on a GPU")
+    threads: Threads | None = Field(None, description="decoding threads; null: cores a process")
 
 
 class RuntimeConfig(Strict):
@@ -148,15 +197,15 @@ class RuntimeConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     amp: bool = Field(True, description="bfloat16 autocast on a GPU")
     compile: bool = Field(True, description="torch.compile on a GPU")
-    threads: int | None = Field(None, ge=1, description="decoding threads; null: cores a rank")
+    threads: Threads | None = Field(None, description="decoding threads; null: cores a rank")
     hw_decoder_load: Unit = Field(0.65, description="share of the JPEGs that a GPU's hardware decoder takes")
     targets: Literal["auto", "resident", "host", "streamed"] = Field(
         "auto", description="where the words lie: on the device, in host memory, on disk; auto: by their size"
     )
     storage: StorageConfig | None = Field(None, description="null: the workspace's")
-    log_every_steps: int = Field(50, ge=1)
-    checkpoint_every_steps: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    log_every_steps: Count = 50
+    checkpoint_every_steps: Count = 1000
+    keep_checkpoints: Count = 2
 
 
 class TrainConfig(Strict):
@@ -164,9 +213,9 @@ class TrainConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder below runs/")
     task: Literal["rotation", "words"]
-    seed: int = Field(0, ge=0, lt=2**32)
-    shards: Path | None = Field(None, description="shards with their index; null: the workspace's")
-    images: int | None = Field(None, ge=1, description="use at most so many, the first rows")
+    seed: Seed = 0
+    shards: Place | None = Field(None, description="shards with their index; null: the workspace's")
+    images: Count | None = Field(None, description="use at most so many, the first rows")
     view: ViewConfig = ViewConfig()
     model: ModelConfig = ModelConfig()
     rotation: RotationConfig = RotationConfig()
@@ -185,38 +234,17 @@ class TrainConfig(Strict):
 class Workspace(Strict):
     """Paths and defaults of a workspace (`bowstore.yaml` in the current directory)."""
 
-    shards: Path = Path("data/shards/train")
-    val_shards: Path | None = Field(None, description="null: data/shards/val, or data/shards/test")
-    store: Path = Path("data/words.zarr")
-    runs: Path = Path("runs")
+    shards: Place = Path("data/shards/train")
+    val_shards: Place | None = Field(None, description="null: data/shards/val, or data/shards/test")
+    store: Place = Path("data/words.zarr")
+    runs: Place = Path("runs")
     teacher: str | None = Field(None, description="run or checkpoint; null: the newest finished rotation run")
-    config: Path | None = Field(None, description="configuration of `bowstore train`; null: the teacher's student")
-    voc: Path = Field(Path("data/VOCdevkit/VOC2007"), description="VOC devkit folder of `bowstore eval voc07`")
+    config: Place | None = Field(None, description="configuration of `bowstore train`; null: the teacher's student")
+    voc: Place = Field(Path("data/VOCdevkit/VOC2007"), description="VOC devkit folder of `bowstore eval voc07`")
     storage: StorageConfig = StorageConfig()
 
 
 Model = TypeVar("Model", bound=Strict)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping (safe loader).
-
-    Raises:
-        MissingError: no such file; the message lists the configurations that come with bowstore.
-        UsageError: not YAML, or not a mapping.
-    """
-    try:
-        value: Any = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        known = ", ".join(sorted(p.name for p in bundled_configs().glob("*.yaml")))
-        raise MissingError(f"no configuration file {path}; those that come with bowstore: {known}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UsageError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} holds a {type(value).__name__}, not a mapping of keys to values")
-    return dict(value)
 
 
 def bundled_configs() -> Path:
@@ -227,51 +255,64 @@ def bundled_configs() -> Path:
 
 
 def find_config(path: Path) -> Path:
-    """The file itself, or the bundled configuration of that name."""
-    return (
-        path
-        if path.exists()
-        else next(
-            (p for p in (bundled_configs() / path.name, bundled_configs() / f"{path.name}.yaml") if p.is_file()), path
-        )
-    )
+    """The file that a configuration's path means.
+
+    For a bare name or `configs/NAME` where no such file is, that is the workspace's or bowstore's own configuration of
+    that name; else, or if there is none either, the path itself.
+    """
+    bare = path.parent == Path()
+    if (os.path.lexists(path) and not path.is_dir()) or not (bare or path.parent == CONFIGS):
+        return path
+    names = (path.name, f"{path.name}.yaml")
+    folders = ([Path()] if bare else []) + [CONFIGS, bundled_configs()]
+    return next((place for folder in folders for name in names if (place := folder / name).is_file()), path)
 
 
-def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Load and validate a training configuration; `overrides` are `a.b=value` with YAML values."""
-    values = load_yaml(find_config(path))
+def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Load and validate a training configuration; where its file is not `path` itself, a line says which it is.
+
+    Args:
+        path: a file, or the name of one (`find_config`).
+        overrides: `a.b=value`, with values as in a file.
+        flags: values by key, as `a.b`; taken as they are.
+
+    Raises:
+        MissingError: no such file; the message lists the configurations that come with bowstore.
+        UsageError: a file, key or value that cannot be used.
+    """
+    found = find_config(path)
+    if found != path:
+        origin = ", which comes with bowstore" if found.parent == bundled_configs() else ""
+        say(f"configuration {path}: {found}{origin}")
+    try:
+        values = read_yaml(found)
+    except MissingError as error:
+        known = ", ".join(sorted(p.name for p in bundled_configs().glob("*.yaml")))
+        raise MissingError(
+            f"no configuration file {path}; those that come with bowstore go by their bare names: {known}"
+        ) from error
     values.setdefault("name", path.stem)
-    return validate(TrainConfig, apply_overrides(values, overrides), str(path))
+    return validate(TrainConfig, apply_overrides(values, overrides, flags), str(path))
 
 
 def load_workspace(folder: Path | None = None) -> Workspace:
     """The workspace of `folder` (default: the current directory), or the defaults where there is no file."""
     path = (folder or Path()) / WORKSPACE_FILE
-    return validate(Workspace, load_yaml(path), str(path)) if path.exists() else Workspace()
+    # A link to nothing is no reason to go on with the defaults.
+    return validate(Workspace, read_yaml(path), str(path)) if os.path.lexists(path) else Workspace()
 
 
-def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return `values` with every `a.b=value` set; values are read as YAML."""
-    result: dict[str, Any] = _copy(values)
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise UsageError(f"--set {override!r} is not of the form key=value, for example optim.lr=0.1")
-        *folders, leaf = name.strip().split(".")
-        place = result
-        for folder in folders:
-            place = place.setdefault(folder, {})
-            if not isinstance(place, dict):
-                raise UsageError(f"--set {override!r}: {folder!r} is a value, not a group of keys")
-        try:
-            place[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {override!r}: {text!r} is not a YAML value") from error
-    return result
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+# What to write instead, by the kind of pydantic's error.
+_REMEDIES = {
+    "bool_type": "write true or false",
+    "int_type": "write a whole number in decimal digits, without a leading zero",
+    "float_type": "write a number such as 0.1 or 1e-3, without a leading zero",
+    "finite_number": "write a number such as 0.1 or 1e-3",
+    "string_type": "put text that looks like a number, true, false or null in quotes",
+    "path_type": "put a path that looks like a number, true, false or null in quotes",
+    "tuple_type": "write a list, as in [1, 2]",
+    "model_type": "write a group of keys and values",
+}
 
 
 def validate(model: type[Model], values: dict[str, Any], origin: str) -> Model:
@@ -285,14 +326,16 @@ def validate(model: type[Model], values: dict[str, Any], origin: str) -> Model:
             known = _known_keys(model, first["loc"][:-1])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise UsageError(f"{origin}: unknown configuration key {where!r}; {hint}") from error
-        given = f" (got {first['input']!r})" if not isinstance(first["input"], dict) else ""
-        raise UsageError(f"{origin}: {where or 'configuration'}: {first['msg']}{given}") from error
+            raise UsageError(f"{origin}: unknown configuration key {shown(where)}; {hint}") from error
+        problem = first["msg"].removeprefix("Value error, ")
+        given = f" (got {shown(first['input'])})" if not isinstance(first["input"], dict) else ""
+        remedy = f"; {_REMEDIES[first['type']]}" if first["type"] in _REMEDIES else ""
+        raise UsageError(f"{origin}: {where or 'configuration'}: {problem}{given}{remedy}") from error
 
 
 def _known_keys(model: type[Strict], folders: Sequence[int | str]) -> list[str]:
     for folder in folders:
-        annotation = model.model_fields[str(folder)].annotation
+        annotation: Any = model.model_fields[str(folder)].annotation
         options = (annotation, *get_args(annotation))
         model = next(o for o in options if isinstance(o, type) and issubclass(o, Strict))
     return sorted(model.model_fields)

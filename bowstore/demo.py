@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bowstore.config import EncodeConfig, Workspace, find_config
+from bowstore.config import EncodeConfig, Workspace, bundled_configs
 from bowstore.evaluate.protocol import Result, comparison_table
 from bowstore.evaluate.run import evaluate_run_linear
 from bowstore.files import write_json
@@ -84,7 +84,7 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoResult:
         for report in make_shards(out / "images", out / "shards", per_shard=2048):
             say(report.summary())
     with timed(seconds, "RotNet"):
-        teacher = resolve_train(workspace, find_config(Path("demo_rotnet.yaml")), [f"seed={seed}"])
+        teacher = resolve_train(workspace, bundled_configs() / "demo_rotnet.yaml", flags={"seed": seed})
         say(train(teacher, workspace.runs).text())
     with timed(seconds, "words"):
         words = EncodeConfig(teacher=workspace.runs / teacher.name, layers=(LAYER,), k=(WORDS,), seed=seed)
@@ -92,7 +92,7 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoResult:
         encoded = encode(words, shards=workspace.shards, store=workspace.store, device=device)
         say(encoded.text())
     with timed(seconds, "BoWNet"):
-        student = resolve_train(workspace, None, [f"seed={seed}"])
+        student = resolve_train(workspace, bundled_configs() / str(teacher.student), flags={"seed": seed})
         say(train(student, workspace.runs).text())
     rows = {}
     with timed(seconds, "linear"):

@@ -1,9 +1,11 @@
 """Which files a command means when its flags do not say: the rules of a workspace, in one place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bowstore.config import (
+    CONFIGS,
     WORKSPACE_FILE,
     StorageConfig,
     TrainConfig,
@@ -31,10 +33,10 @@ def init_workspace(folder: Path, recipe: str | None) -> list[Path]:
     path = folder / WORKSPACE_FILE
     if path.exists():
         raise UsageError(f"{path} is already there; edit it, or name another folder")
-    (folder / "configs").mkdir(parents=True, exist_ok=True)
+    (folder / CONFIGS).mkdir(parents=True, exist_ok=True)
     written = []
     for name in RECIPES[recipe] if recipe else ():
-        target = folder / "configs" / name
+        target = folder / CONFIGS / name
         if not target.exists():
             with atomic_file(target) as file:
                 file.write((bundled_configs() / name).read_bytes())
@@ -104,17 +106,30 @@ def resolve_teacher(workspace: Workspace, teacher: str | None) -> str | Path:
 
 
 def resolve_train(
-    workspace: Workspace, config: Path | None, overrides: Sequence[str] = (), *, store: Path | None = None
+    workspace: Workspace,
+    config: Path | None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """The configuration that `bowstore train` runs, with every path, the store's layer and the storage filled in.
 
     Without `config`: the workspace's, or else the student that the store's teacher names. URLs stay URLs.
 
+    Args:
+        workspace: says what the others do not.
+        config: file, or the name of one.
+        overrides: `a.b=value`, from --set.
+        flags: values of other flags by key, `words.store` for one; None counts as not given.
+
     Raises:
         MissingError: no configuration is named anywhere.
+        UsageError: a key or value that cannot be used.
     """
-    path = config or workspace.config or _student(store or workspace.store, workspace.storage)
-    resolved = load_train_config(path, overrides)
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    path = config or workspace.config or _student(given.get("words.store", workspace.store), workspace.storage)
+    resolved = load_train_config(path, overrides, given)
+    if resolved.task != "words" and "words.store" in given:
+        raise UsageError(f"--store goes with task words, and {path} is of task {resolved.task}; leave it out")
     storage = resolved.runtime.storage or workspace.storage
     updates: dict[str, object] = {
         "shards": resolved.shards or workspace.shards,
@@ -123,7 +138,7 @@ def resolve_train(
     if resolved.task == "words":
         from bowstore.words.store import open_store
 
-        words_store = store or resolved.words.store or workspace.store
+        words_store = resolved.words.store or workspace.store
         layer = open_store(fetch_store(words_store, storage)).layer(resolved.words.layer).name
         updates["words"] = resolved.words.model_copy(update={"store": words_store, "layer": layer})
     return resolved.model_copy(update=updates)
@@ -145,7 +160,7 @@ def _student(path: Path, storage: StorageConfig) -> Path:
     (student,) = students
     if not student:
         raise MissingError(f"the teacher of {store} names no student configuration; give --config")
-    return Path("configs") / str(student)
+    return CONFIGS / str(student)
 
 
 def val_shards(workspace: Workspace) -> Path:

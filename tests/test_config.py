@@ -1,27 +1,28 @@
+import os
 from pathlib import Path
 
 import pytest
-import yaml
 
 from bowstore.config import (
     TrainConfig,
-    apply_overrides,
+    Workspace,
     bundled_configs,
     dump,
     find_config,
     load_train_config,
     load_workspace,
-    load_yaml,
     validate,
 )
 from bowstore.errors import MissingError, UsageError
 from bowstore.models.registry import build_backbone
+from bowstore.overrides import apply_overrides
+from bowstore.yaml_file import read_value, read_yaml, write_yaml
 
 BUNDLED = sorted(bundled_configs().glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
-def test_every_bundled_configuration_is_valid_and_says_what_it_is(path: Path) -> None:
+def test_every_bundled_configuration_is_valid_and_says_what_it_is(path: Path, tmp_path: Path) -> None:
     config = load_train_config(path)
     assert config.name == path.stem
     if config.student:
@@ -29,7 +30,9 @@ def test_every_bundled_configuration_is_valid_and_says_what_it_is(path: Path) ->
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert "Command:" in header
     assert "Expected:" in header
-    assert validate(TrainConfig, yaml.safe_load(yaml.safe_dump(dump(config))), "again") == config
+    again = tmp_path / "again.yaml"
+    again.write_bytes(write_yaml(dump(config)))
+    assert validate(TrainConfig, read_yaml(again), "again") == config
     if config.model.arch.startswith("wrn-10"):
         build_backbone(config.model)
 
@@ -64,7 +67,43 @@ def test_imagenet_is_the_papers_recipe() -> None:
         ("optim.milestones=[3,2]", r"milestones \(3, 2\) must increase"),
         ("seed", r"--set 'seed' is not of the form key=value"),
         ("optim.lr.x=1", r"--set 'optim\.lr\.x=1': 'lr' is a value, not a group"),
-        ("seed=[", r"--set 'seed=\[': '\[' is not a YAML value"),
+        ("seed=[", r"--set 'seed=\[': '\[' is not a YAML value: .*line 1, column 2"),
+        ("seed=", r"--set 'seed=' has no value \(is a shell variable not set\?\); for null write seed=null"),
+        ("optim={lr: 1}", r"set the keys of a group one by one, as in optim\.KEY=VALUE"),
+        ("seed=4294967296", r"seed: Input should be less than or equal to 4294967295 \(got 4294967296\)"),
+        ("seed=340282366920938463463374607431768211456", r"seed: .*\(got 340282366920938463463374607431768211456\)"),
+        ("seed=-1", r"seed: Input should be greater than or equal to 0 \(got -1\)"),
+        ("optim.epochs=2147483648", r"optim\.epochs: Input should be less than or equal to 2147483647"),
+        ("runtime.threads=1000000", r"runtime\.threads: Input should be less than or equal to 1024"),
+        ("model.strides=[1, 0, 1]", r"model\.strides\.1: Input should be greater than or equal to 1 \(got 0\)"),
+        ("optim.milestones=[-1]", r"optim\.milestones\.0: Input should be greater than or equal to 1 \(got -1\)"),
+        ("optim.epochs=true", r"optim\.epochs: .*integer \(got True\); write a whole number in decimal digits"),
+        ("optim.epochs=5.0", r"optim\.epochs: .*integer \(got 5\.0\)"),
+        ("optim.epochs=010", r"optim\.epochs: .*integer \(got '010'\); .*without a leading zero"),
+        ("optim.epochs=0x10", r"optim\.epochs: .*integer \(got '0x10'\)"),
+        ("optim.epochs=1:30", r"optim\.epochs: .*integer \(got '1:30'\)"),
+        ("optim.epochs=1_000", r"optim\.epochs: .*integer \(got '1_000'\)"),
+        ("optim.epochs='5'", r"optim\.epochs: .*integer \(got '5'\)"),
+        ("view.grey=on", r"view\.grey: Input should be a valid number \(got 'on'\); write a number such as 0\.1"),
+        ("view.grey=true", r"view\.grey: Input should be a valid number \(got True\)"),
+        ("view.mean=[0.5, 0.5, true]", r"view\.mean\.2: Input should be a valid number \(got True\)"),
+        ("optim.lr=.inf", r"optim\.lr: Input should be a valid number \(got '\.inf'\)"),
+        ("optim.lr=.nan", r"optim\.lr: Input should be a valid number \(got '\.nan'\)"),
+        ("optim.lr=1e999", r"optim\.lr: Input should be a finite number \(got inf\)"),
+        ("view.mean=[1e999, 0, 0]", r"view\.mean\.0: Input should be a finite number \(got inf\)"),
+        ("view.flip=yes", r"view\.flip: Input should be a valid boolean \(got 'yes'\); write true or false"),
+        ("view.flip=1", r"view\.flip: Input should be a valid boolean \(got 1\); write true or false"),
+        (
+            "name=2012",
+            r"name: Input should be a valid string \(got 2012\); put text that looks like a number.* in quotes",
+        ),
+        ("name=null", r"name: Input should be a valid string \(got None\)"),
+        ("shards=2012", r"shards: .*path.*\(got 2012\); put a path that looks like a number.* in quotes"),
+        ('shards=""', r"shards: the path is empty \(a shell variable that is not set\?\)"),
+        ("shards=~/images", r"shards: the path begins with ~, which only a shell expands"),
+        ('shards="a\\0b"', r"shards: the path holds a NUL character"),
+        ("optim.milestones=3", r"optim\.milestones: .*tuple \(got 3\); write a list, as in \[1, 2\]"),
+        ("view=3", r"view: .*\(got 3\); write a group of keys and values"),
     ],
 )
 def test_bad_values_are_one_line_with_value_and_remedy(override: str, message: str) -> None:
@@ -73,20 +112,145 @@ def test_bad_values_are_one_line_with_value_and_remedy(override: str, message: s
     assert "\n" not in str(error.value)
 
 
-def test_overrides_are_read_as_yaml() -> None:
-    values = apply_overrides({"a": {"b": 1}}, ["a.b=2.5", "a.c=[1, 2]", "d=null", "e=text"])
-    assert values == {"a": {"b": 2.5, "c": [1, 2]}, "d": None, "e": "text"}
+def test_values_of_the_command_line_have_the_types_of_a_file() -> None:
+    values = apply_overrides({"a": {"b": 1}}, ["a.b=2.5", "a.c=[1, 2]", "d=null", "e=text", 'f="3"'])
+    assert values == {"a": {"b": 2.5, "c": [1, 2]}, "d": None, "e": "text", "f": "3"}
+    assert apply_overrides({"a": None}, ["a.b=1"]) == {"a": {"b": 1}}, "null is a group of no keys yet"
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match=r"no configuration file .*those that come with bowstore: cifar10_bownet"):
-        load_train_config(tmp_path / "nothing.yaml")
-    (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(UsageError, match="holds a list, not a mapping"):
-        load_yaml(tmp_path / "list.yaml")
-    (tmp_path / "evil.yaml").write_text("a: !!python/object/apply:os.system ['touch ran']")
-    with pytest.raises(UsageError, match="is not a YAML file"):
-        load_yaml(tmp_path / "evil.yaml")
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001), ("1E5", 1e5), ("-.5", -0.5), ("1.", 1.0), ("+3", 3), ("0", 0), ("~", None), ("FALSE", False),
+        ("007", "007"), ("0x10", "0x10"), ("0o7", "0o7"), ("1:30", "1:30"), ("2020-01-31", "2020-01-31"), ("on", "on"),
+        ("No", "No"), ("y", "y"), ("1_000", "1_000"), (".inf", ".inf"), (".", "."), ("-", "-"), ("1e", "1e"),
+        ("a #b", "a #b"), ("a: b", "a: b"), ("*a", "*a"), ("&a b", "&a b"), ("!x", "!x"), ("<<", "<<"), ("@x", "@x"),
+        ("%x", "%x"), ("|", "|"), ("- x", "- x"), ("'it''s'", "it's"), ('"\\ud83d\\ude00"', "\U0001f600"),
+        ("[1, on, 1e2]", [1, "on", 100.0]), ("1" * 81, float("1" * 81)),
+    ],
+)  # fmt: skip
+def test_scalars_are_what_they_look_like(text: str, value: object, tmp_path: Path) -> None:
+    got = read_value(text)
+    assert (got, type(got)) == (value, type(value))
+    (tmp_path / "x.yaml").write_bytes(write_yaml({"key": value}))
+    again = read_yaml(tmp_path / "x.yaml")["key"]
+    assert (again, type(again)) == (value, type(value)), "what is written is read again"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", r"key 'a' stands twice, first in line 1; remove one \(line 3, column 1\)"),
+        ("x: {a: 1, 'a': 2}", r"key 'a' stands twice, first in line 1"),
+        ("a: 1\n---\na: 2", r"but found another document \(line 2, column 1\)"),
+        ("a: &a [1, *a]", r"an alias \(\*name\) stands for a value that it is part of \(line 1, column 4\)"),
+        ("a: &a\n  b: {<<: *a}", r"an alias \(\*name\) stands for a value that it is part of"),
+        ("a: " + "[" * 5000, r"values are nested more than 32 deep"),
+        ("a: {<<: 3}", r"<< merges mappings, not 3"),
+        ("a: !!python/object/apply:os.system ['touch ran']", r"tag .*os\.system is not read; leave it out"),
+        ("a: !!bool on", r"tag .*bool is not read; leave it out, or put text in quotes"),
+        ("a: !!binary aGk=", r"tag .*binary is not read"),
+        ("[1, 2]: 3", r"a key is a list or a mapping; keys are names"),
+        ('a: "\\ud83d"', r"'\\ud83d' holds half of a surrogate pair"),
+        ("a:\t- b", r"'\\t' that cannot start any token|sequence entries are not allowed here"),
+        ("- 1", r"holds \[1\], not a mapping of keys to values"),
+        ("1e5", r"holds 100000\.0, not a mapping"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_say_one_thing_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        read_yaml(tmp_path / "x.yaml")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "x.yaml"))
+
+
+def test_aliases_and_merges_are_read_and_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: *a\nd: {<<: [{x: 5}, *a]}\non: 1")
+    assert read_yaml(path) == {
+        "a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2}, "d": {"x": 5, "y": 2}, "on": 1,
+    }  # fmt: skip
+    lines = [f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]" for n in range(1, 12)]
+    path.write_text("\n".join(["k0: &k0 [lol]", *lines]))
+    with pytest.raises(UsageError, match="more than 10000 values"):
+        read_yaml(path)
+
+
+def test_encodings_of_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    for content in (
+        "name: caf\u00e9\r\n".encode(),
+        b"\xef\xbb\xbfname: caf\xc3\xa9",
+        "name: caf\u00e9".encode("utf-16"),
+    ):
+        path.write_bytes(content)
+        assert read_yaml(path) == {"name": "caf\u00e9"}
+    for content, problem in ((b"name: caf\xe9", "0xe9 at position 9 is not UTF-8"), (b"a: \0b", "0x00 .* control")):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=f"is not a YAML file: character {problem}"):
+            read_yaml(path)
+    path.write_bytes(b"# nothing")
+    assert read_yaml(path) == {}
+
+
+def test_what_is_no_file_of_a_configurations_size(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder, not a configuration"):
+        read_yaml(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="is a pipe or a device, not a configuration"):
+        read_yaml(tmp_path / "pipe")
+    (tmp_path / "large.yaml").write_bytes(b"#" * (1 << 18) + b"\n")
+    with pytest.raises(UsageError, match="has 262145 bytes, and a configuration at most 262144"):
+        read_yaml(tmp_path / "large.yaml")
+    (tmp_path / "bowstore.yaml").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MissingError, match=r"no file .*bowstore\.yaml"):
+        load_workspace(tmp_path)
+
+
+def test_a_bundled_configuration_is_taken_by_its_bare_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundled = bundled_configs() / "cifar10_rotnet.yaml"
+    for name in ("cifar10_rotnet.yaml", "cifar10_rotnet", "configs/cifar10_rotnet.yaml", "configs/cifar10_rotnet"):
+        assert load_train_config(Path(name)).name == "cifar10_rotnet"
+        assert capsys.readouterr().err == f"configuration {name}: {bundled}, which comes with bowstore\n"
+    for name in ("/nowhere/cifar10_rotnet.yaml", "nowhere/cifar10_rotnet", "../configs/cifar10_rotnet.yaml"):
+        with pytest.raises(MissingError, match=rf"no configuration file {name}; those that come with bowstore go by"):
+            load_train_config(Path(name))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cifar10_rotnet.yaml").write_text("task: words")
+    assert load_train_config(Path("cifar10_rotnet")).task == "words", "the workspace's own goes first"
+    assert capsys.readouterr().err == "configuration cifar10_rotnet: configs/cifar10_rotnet.yaml\n"
+    assert load_train_config(Path("configs/cifar10_rotnet.yaml")).task == "words"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "cifar10_rotnet").symlink_to("nowhere")
+    with pytest.raises(MissingError, match="no configuration file cifar10_rotnet;"):
+        load_train_config(Path("cifar10_rotnet"))
+
+
+def test_flags_are_values_and_each_key_is_set_once(tmp_path: Path) -> None:
+    path = find_config(Path("cifar10_rotnet.yaml"))
+    odd = tmp_path / "\U0001f600 #x: [null, 'a"
+    config = load_train_config(path, ["seed=1"], {"name": "1e5", "shards": odd, "words.store": odd})
+    assert (config.name, config.shards, config.words.store, config.seed) == ("1e5", odd, odd, 1)
+    (tmp_path / "again.yaml").write_bytes(write_yaml(dump(config)))
+    assert validate(TrainConfig, read_yaml(tmp_path / "again.yaml"), "again") == config
+    for overrides, flags, message in (
+        (["seed=1", "seed=2"], {}, r"--set 'seed=2' and --set 'seed=1' set the same key; give one of them"),
+        (["seed=1"], {"seed": 2}, r"--seed 2 and --set 'seed=1' set the same key"),
+        (["words.store=a"], {"words.store": odd}, r"--store .* and --set 'words\.store=a' set the same key"),
+        (["optim=null", "optim.lr=1"], {}, r"--set 'optim\.lr=1' and --set 'optim=null' set the same key"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_train_config(path, overrides, flags)
+
+
+def test_workspace_of_text_alone(tmp_path: Path) -> None:
     (tmp_path / "bowstore.yaml").write_text("shard: x")
     with pytest.raises(UsageError, match=r"unknown configuration key 'shard'; did you mean 'shards'\?"):
         load_workspace(tmp_path)
+    (tmp_path / "bowstore.yaml").write_text("runs: 2020-01-01\nstore: 010\nshards: 'null'")
+    expected = Workspace(runs=Path("2020-01-01"), store=Path("010"), shards=Path("null"))
+    assert load_workspace(tmp_path) == expected

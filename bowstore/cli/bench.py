@@ -164,9 +164,7 @@ def train(
     from bowstore.workspace import resolve_train
 
     workspace = load_workspace()
-    if shards_dir:
-        overrides += (f"shards={str(shards_dir)!r}",)
-    resolved = resolve_train(workspace, config, overrides, store=store)
+    resolved = resolve_train(workspace, config, overrides, {"shards": shards_dir, "words.store": store})
     result = bench_training(resolved, steps=steps, rounds=rounds)
     if result:
         _keep(workspace, "train", result, as_json)

@@ -1,6 +1,5 @@
 """Commands of the main job: init, train, demo."""
 
-import json
 from pathlib import Path
 
 import click
@@ -48,10 +47,9 @@ def train(
     from bowstore.train.loop import train as run_train
     from bowstore.workspace import resolve_train
 
-    flags = {"name": name, "shards": shards_dir, "seed": seed}
-    overrides += tuple(f"{key}={json.dumps(str(value))}" for key, value in flags.items() if value is not None)
     workspace = load_workspace()
-    report = run_train(resolve_train(workspace, config, overrides, store=store), workspace.runs, resume=resume)
+    flags = {"name": name, "shards": shards_dir, "words.store": store, "seed": seed}
+    report = run_train(resolve_train(workspace, config, overrides, flags), workspace.runs, resume=resume)
     if report.first:
         emit(report.as_dict(), report.text(), as_json)
 

@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, load_yaml, validate
+from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, validate
 from bowstore.errors import CorruptError, MismatchError, MissingError
 from bowstore.files import atomic_file
 from bowstore.models.registry import Backbone, build_backbone
+from bowstore.yaml_file import read_yaml
 
 BACKBONE_FILE = "backbone.safetensors"
 CONFIG_FILE = "config.yaml"
@@ -130,7 +131,7 @@ def read_run_config(run: Path) -> TrainConfig:
     path = run / CONFIG_FILE
     if not path.exists():
         raise MissingError(f"{run} is not a run directory (it has no {CONFIG_FILE})")
-    return validate(TrainConfig, load_yaml(path), str(path))
+    return validate(TrainConfig, read_yaml(path), str(path))
 
 
 def checkpoints(run: Path) -> list[Path]:

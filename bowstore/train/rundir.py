@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from bowstore.config import TrainConfig, dump
 from bowstore.environment import device_name, library_versions
@@ -14,6 +13,7 @@ from bowstore.files import atomic_file, write_json
 from bowstore.models.saved import CONFIG_FILE, checkpoints, is_finished, read_run_config
 from bowstore.progress import say
 from bowstore.train.distributed import World
+from bowstore.yaml_file import write_yaml
 
 _FREE_KEYS = ("runtime", "student")  # these may change between a run's sittings
 
@@ -39,7 +39,7 @@ def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
 def write_config(run: Path, config: TrainConfig) -> None:
     """Record the resolved configuration, once everything it names has been found usable."""
     with atomic_file(run / CONFIG_FILE) as file:
-        file.write(yaml.safe_dump(dump(config), sort_keys=False).encode())
+        file.write(write_yaml(dump(config)))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
