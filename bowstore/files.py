@@ -2,28 +2,48 @@
 
 The one place that knows how bytes get safely under a final name: a temporary name beside it, fsync, rename,
 fsync of the folder. `kill -9` leaves at most a temporary file, which `sweep_temporary` removes.
+
+A temporary name says who made it and proves it: the final name, then machine, process, the process's start, random
+digits, and a digest over all of that. So nothing that a user named is ever taken for a leftover, however much it looks
+like one, and nobody can lay a link where the next temporary file will be.
 """
 
+import errno
 import fcntl
 import glob
 import json
 import os
+import re
+import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import xxhash
 
-from bowstore.errors import BusyError, CorruptError, MissingError
+from bowstore.errors import BowstoreError, BusyError, CorruptError, MissingError
 from bowstore.progress import say
 
 STAGING_DIGITS = 12  # of the fingerprint that names a word store which is to take another one's place
 TEMPORARY_MARK = ".tmp-"
+_TEMPORARY = re.compile(
+    rf"(?P<signed>\.(?P<stem>.+){TEMPORARY_MARK}(?P<machine>[0-9a-f]{{8}})-(?P<pid>[0-9]+)-(?P<started>[0-9]+)-[0-9a-f]{{8}})"
+    r"-(?P<digest>[0-9a-f]{16})",
+    re.DOTALL,
+)
+_STEM_BYTES = 180  # of the final name in a temporary one: names have 255 at most
+# Of another machine nobody can tell whether a process lives; none goes on after a week without a byte.
+_SILENT_SECONDS = 7 * 24 * 3600
 _DIGEST_BLOCK_BYTES = 1 << 22
 _WAIT_SECONDS = 0.2
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_OWNER = re.compile(rb"process [0-9]+ on [^\n]*")
+_WITHOUT_LOCKS: set[int] = set()  # devices of which the user was told
 
 
 def fsync_path(path: Path) -> None:
@@ -31,27 +51,84 @@ def fsync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems know no fsync of folders: they make names durable themselves, or nothing does.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
 
 
+def open_new(path: Path) -> IO[bytes]:
+    """Open a file for writing that is not there yet; what a link points to is never written.
+
+    Raises:
+        FileExistsError: something, a link included, has that name.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def open_end(path: Path) -> IO[bytes]:
+    """Open a file for writing at its end; made where there is none.
+
+    Raises:
+        BowstoreError: it is a link, has a second name, or is no plain file: other files would be written.
+    """
+    return os.fdopen(_open_own(path, os.O_WRONLY | os.O_APPEND), "ab")
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """Open a file of bowstore's at a name that is known beforehand, so that anything may lie there."""
+    try:
+        # Without O_NONBLOCK a named pipe would be waited for.
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        what = "a link" if error.errno == errno.ELOOP else "no plain file"
+        raise BowstoreError(f"{path} is {what}, and bowstore writes there; {_MOVE_AWAY}") from error
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    what = f"a file with {found.st_nlink} names" if stat.S_ISREG(found.st_mode) else "no plain file"
+    raise BowstoreError(f"{path} is {what}, and bowstore writes there; {_MOVE_AWAY}")
+
+
+_MOVE_AWAY = "move it away, or name another folder"
+
+
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file that takes the name `path` when the block ends without an error.
 
-    On an error (a full disk, an interrupt) the temporary file is removed and `path` keeps what it held.
+    On an error (a full disk, an interrupt) the temporary file is removed and `path` keeps what it held. A link at
+    `path` is replaced, not followed.
+
+    Args:
+        path: the final name.
+        durable: whether the file is forced to the disk; False where making it again costs less than that.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        file = open_new(temporary)
+        try:
+            with file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the name that the user knows
         raise
-    fsync_path(path.parent)
+    if durable:
+        fsync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,25 +154,104 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def sweep_temporary(folder: Path) -> int:
-    """Remove temporary files whose writer is dead; return how many."""
-    swept = 0
-    for path in folder.glob(f".*{TEMPORARY_MARK}*"):
-        owner = path.name.rsplit(TEMPORARY_MARK, 1)[1]
-        if path.is_file() and not (owner.isdigit() and _is_alive(int(owner))):
-            path.unlink(missing_ok=True)
-            swept += 1
-    return swept
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that is nobody's yet, for a file or folder on its way there."""
+    return path.with_name(_temporary_name(path.name, os.getpid()))
 
 
-def _is_alive(pid: int) -> bool:
+def _temporary_name(name: str, pid: int) -> str:
+    stem = os.fsdecode(os.fsencode(name)[:_STEM_BYTES])
+    signed = f".{stem}{TEMPORARY_MARK}{_machine()}-{pid}-{_started(pid) or 0}-{secrets.token_hex(4)}"
+    return f"{signed}-{_digest(signed)}"
+
+
+def _digest(name: str) -> str:
+    return xxhash.xxh3_64_hexdigest(b"bowstore temporary " + os.fsencode(name))
+
+
+def _parsed(name: str) -> re.Match[str] | None:
+    """What a temporary name says; None for every name that this module did not make."""
+    match = _TEMPORARY.fullmatch(name)
+    return match if match and match["digest"] == _digest(match["signed"]) else None
+
+
+@cache
+def _machine() -> str:
+    """Within which process numbers mean the same processes, also after a restart: 8 hex digits."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/etc/machine-id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))  # containers count processes anew
+    return xxhash.xxh3_64_hexdigest(" ".join(parts).encode())[:8]
+
+
+def _started(pid: int) -> int | None:
+    """When a process was started, in the kernel's ticks; 0 if it has ended, None if the kernel does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _is_dead(pid: int, started: int) -> bool:
+    """Whether the process of this machine that was started then is gone; its number may be another one's by now."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:
+        pass
+    now = _started(pid)
+    return now is not None and now != started
+
+
+def temporary_stem(path: Path) -> str | None:
+    """The final name (the start of a long one) that a temporary file or folder is for; None if it is no such thing."""
+    match = _parsed(path.name)
+    return match["stem"] if match and not path.is_symlink() else None
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether something is a temporary file or folder of `temporary_path` whose writer is dead."""
+    match = _parsed(path.name)
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    if match is None or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        return False
+    if match["machine"] != _machine():
+        return time.time() - found.st_mtime > _SILENT_SECONDS
+    return _is_dead(int(match["pid"]), int(match["started"]))
+
+
+def leftovers(path: Path, *, own: bool = False) -> list[Path]:
+    """Temporary files and folders on their way to `path` whose writers are dead.
+
+    Args:
+        path: the final name.
+        own: also those of this process; for the holder of a lock on `path`.
+    """
+    stem = os.fsdecode(os.fsencode(path.name)[:_STEM_BYTES])
+    found = path.parent.glob(f".{glob.escape(stem)}{TEMPORARY_MARK}*")
+    return sorted(
+        other for other in found if temporary_stem(other) == stem and (is_leftover(other) or (own and _is_own(other)))
+    )
+
+
+def _is_own(path: Path) -> bool:
+    match = _parsed(path.name)
+    return match is not None and (match["machine"], int(match["pid"])) == (_machine(), os.getpid())
+
+
+def sweep_temporary(folder: Path) -> int:
+    """Remove temporary files whose writer is dead; return how many."""
+    left = [path for path in folder.glob(f".*{TEMPORARY_MARK}*") if is_leftover(path) and path.is_file()]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
 
 
 def file_digest(path: Path) -> str:
@@ -111,21 +267,54 @@ def file_digest(path: Path) -> str:
 def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     """Hold an advisory lock on `path` for the length of the block; the kernel frees it if the process dies.
 
+    The file is told who holds it, unless it holds anything else: then it is somebody's, and stays as it is.
+
     Raises:
         BusyError: another live process holds it; the message names its host and process.
+        BowstoreError: a link, or no plain file, lies at `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().decode(errors="replace").strip() or "another process"
-            raise BusyError(f"{what} is in use by {owner}; wait for it to end, or take another name") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
+    descriptor = _open_own(path, os.O_RDWR)
+    try:
+        locked = try_lock(descriptor, path.parent)
+        found = os.pread(descriptor, 4096, 0)
+        ours = _OWNER.fullmatch(found) is not None
+        if not locked:
+            owner = found.decode(errors="replace") if ours else "another process"
+            raise BusyError(f"{what} is in use by {owner}; wait for it to end, or take another name")
+        if ours or not found:
+            with suppress(OSError):  # on a full disk, where room is to be made under this very lock
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, folder: Path) -> bool:
+    """Lock an open file against all others, without waiting; whether that worked.
+
+    Where the file system has no locks that is said once, and counts as locked.
+
+    Args:
+        descriptor: of the file.
+        folder: where it lies, for the message.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        device = os.fstat(descriptor).st_dev
+        if device not in _WITHOUT_LOCKS:
+            _WITHOUT_LOCKS.add(device)
+            say(
+                f"warning: the file system of {folder} has no locks ({error.strerror}); see to it that no other "
+                f"process writes there at the same time"
+            )
+    return True
 
 
 @contextmanager

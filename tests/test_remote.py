@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from left_behind import left_behind
 from servers import Fault, FolderServer, serve
 
 from bowstore.config import StorageConfig
@@ -335,8 +336,8 @@ def test_remote_leftover_of_another_file_is_no_harm(server: FolderServer, tmp_pa
     data = put(server, "a.tar")
     folder = RemoteFolder(server.url, storage(tmp_path))
     folder.folder.mkdir(parents=True)
-    for process, size_bytes in ((1, BLOCK), (2, 9 * BLOCK)):
-        (folder.folder / f".a.tar.tmp-{process}").write_bytes(bytes(size_bytes))
+    for size_bytes in (BLOCK, 9 * BLOCK):
+        left_behind(folder.folder / "a.tar", bytes(size_bytes))
     assert fetch(folder, server, "a.tar").read_bytes() == data
     assert not list(folder.folder.glob(".*.tmp-*"))
 
@@ -406,9 +407,10 @@ def test_remote_sweeps_what_dead_writers_left_when_room_is_needed(server: Folder
     put(server, "a.tar", 10_000)
     folder = RemoteFolder(server.url, storage(tmp_path, cache_gb=15_000 / 1e9))
     folder.folder.mkdir(parents=True)
-    (folder.folder / ".old.tar.tmp-1").write_bytes(bytes(9_000))
+    dead = left_behind(folder.folder / "old.tar", bytes(4_000))
+    alive = left_behind(folder.folder / "new.tar", bytes(4_000), process=os.getppid())
     fetch(folder, server, "a.tar")
-    assert not (folder.folder / ".old.tar.tmp-1").exists()
+    assert (dead.exists(), alive.exists()) == (False, True)
 
 
 class Known:

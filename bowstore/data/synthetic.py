@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from bowstore.errors import MismatchError, UsageError
-from bowstore.files import TEMPORARY_MARK, read_json, sweep_temporary, write_json
+from bowstore.files import atomic_file, read_json, sweep_temporary, write_json
 from bowstore.progress import Progress
 
 # In alphabetical order: readers that number folders by name find the same labels.
@@ -393,8 +393,7 @@ def _write_chunk(out: Path, rows: Rows, size: int, seed: int) -> int:
         buffer, path = io.BytesIO(), _image_path(out, split, index)
         render(seed, split, index, size)[0].save(buffer, format="JPEG", quality=_JPEG_QUALITY)
         # Renamed but not forced to the disk, which would cost more than the rendering: a picture that a power
-        # cut took can be rendered again, unlike what `atomic_file` is for.
-        temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}")
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
+        # cut took can be rendered again.
+        with atomic_file(path, durable=False) as file:
+            file.write(buffer.getvalue())
     return len(rows)

@@ -1,30 +1,42 @@
 """The folder of local copies: where it lies, which copies are in use, and how it keeps below its bound.
 
     <root>/remote/<folder's name and hash>/<file>          a copy, whole
-                                          .<file>.json     what it is a copy of
+                                          .<file>.json     its record: what it is a copy of, and how it was left
                                           .<file>.lock     held while it is brought
-                                          .<file>.tmp-PID  what has arrived of it
+                                          .<file>.tmp-...  what has arrived of it
                                           <id>.zarr/       a copy of a word store, whole
+                                          .<id>.zarr.json  its record: the names of its files
                                           .<id>.zarr.part/ what has arrived of it
     <root>/words/<file>                                    unpacked words, made again where they are missing
+    <root>/words/.<file>.json                              their record
     <root>/writing/<folder's name and hash>/               a word store that is written and not uploaded yet
 
-What else than copies and words lies below the root counts towards the bound and is left alone: nothing else has what a
-store has that is not uploaded yet.
+The root may be a folder in which people keep other things. Nothing is removed that has no record, or is no longer as
+the record says, or holds a file that the record does not name; none of that counts towards the bound either.
 """
 
 import fcntl
 import os
 import shutil
+import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bowstore.config import StorageConfig
-from bowstore.errors import BowstoreError, BusyError, UsageError
-from bowstore.files import TEMPORARY_MARK, exclusive_lock, waiting_lock
+from bowstore.errors import BowstoreError, BusyError, CorruptError, UsageError
+from bowstore.files import (
+    exclusive_lock,
+    is_leftover,
+    read_json,
+    temporary_path,
+    temporary_stem,
+    try_lock,
+    waiting_lock,
+    write_json,
+)
 
 _REMOTE, _WORDS, _WRITING = "remote", "words", "writing"
 STORE_SUFFIX, PART_SUFFIX = ".zarr", ".zarr.part"
@@ -39,9 +51,19 @@ class _Copy(NamedTuple):
 
 
 def cache_root(storage: StorageConfig) -> Path:
-    """The cache: as configured, or `$BOWSTORE_CACHE`, or `~/.cache/bowstore`."""
-    default = os.environ.get("BOWSTORE_CACHE") or Path.home() / ".cache" / "bowstore"
-    return Path(storage.cache or default).expanduser()
+    """The cache: as configured, or `$BOWSTORE_CACHE`, or `~/.cache/bowstore`.
+
+    Raises:
+        UsageError: it lies in a home directory that nobody knows.
+    """
+    place = Path(storage.cache or os.environ.get("BOWSTORE_CACHE") or "~/.cache/bowstore")
+    try:
+        return place.expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"the cache {place} cannot be found: this user has no home directory; name a folder in storage.cache or "
+            f"BOWSTORE_CACHE, or set HOME"
+        ) from error
 
 
 def copies_folder(storage: StorageConfig) -> Path:
@@ -101,7 +123,7 @@ def make_room(needed: int, what: str, storage: StorageConfig, *, keep: Collectio
     check_fits(needed, what, storage)
     bound, root = int(storage.cache_gb * 1e9), cache_root(storage)
     with waiting_lock(root / ".room.lock", f"cache {root}", shown=False):
-        total, free = _size_of(root), shutil.disk_usage(root).free
+        total, free = _taken(root), shutil.disk_usage(root).free
         if total + needed <= bound and needed <= free:
             return
         for copy in sorted(_copies(root)):
@@ -114,7 +136,7 @@ def make_room(needed: int, what: str, storage: StorageConfig, *, keep: Collectio
                 return
     if total + needed <= bound:
         return  # that the disk is full of other things is told by whoever writes
-    written = _size_of(writing_folder(storage))
+    written = _size_of([writing_folder(storage)])
     of_them = f" ({_size(written)} by stores in {root / _WRITING} that are not uploaded yet)" if written else ""
     raise BowstoreError(
         f"{what} needs {_size(needed)}, and {_size(total)} of the {storage.cache_gb:g} GB that the cache {root} may "
@@ -139,60 +161,143 @@ def reserve(needed: int, what: str, storage: StorageConfig, *, keep: Collection[
         )
 
 
-def _files(folder: Path) -> Iterator[os.stat_result]:
-    """What the disk says of all files below a folder; those that vanish meanwhile are left out."""
-    for parent, _, names in os.walk(folder):
+def write_record(path: Path, *, of: Path | None = None, **what: Any) -> None:
+    """Record that a copy is bowstore's, and how it is left.
+
+    Args:
+        path: the copy.
+        of: the file that will have that name, written before it gets it so that no copy is ever without a record.
+        what: what else is known of it.
+    """
+    write_json(record_file(path), {**_state(of or path), **what})
+
+
+def write_store_record(copy: Path, names: Iterable[str]) -> None:
+    """Record that the copy of a word store is bowstore's, and the names of its files."""
+    write_json(record_file(copy), {"files": sorted(names)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What is recorded at a copy's name, whatever lies there now; nothing where nothing is."""
+    try:
+        record = read_json(record_file(path))
+    except (FileNotFoundError, CorruptError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_as_recorded(path: Path) -> bool:
+    """Whether a file is the one that was recorded, and nobody has written to it since."""
+    try:
+        return read_record(path).items() >= _state(path).items()
+    except FileNotFoundError:
+        return False
+
+
+def _state(path: Path) -> dict[str, int]:
+    """What changes when somebody writes into a file; of a link its own."""
+    found = path.lstat()
+    return {"size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether something below `remote` or `words` is bowstore's, and all of it."""
+    if temporary_stem(path):
+        return True
+    final = _final(path)
+    if final != path or path.name.endswith(STORE_SUFFIX):
+        names = read_record(final).get("files")
+        return isinstance(names, list) and not path.is_symlink() and names_below(path) <= set(names)
+    return stat.S_ISREG(path.lstat().st_mode) and is_as_recorded(path)
+
+
+def _final(path: Path) -> Path:
+    """The copy that something which is not whole is to become; a copy itself."""
+    partial = path.name.startswith(".") and path.name.endswith(PART_SUFFIX)
+    return path.with_name(path.name[1:].removesuffix(".part")) if partial else path
+
+
+def names_below(folder: Path) -> set[str]:
+    """Names of the files in the copy of a word store, but for those that are on their way."""
+    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return {path.relative_to(folder).as_posix() for path in found if not temporary_stem(path)}
+
+
+def _files(path: Path) -> Iterator[os.stat_result]:
+    """What the disk says of a file, or of all files below a folder; those that vanish meanwhile are left out."""
+    for parent, _, names in os.walk(path):
         for name in names:
             with suppress(FileNotFoundError):
                 yield Path(parent, name).lstat()
+    if not path.is_dir():
+        with suppress(FileNotFoundError):
+            yield path.lstat()
 
 
-def _size_of(folder: Path) -> int:
-    """Bytes of all files below a folder; a file that has several names counts once."""
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in _files(folder)}.values())
+def _size_of(places: Iterable[Path]) -> int:
+    """Bytes of all files at or below some places; a file that has several names counts once."""
+    found = (stat for place in places for stat in _files(place))
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())
+
+
+def _taken(root: Path) -> int:
+    """Bytes that the bound is about: what bowstore keeps below the root."""
+    return _size_of((root / _WRITING, *(path for path in _entries(root) if _is_kept(path))))
+
+
+def _is_kept(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return _is_ours(path)
+    return False
 
 
 def _freed_by(copy: Path) -> int:
     """Bytes that go with a copy; files that it shares (with a store that is written, or an older copy) stay."""
-    if copy.is_dir():
-        return sum(stat.st_size for stat in _files(copy) if stat.st_nlink == 1)
-    with suppress(FileNotFoundError):
-        return copy.stat().st_size
-    return 0
+    return sum(stat.st_size for stat in _files(copy) if stat.st_nlink == 1)
+
+
+def _entries(root: Path) -> Iterator[Path]:
+    """What may be a copy, or on its way to become one."""
+    for path in (*root.glob(f"{_REMOTE}/*/*"), *root.glob(f"{_WORDS}/*")):
+        if not path.name.startswith(".") or temporary_stem(path) or path.name.endswith(PART_SUFFIX):
+            yield path
 
 
 def _copies(root: Path) -> Iterator[_Copy]:
     """What may be removed: whole copies, and what dead writers left."""
-    for path in (*root.glob(f"{_REMOTE}/*/*"), *root.glob(f"{_WORDS}/*")):
-        whole = not path.name.startswith(".")
-        if whole or TEMPORARY_MARK in path.name or path.name.endswith(PART_SUFFIX):
-            with suppress(FileNotFoundError):
+    for path in _entries(root):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if _is_ours(path):
                 yield _Copy(_handle(path).stat().st_atime_ns, path)
 
 
 def _handle(path: Path) -> Path:
     """The file that stands for a copy: it carries the access time and the lock."""
-    return path / "zarr.json" if path.name.endswith(STORE_SUFFIX) else path
+    whole_store = path.name.endswith(STORE_SUFFIX) and not path.name.startswith(".")
+    return path / "zarr.json" if whole_store else path
 
 
 def _remove(path: Path) -> bool:
     """Remove a copy that nobody uses; return whether it is gone."""
     if path.name.startswith("."):  # not whole: its writer holds the lock of its final name
-        final = path.name[1:].split(TEMPORARY_MARK)[0].removesuffix(".part")
+        stem = temporary_stem(path)
         try:
-            with exclusive_lock(lock_file(path.with_name(final)), str(path)):
+            with exclusive_lock(lock_file(path.with_name(stem) if stem else _final(path)), str(path)):
+                if stem and not is_leftover(path):
+                    return False
                 _discard(path)
-        except BusyError:
+        except (BusyError, FileNotFoundError):
             return False
         return True
     try:
-        descriptor = os.open(_handle(path), os.O_RDWR)
+        descriptor = os.open(_handle(path), os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
         return True
     except OSError:  # another user's
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(descriptor, path.parent):
+            return False
         _discard(path)
     except OSError:
         return False
@@ -202,15 +307,16 @@ def _remove(path: Path) -> bool:
 
 
 def _discard(path: Path) -> None:
-    if not path.is_dir():
+    if temporary_stem(path) or not path.is_dir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         record_file(path).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
         return
     gone = path
     if not path.name.startswith("."):  # whoever looks for the copy finds all of it or nothing
-        gone = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}")
+        gone = temporary_path(path)
         path.rename(gone)
     shutil.rmtree(gone)
+    record_file(_final(path)).unlink(missing_ok=True)
 
 
 def lock_file(path: Path) -> Path:

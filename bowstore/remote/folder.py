@@ -1,6 +1,5 @@
 """A remote folder and its local copy, file by file."""
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from bowstore.config import StorageConfig
-from bowstore.errors import CorruptError, DataError, MissingError, TransferError
-from bowstore.files import TEMPORARY_MARK, file_digest, fsync_path, read_json, waiting_lock, write_json
+from bowstore.errors import DataError, MissingError, TransferError
+from bowstore.files import file_digest, fsync_path, leftovers, temporary_path, waiting_lock
 from bowstore.progress import Progress, say
 from bowstore.remote import cache
 from bowstore.remote.transfer import Remote
@@ -178,15 +177,14 @@ class RemoteFolder:
             if _is_copy(path, digest=digest):
                 return
             if _digest_is(path, digest):  # whole, but its record is not
-                _record(path, digest=digest)
+                cache.write_record(path, digest=digest, version=None)
                 return
-            part = self._part(path, go_on=True)
+            part = arriving(path, go_on=True)
             if room:
                 have = part.stat().st_size if part.exists() else 0
                 cache.reserve(max(0, (size_bytes or 0) - have), self._url(path), self.storage)
             self.remote.download(below(self.url, path.name), part, size_bytes=size_bytes, digest=digest)
-            _arrive(part, path)
-            _record(path, digest=digest)
+            _arrive(part, path, digest=digest)
 
     def _refresh(self, path: Path) -> None:
         """Bring a file whose content nobody recorded, unless the copy is still that file."""
@@ -202,26 +200,14 @@ class RemoteFolder:
         for _ in range(_MOVING_TRIES):
             if there.dated and known == there.version:
                 return
-            part = self._part(path, go_on=False)
+            part = arriving(path, go_on=False)
             cache.reserve(there.size_bytes or 0, self._url(path), self.storage)
             self.remote.download(url, part, size_bytes=there.size_bytes)
             before, there = there, self.remote.describe(url)
             if before.version == there.version:
-                _arrive(part, path)
-                _record(path, version=there.version)
+                _arrive(part, path, version=there.version)
                 return
         raise TransferError(f"{self._url(path)} changed again and again while it was read; try again later")
-
-    def _part(self, path: Path, *, go_on: bool) -> Path:
-        """Where a file arrives: under this process's temporary name, with what another left of it."""
-        part = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}")
-        left = [p for p in self.folder.iterdir() if p.name.startswith(f".{path.name}{TEMPORARY_MARK}")]
-        left.sort(key=lambda p: p.stat().st_size)
-        if go_on and left:
-            left.pop().rename(part)
-        for old in left:
-            old.unlink(missing_ok=True)
-        return part
 
     def _url(self, path: Path) -> str:
         return shown(below(self.url, path.name))
@@ -234,30 +220,35 @@ def tell_once(message: str, *, about: str) -> None:
         say(message)
 
 
-def _arrive(part: Path, path: Path) -> None:
-    # The old record goes first, so that it never speaks for the new file.
-    cache.record_file(path).unlink(missing_ok=True)
+def arriving(path: Path, *, go_on: bool) -> Path:
+    """Where a file arrives: under a temporary name, with what a dead process left of it; for the holder of its lock."""
+    left, part = sorted(leftovers(path, own=True), key=lambda p: p.stat().st_size), temporary_path(path)
+    if go_on and left:
+        left.pop().rename(part)
+    for old in left:
+        old.unlink(missing_ok=True)
+    return part
+
+
+def _arrive(part: Path, path: Path, *, digest: str | None = None, version: dict[str, str] | None = None) -> None:
+    """Give a file that has arrived its name, and its record first: that of the old one does not speak for it.
+
+    Raises:
+        DataError: what has that name is nothing that bowstore wrote.
+    """
+    if path.exists() and not cache.read_record(path):
+        raise DataError(
+            f"{path} lies where the copy of a remote file goes, and bowstore did not write it; move it away, or name "
+            f"another folder in storage.cache"
+        )
+    cache.write_record(path, of=part, digest=digest, version=version)
     part.replace(path)
     fsync_path(path.parent)
 
 
-def _record(path: Path, *, digest: str | None = None, version: dict[str, str] | None = None) -> None:
-    write_json(cache.record_file(path), {**_state(path), "digest": digest, "version": version})
-
-
-def _state(path: Path) -> dict[str, int]:
-    """What changes when somebody writes into the copy."""
-    stat = path.stat()
-    return {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
 def _recorded(path: Path) -> dict[str, Any]:
     """What was recorded of a copy that is still as it arrived; nothing otherwise."""
-    try:
-        record, state = read_json(cache.record_file(path)), _state(path)
-    except (FileNotFoundError, CorruptError):
-        return {}
-    return record if isinstance(record, dict) and record.items() >= state.items() else {}
+    return cache.read_record(path) if cache.is_as_recorded(path) else {}
 
 
 def _is_copy(path: Path, *, digest: str) -> bool:

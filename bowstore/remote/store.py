@@ -21,7 +21,7 @@ from bowstore.errors import CorruptError, MismatchError, MissingError, TransferE
 from bowstore.files import atomic_file, fsync_path, waiting_lock
 from bowstore.progress import Progress
 from bowstore.remote import cache
-from bowstore.remote.folder import RemoteFolder, tell_once
+from bowstore.remote.folder import RemoteFolder, arriving, tell_once
 from bowstore.remote.urls import below, is_remote, shown
 
 ROOT_ARRAYS = ("key_hash",)
@@ -88,6 +88,8 @@ def whole_copy(folder: RemoteFolder, metadata: dict[str, bytes], *, display: boo
     with waiting_lock(cache.lock_file(copy), "", shown=False):
         if not copy.exists():
             _build(folder, copy, metadata, display=display)
+        elif not cache.read_record(copy):  # a copy of before there were records, or a store that was written here
+            cache.write_store_record(copy, (*metadata, *chunk_files(metadata, shown(folder.url))))
         with open(copy / METADATA, "rb") as handle:
             cache.hold(handle.fileno())
             yield copy
@@ -206,6 +208,7 @@ def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, disp
         folder.parallel([partial(_measure, folder, name) for name in names], lambda found: measured(*found))
     missing = {name: size for name, size in sizes.items() if not _is_there(part / name, size)}
     needed, arrived = sum(missing.values()) + sum(map(len, metadata.values())), 0
+    cache.write_store_record(copy, (*metadata, *names))
     cache.reserve(needed, f"word store {url}", folder.storage, keep={part})
     with Progress("word store: fetch", len(names), "files", done=len(names) - len(missing), shown=display) as progress:
 
@@ -221,6 +224,8 @@ def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, disp
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(part / name) as file:
             file.write(text)
+    for parent, _, _ in os.walk(part):  # the files themselves are on the disk; now so are their names
+        fsync_path(Path(parent))
     part.rename(copy)
     fsync_path(copy.parent)
 
@@ -240,9 +245,9 @@ def _is_there(path: Path, size_bytes: int) -> bool:
 def _fetch(folder: RemoteFolder, part: Path, name: str, size_bytes: int) -> int:
     path = part / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    arriving = path.with_name(f".{path.name}.part")
-    folder.remote.download(below(folder.url, name), arriving, size_bytes=size_bytes)
-    arriving.replace(path)
+    under_way = arriving(path, go_on=True)
+    folder.remote.download(below(folder.url, name), under_way, size_bytes=size_bytes)
+    under_way.replace(path)
     return size_bytes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
-from bowstore.files import file_digest, fsync_path
+from bowstore.files import file_digest, fsync_path, open_end
 from bowstore.remote.urls import below, protocol, shown
 
 # What a broken connection loses, and what is held in memory; long enough that its round trip does not count.
@@ -164,7 +164,7 @@ class Remote:
         """
         rounds, before = _Tries(url, self._storage, self.stop), None
         while True:
-            with open(path, "ab") as file:
+            with open_end(path) as file:
                 for block in self._blocks(url, file.tell(), size_bytes):
                     file.write(block)
                     file.flush()  # what has arrived outlives this process

@@ -192,6 +192,7 @@ class _WorkingCopy:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with waiting_lock(cache.lock_file(copy), "", shown=False):
             if not copy.exists():
+                cache.write_store_record(copy, cache.names_below(self.store))
                 self.store.rename(copy)
                 fsync_path(copy.parent)
             cache.mark_used(copy / METADATA)

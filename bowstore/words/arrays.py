@@ -20,7 +20,7 @@ from zarr.errors import GroupNotFoundError
 from zarr.storage import LocalStore
 
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
-from bowstore.files import TEMPORARY_MARK, atomic_file, fsync_path
+from bowstore.files import atomic_file, fsync_path, sweep_temporary
 
 _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is for
 # Whatever Zarr and its codecs raise for damaged bytes or metadata (seen by damaging each of them).
@@ -79,10 +79,9 @@ def stored_bytes(path: Path) -> int:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers left below `path`; only for the holder of the store's lock."""
-    for pattern in (f".*{TEMPORARY_MARK}*", "*.partial"):
-        for left in list(path.rglob(pattern)):
-            left.unlink(missing_ok=True)
+    """Remove what killed writers left below `path`."""
+    for folder in [path, *(found for found in path.rglob("*") if found.is_dir())]:
+        sweep_temporary(folder)
 
 
 def remove(path: Path) -> None:

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import weakref
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError
-from bowstore.files import TEMPORARY_MARK, atomic_file, waiting_lock
+from bowstore.files import atomic_file, leftovers, waiting_lock
 from bowstore.progress import Progress, say
-from bowstore.remote.cache import cache_root, hold, lock_file, mark_used, reserve
+from bowstore.remote.cache import cache_root, hold, is_as_recorded, lock_file, mark_used, reserve, write_record
 from bowstore.words.arrays import array_digest
 from bowstore.words.layer import Layer
 
@@ -143,6 +144,9 @@ def open_flat(layer: Layer, storage: StorageConfig, *, shown: bool = True) -> Fl
                     say(f"{path} {problem}: unpacking the words again")
                 _clear(path, flat_bytes(layer), f"the file of unpacked words of {layer.path}", storage)
                 _unpack(layer, path, header, chunk_digests)
+    if not is_as_recorded(path):
+        with suppress(OSError):  # a cache that others own can be read
+            write_record(path)
     return FlatWords(path, layer, chunk_digests)
 
 
@@ -174,8 +178,7 @@ def _problem(path: Path, layer: Layer, header: bytes) -> str | None:
 
 def _clear(path: Path, needed: int, what: str, storage: StorageConfig) -> None:
     """Remove what is left of this file, and refuse to start what cannot end; call it under the file's lock."""
-    folder = path.parent
-    for old in (path, *folder.glob(f".{path.name}{TEMPORARY_MARK}*")):
+    for old in (path, *leftovers(path, own=True)):
         old.unlink(missing_ok=True)
     reserve(needed, what, storage)
 

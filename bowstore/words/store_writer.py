@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import bowstore
 from bowstore.errors import BowstoreError, UsageError
-from bowstore.files import TEMPORARY_MARK, fsync_path
+from bowstore.files import fsync_path, leftovers, temporary_path
 from bowstore.remote import reserve_room
 from bowstore.words.arrays import array, array_digest, create, hex_digest, new_group, reading, remove, subgroup, sweep
 from bowstore.words.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
@@ -179,9 +179,9 @@ def create_store(path: Path, *, fingerprint: str, key_hash_N: NDArray[np.uint64]
     """
     if path.exists():
         raise UsageError(f"{path} exists already; remove it, or take another name")
-    for old in path.parent.glob(f".{path.name}{TEMPORARY_MARK}*"):
+    for old in leftovers(path):
         shutil.rmtree(old, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}new")
+    temporary = temporary_path(path)
     images = len(key_hash_N)
     try:
         group = new_group(temporary, {

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from left_behind import left_behind
 from PIL import Image
 
 from bowstore.data import shard_writer
@@ -286,9 +287,8 @@ def test_a_full_disk_leaves_nothing_half_written(source: Path, tmp_path: Path, m
 
 
 def test_leftovers_of_the_dead_are_swept_and_of_the_living_kept(source: Path, tmp_path: Path) -> None:
-    dead, alive = (tmp_path / "out/train" / f".train-000000.tar.tmp-{pid}" for pid in (2**22 + 1, os.getppid()))
-    _write(dead, b"half")
-    _write(alive, b"half")
+    tar = tmp_path / "out/train/train-000000.tar"
+    dead, alive = left_behind(tar), left_behind(tar, process=os.getppid())
     _make(source, tmp_path / "out")
     assert (dead.exists(), alive.exists()) == (False, True)
 

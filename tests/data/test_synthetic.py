@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from left_behind import left_behind
 from PIL import Image
 
 from bowstore.data import synthetic
@@ -107,8 +108,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_images(tmp_path / "cut", train=20, val=10, size=16, workers=1)
     assert len(digests(tmp_path / "cut")) == 13
     assert read_json(tmp_path / "cut" / synthetic.MARKER)["complete"] is False
-    leftover = tmp_path / "cut" / "train" / "bird" / ".000000.jpg.tmp-99999999"
-    leftover.write_bytes(b"half")
+    leftover = left_behind(tmp_path / "cut" / "train" / "bird" / "000000.jpg")
 
     rendered.clear()
     monkeypatch.setattr(synthetic, "render", lambda *rest: rendered.append(rest[2]) or real(*rest))

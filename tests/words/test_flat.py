@@ -46,9 +46,9 @@ def storage(tmp_path: Path) -> StorageConfig:
 
 
 def files(storage: StorageConfig) -> list[Path]:
-    """Everything in the cache but locks."""
+    """Everything in the cache but locks and records."""
     assert storage.cache is not None
-    return sorted(path for path in (storage.cache / "words").glob("*") if not path.name.endswith(".lock"))
+    return sorted(path for path in (storage.cache / "words").glob("*") if path.suffix not in (".lock", ".json"))
 
 
 def read(opened: FlatWords, rows: list[int]) -> NDArray[np.uint16]:
