@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bowstore.config import StorageConfig
 from bowstore.data.shard_check import Problem
+from bowstore.data.sources.names import is_system
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
 
@@ -114,7 +115,7 @@ def verify_path(
         raise UsageError(f"--shards and --digest go with a word store, and {path} is none")
     if is_remote(path):
         return _verify_shards(path, [verify_remote(path, storage, deep=deep, repair=repair)], deep=deep)
-    below = sorted(folder for folder in path.glob("*") if folder.is_dir())
+    below = sorted(folder for folder in path.glob("*") if folder.is_dir() and not is_system(folder.name))
     folders = [folder for folder in (path, *below) if is_shards_folder(folder)]
     if not folders:
         raise MissingError(f"{path} is neither a word store nor a folder of indexed shards; run `bowstore index` first")

@@ -68,7 +68,7 @@ def find_run(workspace: Workspace, name: str | Path) -> Path:
     for path in (Path(name), workspace.runs / name):
         if path.exists():
             return path
-    there = sorted(p.parent.name for p in workspace.runs.glob("*/config.yaml"))
+    there = sorted(p.parent.name for p in workspace.runs.glob("[!.]*/config.yaml"))
     raise MissingError(f"no run or file {str(name)!r}; runs in {workspace.runs}: {', '.join(there) or 'none'}")
 
 
@@ -80,7 +80,9 @@ def newest_run(workspace: Workspace, *, task: str | None = None) -> Path:
     """
     from bowstore.models.saved import BACKBONE_FILE, read_run_config
 
-    finished = sorted(workspace.runs.glob(f"*/{BACKBONE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    finished = sorted(
+        workspace.runs.glob(f"[!.]*/{BACKBONE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
     for path in finished:
         if task is None or read_run_config(path.parent).task == task:
             return path.parent

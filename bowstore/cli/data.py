@@ -2,13 +2,13 @@
 
 import sys
 import textwrap
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from bowstore.cli.common import PATH, emit
-from bowstore.data.sources import KINDS
+from bowstore.data.sources import KINDS, Folders
+from bowstore.data.sources.arrange import CLASSES, SPLITS
 
 _WIDTH = 110
 
@@ -63,6 +63,9 @@ def download(name: str, folder: Path, as_json: bool) -> None:
 @click.option("--source", "kind", type=click.Choice(list(KINDS)), help="What SRC is; default: found by its layout.")
 @click.option("--list", "lists", multiple=True, metavar="[SPLIT=]FILE", help="List or CSV of the images below SRC.")
 @click.option("--label-field", metavar="NAME", help="CSV column, JSON key or extension of the label; `none` for none.")
+@click.option(
+    "--folders", type=click.Choice([CLASSES, SPLITS]), help="What folders of SRC are that could be classes or splits."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the one global shuffle.")
 @click.option("--per-shard", type=click.IntRange(1), default=4096, show_default=True, help="Images a shard.")
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: one a core.")
@@ -73,6 +76,7 @@ def shards(
     kind: str | None,
     lists: tuple[str, ...],
     label_field: str | None,
+    folders: Folders | None,
     seed: int,
     per_shard: int,
     workers: int | None,
@@ -92,9 +96,10 @@ def shards(
     `bowstore data` shows what each expects.
 
     Every image is decoded once; what cannot be decoded is set aside with its reason in OUT/SPLIT/quarantine.jsonl.
-    A second run does nothing, an interrupted one goes on.
+    The report ends with what in SRC became no image, and with classes without images. A second run does nothing, an
+    interrupted one goes on.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
-    from bowstore.data.shards import make_shards
+    from bowstore.data.shards import closing_line, make_shards
     from bowstore.remote import local_only
 
     local_only(out, "write into a local folder, then copy it there")
@@ -104,12 +109,13 @@ def shards(
         kind=kind,
         lists=lists,
         label_field=label_field,
+        folders=folders,
         seed=seed,
         per_shard=per_shard,
         workers=workers,
     )
-    values = [{**asdict(report), "folder": str(report.folder)} for report in reports]
-    emit(values, "\n".join(report.summary() for report in reports), as_json)
+    lines = [*(report.summary() for report in reports), closing_line(reports)]
+    emit([report.as_dict() for report in reports], "\n".join(lines), as_json)
 
 
 @click.command()

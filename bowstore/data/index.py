@@ -173,7 +173,7 @@ def read_index(root: Path, remote: Any = None, storage: StorageConfig | None = N
     except FileNotFoundError as error:
         if not root.is_dir():
             raise MissingError(f"no folder {root}; name the one that holds the shards") from error
-        inside = sorted(p.parent.name for p in root.glob(f"*/{INDEX_FILE}"))
+        inside = sorted(p.parent.name for p in root.glob(f"[!.]*/{INDEX_FILE}"))
         hint = f"; did you mean {root / inside[0]}?" if inside else f"; run `bowstore index {root}` first"
         raise MissingError(f"no index in {root}{hint}") from error
     except MismatchError:

@@ -21,6 +21,7 @@ from bowstore.data.scan import ScanSettings, ShardTable, scan_shard
 from bowstore.data.sources.base import NO_LABEL_FIELD
 from bowstore.data.sources.labels import text_is_label
 from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, write_table
+from bowstore.data.tar import TARS
 from bowstore.data.workers import Report, run_jobs, worker_count
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
 from bowstore.files import atomic_file, read_json
@@ -102,7 +103,7 @@ def find_tars(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise MissingError(f"no folder {root}; `bowstore shards SRC OUT` makes shards")
-    paths = sorted(root.glob("*.tar"))
+    paths = sorted(root.glob(TARS))
     if not paths:
         raise MissingError(f"no *.tar file in {root}; name the folder that holds the shards themselves")
     return paths

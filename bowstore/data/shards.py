@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from PIL import __version__ as pillow_version
 from bowstore import __version__
 from bowstore.data.index_build import MANIFEST_FILE, PARTS_FOLDER, QUARANTINE_FILE
 from bowstore.data.shard_writer import Record, ShardJob, read_record, write_shards
-from bowstore.data.sources import FOLDER, Source, Split, find_kind, list_splits
+from bowstore.data.sources import FOLDER, Folders, PassedOver, Source, Split, list_source
+from bowstore.data.sources.base import some
+from bowstore.data.tar import TARS
 from bowstore.errors import BowstoreError, CorruptError, DataError, MismatchError, MissingError, UsageError
 from bowstore.files import atomic_file, exclusive_lock, read_json, sweep_temporary, write_json
 from bowstore.progress import Progress, say
@@ -54,6 +56,8 @@ class ShardsReport:
         written: images in the shards.
         changed: images encoded anew or renamed, by kind.
         quarantined: images left out.
+        without_images: classes, and folders that might be classes, without an image in the source.
+        passed_over: what of the whole source became no image, by what it is.
         shards: number of tars.
         new: False if everything lay there already.
         seconds: wall-clock time of this run.
@@ -66,6 +70,8 @@ class ShardsReport:
     written: int
     changed: dict[str, int]
     quarantined: int
+    without_images: list[str]
+    passed_over: PassedOver
     shards: int
     new: bool
     seconds: float
@@ -79,6 +85,20 @@ class ShardsReport:
         if self.quarantined:
             parts.append(f"{self.quarantined} quarantined, see {self.folder / QUARANTINE_FILE}")
         return ("" if self.new else "nothing to do; ") + "; ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The values for JSON."""
+        return {**asdict(self), "folder": str(self.folder), "passed_over": dict(self.passed_over.counts)}
+
+
+def closing_line(reports: Sequence[ShardsReport]) -> str:
+    """What became no image, and classes without images: how a report on all splits ends."""
+    bare = [
+        f"{len(report.without_images)} in {report.split} ({some(report.without_images)})"
+        for report in reports
+        if report.without_images
+    ]
+    return f"passed over: {reports[0].passed_over.summary()}; classes without images: {', '.join(bare) or 'none'}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,7 @@ def make_shards(
     kind: str | None = None,
     lists: Sequence[str] = (),
     label_field: str | None = None,
+    folders: Folders | None = None,
     seed: int = 0,
     per_shard: int = 4096,
     workers: int | None = None,
@@ -130,8 +151,9 @@ def make_shards(
         source: file or folder in one of the layouts of `bowstore.data.sources`.
         out: folder for the splits; made if it is not there.
         kind: name of the layout; None to find out.
-        lists: as in `bowstore.data.sources.list_splits`.
-        label_field: as in `bowstore.data.sources.list_splits`.
+        lists: as in `bowstore.data.sources.list_source`.
+        label_field: as in `bowstore.data.sources.list_source`.
+        folders: as in `bowstore.data.sources.list_source`.
         seed: of the one global shuffle.
         per_shard: source images in a shard.
         workers: processes; None for one a core; 1 for none beside this one.
@@ -151,17 +173,19 @@ def make_shards(
     for name, value, low in (("seed", seed, 0), ("per_shard", per_shard, 1), ("workers", workers, 1)):
         if value is not None and value < low:
             raise UsageError(f"{name} is {value}; it must be at least {low}")
-    found = Source(source, find_kind(source, kind, listed=bool(lists)).name)
-    splits = list_splits(source, found.kind, lists=lists, label_field=label_field)
-    _check_places(source, out, splits)
+    found = list_source(source, kind, lists=lists, label_field=label_field, folders=folders)
+    _check_places(source, out, found.splits)
     settings = {"seed": seed, "per_shard": per_shard}
-    plans = [_Plan(found, out / split.name, split, _identity(found.kind, split, settings)) for split in splits]
+    plans = [
+        _Plan(found.source, out / split.name, split, _identity(found.source.kind, split, settings))
+        for split in found.splits
+    ]
     with _one_line_errors(out), exclusive_lock(out / ".lock", str(out)):
         for plan in plans:  # refuse before the first hour of work, not after it
             _refuse_other_content(plan)
         reports = []
         for plan in plans:
-            reports.append(_make_split(plan, workers or len(os.sched_getaffinity(0))))
+            reports.append(_make_split(plan, found.passed_over, workers or len(os.sched_getaffinity(0))))
     return reports
 
 
@@ -214,7 +238,7 @@ def _one_line_errors(out: Path) -> Iterator[None]:
 
 def _refuse_other_content(plan: _Plan) -> None:
     """Refuse a folder that holds other shards than the plan's, saying what differs."""
-    tars = sorted(path.name for path in plan.folder.glob("*.tar"))
+    tars = sorted(path.name for path in plan.folder.glob(TARS))
     if not tars:
         return
     recorded = _recorded_identity(plan.folder)
@@ -265,7 +289,7 @@ def _difference(recorded: dict[str, Any], plan: _Plan) -> str:
     return ""
 
 
-def _make_split(plan: _Plan, workers: int) -> ShardsReport:
+def _make_split(plan: _Plan, passed_over: PassedOver, workers: int) -> ShardsReport:
     """Write what is missing of one split, then its index, then its manifest."""
     start = time.monotonic()
     folder = plan.folder
@@ -283,6 +307,8 @@ def _make_split(plan: _Plan, workers: int) -> ShardsReport:
         written=counts["written"],
         changed=counts["changed"],
         quarantined=counts["quarantined"],
+        without_images=plan.split.classes_without_images(),
+        passed_over=passed_over,
         shards=len(manifest["shards"]),
         new=new,
         seconds=time.monotonic() - start,
@@ -294,7 +320,7 @@ def _prepare_folder(plan: _Plan) -> None:
     folder = plan.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    if not any(folder.glob("*.tar")):
+    if not any(folder.glob(TARS)):
         shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
     (folder / PARTS_FOLDER).mkdir(exist_ok=True)
     sweep_temporary(folder)
@@ -352,18 +378,23 @@ def _finish(plan: _Plan, records: Sequence[Record]) -> dict[str, Any]:
     changed: Counter[str] = Counter()
     for record in shards:
         changed.update(record.changed)
-    manifest = plan.identity | {
-        "bowstore": __version__,
-        "pillow": pillow_version,
-        "counts": {
-            "found": len(plan.split.images),
-            "written": sum(record.samples for record in shards),
-            "changed": dict(sorted(changed.items())),
-            "quarantined": len(quarantined),
-        },
-        "shards": [
-            {"name": r.name, "samples": r.samples, "size_bytes": r.size_bytes, "digest": r.digest} for r in shards
-        ],
-    }
+    names = {"class_names": list(plan.split.class_names)} if plan.split.class_names else {}  # for people to read
+    manifest = (
+        plan.identity
+        | names
+        | {
+            "bowstore": __version__,
+            "pillow": pillow_version,
+            "counts": {
+                "found": len(plan.split.images),
+                "written": sum(record.samples for record in shards),
+                "changed": dict(sorted(changed.items())),
+                "quarantined": len(quarantined),
+            },
+            "shards": [
+                {"name": r.name, "samples": r.samples, "size_bytes": r.size_bytes, "digest": r.digest} for r in shards
+            ],
+        }
+    )
     write_json(plan.folder / MANIFEST_FILE, manifest)
     return manifest

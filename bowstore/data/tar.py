@@ -17,6 +17,7 @@ import xxhash
 
 from bowstore.errors import CorruptError, DataError
 
+TARS = "[!.]*.tar"  # of a folder, as `Path.glob` takes it; ._NAME.tar is macOS's, beside each NAME.tar
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)

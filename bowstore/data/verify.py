@@ -28,6 +28,7 @@ from bowstore.data.scan import Refused, ScanSettings
 from bowstore.data.shard_check import COMPARED, CheckJob, Findings, Problem, Rows, check_shard
 from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import INDEX_FILE
+from bowstore.data.tar import TARS
 from bowstore.data.workers import run_jobs, worker_count
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError
 from bowstore.files import atomic_file, exclusive_lock
@@ -75,7 +76,7 @@ class FolderReport:
 
 def is_shards_folder(folder: Path) -> bool:
     """Whether shards, or records of shards, lie in a folder."""
-    return (folder / INDEX_FILE).exists() or any(folder.glob("*.tar")) or written_here(folder)
+    return (folder / INDEX_FILE).exists() or any(folder.glob(TARS)) or written_here(folder)
 
 
 def verify_folder(root: Path, *, deep: bool = False, repair: bool = False, workers: int | None = None) -> FolderReport:
@@ -196,7 +197,7 @@ def _jobs(
     recorded = {entry.name: entry for entry in entries}
     text_labels = bool(index and trusted and (index.label != NO_LABEL).all())  # .txt labels all images or none
     known_bad = {} if report.own else known_undecodable(root)
-    here = {path.name: path for path in sorted(root.glob("*.tar")) if path.exists()}
+    here = {path.name: path for path in sorted(root.glob(TARS)) if path.exists()}
     for name in sorted(recorded.keys() - here.keys()):
         report.damaged.append(name)
         report.add("tar", f"shard {root / name} is missing", name)

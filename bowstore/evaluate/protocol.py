@@ -263,7 +263,7 @@ def read_result(path: Path) -> Result:
 
 def read_results(run: Path) -> list[Result]:
     """All results of a run directory, by file name; empty where nothing was evaluated."""
-    return [read_result(path) for path in sorted((run / EVAL_FOLDER).glob("*.json"))]
+    return [read_result(path) for path in sorted((run / EVAL_FOLDER).glob("[!.]*.json"))]
 
 
 def result_table(result: Result, name: str = "this run") -> str:

@@ -118,7 +118,7 @@ def _class_lists(voc: Path, split: Split) -> dict[str, Path]:
             inside = voc / "VOC2007"
             hint = f"did you mean {inside}?" if inside.is_dir() else "name the folder VOCdevkit/VOC2007 of the devkit"
             raise MissingError(f"no folder {folder}; {hint}")
-    paths = sorted((voc / "ImageSets" / "Main").glob(f"*_{split}.txt"))
+    paths = sorted((voc / "ImageSets" / "Main").glob(f"[!.]*_{split}.txt"))
     if not paths:
         archive = "VOCtrainval_06-Nov-2007.tar" if split == "trainval" else "VOCtest_06-Nov-2007.tar"
         raise MissingError(

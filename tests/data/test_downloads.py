@@ -17,7 +17,7 @@ from voc_devkit import write_devkit
 from bowstore.cli import main
 from bowstore.data import downloads
 from bowstore.data.downloads import DOWNLOADS, fetch
-from bowstore.data.sources import find_kind, list_splits
+from bowstore.data.sources import find_source, list_splits
 from bowstore.errors import BowstoreError, BusyError, UsageError
 from bowstore.files import exclusive_lock
 
@@ -101,7 +101,7 @@ def cifar10(served: Path, server: _Server, monkeypatch: pytest.MonkeyPatch) -> P
 def test_cifar10(cifar10: Path, server: _Server, tmp_path: Path) -> None:
     (path,) = fetch("cifar10", tmp_path / "data")
     assert path.read_bytes() == cifar10.read_bytes()
-    assert (find_kind(path).name, [len(split.images) for split in list_splits(path)]) == ("cifar10", [15, 3])
+    assert (find_source(path).kind, [len(split.images) for split in list_splits(path)]) == ("cifar10", [15, 3])
     seen = server.requests
     assert fetch("cifar10", tmp_path / "data") == [path]
     assert server.requests == seen
@@ -115,7 +115,7 @@ def test_cifar100(served: Path, server: _Server, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(CIFAR100, "url", _url(server, archive.name))
     monkeypatch.setattr(CIFAR100, "tgz_md5", _md5(archive))
     (path,) = fetch("cifar100", tmp_path)
-    assert find_kind(path).name == "cifar100"
+    assert find_source(path).kind == "cifar100"
 
 
 def test_voc2007(served: Path, server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_voc2007(served: Path, server: _Server, tmp_path: Path, monkeypatch: pyt
     (path,) = fetch("voc2007", tmp_path / "data")
     assert path == tmp_path / "data/VOCdevkit"
     assert {split.name: len(split.images) for split in list_splits(path / "VOC2007")} == {"train": 24, "test": 15}
-    assert find_kind(tmp_path / "data").name == "voc"
+    assert find_source(tmp_path / "data").kind == "voc"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from voc_devkit import write_devkit
 
 from bowstore.cli import main
 from bowstore.data.shards import make_shards
-from bowstore.data.sources import KINDS, find_kind, list_splits
+from bowstore.data.sources import KINDS, find_source, list_splits
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 
 
@@ -53,10 +53,10 @@ def test_the_kind_is_found_by_the_layout(tmp_path: Path) -> None:
     assert set(sources) == set(KINDS) - {"list"}
     for kind, paths in sources.items():
         for path in paths:
-            assert find_kind(path).name == kind, path
+            assert find_source(path).kind == kind, path
             assert list_splits(path)
-    assert find_kind(tmp_path / "flat", listed=True).name == "list"
-    assert find_kind(tmp_path / "mini", "folder").name == "folder"
+    assert find_source(tmp_path / "flat", listed=True).kind == "list"
+    assert find_source(tmp_path / "mini", "folder").kind == "folder"
 
 
 def test_sources_of_no_kind_and_of_several(tmp_path: Path) -> None:

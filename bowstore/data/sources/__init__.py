@@ -4,12 +4,27 @@ Each kind of source is a module that recognises its layout, lists it and reads a
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bowstore.data.sources import cifar, folder, lists, miniimagenet, places, voc, webdataset
-from bowstore.data.sources.base import DANGLING, NO_LABEL, ImageFile, Kind, Options, Reader, Source, Split
+from bowstore.data.sources.arrange import CLASSES, check_folders, wrapped
+from bowstore.data.sources.base import (
+    DANGLING,
+    NO_LABEL,
+    Folders,
+    ImageFile,
+    Kind,
+    Listing,
+    Options,
+    Reader,
+    Source,
+    Split,
+)
 from bowstore.data.sources.keys import MAX_KEY_BYTES, make_keys
-from bowstore.errors import DataError, MissingError, UsageError
+from bowstore.data.sources.walk import PassedOver, passed_over
+from bowstore.errors import BowstoreError, DataError, MissingError, UsageError
+from bowstore.progress import say
 
 __all__ = [
     "DANGLING",
@@ -17,12 +32,16 @@ __all__ = [
     "KINDS",
     "MAX_KEY_BYTES",
     "NO_LABEL",
+    "Folders",
     "ImageFile",
     "Kind",
+    "Listed",
+    "PassedOver",
     "Reader",
     "Source",
     "Split",
-    "find_kind",
+    "find_source",
+    "list_source",
     "list_splits",
     "make_keys",
     "open_source",
@@ -41,17 +60,19 @@ KINDS: dict[str, Kind] = {
     )
 }
 FOLDER = folder.KIND.name
-_WITH_LABEL_FIELD = (lists.KIND.name, webdataset.KIND.name)
 _HELP = "`bowstore data` shows what each kind expects"
 
 
-def find_kind(source: Path, kind: str | None = None, *, listed: bool = False) -> Kind:
-    """The kind of a source: the one named, or the one whose layout it has.
+def find_source(
+    source: Path, kind: str | None = None, *, listed: bool = False, folders: Folders | None = None
+) -> Source:
+    """A source of the kind named, or of the one whose layout it has; in a folder that wraps it, what is wrapped.
 
     Args:
         source: file or folder.
         kind: a name in `KINDS`; None to find out.
         listed: the user gave a list of images.
+        folders: as in `Options`.
 
     Raises:
         MissingError: no such file or folder.
@@ -60,52 +81,113 @@ def find_kind(source: Path, kind: str | None = None, *, listed: bool = False) ->
     """
     if not source.exists():
         raise MissingError(f"no folder {source}; name the one that holds train/ and val/, or class folders; {_HELP}")
-    if kind or listed:
-        name = kind or lists.KIND.name
-        if name not in KINDS:
-            raise UsageError(f"no kind of source {name!r}; there are {', '.join(KINDS)}")
-        return KINDS[name]
-    found = [kind for kind in KINDS.values() if kind.recognise(source)]
-    found = [kind for kind in found if not kind.general] or found
+    check_folders(folders)
+    name = kind or (lists.KIND.name if listed else None)
+    if name and name not in KINDS:
+        raise UsageError(f"no kind of source {name!r}; there are {', '.join(KINDS)}")
+    kinds = [KINDS[name]] if name else list(KINDS.values())
+    levels = [source] if name == lists.KIND.name or folders == CLASSES else wrapped(source)
+    # Marks of its own count wherever they are; class folders and tars are whatever lies innermost.
+    for level, general in [*((level, False) for level in levels), *((level, True) for level in levels[::-1])]:
+        if found := [kind for kind in kinds if kind.general == general and kind.recognise(level)]:
+            if level != source:
+                say(f"note: {source} holds all in one folder, {level}, which is taken as the source")
+            return Source(level, _only(level, found).name)
+    if name:
+        return Source(source, name)
+    raise _unknown(source)
+
+
+def _only(source: Path, found: Sequence[Kind]) -> Kind:
     if len(found) == 1:
         return found[0]
-    if found:
-        names = " and ".join(kind.name for kind in found)
-        raise DataError(
-            f"{source} may be {names}; say which with --source {found[0].name} or --source {found[-1].name}; {_HELP}"
-        )
+    names = " and ".join(kind.name for kind in found)
+    raise DataError(
+        f"{source} may be {names}; say which with --source {found[0].name} or --source {found[-1].name}; {_HELP}"
+    )
+
+
+def _unknown(source: Path) -> BowstoreError:
     looked = "class folders or images, *.tar, the archives of CIFAR, the lists of MiniImageNet and Places, a VOC devkit"
     if source.is_file():
-        raise UsageError(f"{source} is a file, not a folder of images; unpack it and name the folder; {_HELP}")
-    raise DataError(
+        return UsageError(f"{source} is a file, not a folder of images; unpack it and name the folder; {_HELP}")
+    return DataError(
         f"no images in {source} (looked for {looked}); name another folder, or its kind with --source; {_HELP}"
     )
 
 
-def list_splits(
-    source: Path, kind: str | None = None, *, lists: Sequence[str] = (), label_field: str | None = None
-) -> list[Split]:
-    """List the images of a source; no image is decoded.
+@dataclass(frozen=True)
+class Listed:
+    """A source, and what it holds.
+
+    Attributes:
+        source: as a worker process opens it.
+        splits: in the order train, val, test; each holds at least one image.
+        passed_over: what became no image.
+    """
+
+    source: Source
+    splits: list[Split]
+    passed_over: PassedOver
+
+
+def list_source(
+    path: Path,
+    kind: str | None = None,
+    *,
+    lists: Sequence[str] = (),
+    label_field: str | None = None,
+    folders: Folders | None = None,
+) -> Listed:
+    """List the images of a source, and count what is none; no image is decoded.
 
     Args:
-        source: file or folder.
-        kind: as in `find_kind`.
+        path: file or folder.
+        kind: as in `find_source`.
         lists: `FILE` or `SPLIT=FILE`, for the kind list.
         label_field: where labels are, for the kinds list and webdataset: a CSV column, a JSON key, an extension.
-
-    Returns:
-        The splits found, in the order train, val, test; each holds at least one image.
+        folders: as in `Options`.
 
     Raises:
         UsageError: an option that the kind does not have.
-        MissingError, DataError: as `find_kind` and the kind's own module.
+        MissingError, DataError: as `find_source` and the kind's own module.
     """
-    found = find_kind(source, kind, listed=bool(lists))
+    source = find_source(path, kind, listed=bool(lists), folders=folders)
+    found = KINDS[source.kind]
     if lists and found.name != "list":
         raise UsageError(f"source {found.name} takes no --list; leave it out, or take --source list")
-    if label_field and found.name not in _WITH_LABEL_FIELD:
-        raise UsageError(f"source {found.name} takes no --label-field; {' and '.join(_WITH_LABEL_FIELD)} do")
-    return found.list_splits(source, Options(tuple(lists), label_field))
+    for option, given, takers in (
+        ("--label-field", label_field, [kind.name for kind in KINDS.values() if kind.label_field]),
+        ("--folders", folders, [kind.name for kind in KINDS.values() if kind.folders]),
+    ):
+        if given and found.name not in takers:
+            raise UsageError(f"source {found.name} takes no {option}; {' and '.join(takers)} do")
+    listing = found.list_splits(source.path, Options(tuple(lists), label_field, folders, named=bool(kind)))
+    return Listed(source, listing.splits, _passed_over(path, source, listing))
+
+
+def _passed_over(path: Path, source: Source, listing: Listing) -> PassedOver:
+    """What lies below the path that the user named, and is none of the listing."""
+    if KINDS[source.kind].by_choice:
+        return PassedOver(complete=False)
+    below = "" if source.path == path else f"{source.path.relative_to(path).as_posix()}/"
+    taken = {f"{below}{image.container or image.path}" for split in listing.splits for image in split.images}
+    found = passed_over(path, taken, [f"{below}{name}" for name in listing.used])
+    for what, count in listing.passed_over.items():
+        found.add(what, "", count)
+    return found
+
+
+def list_splits(
+    path: Path,
+    kind: str | None = None,
+    *,
+    lists: Sequence[str] = (),
+    label_field: str | None = None,
+    folders: Folders | None = None,
+) -> list[Split]:
+    """The splits that `list_source` finds."""
+    return list_source(path, kind, lists=lists, label_field=label_field, folders=folders).splits
 
 
 def open_source(source: Source) -> Reader:

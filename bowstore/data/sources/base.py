@@ -1,28 +1,22 @@
 """What all kinds of sources share: an image where it lies, a split, and what a kind must be able to do."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import xxhash
 
 from bowstore.errors import DataError
 
 SPLIT_NAMES = ("train", "val", "test")
-# The last two are none that Pillow reads; they are listed so that they end in quarantine and not unseen.
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm"
-    " .jp2 .j2k .avif .heic .heif".split()
-)
 NO_LABEL = -1
 LABEL_FIELDS = ("label", "cls", "class", "target")  # of JSON beside an image, where no other is asked for
 DANGLING = -1  # size of a link to a file that is not there
 NO_LABEL_FIELD = "none"  # what --label-field says to leave all images without labels
 EXAMPLES = 3  # how many cases a message names
-_SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
-_SPLIT_WORDS |= {name: name for name in SPLIT_NAMES}
+Folders = Literal["classes", "splits"]  # what --folders says that the folders of a source are
 
 
 class ImageFile(NamedTuple):
@@ -58,16 +52,25 @@ class Split:
         name: train, val or test.
         classes: class names in label order; empty where images have no labels, or numbers without names.
         images: in one fixed order.
+        bare_folders: folders that might be classes, were there an image in them; they have no label.
+        class_names: what people call the classes, in label order; empty where the source does not say.
     """
 
     name: str
     classes: tuple[str, ...]
     images: Sequence[ImageFile]
+    bare_folders: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
         """Length of all images together."""
         return sum(max(image.size_bytes, 0) for image in self.images)
+
+    def classes_without_images(self) -> list[str]:
+        """Names of the classes, and of the folders that might be classes, in which this split has no image."""
+        present = {image.label for image in self.images}
+        return sorted([*self.bare_folders, *(name for n, name in enumerate(self.classes) if n not in present)])
 
     def listing_digest(self) -> str:
         """32 hex digits over all paths, sizes and stamps: equal means that no file came, went or changed."""
@@ -92,15 +95,35 @@ class Options:
         lists: `FILE` or `SPLIT=FILE`, for the kind `list`.
         label_field: column, JSON key or tar extension that holds the label; None for the usual names;
             `NO_LABEL_FIELD` for no labels.
+        folders: what folders are that could be classes or splits; None where the user did not say.
+        named: the user named the kind.
     """
 
     lists: tuple[str, ...] = ()
     label_field: str | None = None
+    folders: Folders | None = None
+    named: bool = False
 
     @property
     def unlabelled(self) -> bool:
         """Whether all images shall come without labels, whatever is written."""
         return self.label_field == NO_LABEL_FIELD
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a kind finds in a source.
+
+    Attributes:
+        splits: in the order train, val, test, each with an image.
+        used: files and folders, relative to the source, that were read beside images and their containers: lists,
+            names, labels.
+        passed_over: how many members of containers became no image, by what they are.
+    """
+
+    splits: list[Split]
+    used: tuple[str, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,18 +135,24 @@ class Kind:
         expects: what must lie on disk, in one line.
         example: a command.
         recognise: whether a path has this layout; looks at names and first bytes only.
-        list_splits: the splits of a path of this layout, in the order train, val, test, each with an image.
+        list_splits: what a path of this layout holds.
         open: a function that returns an image's bytes. It goes to worker processes, and does nothing until called.
         general: recognised by what other kinds have too; gives way to a kind that is recognised by marks of its own.
+        by_choice: takes what the user names, so that nothing is said of all else that lies there.
+        folders: takes `Options.folders`.
+        label_field: takes `Options.label_field`.
     """
 
     name: str
     expects: str
     example: str
     recognise: Callable[[Path], bool]
-    list_splits: Callable[[Path, Options], list[Split]]
+    list_splits: Callable[[Path, Options], Listing]
     open: Callable[[Path], Reader]
     general: bool = False
+    by_choice: bool = False
+    folders: bool = False
+    label_field: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,11 +161,6 @@ class Source:
 
     path: Path
     kind: str
-
-
-def split_of(word: str) -> str | None:
-    """The split that a word such as "validation" names, or None."""
-    return _SPLIT_WORDS.get(word.strip().lower())
 
 
 def some(cases: Sequence[object]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from bowstore.data.sources.base import ImageFile, Kind, Split, source_changed
+from bowstore.data.sources.base import ImageFile, Kind, Listing, Split, source_changed
 from bowstore.data.sources.keys import make_keys
 from bowstore.errors import CorruptError, DataError, MissingError
 
@@ -216,7 +216,7 @@ def _batch(value: dict[str, Any], layout: _Layout, classes: int, path: Path) -> 
     return _Batch(pixels, labels, names)
 
 
-def _list(layout: _Layout, source: Path) -> list[Split]:
+def _list(layout: _Layout, source: Path) -> Listing:
     """Train and test, in the order of the batches.
 
     Raises:
@@ -225,10 +225,19 @@ def _list(layout: _Layout, source: Path) -> list[Split]:
         CorruptError: a damaged archive, or batches whose parts do not fit.
     """
     batches = _Batches(source, layout)
-    return [
+    splits = [
         Split(split, batches.classes, _images(names, [batches[name] for name in names]))
         for split, names in layout.batches.items()
     ]
+    return Listing(splits, _used(source, layout))
+
+
+def _used(source: Path, layout: _Layout) -> tuple[str, ...]:
+    """The files that were read, relative to the source."""
+    place = _place(source, layout)
+    assert place, "the batches have been read"
+    read = [place / name for name in (layout.meta, *chain(*layout.batches.values()))] if place.is_dir() else [place]
+    return tuple(path.relative_to(source).as_posix() for path in read)
 
 
 def _images(names: Sequence[str], batches: Sequence[_Batch]) -> list[ImageFile]:

@@ -1,132 +1,131 @@
 """Class folders: train/, val/ and test/ with a folder for each class, or class folders alone.
 
-Reads names, sizes and times only; no image is opened here.
+Reads names, sizes and times; of files whose names tell nothing, the first bytes too.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bowstore.data.sources.base import (
-    DANGLING,
-    IMAGE_SUFFIXES,
-    NO_LABEL,
-    SPLIT_NAMES,
-    ImageFile,
-    Kind,
-    Options,
-    Split,
-    read_file,
-)
+from bowstore.data.sources.arrange import CLASSES, SPLITS, is_container, split_folders
+from bowstore.data.sources.base import NO_LABEL, ImageFile, Kind, Listing, Options, Split, read_file, some
 from bowstore.data.sources.keys import make_keys
-from bowstore.data.sources.labels import refuse_unknown
+from bowstore.data.sources.labels import same_classes
+from bowstore.data.sources.names import IMAGE_SUFFIXES, split_of
+from bowstore.data.sources.walk import FoundFile, holds_image, image_files, look
 from bowstore.errors import DataError
+from bowstore.progress import say
 
 
-class _File(NamedTuple):
-    path: str
-    size_bytes: int
-    mtime_ns: int
+class _Place(NamedTuple):
+    """The images of a split: the folder they lie in, below the source, and each with its path below that folder."""
+
+    below: str
+    files: list[tuple[str, FoundFile]]
+
+    def folder(self, source: Path) -> Path:
+        return source / self.below if self.below else source
 
 
 def _recognise(source: Path) -> bool:
-    """Whether there is an image in the folders that would be listed; stops at the first."""
-    return source.is_dir() and any(True for name in split_folders(source) or [""] for _ in _files(source, name))
+    return source.is_dir() and holds_image(source)
 
 
-def split_folders(source: Path) -> list[str]:
-    """Those of train, val and test that are folders of the source."""
-    return [name for name in SPLIT_NAMES if (source / name).is_dir()]
-
-
-def _list_splits(source: Path, _options: Options) -> list[Split]:
+def _list_splits(source: Path, options: Options) -> Listing:
     """List the images of a folder.
 
-    `source` holds train/, val/ and test/ (any of them); or class folders, or images, which are then the split
-    train. Below a split lie class folders, of any depth inside, or images alone, which then have no labels.
-    Hidden files and files without an image's extension are passed over. Labels count the class names of train
-    (without train: of the first split with classes) in sorted order.
+    `source` holds splits, or class folders, or images; the latter two are then the split train. Below a split lie
+    class folders, of any depth inside, or images alone, which then have no labels. Labels count the class names of
+    train (without train: of the first split with classes) in sorted order.
 
     Raises:
-        DataError: no images; images beside class folders; classes that train does not have; a folder that
-            cannot be read.
+        DataError: no images; images beside class folders; folders that may be classes or splits; classes that train
+            does not have; a folder that cannot be read.
     """
-    names = split_folders(source)
-    folders = {name: list(_files(source, name)) for name in names} or {"train": list(_files(source, ""))}
+    loose = look(source).images
+    found = split_folders(source, "images", options.folders, holds_image, loose)
     splits: list[Split] = []
-    for name, files in folders.items():
-        folder = source / name if names else source
+    for name, below in (found or {"train": ""}).items():
         labelled = next((split for split in splits if split.classes), None)
-        splits.append(_make_split(name, folder, _below(files, bool(names)), labelled))
-    return splits
+        place = _unwrap(source, _place(source, below), labelled)
+        if not found and options.folders != CLASSES:
+            _refuse_splits_inside(source, place)
+        splits.append(_make_split(name, source, place, labelled))
+    _tell(source, splits)
+    return Listing(splits)
 
 
-def _below(files: list[_File], in_split_folder: bool) -> list[tuple[str, _File]]:
-    """Files in order of their paths, each with its path below the split's folder."""
-    return [(file.path.partition("/")[2] if in_split_folder else file.path, file) for file in sorted(files)]
+def _place(source: Path, below: str) -> _Place:
+    """The images below a folder of the source, in order of their paths."""
+    start = len(below) + 1 if below else 0
+    return _Place(below, [(file.path[start:], file) for file in sorted(image_files(source, below))])
 
 
-def _files(source: Path, start: str) -> Iterator[_File]:
-    """Image files below `source/start`, in any order."""
-    try:
-        yield from _walk(source, start)
-    except OSError as error:
-        raise DataError(f"cannot read folder {error.filename}: {error.strerror}; make it readable") from error
+def _unwrap(source: Path, place: _Place, labelled: Split | None) -> _Place:
+    """Go into a folder that is called by what it holds, or as a split, and is alone: train/images, train/train."""
+    while place.files and place.below:
+        tops = {path.partition("/")[0] if "/" in path else "" for path, _ in place.files}
+        top = tops.pop()
+        known = labelled.classes if labelled else ()
+        if tops or not (is_container(top) or split_of(top)) or top in known:
+            break
+        inner = f"{place.below}/{top}"
+        say(f"note: the images of {place.folder(source)} lie in {source / inner}, which is not taken for a class")
+        place = _Place(inner, [(path.partition("/")[2], file) for path, file in place.files])
+    return place
 
 
-def _walk(source: Path, start: str, above: tuple[str, ...] = ()) -> Iterator[_File]:
-    folder = os.path.join(source, start)
-    real = os.path.realpath(folder)
-    if real in above:
-        raise DataError(f"folder {folder} is a link to a folder that holds it; remove the link")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = f"{start}/{entry.name}" if start else entry.name
-            if entry.is_dir():
-                yield from _walk(source, path, (*above, real))
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                if entry.is_file():
-                    status = entry.stat()
-                    yield _File(path, status.st_size, status.st_mtime_ns)
-                elif entry.is_symlink():
-                    yield _File(path, DANGLING, 0)
+def _refuse_splits_inside(source: Path, place: _Place) -> None:
+    """Refuse splits inside of classes: their images would all be train's."""
+    inside = sorted({"/".join(path.split("/")[:2]) for path, _ in place.files if path.count("/") > 1})
+    splits = [path for path in inside if split_of(path.partition("/")[2])]
+    if splits:
+        raise DataError(
+            f"{source} holds {len(splits)} folders inside of classes that are called as splits ({some(splits)}); name "
+            f"one of the folders above them, or take all they hold for train's with --folders {CLASSES}"
+        )
 
 
-def _make_split(name: str, folder: Path, files: Sequence[tuple[str, _File]], labelled: Split | None) -> Split:
+def _make_split(name: str, source: Path, place: _Place, labelled: Split | None) -> Split:
     """Label and name the files of one split; `labelled` is an earlier split whose classes bind, if any."""
+    folder, files = place.folder(source), place.files
     if not files:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"no images in {folder} (looked for {suffixes}); fill it, or name another folder")
-    class_names = [path.partition("/")[0] if "/" in path else "" for path, _ in files]
-    classes = sorted(set(class_names) - {""})
-    if classes and "" in class_names:
+    names = [path.partition("/")[0] if "/" in path else "" for path, _ in files]
+    found = sorted(set(names) - {""})
+    if found and "" in names:
         beside = [path for path, _ in files if "/" not in path]
         raise DataError(
             f"{len(beside)} images lie beside the class folders of {folder}, for example {beside[0]}; "
             "move them into a class folder or away"
         )
-    if classes and labelled:
-        refuse_unknown(str(folder), classes, labelled.name, labelled.classes)
-        classes = list(labelled.classes)
-    labels = {class_name: label for label, class_name in enumerate(classes)}
+    known = (labelled.name, labelled.classes) if labelled else ("", ())
+    classes, label_of = same_classes(str(folder), found, *known) if found else ((), {})
     keys = make_keys([path for path, _ in files])
     images = [
-        ImageFile(file.path, key, labels.get(class_name, NO_LABEL), file.size_bytes, file.mtime_ns)
-        for (_, file), key, class_name in zip(files, keys, class_names, strict=True)
+        ImageFile(file.path, key, label_of.get(name, NO_LABEL), file.size_bytes, file.mtime_ns)
+        for (_, file), key, name in zip(files, keys, names, strict=True)
     ]
-    return Split(name, tuple(classes), images)
+    bare = sorted(set(look(folder).folders) - set(found) - set(classes)) if classes else ()
+    return Split(name, classes, images, tuple(bare))
+
+
+def _tell(source: Path, splits: Sequence[Split]) -> None:
+    bare = [split.name for split in splits if not split.classes]
+    if bare and len(bare) < len(splits):
+        say(f"note: the images of {', '.join(bare)} in {source} lie in no class folders, and have no labels")
 
 
 KIND = Kind(
     name="folder",
-    expects="train/CLASS/..., val/CLASS/... or test/CLASS/...; or CLASS/... alone; or images alone, without labels",
+    expects="train/CLASS/..., val/CLASS/... or test/CLASS/...; or CLASS/... alone; or images alone, without labels; "
+    f"--folders {CLASSES} or --folders {SPLITS} says what folders are that could be both",
     example="bowstore shards imagenet data/shards",
     recognise=_recognise,
     list_splits=_list_splits,
     open=lambda source: partial(read_file, source),
     general=True,
+    folders=True,
 )

@@ -1,6 +1,7 @@
 """From drafts, images with the labels that somebody wrote, to splits with keys and numbered labels."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -83,27 +84,25 @@ def finish_splits(
     texts = {name: {draft.label for draft in ordered[name]} for name in labelled}
     numbered = _are_numbers({text for found in texts.values() for text in found}, where)
     splits: list[Split] = []
-    shared: tuple[str, tuple[str, ...]] | None = None
+    shared: tuple[str, tuple[str, ...]] = ("", ())
     for name in names:
         classes: tuple[str, ...] = ()
+        label_of: dict[str, int] = {}
         if name in texts and not numbered:
-            classes = tuple(sorted(texts[name]))
+            classes, label_of = same_classes(f"split {name} of {where}", sorted(texts[name]), *shared)
             if not own_classes:
-                shared = shared or (name, classes)
-                refuse_unknown(f"split {name} of {where}", classes, *shared)
-                classes = shared[1]
-        splits.append(Split(name, classes, _images(ordered[name], classes)))
+                shared = (shared[0] or name, classes)
+        splits.append(Split(name, classes, _images(ordered[name], label_of)))
     return splits
 
 
-def _images(drafts: Sequence[Draft], classes: Sequence[str]) -> list[ImageFile]:
-    labels = {text: label for label, text in enumerate(classes)}
+def _images(drafts: Sequence[Draft], label_of: Mapping[str, int]) -> list[ImageFile]:
     keys = make_keys([draft.name for draft in drafts])
     return [
         ImageFile(
             draft.path,
             key,
-            _number(draft.label, labels),
+            _number(draft.label, label_of),
             draft.size_bytes,
             draft.stamp,
             draft.container,
@@ -113,10 +112,10 @@ def _images(drafts: Sequence[Draft], classes: Sequence[str]) -> list[ImageFile]:
     ]
 
 
-def _number(text: str, labels: Mapping[str, int]) -> int:
+def _number(text: str, label_of: Mapping[str, int]) -> int:
     if not text:
         return NO_LABEL
-    return labels[text] if labels else int(text)
+    return label_of[text] if label_of else int(text)
 
 
 def _is_labelled(split: str, drafts: Sequence[Draft], where: object) -> bool:
@@ -142,17 +141,37 @@ def _are_numbers(texts: set[str], where: object) -> bool:
     return True
 
 
-def refuse_unknown(what: str, found: Sequence[str], reference: str, known: Sequence[str]) -> None:
-    """Refuse classes that the split whose classes bind does not have.
+def same_classes(
+    what: str, found: Sequence[str], reference: str, known: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The class list of a split, and the label of each name found in it.
+
+    Names that look the same may be written in two ways (a composed accent or one of its own: NFC and NFD, as macOS
+    leaves it); they are one class where two splits differ so.
+
+    Args:
+        what: the split, for messages.
+        found: its names, sorted.
+        reference: the split whose classes bind; empty for none.
+        known: its classes.
 
     Raises:
-        DataError: names up to five of them.
+        DataError: two names in a split that look the same; up to five classes that the reference does not have.
     """
-    unknown = sorted(set(found) - set(known))
+    looks = {unicodedata.normalize("NFC", name): name for name in found}
+    if len(looks) < len(found):
+        twins = sorted(set(found) - set(looks.values()))
+        raise DataError(
+            f"{what} has {len(twins)} classes whose names look like another's, written with other code points: "
+            f"{some([f'{name} ({name!a})' for name in twins])}; rename one of each two, or put them together"
+        )
+    classes = tuple(known if reference else found)
+    labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
+    unknown = [name for look, name in looks.items() if look not in labels]
     if unknown:
         more = ", ..." if len(unknown) > 5 else ""
-        names = ", ".join(unknown[:5])
         raise DataError(
-            f"{what} has {len(unknown)} classes that {reference} does not have: {names}{more}; "
+            f"{what} has {len(unknown)} classes that {reference} does not have: {', '.join(unknown[:5])}{more}; "
             "all splits must share one class list, so rename or remove them"
         )
+    return classes, {name: labels[look] for look, name in looks.items()}

@@ -4,14 +4,16 @@ import csv
 import os
 import posixpath
 import stat
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bowstore.data.sources.base import some, split_of
+from bowstore.data.sources.base import some
 from bowstore.data.sources.labels import Draft
+from bowstore.data.sources.names import split_of
 from bowstore.errors import DataError, MissingError, UsageError
-from bowstore.progress import Progress
+from bowstore.progress import Progress, say
 
 IMAGE_COLUMNS = ("image", "path", "filename", "file_name", "filepath")
 LABEL_COLUMNS = ("label", "class", "class_name", "target")
@@ -150,6 +152,7 @@ def find_files(
     climbing: list[str] = []
     missing: list[str] = []
     drafts: list[Draft] = []
+    other_code_points = 0
     with Progress(f"list {split}", len(entries), shown=len(entries) >= _SHOW_PROGRESS_IMAGES) as progress:
         for entry in entries:
             readings = [(entry.path, entry.label)] + ([(entry.whole, "")] if entry.whole else [])
@@ -157,6 +160,7 @@ def find_files(
             found = next((draft for path, label in inside if (draft := _draft(root, below, path, label))), None)
             if found:
                 drafts.append(found)
+                other_code_points += found.name not in (path for path, _ in inside)
             else:
                 (missing if inside else climbing).append(f"{entry.path!r} in line {entry.number}")
             progress.advance()
@@ -169,6 +173,11 @@ def find_files(
         raise DataError(
             f"list {listed_in}: {len(missing)} of {len(entries)} files are not in {root}: {some(missing)}; "
             "bring them there, or remove the lines"
+        )
+    if other_code_points:
+        say(
+            f"note: {other_code_points} names in list {listed_in} are written with other code points (NFC, NFD) than "
+            "the files, which look the same"
         )
     _refuse_twice(drafts, entries, listed_in)
     return drafts
@@ -183,14 +192,17 @@ def _inside(path: str, root: Path) -> str:
 
 
 def _draft(root: Path, below: str, path: str, label: str) -> Draft | None:
-    try:
-        status = os.stat(os.path.join(root, path))
-    except (OSError, ValueError):  # ValueError: lone surrogates
-        return None
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    full = f"{below}/{path}" if below else path
-    return Draft(full, path, label, status.st_size, status.st_mtime_ns)
+    """The file of that name or, as macOS writes names in its own way, of the one that looks the same."""
+    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    for name in [path] if path.isascii() else dict.fromkeys((path, *forms)):
+        try:
+            status = os.stat(os.path.join(root, name))
+        except (OSError, ValueError):  # ValueError: lone surrogates
+            continue
+        if stat.S_ISREG(status.st_mode):
+            full = f"{below}/{name}" if below else name
+            return Draft(full, name, label, status.st_size, status.st_mtime_ns)
+    return None
 
 
 def _refuse_twice(drafts: Sequence[Draft], entries: Sequence[Entry], listed_in: Path) -> None:

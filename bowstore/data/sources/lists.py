@@ -4,13 +4,14 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from bowstore.data.sources.base import SPLIT_NAMES, Kind, Options, Split, read_file, split_of
+from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file
 from bowstore.data.sources.labels import Draft, finish_splits
 from bowstore.data.sources.listing import Entry, find_files, read_list
+from bowstore.data.sources.names import split_of
 from bowstore.errors import MissingError, UsageError
 
 
-def _list_splits(source: Path, options: Options) -> list[Split]:
+def _list_splits(source: Path, options: Options) -> Listing:
     """List what the lists name; a list without a split's name and without a column `split` is train.
 
     Raises:
@@ -29,7 +30,8 @@ def _list_splits(source: Path, options: Options) -> list[Split]:
                 raise UsageError(f"list {path} has a column of splits; give it alone, as --list {path}")
         for name, entries in by_split.items():
             drafts[name] = find_files(entries, source=source, listed_in=path, split=name)
-    return finish_splits(drafts, where=" and ".join(str(path) for path, _ in lists), unlabelled=options.unlabelled)
+    where = " and ".join(str(path) for path, _ in lists)
+    return Listing(finish_splits(drafts, where=where, unlabelled=options.unlabelled))
 
 
 def _split_lists(source: Path, options: Options) -> list[tuple[Path, str]]:
@@ -61,4 +63,6 @@ KIND = Kind(
     recognise=lambda _source: False,  # only a list makes it one
     list_splits=_list_splits,
     open=lambda source: partial(read_file, source),
+    by_choice=True,
+    label_field=True,
 )

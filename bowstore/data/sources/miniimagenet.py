@@ -4,7 +4,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from bowstore.data.sources.base import SPLIT_NAMES, Kind, Options, Split, read_file, some
+from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file, some
 from bowstore.data.sources.labels import finish_splits
 from bowstore.data.sources.listing import find_files, read_list
 from bowstore.errors import DataError, MissingError
@@ -16,7 +16,7 @@ def _recognise(source: Path) -> bool:
     return (source / _IMAGES).is_dir() and all((source / f"{name}.csv").is_file() for name in SPLIT_NAMES)
 
 
-def _list_splits(source: Path, _options: Options) -> list[Split]:
+def _list_splits(source: Path, _options: Options) -> Listing:
     """List the three splits; each numbers its own classes, in sorted order (64, 16 and 20 in the paper).
 
     Raises:
@@ -39,7 +39,7 @@ def _list_splits(source: Path, _options: Options) -> list[Split]:
                 f"{source}: {len(shared)} classes are in both {one.name} and {other.name}: {some(shared)}; the splits "
                 "of MiniImageNet share none, so take --source list with --list train=train.csv --list val=val.csv ..."
             )
-    return splits
+    return Listing(splits, used=tuple(f"{split}.csv" for split in SPLIT_NAMES))
 
 
 KIND = Kind(

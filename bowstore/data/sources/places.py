@@ -6,7 +6,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from bowstore.data.sources.base import Kind, Options, Split, read_file
+from bowstore.data.sources.base import Kind, Listing, Options, read_file
 from bowstore.data.sources.labels import Draft, finish_splits
 from bowstore.data.sources.listing import Entry, find_files, read_list
 from bowstore.errors import DataError, MissingError
@@ -44,7 +44,7 @@ def _find_lists(source: Path) -> dict[str, dict[str, Path]]:
     return {name: lists for name, lists in found.items() if lists}
 
 
-def _list_splits(source: Path, _options: Options) -> list[Split]:
+def _list_splits(source: Path, _options: Options) -> Listing:
     """List train and val; classes are the folders of train's images (for example a/abbey) where those fit the labels.
 
     Raises:
@@ -66,7 +66,8 @@ def _list_splits(source: Path, _options: Options) -> list[Split]:
         drafts[split] = find_files(entries, source=source, below=below, listed_in=path, split=split)
     splits = finish_splits(drafts, where=source)
     classes = _class_names(drafts["train"]) if "train" in drafts else ()
-    return [replace(split, classes=classes) for split in splits]
+    used = tuple(path.relative_to(source).as_posix() for path in lists.values())
+    return Listing([replace(split, classes=classes) for split in splits], used)
 
 
 def _image_folder(source: Path, entries: Sequence[Entry], path: Path) -> str:

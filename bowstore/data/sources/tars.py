@@ -4,22 +4,20 @@ Nothing is extracted, and no member is decoded but JSON: pickles and arrays in a
 """
 
 import json
+import os
 import posixpath
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bowstore.data.sources.base import IMAGE_SUFFIXES, NO_LABEL_FIELD
+from bowstore.data.sources.base import NO_LABEL_FIELD, ImageFile, source_changed
 from bowstore.data.sources.labels import usual_label
+from bowstore.data.sources.names import SIGNATURE_BYTES, is_image, is_system_member
 from bowstore.data.tar import Member, TarReader, split_key
 from bowstore.errors import DataError
 
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_TEXT_LABEL_BYTES = 100
-_SIGNATURE_BYTES = 16
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
-_BOX_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1")  # behind "ftyp"
-_NO_IMAGES = frozenset("json txt cls".split())  # not looked into for an image
 
 
 class TarImage(NamedTuple):
@@ -48,10 +46,11 @@ class _Sample(NamedTuple):
 
 
 class TarContent(NamedTuple):
-    """What was found in a tar: images in the order of the archive, and keys of samples without one."""
+    """What was found in a tar: images in the order of the archive, keys of samples without one, names of systems."""
 
     images: list[TarImage]
     empty: list[str]
+    system: list[str]
 
 
 def read_tar(path: Path, label_field: str | None, report: Callable[[int], None]) -> TarContent:
@@ -71,9 +70,12 @@ def read_tar(path: Path, label_field: str | None, report: Callable[[int], None])
     samples: dict[str, _Sample] = {}
     with open(path, "rb", buffering=0) as file:
         tar = TarReader(file, path, report)
+        content = TarContent([], [], [])
         while member := tar.next_member():
-            _add(samples, tar, member, path)
-        content = TarContent([], [])
+            if is_system_member(name := posixpath.normpath(member.name)):
+                content.system.append(name)
+            else:
+                _add(samples, tar, member._replace(name=name), path)
         for key, sample in samples.items():
             if not sample.images:
                 content.empty.append(key)
@@ -93,11 +95,8 @@ def read_tar(path: Path, label_field: str | None, report: Callable[[int], None])
 
 
 def _add(samples: dict[str, _Sample], tar: TarReader, member: Member, path: Path) -> None:
-    """Put a member with its sample, unless it is hidden."""
-    member = member._replace(name=posixpath.normpath(member.name))
+    """Put a member with its sample."""
     key, extension = split_key(member.name)
-    if not key or key.endswith("/"):
-        return
     sample = samples.setdefault(key, _Sample({}, []))
     if extension in sample.members:
         raise DataError(
@@ -105,21 +104,8 @@ def _add(samples: dict[str, _Sample], tar: TarReader, member: Member, path: Path
             f"{member.offset}); names in a tar must differ, in more than case: write it anew"
         )
     sample.members[extension] = member
-    if _is_image(tar, extension, member):
+    if is_image(member.name, lambda: bytes(tar.view(member.offset, member.offset + min(SIGNATURE_BYTES, member.size)))):
         sample.images.append(extension)
-
-
-def _is_image(tar: TarReader, extension: str, member: Member) -> bool:
-    """By the last part of the extension, or else by the first bytes."""
-    last = extension.rpartition(".")[2]
-    if f".{last}" in IMAGE_SUFFIXES or last in _NO_IMAGES:
-        return last not in _NO_IMAGES
-    start = bytes(tar.view(member.offset, member.offset + min(_SIGNATURE_BYTES, member.size)))
-    return (
-        start.startswith(_SIGNATURES)
-        or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
-        or (start[4:8] == b"ftyp" and start[8:12] in _BOX_BRANDS)
-    )
 
 
 def _component(extension: str) -> str:
@@ -187,3 +173,26 @@ class _Labels:
                 f"{self._path}: byte {error.start} of {member.name!r} is not UTF-8; write it anew, or name another "
                 f"field, or --label-field {NO_LABEL_FIELD}"
             ) from error
+
+
+def read_member(source: Path, image: ImageFile) -> bytes:
+    """The bytes of a member of a tar.
+
+    Args:
+        source: the tar, or the folder that `image.container` is relative to.
+        image: what was listed.
+
+    Raises:
+        DataError: the tar cannot be read, or changed after listing.
+    """
+    path = source if source.is_file() else source / image.container
+    try:
+        with open(path, "rb") as file:
+            stamp = os.fstat(file.fileno()).st_mtime_ns
+            file.seek(image.place)
+            data = file.read(image.size_bytes)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
+    if stamp != image.stamp or len(data) != image.size_bytes:
+        raise source_changed(str(path), "changed after it was listed")
+    return data

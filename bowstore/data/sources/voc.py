@@ -7,7 +7,7 @@ own lists of classes.
 from functools import partial
 from pathlib import Path
 
-from bowstore.data.sources.base import Kind, Options, Split, read_file, some
+from bowstore.data.sources.base import Kind, Listing, Options, read_file, some
 from bowstore.data.sources.labels import finish_splits
 from bowstore.data.sources.listing import Entry, find_files, read_list
 from bowstore.errors import DataError, MissingError
@@ -22,7 +22,7 @@ def _years(source: Path) -> list[Path]:
     return [folder for folder in below if (folder / _IMAGES).is_dir() and (folder / _LISTS).is_dir()]
 
 
-def _list_splits(source: Path, _options: Options) -> list[Split]:
+def _list_splits(source: Path, _options: Options) -> Listing:
     """List trainval as train, and test where the devkit has it.
 
     Raises:
@@ -44,7 +44,8 @@ def _list_splits(source: Path, _options: Options) -> list[Split]:
             drafts[split] = find_files(images, source=source, below=below, listed_in=path, split=split)
     if not drafts:
         raise MissingError(f"no trainval.txt and no test.txt in {folder / _LISTS}; extract the devkit again")
-    return finish_splits(drafts, where=folder)
+    used = tuple((folder / _LISTS / f"{_SPLITS[split]}.txt").relative_to(source).as_posix() for split in drafts)
+    return Listing(finish_splits(drafts, where=folder), used)
 
 
 KIND = Kind(

@@ -4,7 +4,6 @@ Shards that `bowstore index` takes need not be: this is for nested or odd names,
 extensions, labels as text or JSON, and images that want a check.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,62 +11,64 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bowstore.data.sources.base import (
-    LABEL_FIELDS,
-    SPLIT_NAMES,
-    ImageFile,
-    Kind,
-    Options,
-    Split,
-    some,
-    source_changed,
-    split_of,
-)
-from bowstore.data.sources.folder import split_folders
+from bowstore.data.sources.arrange import split_folders
+from bowstore.data.sources.base import LABEL_FIELDS, SPLIT_NAMES, Kind, Listing, Options, some
 from bowstore.data.sources.labels import Draft, finish_splits, text_is_label, whole_number
-from bowstore.data.sources.tars import TarContent, TarImage, read_tar
+from bowstore.data.sources.names import split_of
+from bowstore.data.sources.tars import TarContent, TarImage, read_member, read_tar
+from bowstore.data.sources.walk import SYSTEM, holds_image, look
 from bowstore.data.tar import split_key
 from bowstore.errors import DataError, MissingError
 from bowstore.progress import Progress, say
 
-_TARS = "*.tar"
+_TAR = ".tar"
+_EMPTY_SAMPLES = "samples of tars without an image"
 _WORD = re.compile(r"[a-z]+")
 
 
 def _recognise(source: Path) -> bool:
     if source.is_file():
-        return source.suffix == ".tar"
-    return any(True for folder in _folders(source) for _ in folder.glob(_TARS))
+        return source.suffix.lower() == _TAR
+    splits = list(filter(split_of, look(source).folders))
+    if any(_tars_in(source / name) for name in splits):
+        return True
+    return bool(_tars_in(source)) and not any(holds_image(source, name) for name in splits)
 
 
-def _folders(source: Path) -> list[Path]:
-    return [source / name for name in split_folders(source)] or [source]
+def _tars_in(folder: Path) -> list[Path]:
+    """The tars that lie in a folder, sorted; macOS's ._NAME.tar are none."""
+    return [folder / name for name in look(folder).others if name.lower().endswith(_TAR)]
 
 
-def _tars(source: Path) -> dict[str, list[Path]]:
+def _tars(source: Path, options: Options) -> dict[str, list[Path]]:
     """Tars by split: in train/, val/, test/; or with the split in their names; or all train.
 
     Raises:
         MissingError: no tar.
-        DataError: names of which only some tell the split.
+        DataError: names of which only some tell the split, or one tells two; tars beside the folders of splits.
     """
     if source.is_file():
         return {"train": [source]}
-    by_folder = {name: sorted((source / name).glob(_TARS)) for name in split_folders(source)}
-    if by_folder:
-        found = {name: paths for name, paths in by_folder.items() if paths}
-    else:
-        found = _by_name(sorted(source.glob(_TARS)))
+    loose = _tars_in(source)
+    names = [path.name for path in loose]
+    folders = split_folders(source, "tars", options.folders, lambda root, name: bool(_tars_in(root / name)), names)
+    by_folder = {split: _tars_in(source / name) for split, name in folders.items()}
+    found = {split: paths for split, paths in by_folder.items() if paths} or (_by_name(loose) if loose else {})
     if not found:
-        raise MissingError(f"no {_TARS} in {source}; name the folder that holds the shards, uncompressed")
+        raise MissingError(f"no *{_TAR} in {source}; name the folder that holds the shards, uncompressed")
     return found
 
 
 def _by_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in paths:
-        words = _WORD.findall(path.stem.lower())
-        found.setdefault(next((split for word in words if (split := split_of(word))), ""), []).append(path)
+        splits = {split for word in _WORD.findall(path.stem.lower()) if (split := split_of(word))}
+        if len(splits) > 1:
+            raise DataError(
+                f"the name of {path} tells {len(splits)} splits, {' and '.join(sorted(splits))}; put the tars into "
+                f"folders {', '.join(SPLIT_NAMES)}"
+            )
+        found.setdefault(splits.pop() if splits else "", []).append(path)
     if "" in found and len(found) > 1:
         unclear = [path.name for path in found[""]]
         raise DataError(
@@ -85,7 +86,7 @@ class _Found(NamedTuple):
     image: TarImage
 
 
-def _list_splits(source: Path, options: Options) -> list[Split]:
+def _list_splits(source: Path, options: Options) -> Listing:
     """List the images of all tars; labels come from .cls, the sample's JSON, or a .txt that is a number everywhere.
 
     Raises:
@@ -93,9 +94,10 @@ def _list_splits(source: Path, options: Options) -> list[Split]:
         CorruptError: a tar that is cut or damaged.
         DataError: members that no shard may hold, no image, labels that cannot be read, an archive of class folders.
     """
-    tars = _tars(source)
+    tars = _tars(source, options)
     found: dict[str, list[_Found]] = {}
     empty: list[str] = []
+    system = 0
     size_bytes = sum(path.stat().st_size for paths in tars.values() for path in paths)
     with Progress("list", size_bytes, "bytes") as progress:
         for split, paths in tars.items():
@@ -104,6 +106,7 @@ def _list_splits(source: Path, options: Options) -> list[Split]:
                 stamp, content = _scan(path, options, progress.advance)
                 found[split] += [_Found(path, stamp, image) for image in content.images]
                 empty += [f"{path.name}/{key}" for key in content.empty]
+                system += len(content.system)
     for split, images in found.items():
         if not images:
             raise DataError(f"no images in the {len(tars[split])} tars of split {split} in {source}; name other tars")
@@ -117,7 +120,7 @@ def _list_splits(source: Path, options: Options) -> list[Split]:
     drafts = {split: _drafts(source, images, options, as_text=as_text) for split, images in found.items()}
     splits = finish_splits(drafts, where=source, unlabelled=options.unlabelled)
     _tell(source, drafts, empty, options)
-    return splits
+    return Listing(splits, passed_over={_EMPTY_SAMPLES: len(empty), f"{SYSTEM} members of tars": system})
 
 
 def _scan(path: Path, options: Options, report: Callable[[int], None]) -> tuple[int, TarContent]:
@@ -179,25 +182,6 @@ def _tell(source: Path, drafts: dict[str, list[Draft]], empty: Sequence[str], op
         )
 
 
-def _read(source: Path, image: ImageFile) -> bytes:
-    """The bytes of a member.
-
-    Raises:
-        DataError: the tar cannot be read, or changed after listing.
-    """
-    path = source if source.is_file() else source / image.container
-    try:
-        with open(path, "rb") as file:
-            stamp = os.fstat(file.fileno()).st_mtime_ns
-            file.seek(image.place)
-            data = file.read(image.size_bytes)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
-    if stamp != image.stamp or len(data) != image.size_bytes:
-        raise source_changed(str(path), "changed after it was listed")
-    return data
-
-
 KIND = Kind(
     name="webdataset",
     expects="*.tar made elsewhere (webdataset, img2dataset, Hugging Face): in train/, val/, test/, with the split in "
@@ -205,6 +189,8 @@ KIND = Kind(
     example="bowstore shards laion data/shards --label-field class",
     recognise=_recognise,
     list_splits=_list_splits,
-    open=lambda source: partial(_read, source),
+    open=lambda source: partial(read_member, source),
     general=True,
+    folders=True,
+    label_field=True,
 )

@@ -1,0 +1,110 @@
+"""Which folders of a source are its splits, and which wrap something else; one rule for images and for tars.
+
+A name alone does not tell a split from a class: bus, car and train are three classes. So folders that are called like
+splits are splits only where there is nothing else beside them; otherwise the user says it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+from bowstore.data.sources.base import SPLIT_NAMES, Folders, some
+from bowstore.data.sources.names import split_of
+from bowstore.data.sources.walk import holds_image, look
+from bowstore.errors import DataError, UsageError
+
+CLASSES, SPLITS = get_args(Folders)
+# Folders that are called by what they hold are no classes, where nothing lies beside them.
+_CONTAINERS = frozenset("image images img imgs jpegimages photos pictures data dataset".split())
+_MAX_WRAPPINGS = 4
+
+
+def split_folders(
+    source: Path, what: str, folders: Folders | None, holds: Callable[[Path, str], bool], loose: list[str]
+) -> dict[str, str]:
+    """The folders of a source that are its splits, by split, in the order train, val, test; none where none is one.
+
+    Args:
+        source: the folder.
+        what: what the splits hold, for messages: "images", "tars".
+        folders: what the user said that folders are.
+        holds: whether a folder, named below the source, holds such.
+        loose: names of those that lie beside the folders.
+
+    Raises:
+        DataError: folders that could be splits or classes; two folders for one split; something beside the splits.
+    """
+    if folders == CLASSES:
+        return {}
+    names = look(source).folders
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if split := split_of(name):
+            found.setdefault(split, []).append(name)
+    if not found:
+        return {}
+    for split, same in found.items():
+        if len(same) > 1:
+            raise DataError(
+                f"{source} holds {' and '.join(same)}, which both name the split {split}; rename one, or move it away"
+            )
+    splits = {split: found[split][0] for split in SPLIT_NAMES if split in found}
+    if folders != SPLITS:
+        _refuse_others(source, what, list(splits.values()), [n for n in names if not split_of(n) and holds(source, n)])
+        if loose:
+            raise DataError(
+                f"{len(loose)} {what} lie beside the folders {', '.join(splits.values())} of {source}, for example "
+                f"{loose[0]}; move them into one of these, or leave them out with --folders {SPLITS}"
+            )
+    return splits
+
+
+def _refuse_others(source: Path, what: str, splits: list[str], others: list[str]) -> None:
+    if others:
+        raise DataError(
+            f"{source} holds {', '.join(splits)} beside {len(others)} other folders of {what} ({some(others)}), so they"
+            f" may be classes or splits; say which with --folders {CLASSES} or --folders {SPLITS} (the others are then "
+            "left out)"
+        )
+
+
+def check_folders(folders: str | None) -> None:
+    """Refuse another word than those that `Options.folders` knows.
+
+    Raises:
+        UsageError: another word.
+    """
+    if folders not in (None, CLASSES, SPLITS):
+        raise UsageError(f"folders is {folders!r}; it must be {CLASSES} or {SPLITS}")
+
+
+def wrapped(source: Path) -> list[Path]:
+    """The source, and the folders that wrap each other in it: each is alone in the one before.
+
+    A folder wraps something if nothing but it holds images, and it is neither called like a split nor a class (a
+    class holds images itself).
+    """
+    levels = [source]
+    while len(levels) <= _MAX_WRAPPINGS and (inner := _wrapping(levels[-1])):
+        levels.append(inner)
+    return levels
+
+
+def _wrapping(source: Path) -> Path | None:
+    if not source.is_dir():
+        return None
+    folders, images, others = look(source)
+    if images or any(name.lower().endswith(".tar") for name in others):
+        return None
+    called = [name for name in folders if is_container(name)]
+    if len(folders) > 1 and len(called) == 1:  # images/ beside labels/
+        folders = called if not any(holds_image(source, name) for name in folders if name not in called) else []
+    if len(folders) != 1 or split_of(folders[0]):
+        return None
+    inside = look(source / folders[0])
+    return None if inside.images and not is_container(folders[0]) else source / folders[0]
+
+
+def is_container(name: str) -> bool:
+    """Whether a folder is called by what it holds."""
+    return name.lower() in _CONTAINERS
