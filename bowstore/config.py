@@ -123,6 +123,9 @@ class WordsConfig(Strict):
     store: Place | None = Field(None, description="word store; null: the workspace's")
     layer: str | None = Field(None, description="layer of the store; null: its only one")
     form: Literal["count", "binary"] = "count"
+    reencoded: bool = Field(
+        False, description="the shards hold other encodings of the store's images (resized, compressed anew)"
+    )
     gamma: float = Field(1.0, gt=0, description="initial scale of the cosine logits")
 
 

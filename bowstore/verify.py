@@ -83,6 +83,7 @@ def verify_path(
     path: Path,
     *,
     shards: Path | None = None,
+    reencoded: bool = False,
     digest: bool = False,
     deep: bool = False,
     repair: bool = False,
@@ -93,7 +94,8 @@ def verify_path(
 
     Args:
         path: what to check.
-        shards: with a store: also join its keys with these shards.
+        shards: with a store: also join its keys with these shards, and compare the images.
+        reencoded: with shards: they hold other encodings of the store's images, which are not compared.
         digest: with a store: report its digest.
         deep: with shards: decode every image. A store is always read as a whole.
         repair: with a store: take damaged chunks back, so that encoding writes them anew; with shards see
@@ -110,7 +112,7 @@ def verify_path(
     storage = storage or StorageConfig()
     store = path if not is_remote(path) else _remote_store(path, storage, repair=repair)
     if store and (store / "zarr.json").exists():
-        return _verify_store(store, shards, storage, digest=digest, repair=repair)
+        return _verify_store(store, shards, storage, reencoded=reencoded, digest=digest, repair=repair)
     if shards or digest:
         raise UsageError(f"--shards and --digest go with a word store, and {path} is none")
     if is_remote(path):
@@ -132,10 +134,12 @@ def _remote_store(path: Path, storage: StorageConfig, *, repair: bool) -> Path |
     return fetch_store(path, storage)
 
 
-def _verify_store(path: Path, shards: Path | None, storage: StorageConfig, *, digest: bool, repair: bool) -> PathReport:
+def _verify_store(
+    path: Path, shards: Path | None, storage: StorageConfig, *, reencoded: bool, digest: bool, repair: bool
+) -> PathReport:
     from bowstore.words import verify
 
-    report = verify.verify(path, shards, storage)
+    report = verify.verify(path, shards, storage, reencoded=reencoded)
     checked = f"{report.images} images, {report.chunks} chunks, layers {', '.join(report.layers) or 'none'}"
     problems = [Problem(message, "store") for message in report.problems]
     repairs = []

@@ -75,7 +75,8 @@ def write_coloured_store(
     """A complete store of one layer; `words` (N, 1, 3) are by default those of the keys."""
     words = words_of(keys) if words is None else words
     hashes = np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64)
-    writer = create_store(path, fingerprint=fingerprint, key_hash_N=hashes)
+    images = np.array([xxhash.xxh3_64_intdigest(coloured_image(key)) for key in keys], np.uint64)
+    writer = create_store(path, fingerprint=fingerprint, key_hash_N=hashes, image_digest_N=images)
     teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
     spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=WORDS, grid=(1, CHANNELS), channels=8)
     fill_layer(writer, "block3", spec, words)

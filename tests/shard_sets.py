@@ -62,7 +62,14 @@ def write_store(path: Path, index: Index, *, words: int = 12, grid: int = 4, see
     maps = generator.integers(0, words, (len(index), grid, grid))
     own = index.label[:, None, None] % words
     maps = np.where(generator.random(maps.shape) < 0.7, own, maps).astype(np.uint16)
-    return write_words(path, maps, words=words, fingerprint=index.fingerprint, key_hash_N=np.asarray(index.key_hash))
+    return write_words(
+        path,
+        maps,
+        words=words,
+        fingerprint=index.fingerprint,
+        key_hash_N=np.asarray(index.key_hash),
+        image_digest_N=np.asarray(index.digest),
+    )
 
 
 def write_words(
@@ -72,10 +79,12 @@ def write_words(
     words: int = 12,
     fingerprint: str = "f" * 32,
     key_hash_N: np.ndarray | None = None,
+    image_digest_N: np.ndarray | None = None,
 ) -> Path:
     """A complete store of one layer with the given words, uint16 (N, h, w)."""
     keys = np.arange(1, len(maps) + 1, dtype=np.uint64) if key_hash_N is None else key_hash_N
-    writer = create_store(path, fingerprint=fingerprint, key_hash_N=keys)
+    digests = keys if image_digest_N is None else image_digest_N
+    writer = create_store(path, fingerprint=fingerprint, key_hash_N=keys, image_digest_N=digests)
     teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
     spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=maps.shape[1:], channels=8)
     fill_layer(writer, "block3", spec, maps)

@@ -97,7 +97,7 @@ class _Bench:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "words.zarr"
             hashes = np.arange(1, self.images + 1, dtype=np.uint64)
-            writer = create_store(path, fingerprint=job.index.fingerprint, key_hash_N=hashes)
+            writer = create_store(path, fingerprint=job.index.fingerprint, key_hash_N=hashes, image_digest_N=hashes)
             for plan in job.layers:
                 spec = LayerSpec(
                     teacher=job.teacher.provenance(plan.name), view=view_values(job.teacher), vocabulary={},

@@ -31,8 +31,8 @@ def bench_store(
     what = opened.layer(layer)
     index = open_index(shards, storage) if shards else None
     words_bytes = 2 * len(opened) * what.grid[0] * what.grid[1]
-    parts = (opened.path / what.name / "words", opened.path / what.name / "chunk_digest", opened.path / "key_hash")
-    disk_bytes = sum(stored_bytes(part) for part in parts)
+    parts = ("key_hash", "image_digest", f"{what.name}/words", f"{what.name}/chunk_digest")
+    disk_bytes = sum(stored_bytes(opened.path / part) for part in parts)
     load: list[float] = []
     join: list[float] = []
     with Progress("bench store", rounds + 1, "rounds") as progress:

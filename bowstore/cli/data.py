@@ -148,7 +148,8 @@ def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, wor
 
 @click.command()
 @click.argument("path", type=PATH)
-@click.option("--shards", "shards_dir", type=PATH, help="Also join the store with these shards by key.")
+@click.option("--shards", "shards_dir", type=PATH, help="Also join the store with these shards, by key and image.")
+@click.option("--reencoded", is_flag=True, help="They hold other encodings of the store's images: join by key alone.")
 @click.option("--deep", is_flag=True, help="Decode every image of shards, too.")
 @click.option("--repair", is_flag=True, help="Make good what can be made good, and say what to run for the rest.")
 @click.option("--digest", "show_digest", is_flag=True, help="Print a store's digest as the last line.")
@@ -157,6 +158,7 @@ def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, wor
 def verify(
     path: Path,
     shards_dir: Path | None,
+    reencoded: bool,
     deep: bool,
     repair: bool,
     show_digest: bool,
@@ -176,6 +178,7 @@ def verify(
     report = verify_path(
         path,
         shards=shards_dir,
+        reencoded=reencoded,
         digest=show_digest,
         deep=deep,
         repair=repair,

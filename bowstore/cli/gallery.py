@@ -18,6 +18,7 @@ _KEPT = 16  # nearest images of a word that a store keeps
 @click.option("--words", type=click.IntRange(1, 100), default=16, show_default=True, help="Words a gallery.")
 @click.option("--examples", type=click.IntRange(1, _KEPT), help="Images a word.  [default: 8, with --word 16]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random words.")
+@click.option("--reencoded", is_flag=True, help="The shards hold other encodings of the store's images.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown as JSON alone.")
 def words(
     store: Path | None,
@@ -28,6 +29,7 @@ def words(
     words: int,
     examples: int | None,
     seed: int,
+    reencoded: bool,
     as_json: bool,
 ) -> None:
     """Write a page that shows the words of STORE: their nearest images, how they are used, what goes with them.
@@ -47,7 +49,7 @@ def words(
         store or workspace.store,
         shards_dir or workspace.shards,
         out,
-        Wish(layer=layer, words=named, per_gallery=words, examples=examples, seed=seed),
+        Wish(layer=layer, words=named, per_gallery=words, examples=examples, seed=seed, reencoded=reencoded),
         workspace.storage,
     )
     emit(report.as_dict(), report.text(), as_json)

@@ -24,7 +24,7 @@ from bowstore.remote import cache
 from bowstore.remote.folder import RemoteFolder, arriving, tell_once
 from bowstore.remote.urls import below, is_remote, shown
 
-ROOT_ARRAYS = ("key_hash",)
+ROOT_ARRAYS = ("key_hash", "image_digest")
 LAYER_ARRAYS = ("words", "vocabulary", "document_frequency", "nearest", "nearest_distance", "chunk_digest")
 PROJECTION_ARRAYS = ("projection", "projection_offset")
 METADATA = "zarr.json"
@@ -153,9 +153,10 @@ def metadata_below(root: bytes, read: Callable[[list[str]], dict[str, bytes]], u
         CorruptError: metadata that cannot be understood.
     """
     layers = layer_names(root, url)
-    found = {METADATA: root, **read([f"{name}/{METADATA}" for name in (*ROOT_ARRAYS, *layers)])}
-    arrays = [f"{layer}/{a}" for layer in layers for a in _arrays(found[f"{layer}/{METADATA}"], f"{url}/{layer}")]
-    return {**found, **read([f"{name}/{METADATA}" for name in arrays])}
+    arrays = ROOT_ARRAYS[:1] if attributes_of(root, url).get("format_version") == 2 else ROOT_ARRAYS
+    found = {METADATA: root, **read([f"{name}/{METADATA}" for name in (*arrays, *layers)])}
+    below_layers = [f"{layer}/{a}" for layer in layers for a in _arrays(found[f"{layer}/{METADATA}"], f"{url}/{layer}")]
+    return {**found, **read([f"{name}/{METADATA}" for name in below_layers])}
 
 
 def layer_names(root: bytes, url: str) -> list[str]:

@@ -23,12 +23,11 @@ from bowstore.words.arrays import reading
 from bowstore.words.layer import Layer
 from bowstore.words.nearest import NearestImages
 from bowstore.words.statistics import health_warnings
-from bowstore.words.store import Store
+from bowstore.words.store import Store, index_rows
 
 EXAMPLES, EXAMPLES_OF_NAMED = 8, 16
 NEIGHBOURS = 6
 MIN_COMMON_IMAGES = 3
-_HASHES = 1 << 20  # of the shards' keys, looked at together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,7 @@ class Wish:
         per_gallery: words a gallery.
         examples: images a word, at most as many as the store keeps; None for 8, or 16 of named words.
         seed: of the gallery of random words.
+        reencoded: the shards hold other encodings of the store's images.
     """
 
     layer: str | None = None
@@ -48,6 +48,7 @@ class Wish:
     per_gallery: int = 16
     examples: int | None = None
     seed: int = 0
+    reencoded: bool = False
 
     @property
     def examples_shown(self) -> int:
@@ -190,7 +191,7 @@ def collect(store: Store, index: Index, wish: Wish) -> tuple[LayerWords, ...]:
 
     Raises:
         MissingError: no such layer, or none of the images that would be shown is in the shards.
-        MismatchError: the layer is not complete.
+        MismatchError: the layer is not complete, or the shards hold other images under its keys.
         UsageError: a word that a layer does not have.
         CorruptError: a damaged chunk, or metadata that cannot be used.
     """
@@ -221,7 +222,8 @@ def _collect_layer(store: Store, layer: Layer, index: Index, wish: Wish) -> Laye
         word: strongest_neighbours(common_K, document_frequency_K, word, layer.images)
         for word, common_K in zip(shown, usage.common_SK, strict=True)
     }
-    images = _Images(store, layer, index, [*shown, *(found.word for some in company.values() for found in some)])
+    looked_up = [*shown, *(found.word for some in company.values() for found in some)]
+    images = _Images(store, layer, index, looked_up, reencoded=wish.reencoded)
     if images.looked_up and images.looked_up == images.missing:
         raise MissingError(
             f"none of the {images.looked_up} images nearest to the words shown is in shards {index.root} "
@@ -350,12 +352,12 @@ def strongest_neighbours(
 class _Images:
     """The images nearest to some words, as far as the shards have them."""
 
-    def __init__(self, store: Store, layer: Layer, index: Index, words: Sequence[int]) -> None:
+    def __init__(self, store: Store, layer: Layer, index: Index, words: Sequence[int], *, reencoded: bool) -> None:
         self._index, self._columns = index, layer.grid[1]
         self._nearest: NearestImages = store.nearest(layer.name)
         row_Kn = self._nearest.row_Kn[list(words)]
         rows_U = np.unique(row_Kn[row_Kn >= 0])
-        found_U = index_rows(store, index, rows_U)
+        found_U = index_rows(store, index, rows_U, reencoded=reencoded)
         self._found = dict(zip(rows_U.tolist(), found_U.tolist(), strict=True))
         self.looked_up, self.missing = len(rows_U), int((found_U < 0).sum())
 
@@ -371,24 +373,3 @@ class _Images:
             Example(self._index.key(row), row, divmod(cell, self._columns), distance)
             for (row, cell, distance), _ in zip(there, range(most), strict=False)
         )
-
-
-def index_rows(store: Store, index: Index, rows_U: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows of an index that hold the images of rows of a store, int64 (U,); -1 for images that the shards lack.
-
-    Args:
-        store: whose rows they are.
-        index: of the shards, which may hold other images too, in another order.
-        rows_U: int64.
-    """
-    if index.fingerprint == store.fingerprint and len(index) == len(store):
-        return rows_U.copy()
-    wanted_U, found_U = store.key_hash()[rows_U], np.full(len(rows_U), -1, np.int64)
-    order = np.argsort(wanted_U, kind="stable")
-    ordered = wanted_U[order]
-    for start in range(0, len(index) if len(ordered) else 0, _HASHES):
-        part = np.asarray(index.key_hash[start : start + _HASHES])
-        place = np.minimum(np.searchsorted(ordered, part), len(ordered) - 1)
-        hit = np.flatnonzero(ordered[place] == part)
-        found_U[order[place[hit]]] = start + hit
-    return found_U

@@ -151,7 +151,7 @@ def _open_words(config: TrainConfig, index: Index, world: World) -> tuple[Target
     assert config.words.store is not None, "the command line resolves words.store"
     store = open_store(config.words.store)
     layer = store.layer(config.words.layer)
-    store_row_N = join_rows(store, index)
+    store_row_N = join_rows(store, index, reencoded=config.words.reencoded)
     size_bytes = words_bytes(layer, len(store_row_N))
     choice = choose_tier(config.runtime.targets, size_bytes, world.device)
     # All ranks measure before any of them loads, and all take the tier of the one with the least room.

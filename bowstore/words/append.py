@@ -21,6 +21,7 @@ import xxhash
 import zarr
 from numpy.typing import NDArray
 
+from bowstore.data.index import Index
 from bowstore.environment import is_first_rank
 from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.files import STAGING_DIGITS, TEMPORARY_MARK, fsync_path, stagings
@@ -35,7 +36,7 @@ from bowstore.words.store_writer import check_room, create_store
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 _KEPT_ARRAYS = ("vocabulary", "projection", "projection_offset", "nearest", "nearest_distance")
-_RENEWED = ("statistics", "document_frequency_digest")
+_RENEWED = ("statistics", "document_frequency_digest", "content_digest")
 
 
 def refill(job: Job) -> Job | None:
@@ -109,7 +110,7 @@ def begin_append(job: Job, board: Board) -> Job:
             _check_whole(base)
         if not begun:
             check_same_images(job, base.every_layer(), place_N)
-            _make_grown(base, index.key_hash[fresh_M], staging, fingerprint, index.fingerprint)
+            _make_grown(base, index, fresh_M, staging, fingerprint)
     return replace(job, store=staging, rows=Rows(len(base), fresh_M))
 
 
@@ -185,14 +186,21 @@ def _old(store: Path) -> Path:
     return store.with_name(f".{store.name}.old")
 
 
-def _make_grown(base: Store, new_hashes_M: NDArray[np.uint64], staging: Path, fingerprint: str, added: str) -> None:
+def _make_grown(base: Store, index: Index, fresh_M: NDArray[np.int64], staging: Path, fingerprint: str) -> None:
     """A store of N + M images with all that stays as it is; whole or not at all."""
     making = base.path.with_name(f".{base.path.name}{TEMPORARY_MARK}grown")
     shutil.rmtree(making, ignore_errors=True)
-    parts = [*base.parts, {"fingerprint": added, "images": len(new_hashes_M)}]
+    parts = [*base.parts, {"fingerprint": index.fingerprint, "images": len(fresh_M)}]
+    held = base.image_digest()
+    if held is None:
+        raise MismatchError(
+            f"word store {base.path} has format 2, which does not know its images; --append needs format 3: encode all "
+            f"into a new store with --vocabulary {base.path}"
+        )
     try:
-        hashes = np.concatenate([base.key_hash(), new_hashes_M])
-        create_store(making, fingerprint=fingerprint, key_hash_N=hashes, parts=parts)
+        hashes = np.concatenate([base.key_hash(), index.key_hash[fresh_M]])
+        digests = np.concatenate([held, index.digest[fresh_M]])
+        create_store(making, fingerprint=fingerprint, key_hash_N=hashes, image_digest_N=digests, parts=parts)
         group = open_group(making, writable=True)
         for layer in base.every_layer():
             _grow_layer(base.path, layer, group, making, len(hashes))

@@ -3,12 +3,14 @@
 Legend: N images, h w word grid, K words, c channels.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 import zarr
 from numpy.typing import NDArray
 
@@ -26,6 +28,7 @@ from bowstore.words.arrays import (
 )
 
 NOT_WRITTEN = 65535
+_ABOUT_ROWS = ("dataset", "key_hash_digest", "image_digest_digest")  # attributes of the group that give rows a meaning
 FOUND = ("document_frequency", "nearest", "nearest_distance")  # arrays of what was found over all words
 MIN_CHUNK_BYTES = 1 << 20
 CHUNK_STEP_ROWS = 768
@@ -70,8 +73,8 @@ def chunk_rows(images: int, grid: tuple[int, int]) -> int:
 
 
 def bytes_per_image(grid: tuple[int, int]) -> int:
-    """The most that words and digests of an image take on a disk."""
-    return 2 * grid[0] * grid[1] + 8
+    """The most that words, key hash and digest of an image take on a disk."""
+    return 2 * grid[0] * grid[1] + 16
 
 
 class Layer:
@@ -107,6 +110,40 @@ class Layer:
             self.chunk_rows = int(self._words.chunks[0])
             self.chunks = math.ceil(images / self.chunk_rows)
             self._digests = array(group, f"{name}/chunk_digest", (self.chunks,))
+
+    def content_digest(self, **recorded: Any) -> str:
+        """xxh3-128 over all that makes up the layer, 32 hex digits.
+
+        That is its name and attributes, in which the digests of vocabulary and projection stand, the digests of its
+        chunks, and what the group says of the rows; `recorded` are attributes that are about to be written.
+
+        A chunk that was exchanged together with its own digest, by a copy that was cut short or a roll-back, is in
+        order by itself; only something over all of them can tell.
+        """
+        own = {**self.attributes, **recorded, "complete": True}
+        own.pop("content_digest", None)
+        root = self._root.attrs.asdict()
+        text = json.dumps([[root.get(name) for name in _ABOUT_ROWS], self.name, own], sort_keys=True)
+        digest = xxhash.xxh3_128(text.encode())
+        digest.update(self.chunk_digests().astype("<u8").data)
+        return digest.hexdigest()
+
+    def content_problem(self) -> str | None:
+        """What is wrong with a complete layer as a whole; None for nothing, and for format 2, which records no digest.
+
+        Raises:
+            CorruptError: the chunks' digests cannot be read.
+            MismatchError: another store has taken its place since it was opened.
+        """
+        recorded = self.attributes.get("content_digest")
+        if (recorded is None and self._root.attrs.asdict()["format_version"] == 2) or recorded == self.content_digest():
+            return None
+        self._check_same_store()
+        return (
+            f"layer {self.name!r} of word store {self.path} is not as it was when it was completed: some of its files "
+            f"are from another state of the store (a copy that was cut short, a roll-back) or were changed; copy the "
+            f"whole store again, or {repair_of(self.path)}"
+        )
 
     def rows(self, chunk: int) -> slice:
         """The rows of a chunk."""

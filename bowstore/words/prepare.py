@@ -57,7 +57,10 @@ def _make_layers(job: Job, board: Board) -> None:
         vocabulary = _vocabulary(job, plan, samples[plan.name].vectors() if samples else None)
         board.check_lead()
         writer = writer or create_store(
-            job.store, fingerprint=job.index.fingerprint, key_hash_N=np.asarray(job.index.key_hash)
+            job.store,
+            fingerprint=job.index.fingerprint,
+            key_hash_N=np.asarray(job.index.key_hash),
+            image_digest_N=np.asarray(job.index.digest),
         )
         writer.add_layer(plan.name, _spec(job, plan, vocabulary), vocabulary.centroids_Kp, vocabulary.projection)
 

@@ -1,6 +1,7 @@
 """The word store: the schema of a Zarr v3 group, and reading it (docs/store-format.md; store_writer.py writes).
 
     key_hash                    uint64 (N,), xxh3-64 of each row's key
+    image_digest                uint64 (N,), xxh3-64 of each row's image, the bytes that were encoded
     <layer>/words               uint16 (N, h, w), word ids; 65535 means "not written"
     <layer>/vocabulary          float32 (K, p), the words' centres; p = c, the map's channels, without a projection
     <layer>/projection          float32 (p, c) and projection_offset (p,), where PCA comes between map and words
@@ -11,7 +12,8 @@
 
 A chunk of words is the unit of work and of commit: one writer writes it whole and fsynced, then records its
 digest. Every fill value is illegal as data, so a chunk that is gone is never read as words. A layer is usable
-only once it is marked complete.
+only once it is marked complete; one digest over all that makes it up is then recorded, so that parts of two stores are
+never taken for one.
 
 Legend: N images, M cells of an image, h w word grid, K words, c channels.
 """
@@ -25,14 +27,18 @@ import xxhash
 import zarr
 from numpy.typing import NDArray
 
-from bowstore.errors import MismatchError, MissingError, UsageError
+from bowstore.errors import CorruptError, MismatchError, MissingError, UsageError
+from bowstore.progress import say
 from bowstore.words.arrays import open_group, read_checked, reading
 from bowstore.words.layer import Layer
 from bowstore.words.nearest import NearestImages
 
 FORMAT = "bowstore words"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_OLDER_VERSION = 2  # read: had neither image_digest nor a layer's content_digest
 _EXAMPLES = 5
+_HASHES = 1 << 20  # of an index's keys, looked at together
+_WARNED: set[Path] = set()  # stores of the older format that this process has spoken of
 
 
 class KeyedRows(Protocol):
@@ -46,6 +52,11 @@ class KeyedRows(Protocol):
     @property
     def key_hash(self) -> NDArray[np.uint64]:
         """uint64 (N,)."""
+        ...
+
+    @property
+    def digest(self) -> NDArray[np.uint64]:
+        """Of each image's bytes, uint64 (N,)."""
         ...
 
     def key(self, row: int) -> str:
@@ -80,6 +91,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._order: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None  # rows by hash, and the sorted hashes
+        self._checked: set[str] = set()  # layers whose digest over all was compared
         self._last: tuple[str, int, NDArray[np.uint16]] | None = None  # layer, chunk and words of the last look-up
         self._group, self._attributes = open_root(path, writable=False)
         with reading(f"word store {path}"):
@@ -100,6 +112,7 @@ class Store:
             MissingError: no such layer; lists those there are.
             MismatchError: it is not complete yet.
             UsageError: no name, and more than one layer.
+            CorruptError: its files are not all of the state in which it was completed.
         """
         known = f"its layers: {', '.join(self.layers) or 'none'}"
         if name is None and len(self.layers) > 1:
@@ -114,6 +127,10 @@ class Store:
                 f"layer {name!r} of word store {self.path} is not complete: {done} of {layer.chunks} chunks "
                 f"are written; {self.way_on}"
             )
+        if name not in self._checked:
+            if problem := layer.content_problem():
+                raise CorruptError(problem)
+            self._checked.add(name)
         return layer
 
     @property
@@ -214,6 +231,13 @@ class Store:
         digest = self._attributes.get("key_hash_digest")
         return read_checked(self.path, self._group, "key_hash", digest)
 
+    def image_digest(self) -> NDArray[np.uint64] | None:
+        """Digests of the rows' images, uint64 (N,), checked against the recorded digest; None in format 2."""
+        if self._attributes["format_version"] == _OLDER_VERSION:
+            return None
+        digest = self._attributes.get("image_digest_digest")
+        return read_checked(self.path, self._group, "image_digest", digest)
+
 
 def key_hash(key: str) -> int:
     """What a store keeps of a key: the xxh3-64 of its ASCII bytes."""
@@ -230,7 +254,7 @@ def open_store(path: str | Path, layer: str | None = None) -> Store:
     Raises:
         MissingError: no store there, or no such layer (lists those there are).
         MismatchError: not a word store, another format version, or not complete.
-        CorruptError: metadata that cannot be read.
+        CorruptError: metadata that cannot be read, or a layer of files that do not belong together.
     """
     store = Store(Path(path))
     if layer is not None or not store.layers:
@@ -238,14 +262,20 @@ def open_store(path: str | Path, layer: str | None = None) -> Store:
     return store
 
 
-def join_rows(store: Store, index: KeyedRows) -> NDArray[np.int64]:
+def join_rows(store: Store, index: KeyedRows, *, reencoded: bool = False) -> NDArray[np.int64]:
     """The store's row of each row of an index, int64 (N_index,).
 
-    Equal fingerprints: the identity. Otherwise rows are joined by the hashes of their keys; the store may
-    hold more than the index asks for.
+    Equal fingerprints: the identity. Otherwise rows are joined by the hashes of their keys, and the images of equal
+    keys are compared by their digests; the store may hold more than the index asks for.
+
+    Args:
+        store: the words.
+        index: the images that ask for them.
+        reencoded: the shards hold other encodings of the store's images (resized, compressed anew): keys alone count.
 
     Raises:
-        MismatchError: keys that the store lacks, or holds twice; with counts and five examples.
+        MismatchError: keys that the store lacks, or holds twice, or under which it holds the words of other images;
+            with counts and five examples.
     """
     wanted, have = index.key_hash, store.key_hash()
     if index.fingerprint == store.fingerprint and len(wanted) == len(have):
@@ -257,14 +287,76 @@ def join_rows(store: Store, index: KeyedRows) -> NDArray[np.int64]:
     for wrong, problem in ((behind == first, "missing from"), (behind - first > 1, "more than once in")):
         rows = np.sort(wanted_order[wrong])
         if len(rows):
-            names = ", ".join(index.key(row) for row in rows[:_EXAMPLES].tolist())
             raise MismatchError(
                 f"{len(rows)} of {len(wanted)} keys of the shards are {problem} word store {store.path}, for "
-                f"example {names}; encode these shards, or train on those that were encoded"
+                f"example {_names(index, rows)}; encode these shards, or train on those that were encoded"
             )
     rows_N = np.empty(len(wanted), np.int64)
     rows_N[wanted_order] = have_order[first]
+    if not reencoded:
+        check_images(store, index, np.arange(len(rows_N)), rows_N)
     return rows_N
+
+
+def index_rows(
+    store: Store, index: KeyedRows, rows_U: NDArray[np.int64], *, reencoded: bool = False
+) -> NDArray[np.int64]:
+    """Rows of an index that hold the images of rows of a store, int64 (U,); -1 for images that the shards lack.
+
+    Args:
+        store: whose rows they are.
+        index: of the shards, which may hold other images too, in another order.
+        rows_U: int64.
+        reencoded: the shards hold other encodings of the store's images: keys alone count.
+
+    Raises:
+        MismatchError: other images lie under the store's keys.
+    """
+    if index.fingerprint == store.fingerprint and len(index.key_hash) == len(store):
+        return rows_U.copy()
+    wanted_U, found_U = store.key_hash()[rows_U], np.full(len(rows_U), -1, np.int64)
+    order = np.argsort(wanted_U, kind="stable")
+    ordered = wanted_U[order]
+    for start in range(0, len(index.key_hash) if len(ordered) else 0, _HASHES):
+        part = np.asarray(index.key_hash[start : start + _HASHES])
+        place = np.minimum(np.searchsorted(ordered, part), len(ordered) - 1)
+        hit = np.flatnonzero(ordered[place] == part)
+        found_U[order[place[hit]]] = start + hit
+    if not reencoded:
+        there_U = found_U >= 0
+        check_images(store, index, found_U[there_U], rows_U[there_U])
+    return found_U
+
+
+def check_images(store: Store, index: KeyedRows, rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]) -> None:
+    """Refuse rows whose images are not those that the store's rows were made of.
+
+    Keys are names of files, and the splits of a data set often use the same ones.
+
+    Args:
+        store: the words; nothing is known of the images of one in format 2.
+        index: the images.
+        rows_M: int64, rows of the index.
+        store_rows_M: int64, the store's rows with the same keys.
+
+    Raises:
+        MismatchError: with the number of such images and five examples.
+    """
+    digests = store.image_digest()
+    if digests is None:
+        return
+    other = rows_M[np.flatnonzero(digests[store_rows_M] != index.digest[rows_M])]
+    if len(other):
+        raise MismatchError(
+            f"{len(other)} of {len(rows_M)} images of the shards are not those that word store {store.path} was made "
+            f"of, though they have their keys, for example {_names(index, other)}; use the shards that were encoded, "
+            "encode these into a store of their own, or if they are copies of the same pictures (resized, compressed "
+            "anew) say so: --set words.reencoded=true in training, --reencoded elsewhere"
+        )
+
+
+def _names(index: KeyedRows, rows: NDArray[np.int64]) -> str:
+    return ", ".join(index.key(row) for row in rows[:_EXAMPLES].tolist())
 
 
 def rows_of(wanted: NDArray[np.uint64], have: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -285,9 +377,18 @@ def open_root(path: Path, *, writable: bool) -> tuple[zarr.Group, dict[str, Any]
     attributes: dict[str, Any] = group.attrs.asdict()
     if attributes.get("format") != FORMAT:
         raise MismatchError(f"{path} is a Zarr group but not a bowstore word store; name another path")
-    if attributes.get("format_version") != FORMAT_VERSION:
+    version = attributes.get("format_version")
+    if type(version) is not int or version not in (FORMAT_VERSION, _OLDER_VERSION):
         raise MismatchError(
-            f"word store {path} has format version {attributes.get('format_version')} (written by bowstore "
-            f"{attributes.get('bowstore_version')}), this one reads {FORMAT_VERSION}; encode into a new store"
+            f"word store {path} has format version {version!r} (written by bowstore "
+            f"{attributes.get('bowstore_version')}), this one reads {_OLDER_VERSION} and {FORMAT_VERSION}; encode into "
+            "a new store"
+        )
+    if version == _OLDER_VERSION and path not in _WARNED:
+        _WARNED.add(path)
+        say(
+            f"warning: word store {path} has format {version}: it is not checked whether images of equal keys are the "
+            f"images that were encoded, nor whether its files are all of one state; `bowstore encode --vocabulary "
+            f"{path}` into a new store makes format {FORMAT_VERSION}"
         )
     return group, attributes

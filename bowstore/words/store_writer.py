@@ -26,7 +26,7 @@ from bowstore.words.nearest import KEPT_IMAGES, NO_ROW, NearestImages, NearestSe
 from bowstore.words.statistics import WordStatistics
 from bowstore.words.store import FORMAT, FORMAT_VERSION, open_root
 
-_KEY_ROWS = 1 << 20  # of a chunk of key hashes: 8 MiB
+_KEY_ROWS = 1 << 20  # of a chunk of key hashes or image digests: 8 MiB
 
 
 class StoreWriter:
@@ -122,18 +122,21 @@ class StoreWriter:
         done = self.committed_chunks(layer)
         if not done.all():
             raise UsageError(f"layer {layer!r} has {int(done.sum())} of {len(done)} chunks; write the others first")
-        group, digests = subgroup(self._group, layer), {}
+        group = subgroup(self._group, layer)
+        digests: dict[str, Any] = {}
         found: dict[str, NDArray[Any]] = {
             "document_frequency": statistics.document_frequency_K,
             "nearest": np.stack([nearest.row_Kn, nearest.cell_Kn], axis=-1),
             "nearest_distance": nearest.distance_Kn,
         }
         # First it is said that they change: a death on the way must not look like damage.
-        group.update_attributes(dict.fromkeys(f"{name}_digest" for name in found))
+        group.update_attributes({"complete": False, **dict.fromkeys(f"{name}_digest" for name in found)})
         for name, values in found.items():
             array(self._group, f"{layer}/{name}")[:] = values
             digests[f"{name}_digest"] = hex_digest(values)
-        group.update_attributes({**digests, "statistics": statistics.summary(), "complete": True})
+        digests["statistics"] = statistics.summary()
+        content = self.layer(layer).content_digest(**digests)
+        group.update_attributes({**digests, "content_digest": content, "complete": True})
 
     def nearest(self, layer: str) -> NearestImages:
         """What an earlier run, or the store that is appended to, recorded of the nearest images; empty if none did.
@@ -165,13 +168,21 @@ class StoreWriter:
             remove(self.path / layer / "words" / "c" / str(chunk))
 
 
-def create_store(path: Path, *, fingerprint: str, key_hash_N: NDArray[np.uint64], **dataset: Any) -> StoreWriter:
+def create_store(
+    path: Path,
+    *,
+    fingerprint: str,
+    key_hash_N: NDArray[np.uint64],
+    image_digest_N: NDArray[np.uint64],
+    **dataset: Any,
+) -> StoreWriter:
     """Make a store without layers, whole or not at all; for the process that leads.
 
     Args:
         path: where it will be.
         fingerprint: of the data set.
         key_hash_N: uint64 (N,), hashes of its keys.
+        image_digest_N: uint64 (N,), digests of its images' bytes.
         dataset: what else to record of the data set.
 
     Raises:
@@ -190,10 +201,12 @@ def create_store(path: Path, *, fingerprint: str, key_hash_N: NDArray[np.uint64]
             "bowstore_version": bowstore.__version__,
             "dataset": {"fingerprint": fingerprint, "images": images, **dataset},
             "key_hash_digest": hex_digest(key_hash_N),
+            "image_digest_digest": hex_digest(image_digest_N),
             "layers": [],
         })  # fmt: skip
         chunks = (max(1, min(images, _KEY_ROWS)),)
         create(group, "key_hash", key_hash_N.shape, np.uint64, fill=0, chunks=chunks)[:] = key_hash_N
+        create(group, "image_digest", (images,), np.uint64, fill=0, chunks=chunks)[:] = image_digest_N
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

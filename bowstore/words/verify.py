@@ -18,7 +18,7 @@ from bowstore.progress import Progress, say
 from bowstore.words.append import drop_append
 from bowstore.words.claims import Board
 from bowstore.words.layer import FOUND, Layer
-from bowstore.words.store import Store, open_store
+from bowstore.words.store import Store, check_images, open_store, rows_of
 from bowstore.words.store_writer import StoreWriter, sweep_leftovers
 
 _EXAMPLES = 5
@@ -58,20 +58,23 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(path: Path, shards: Path | None = None, storage: StorageConfig | None = None) -> VerifyReport:
+def verify(
+    path: Path, shards: Path | None = None, storage: StorageConfig | None = None, *, reencoded: bool = False
+) -> VerifyReport:
     """Read all of a store and check it: metadata, every chunk, digests, word ids, keys.
 
     Args:
         path: the store.
         shards: folder of indexed shards whose keys the store must hold, each once, no others; None skips that.
         storage: where copies of remote shards lie.
+        reencoded: the shards hold other encodings of the store's images: keys alone are compared.
 
     Raises:
         MissingError: no shards of that name (what is wrong with the store itself is reported, not raised).
     """
     index = open_index(shards, storage) if shards else None
     while True:
-        report = _verify(path, index)
+        report = _verify(path, index, reencoded=reencoded)
         if report.sound or not _was_replaced(report):
             return report
         say(f"word store {path} was grown by --append while it was read; reading it again")
@@ -85,7 +88,7 @@ def _was_replaced(report: VerifyReport) -> bool:
         return False
 
 
-def _verify(path: Path, index: Index | None) -> VerifyReport:
+def _verify(path: Path, index: Index | None, *, reencoded: bool) -> VerifyReport:
     report = VerifyReport(path)
     try:
         store = Store(path)
@@ -100,11 +103,18 @@ def _verify(path: Path, index: Index | None) -> VerifyReport:
         for layer in layers:
             _check_layer(layer, report, progress)
     try:
-        key_hash_N = store.key_hash()
+        key_hash_N, image_digest_N = store.key_hash(), store.image_digest()
     except CorruptError as error:
         report.problems.append(str(error))
         return report
     _check_keys(key_hash_N, index, report)
+    if index is not None and image_digest_N is not None and not reencoded:
+        store_row_N = rows_of(index.key_hash, key_hash_N)
+        held = np.flatnonzero(store_row_N >= 0)
+        try:
+            check_images(store, index, held, store_row_N[held])
+        except MismatchError as error:
+            report.problems.append(str(error))
     return report
 
 
@@ -168,6 +178,12 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
                 report.problems.append(problem)
                 report.damaged[layer.name] = sorted({*report.damaged.get(layer.name, ()), chunk})
         progress.advance()
+    readable = not any(isinstance(value, str) for value in digests)
+    if layer.complete and readable and (problem := _content_problem(layer)):
+        report.problems.append(problem)
+        # Which of its files are of another state cannot be told: all its words are made anew.
+        report.damaged[layer.name] = list(range(layer.chunks))
+        report.unseen.add(layer.name)
     if layer.name in report.lost:  # without its vocabulary nothing can be encoded again
         report.damaged.pop(layer.name, None)
 
@@ -213,6 +229,13 @@ def _chunk_problem(layer: Layer, chunk: int, digest_value: int) -> str | None:
     if (high := int(words.max())) >= layer.words:
         return f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.words}"
     return None
+
+
+def _content_problem(layer: Layer) -> str | None:
+    try:
+        return layer.content_problem()
+    except (CorruptError, MismatchError) as error:
+        return str(error)
 
 
 def _check_keys(key_hash_N: NDArray[np.uint64], index: Index | None, report: VerifyReport) -> None:

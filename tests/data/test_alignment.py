@@ -26,7 +26,7 @@ from bowstore.data.pipeline import Batch, train_batches
 from bowstore.data.plan import Plan, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.verify import verify_folder
-from bowstore.errors import DataError, MismatchError
+from bowstore.errors import CorruptError, DataError, MismatchError
 from bowstore.train.distributed import World
 from bowstore.train.loop import data_schedule
 from bowstore.train.tasks import Task, build_task
@@ -167,11 +167,16 @@ def test_alignment_broken_by_permuted_tars_under_the_old_index_is_refused(shards
 
 
 def test_alignment_broken_by_exchanged_images_under_the_same_names_is_seen(shards: Path, store: Path) -> None:
-    """No header tells; the pictures do, and so do the digests."""
+    """No header tells; the digests do, those of the index at each read and those of the store at the join."""
     other = dict(zip(KEYS, np.roll(KEYS, 1).tolist(), strict=True))
     write_coloured_tars(shards, KEYS, per_shard=40, image=lambda key: coloured_image(other[key]))
     assert len(verify_folder(shards, workers=1).damaged) == 3
-    wrong, total = wrong_targets(training_config(shards, store))
+    with pytest.raises(CorruptError, match=r"image 'c\d/\d+' in shard .* differs from its digest in the index"):
+        wrong_targets(training_config(shards, store))
+    build_index(shards)
+    with pytest.raises(MismatchError, match=r"96 of 96 images of the shards are not those that word store"):
+        wrong_targets(training_config(shards, store))
+    wrong, total = wrong_targets(training_config(shards, store, words={"reencoded": True}))
     assert wrong == total == 192
 
 

@@ -161,7 +161,10 @@ def test_other_shards_are_told(store: Path, shards: Path, tmp_path: Path, report
     assert not report.other_shards
     assert "not the shards that were encoded" not in report.text() + report.file.read_text()
     others = write_shards(tmp_path / "others", IMAGES, seed=1)  # other images under the same keys
-    joined = write_words_page(store, others, tmp_path / "words.html", Wish(layer="block3", per_gallery=2))
+    with pytest.raises(MismatchError, match=r"\d+ of \d+ images of the shards are not those .*--reencoded"):
+        write_words_page(store, others, tmp_path / "words.html", Wish(layer="block3", per_gallery=2))
+    wish = Wish(layer="block3", per_gallery=2, reencoded=True)
+    joined = write_words_page(store, others, tmp_path / "words.html", wish)
     assert joined.layers[0].missing == 0
     assert joined.as_dict()["other_shards"] is True
     assert f"{others} are not the shards that were encoded: images were found by their keys" in joined.text()

@@ -269,7 +269,14 @@ def permuted_config(make_config: Make, tmp_path: Path, monkeypatch: pytest.Monke
     assert config.words.store is not None
     store = open_store(config.words.store)
     order = np.random.default_rng(3).permutation(len(store))
-    write_words(tmp_path / "permuted.zarr", store.load_words()[order], key_hash_N=store.key_hash()[order])
+    images = store.image_digest()
+    assert images is not None
+    write_words(
+        tmp_path / "permuted.zarr",
+        store.load_words()[order],
+        key_hash_N=store.key_hash()[order],
+        image_digest_N=images[order],
+    )
 
     def make(targets: str, **changes: Any) -> TrainConfig:
         runtime = {"targets": targets, "storage": {"cache": str(tmp_path / "cache")}}

@@ -23,7 +23,7 @@ import numpy as np, xxhash, zarr
 root, key = sys.argv[1:]
 group = zarr.open_group(root, mode="r")
 about = dict(group.attrs)
-assert (about["format"], about["format_version"]) == ("bowstore words", 2)
+assert (about["format"], about["format_version"]) == ("bowstore words", 3)
 hashes = group["key_hash"][:]
 row = int(np.flatnonzero(hashes == np.uint64(xxhash.xxh3_64_intdigest(key.encode())))[0])
 answer = {"rows": about["dataset"]["images"], "layers": {}}

@@ -35,6 +35,10 @@ class Keys:
     def key_hash(self) -> NDArray[np.uint64]:
         return np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in self.names], np.uint64)
 
+    @property
+    def digest(self) -> NDArray[np.uint64]:
+        return np.array([xxhash.xxh3_64_intdigest(f"image of {name}".encode()) for name in self.names], np.uint64)
+
     def key(self, row: int) -> str:
         return self.names[row]
 
@@ -73,7 +77,7 @@ def some_distances(words: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 def begin(path: Path, keys: Keys | None = None) -> StoreWriter:
     keys = keys or Keys(KEYS)
-    writer = create_store(path, fingerprint=keys.fingerprint, key_hash_N=keys.key_hash)
+    writer = create_store(path, fingerprint=keys.fingerprint, key_hash_N=keys.key_hash, image_digest_N=keys.digest)
     writer.add_layer("conv4", spec(), some_vocabulary())
     return writer
 
@@ -113,7 +117,7 @@ def test_plain_zarr_reads_it(path: Path) -> None:
     assert words.fill_value == 65535
     metadata = json.loads((path / "conv4/words/zarr.json").read_text())
     assert metadata["codecs"][-1]["configuration"]["checksum"] is True
-    assert group.attrs["format_version"] == 2
+    assert group.attrs["format_version"] == 3
 
 
 def test_chunks_hold_a_mebibyte_or_the_whole_small_set() -> None:
@@ -123,17 +127,17 @@ def test_chunks_hold_a_mebibyte_or_the_whole_small_set() -> None:
     assert chunk_rows(500, (14, 14)) == 500
 
 
-def test_size_is_two_bytes_a_location_and_the_key_hash(tmp_path: Path) -> None:
+def test_size_is_two_bytes_a_location_and_two_hashes(tmp_path: Path) -> None:
     images, grid, k = 6000, (14, 14), 65535  # the worst case: all ids, evenly used
     keys = np.random.default_rng(0).integers(1, 2**63, images).astype(np.uint64)
-    writer = create_store(tmp_path / "s", fingerprint="f", key_hash_N=keys)
+    writer = create_store(tmp_path / "s", fingerprint="f", key_hash_N=keys, image_digest_N=keys)
     layer = writer.add_layer("conv4", spec(words=k, grid=grid, channels=1), np.zeros((k, 1), np.float32))
     words = np.random.default_rng(0).integers(0, k, (images, *grid)).astype(np.uint16)
     for chunk in range(layer.chunks):
         writer.write_chunk("conv4", chunk, words[layer.rows(chunk)])
-    parts = [tmp_path / "s/conv4/words", tmp_path / "s/conv4/chunk_digest", tmp_path / "s/key_hash"]
+    parts = [tmp_path / "s" / name for name in ("conv4/words", "conv4/chunk_digest", "key_hash", "image_digest")]
     stored = sum(f.stat().st_size for part in parts for f in part.rglob("*") if f.is_file())
-    assert stored / images <= 2 * 14 * 14 + 8 + 1
+    assert stored / images <= 2 * 14 * 14 + 8 + 8 + 1
 
 
 def test_refuses_what_is_no_store(tmp_path: Path) -> None:
@@ -148,7 +152,9 @@ def test_refuses_what_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="is no Zarr group"):
         open_store(tmp_path / "file")
     with pytest.raises(UsageError, match="exists already"):
-        create_store(tmp_path / "file", fingerprint="f", key_hash_N=Keys(KEYS).key_hash)
+        create_store(
+            tmp_path / "file", fingerprint="f", key_hash_N=Keys(KEYS).key_hash, image_digest_N=Keys(KEYS).digest
+        )
 
 
 def test_refuses_another_format_version(path: Path) -> None:
