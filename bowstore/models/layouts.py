@@ -9,7 +9,10 @@ Heads are dropped by name; every other tensor must have its place, and every ten
 import argparse
 import pickle
 import re
+import stat
 import sys
+import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
+from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError
+from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
 from bowstore.models.registry import Backbone
 
 _MAX_DEPTH = 8
@@ -37,6 +41,9 @@ _COUNTER = "num_batches_tracked"
 _PREFERRED = {"teacher", "ema"}
 _SECOND = {"student", "momentum", "target", "k", "key"}
 _POSITIONS = re.compile(r"pos_embed|pos_embedding|rel_pos|relative_position")
+# Wrappers of training (torch.compile, FSDP, checkpointed activations) put their own name before a module's.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _CHUNKED = re.compile(r"\bblocks\.\d+\.(?=\d+\.(?:norm|attn|mlp|ls)\d?\.)")  # DINOv2 trained with block chunks
 
 
@@ -96,8 +103,9 @@ def load_foreign(backbone: Backbone, path: Path) -> Understood:
 
     Raises:
         MissingError: no such file.
+        UsageError: a folder, or no regular file.
         CorruptError: not a whole file.
-        DataError: it holds code, no tensors, or values that are not finite.
+        DataError: a file of another kind (`file_kinds`), or it holds code, no tensors, or values that are not finite.
         MismatchError: it does not fit; the message counts and names the first tensors.
     """
     tensors, containers = _read(path)
@@ -122,29 +130,71 @@ def load_foreign(backbone: Backbone, path: Path) -> Understood:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], set[str]]:
     """All tensors by dotted path, and the paths of the mappings that hold them (each with a dot at its end)."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, {""}
-        # Many training scripts keep their arguments beside the weights: plain values in a class without code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            tree = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise MissingError(f"no weights file {path}") from error
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise DataError(
-                f"{path} holds Python objects besides tensors ({named[1]}), which are never loaded because they could "
-                "run code; save its state dict alone"
-            ) from error
-        # PyTorch's text recommends to load it as code.
-        raise CorruptError(f"{path} is not a file of torch.save, or a damaged one; take another copy") from error
-    except Exception as error:  # damaged bytes end in errors of any kind
-        raise CorruptError(f"{path} is not a whole weights file ({_first_line(error)})") from error
-    tensors = dict(_flat(tree, "", _MAX_DEPTH))
+    _check_kind(path)
+    with path.open("rb") as file:
+        if kind := other_kind(file):
+            raise DataError(f"{path} is no weights file: it is {kind}")
+        file.seek(0)
+        start = file.read(64)
+    if is_safetensors(start) or (path.suffix == ".safetensors" and not is_torch(start)):
+        return _read_safetensors(path), {""}
+    tree = _read_torch(path, archive=is_archive(start))
+    tensors = {_WRAPPERS.sub("", name): found for name, found in _flat(tree, "", _MAX_DEPTH)}
     if not tensors:
         raise DataError(f"{path} holds a {type(tree).__name__} without tensors by name; give a state dict")
     return {name: tensor for name, (tensor, _) in tensors.items()}, {container for _, container in tensors.values()}
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what is no file at all, or an empty one."""
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise MissingError(f"no weights file {path}") from error
+    if stat.S_ISDIR(status.st_mode):
+        inside = sorted(child.name for child in path.iterdir() if child.suffix in _SUFFIXES)
+        hint = f"name a file in it: {_some(inside)}" if inside else "name a file"
+        raise UsageError(f"weights {path} is a folder; {hint}")
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"weights {path} is a pipe, socket or device; name a file")
+    if status.st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes): its download or copy did not happen; fetch it again")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError) as error:
+        raise CorruptError(
+            f"{path} is not a whole weights file: damaged or cut off ({_first_line(error)}); fetch it again"
+        ) from error
+
+
+def _read_torch(path: Path, *, archive: bool) -> Any:
+    """What torch.save wrote; of an archive, the checksums are compared first, which PyTorch itself does not do."""
+    try:
+        if archive:
+            with zipfile.ZipFile(path) as members:
+                if bad := members.testzip():
+                    raise CorruptError(f"{path} is damaged: {bad} in it differs from its checksum; fetch it again")
+        # Many training scripts keep their arguments beside the weights: plain values in a class without code.
+        plain_classes = torch.serialization.safe_globals([argparse.Namespace])
+        with path.open("rb") as file, plain_classes, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the version of pickle
+            return torch.load(file, map_location="cpu", weights_only=True)  # a path would decide by its suffix
+    except (CorruptError, MemoryError, OSError):  # of the machine, not of the file
+        raise
+    except Exception as error:  # damaged bytes end in errors of any kind
+        if isinstance(error, pickle.UnpicklingError) and (archive or "GLOBAL" in str(error)):  # checksums were right
+            raise DataError(
+                f"{path} holds more than tensors and plain values ({why_unread(error)}), which is never loaded; save "
+                "its state dict alone (torch.save(network.state_dict(), ...))"
+            ) from error
+        raise CorruptError(
+            f"{path} is not a whole weights file: damaged, cut off, or no file of torch.save ({why_unread(error)}); "
+            "fetch it again"
+        ) from error
 
 
 def _flat(tree: Any, path: str, depth: int) -> Iterator[tuple[str, tuple[Tensor, str]]]:

@@ -341,7 +341,7 @@ class Payload:
 def test_files_that_cannot_be_used(resnet: nn.Module, tmp_path: Path) -> None:
     backbone = build_backbone(ModelConfig(arch="resnet18"))
     path = write(tmp_path / "w.pth", {**resnet.state_dict(), "args": Payload(tmp_path / "ran")})
-    with pytest.raises(DataError, match=r"holds Python objects besides tensors \(.*\), which are never loaded"):
+    with pytest.raises(DataError, match=r"holds more than tensors and plain values \(.*\), which is never loaded"):
         load_foreign(backbone, path)
     assert not (tmp_path / "ran").exists()
     bad = {**resnet.state_dict(), "bn1.running_var": torch.full((64,), float("nan"))}
@@ -350,12 +350,9 @@ def test_files_that_cannot_be_used(resnet: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds a list without tensors by name"):
         load_foreign(backbone, write(path, [torch.ones(2)]))
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(CorruptError, match="is not a whole weights file"):
+    with pytest.raises(CorruptError, match=r"is not a whole weights file: .* \(its end is missing or damaged\); fetch"):
         load_foreign(backbone, path)
-    path.write_text("hello")
-    with pytest.raises(CorruptError, match=r"is not a (whole weights file|file of torch\.save)"):
-        load_foreign(backbone, path)
-    (tmp_path / "w.safetensors").write_bytes(b"x" * 40)
+    (tmp_path / "w.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(CorruptError, match="is not a whole weights file"):
         load_foreign(backbone, tmp_path / "w.safetensors")
     for name in ("gone.pth", "gone.safetensors"):
