@@ -14,7 +14,7 @@ from bowstore.cli import main
 from bowstore.data.index import open_index
 
 TOOL = Path(__file__).parents[1] / "tools" / "compare_loaders.py"
-STAGES = ["plan", "read", "decode", "resize", "jitter", "cutmix", "normalise", "loader"]
+STAGES = ["plan", "read", "decode", "resize", "flip", "jitter", "cutmix", "normalise", "loader"]
 
 
 @pytest.fixture

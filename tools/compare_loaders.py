@@ -37,6 +37,7 @@ from torchvision.transforms import v2
 
 from bowstore.config import ViewConfig
 from bowstore.data.colour import colour_matrices, jitter
+from bowstore.data.cutmix import paste, paste_inputs
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import Schedule, plans
@@ -63,11 +64,7 @@ def dali_reader_loader(index: Index, view: ViewConfig, batch: int, workers: int,
 
     def numbers() -> list[np.ndarray]:
         plan = next(steps)
-        place = np.arange(batch, dtype=np.int32)
-        whole = np.broadcast_to(np.array([0, 0, view.size, view.size], np.int32), plan.box.shape)
-        box = np.where((plan.box[:, 2:].prod(axis=1) == 0)[:, None], whole, plan.box).astype(np.int32)
-        anchors, shapes = np.stack([whole[:, :2], box[:, :2]], 1), np.stack([whole[:, 2:], box[:, 2:]], 1)
-        return [plan.mirror, colour_matrices(plan), np.stack([place, plan.partner], 1), anchors, shapes]
+        return [plan.mirror, colour_matrices(plan), *paste_inputs(plan, view.size).values()]
 
     pipe = Pipeline(batch_size=batch, num_threads=workers, device_id=None, prefetch_queue_depth=_AHEAD, seed=0)
     tars = [str(index.root / entry.name) for entry in index.shards]
@@ -84,13 +81,10 @@ def dali_reader_loader(index: Index, view: ViewConfig, batch: int, workers: int,
         images = fn.decoders.image_random_crop(
             encoded, random_area=view.area, random_aspect_ratio=view.ratio, output_type=types.RGB
         )
-        images = jitter(fn.resize(images, size=[view.size, view.size], antialias=True), matrices)
-        size = [view.size, view.size]
-        images = fn.multi_paste(
-            images, in_ids=in_ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes, output_size=size
-        )
+        images = fn.flip(fn.resize(images, size=[view.size, view.size], antialias=True), horizontal=mirror)
+        images = paste(jitter(images, matrices), {"in_ids": in_ids, "anchors": anchors, "shapes": shapes}, view.size)
         scale = {"mean": [255 * value for value in view.mean], "std": [255 * value for value in view.std]}
-        images = fn.crop_mirror_normalize(images, crop=tuple(size), mirror=mirror, output_layout="HWC", **scale)
+        images = fn.crop_mirror_normalize(images, crop=(view.size, view.size), output_layout="HWC", **scale)
         pipe.set_outputs(images)
     while True:
         (output,) = pipe.run()

@@ -23,6 +23,7 @@ from torch import Tensor
 from bowstore.config import Triple, ViewConfig
 from bowstore.data.colour import colour_matrices
 from bowstore.data.colour import jitter as matrix_jitter
+from bowstore.data.cutmix import paste, paste_inputs
 from bowstore.data.plan import Plan
 from bowstore.data.reader import ImageSource, prefetched
 from bowstore.environment import cores_per_rank
@@ -31,7 +32,7 @@ from bowstore.errors import DataError
 PREFETCH = 2
 _FILTER_MARGIN = 2.0  # beyond the antialiased filter's support, for rounding
 HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
-Stage = Literal["decode", "resize", "jitter", "cutmix", "normalise"]
+Stage = Literal["decode", "resize", "flip", "jitter", "cutmix", "normalise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 T = TypeVar("T")
 _WINDOW, _MIRROR = ("encoded", "start", "shape"), ("mirror",)
@@ -142,7 +143,12 @@ def train_pipeline(
     colour = (_TWIST if device.type == "cuda" else _MATRIX) if jitter else ()
     last = STAGES.index(until)
     # DALI warns of inputs that no operator takes.
-    takes = {"decode": _WINDOW, "jitter": colour, "cutmix": _MIX if view.cutmix else (), "normalise": _MIRROR}
+    takes = {
+        "decode": _WINDOW,
+        "flip": _MIRROR if view.flip else (),
+        "jitter": colour,
+        "cutmix": _MIX if view.cutmix else (),
+    }
     names = [name for stage in STAGES[: last + 1] for name in takes.get(stage, ())]
     feed = Feed((partial(_train_feed, source, plan, view, ahead) for plan in plans), names)
     pipe = _pipeline(batch, device, threads)
@@ -151,9 +157,12 @@ def train_pipeline(
         graph: dict[Stage, Callable[[Any], Any]] = {
             "decode": lambda _: _decode_window(inputs, device, hw_load),
             "resize": lambda images: fn.resize(images, size=[view.size, view.size], antialias=True),
+            # An operator of its own costs nothing that can be measured: the paste needs each image already flipped,
+            # and a resize from right to left rounds one value in a few thousand otherwise.
+            "flip": lambda images: fn.flip(images, horizontal=inputs["mirror"]) if view.flip else images,
             "jitter": lambda images: _jitter(inputs, images, colour),
-            "cutmix": lambda images: _paste(inputs, images, view.size) if view.cutmix else images,
-            "normalise": lambda images: _normalise(images, view, mirror=inputs["mirror"], half=device.type == "cuda"),
+            "cutmix": lambda images: paste(images, inputs, view.size) if view.cutmix else images,
+            "normalise": lambda images: _normalise(images, view, half=device.type == "cuda"),
         }
         images = None
         for stage in STAGES[: last + 1]:
@@ -284,25 +293,11 @@ def _jitter(inputs: dict[str, Any], images: Any, colour: Sequence[str]) -> Any:
     return matrix_jitter(images, inputs["colour"]) if colour else images
 
 
-def _paste(inputs: dict[str, Any], images: Any, size: int) -> Any:
-    """CutMix: the whole image, then the partner's box over it."""
-    anchors = inputs["anchors"]
-    return fn.multi_paste(
-        images,
-        in_ids=inputs["in_ids"],
-        in_anchors=anchors,
-        out_anchors=anchors,
-        shapes=inputs["shapes"],
-        output_size=[size, size],
-    )
-
-
-def _normalise(images: Any, view: ViewConfig | CleanView, *, mirror: Any = 0, half: bool = False) -> Any:
-    """Centre crop (a no-op at the right size), flip, (x - mean) / std; HWC, which is channels_last."""
+def _normalise(images: Any, view: ViewConfig | CleanView, *, half: bool = False) -> Any:
+    """Centre crop (a no-op at the right size), (x - mean) / std; HWC, which is channels_last."""
     return fn.crop_mirror_normalize(
         images,
         crop=(view.size, view.size),
-        mirror=mirror,
         mean=[255 * value for value in view.mean],
         std=[255 * value for value in view.std],
         dtype=types.FLOAT16 if half else types.FLOAT,
@@ -315,10 +310,6 @@ def _train_feed(
 ) -> tuple[tuple[Plan, Any], dict[str, Any]]:
     """Read a plan's bytes and lay out its numbers by the names of the graph's inputs (runs in a thread)."""
     encoded = source.read(plan.rows)
-    place = np.arange(len(plan.rows), dtype=np.int32)
-    empty = plan.box[:, 2] * plan.box[:, 3] == 0  # an empty box is refused: paste the image over itself
-    whole = np.broadcast_to(np.array([0, 0, view.size, view.size], np.int32), plan.box.shape)
-    box = np.where(empty[:, None], whole, plan.box)
     return (plan, ahead(plan) if ahead else None), {
         "encoded": encoded,
         "start": np.maximum(plan.window[:, :2], 0),
@@ -329,9 +320,7 @@ def _train_feed(
         "saturation": plan.saturation,
         "hue": plan.hue,
         "colour": colour_matrices(plan),
-        "in_ids": np.stack([place, np.where(empty, place, plan.partner)], axis=1).astype(np.int32),
-        "anchors": np.stack([whole[:, :2], box[:, :2]], axis=1),
-        "shapes": np.stack([whole[:, 2:], box[:, 2:]], axis=1),
+        **paste_inputs(plan, view.size),
     }
 
 

@@ -30,13 +30,15 @@ class Plan:
     Attributes:
         rows: int64 (B,), rows of the index.
         window: int32 (B, 4), crop window in the image: top, left, height, width in pixels.
-        mirror: int32 (B,), 1 for a horizontal flip.
+        mirror: int32 (B,), 1 for a horizontal flip of this image, wherever it is pasted.
         brightness: float32 (B,), factor.
         contrast: float32 (B,), factor around mid-grey.
         saturation: float32 (B,), factor; 0 makes the image grey.
         hue: float32 (B,), degrees.
         partner: int32 (B,), place in this batch of the CutMix partner (itself without CutMix).
-        box: int32 (B, 4), the pasted box in the output: top, left, height, width in pixels (0 without CutMix).
+        box: int32 (B, 4), the pasted box in the output, which is not flipped again: top, left, height, width in
+            pixels (0 without CutMix). It shows what the partner, cropped, flipped and coloured by its own numbers,
+            has in the same place.
         kept: float32 (B,), the paper's lambda: share of the output's area that is not pasted over, exactly.
     """
 

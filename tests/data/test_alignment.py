@@ -98,8 +98,6 @@ def assert_colours_are_those_of_the_keys(plan: Plan, keys: list[str], levels_BHW
         top, left, height, width = plan.box[place].tolist()
         inside = np.zeros((size, size), bool)
         inside[top : top + height, left : left + width] = True
-        if plan.mirror[place]:
-            inside = inside[:, ::-1]
         assert (levels[~inside] == code(key)).all()
         assert (levels[inside] == code(keys[plan.partner[place]])).all()
         assert plan.kept[place] == np.float32(1 - inside.mean())

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import ViewConfig
 from bowstore.data.index import open_index
-from bowstore.data.pipeline import CleanView, clean_batches, clean_view, train_batches
-from bowstore.data.plan import Plan, Schedule, plans
+from bowstore.data.pipeline import CleanView, clean_batches, clean_view, train_batches, train_pipeline
+from bowstore.data.plan import Plan, Schedule, generator, perturb, plans
 from bowstore.data.reader import FileReader, ShardReader
 from bowstore.errors import DataError
 
@@ -140,6 +141,99 @@ def test_cutmix_pastes_exactly_the_partners_box() -> None:
         place = (slice(None), slice(top, top + height), slice(left, left + width))
         expected[place] = plain[partner[number]][place]
         assert torch.equal(ours[number], expected)
+
+
+FULL = ViewConfig(size=32, resize=None, area=(0.3, 1.0), grey=0.3)
+SIDES = [(40 + 3 * n % 17, 30 + 5 * n % 23) for n in range(96)]
+
+
+def full_plan(view: ViewConfig) -> Plan:
+    """A step of the whole train view, a third of it without a box."""
+    heights, widths = (np.array(side, np.int32) for side in zip(*SIDES, strict=True))
+    plan = perturb(np.arange(96), heights, widths, generator(3, 0, 1).random((96, 32)), view)
+    plan.box[::3] = 0
+    return plan
+
+
+def perturbed(data: bytes, plan: Plan, place: int, size: int) -> torch.Tensor:
+    """g of one image by torchvision and by the definitions of colour, on the scale 0 to 255: (3, size, size)."""
+    top, left, height, width = plan.window[place].tolist()
+    image = tvf.resize(tvf.crop(decoded(data), top, left, height, width), [size, size], antialias=True).double()
+    if plan.mirror[place]:
+        image = tvf.horizontal_flip(image)
+    red, green, blue = image
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    chroma = torch.complex(
+        0.596 * red - 0.274 * green - 0.321 * blue, 0.211 * red - 0.523 * green + 0.311 * blue
+    )  # of YIQ, whose plane hue turns and saturation stretches
+    angle = np.deg2rad(float(plan.hue[place]))
+    chroma = chroma * float(plan.saturation[place]) * complex(np.cos(angle), -np.sin(angle))
+    back = torch.tensor([[1, 0.956, 0.621], [1, -0.272, -0.647], [1, -1.107, 1.705]], dtype=torch.float64)
+    image = torch.einsum("rc,chw->rhw", back, torch.stack([luma, chroma.real, chroma.imag]))
+    image = ((image - 128) * float(plan.contrast[place]) + 128) * float(plan.brightness[place])
+    return image.clamp(0, 255)
+
+
+def errors(ours: Sequence[torch.Tensor], plan: Plan, views: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+    """Mean absolute differences (B, 2) of 255, outside and inside the box, to CutMix of the images' own views."""
+    found = np.zeros((len(views), 2))
+    for place, (image, partner) in enumerate(zip(ours, plan.partner.tolist(), strict=True)):
+        top, left, height, width = plan.box[place].tolist()
+        inside = torch.zeros(image.shape[1:], dtype=torch.bool)
+        inside[top : top + height, left : left + width] = True
+        difference = (255 * image - torch.where(inside, views[partner], views[place])).abs()
+        found[place] = [float(difference[:, part].mean()) if part.any() else 0 for part in (~inside, inside)]
+    return found
+
+
+def unflipped(pictures: Sequence[torch.Tensor], plan: Plan) -> list[torch.Tensor]:
+    return [picture.flip(-1) if mirror else picture for picture, mirror in zip(pictures, plan.mirror, strict=True)]
+
+
+def test_every_number_of_a_plan_does_to_its_own_image_what_torchvision_does() -> None:
+    """The paper pastes g(B) into g(A): crop, flip, jitter and grey are each image's own, the box is not flipped."""
+    view = FULL.model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1)})
+    data = [encode_jpeg(textured_image(number, *sides)) for number, sides in enumerate(SIDES)]
+    plan = full_plan(view)
+    mixed = (plan.box[:, 2:] > 0).all(axis=1)
+    cases = {(bool(a), bool(b), bool(c)) for a, b, c in zip(plan.mirror, plan.mirror[plan.partner], mixed, strict=True)}
+    assert len(cases) == 8, "flipped or not, the partner too, mixed or not"
+    assert 0 < (plan.saturation == 0).sum() < 96
+    ours = run_train(data, view, plan)
+    views = [perturbed(image, plan, place, view.size) for place, image in enumerate(data)]
+    assert errors(ours, plan, views).max() < 1.0
+    # The oracle tells a flip of the finished mixture from this.
+    after = errors(unflipped(ours, plan), plan, unflipped(views, plan))
+    differ = mixed & (plan.mirror != plan.mirror[plan.partner])
+    assert (after[differ].max(axis=1) > 10.0).all()
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("jitter", [True, False])
+def test_without_cutmix_the_view_is_that_of_each_image_alone(flip: bool, jitter: bool) -> None:
+    """The graph leaves out what a view does not ask for; what remains is the same."""
+    plain = {} if jitter else {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "grey": 0}
+    asked = {"mean": (0, 0, 0), "std": (1, 1, 1), "cutmix": False, "flip": flip, **plain}
+    view = FULL.model_copy(update=asked)
+    data = [encode_jpeg(textured_image(number, *sides)) for number, sides in enumerate(SIDES)]
+    plan = full_plan(view)
+    assert set(plan.mirror.tolist()) == ({0, 1} if flip else {0})
+    views = [perturbed(image, plan, place, view.size) for place, image in enumerate(data)]
+    assert errors(run_train(data, view, plan), plan, views).max() < 1.0
+
+
+@pytest.mark.parametrize(("device", "colour"), [("cpu", "NumbaFunction"), ("cuda", "ColorTwist")])
+def test_both_graphs_flip_and_colour_each_image_before_the_paste(device: str, colour: str) -> None:
+    """A graph for a GPU can be laid out without one."""
+    pipe, _ = train_pipeline(Memory(images(4)), FULL, [], batch=4, device=torch.device(device), threads=1)
+    (node,) = pipe._graph_out
+    names = []
+    while node.source.inputs:
+        names.append(node.name.strip("_").split("_")[0])
+        assert node.device == ("gpu" if device == "cuda" else "cpu")
+        node = node.source.inputs[0]
+    order = [name for name in reversed(names) if name != "Reshape"]
+    assert order == ["ImageSlice", "Resize", "Flip", colour, "MultiPaste", "CropMirrorNormalize"]
 
 
 def test_windows_outside_the_image_are_clamped_not_fatal() -> None:

@@ -1,17 +1,21 @@
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import thread_time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torchvision import transforms
+from torchvision.transforms import v2
 
 from bowstore.config import ViewConfig
 from bowstore.data import plan
-from bowstore.data.plan import MIX_GROUP, Plan, Schedule, epoch_order, perturb, plans
+from bowstore.data.plan import MIX_GROUP, Plan, Schedule, epoch_order, generator, perturb, plans
 from bowstore.errors import UsageError
 
 VIEW = ViewConfig(size=32, resize=None, area=(0.2, 1.0))
@@ -270,6 +274,58 @@ def test_windows_of_extreme_images_stay_inside(height: int, width: int) -> None:
     assert (window[:, 2:] >= 1).all()
     assert (window[:, 0] + window[:, 2] <= height).all()
     assert (window[:, 1] + window[:, 3] <= width).all()
+
+
+class Drawn:
+    """torch as torchvision's transforms see it: its draws come from a list, scalars are float64."""
+
+    def __init__(self, uniform: Iterable[float], whole: Iterable[float]) -> None:
+        self._uniform, self._whole = iter(uniform), iter(whole)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def tensor(self, values: object) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    def empty(self, _: int) -> "Drawn":
+        return self
+
+    def uniform_(self, low: float, high: float) -> torch.Tensor:
+        return torch.tensor(float(low) + float(high - low) * next(self._uniform), dtype=torch.float64)
+
+    def randint(self, *bounds: int, size: tuple[int]) -> torch.Tensor:
+        low, high = bounds if len(bounds) == 2 else (0, *bounds)
+        return torch.tensor([low + int((high - low) * next(self._whole))])
+
+
+def test_every_number_is_torchvisions_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows exactly, tries that do not fit included; boxes but for its truncation of centre and half side."""
+    size = 224
+    count, dims = 400, Dims(400, seed=4)
+    dims.width[::7], dims.height[::5] = 1, 3  # no window of their ratio fits
+    view = VIEW.model_copy(update={"size": size, "grey": 0.3})
+    draws = generator(9, 0, 1).random((count, 32))
+    batch = perturb(np.arange(count), dims.height, dims.width, draws, view)
+    jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    ranges = np.array([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue])
+    drawn = ranges[:, 0] + np.diff(ranges)[:, 0] * draws[:, 23:27]
+    drawn[draws[:, 27] < view.grey, 2] = 0
+    colours = [batch.brightness, batch.contrast, batch.saturation, batch.hue / 360]
+    assert np.abs(np.stack(colours, axis=1) - drawn).max() < 1e-6
+    assert np.array_equal(batch.mirror == 1, draws[:, 22] < transforms.RandomHorizontalFlip().p)
+    mix = v2.CutMix(num_classes=2)
+    for place, own in enumerate(draws):
+        image = torch.empty(3, int(dims.height[place]), int(dims.width[place]))
+        tries = Drawn(own[:20].reshape(2, 10).T.ravel(), own[20:22])
+        monkeypatch.setattr("torchvision.transforms.transforms.torch", tries)
+        window = transforms.RandomResizedCrop.get_params(image, list(view.area), list(view.ratio))
+        assert batch.window[place].tolist() == list(window), place
+        monkeypatch.setattr("torchvision.transforms.v2._augment.torch", Drawn([], own[[31, 30]]))
+        mix._dist = SimpleNamespace(sample=lambda _, share=own[29]: 1 - share)  # the share that is kept
+        left, top, right, bottom = mix.make_params([torch.empty(3, size, size)])["box"]
+        found = batch.box[place] + np.array([0, 0, *batch.box[place, :2]])
+        assert (np.abs(found - [top, left, bottom, right]) <= [1, 1, 2, 2]).all(), place
 
 
 def test_strengths() -> None:
