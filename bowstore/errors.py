@@ -43,3 +43,17 @@ class TrainingError(BowstoreError, ArithmeticError):
 
 class TransferError(BowstoreError, ConnectionError):
     """Bytes that could not be brought from another machine."""
+
+
+def is_machine_error(error: BaseException) -> bool:
+    """Whether an error is the machine's (no permission, no memory, a failing disk), and says nothing about the bytes.
+
+    For handlers that take any error of a library for damage: what the machine could not do now must stop the
+    command, because the next try may well succeed. PyTorch has no class of its own for a failed allocation.
+    """
+    if isinstance(error, (OSError, MemoryError)):
+        return not isinstance(error, BowstoreError)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")

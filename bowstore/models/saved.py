@@ -1,29 +1,40 @@
 """Trained networks on disk: runs, checkpoints and exported files, and how to get the network back.
 
 A checkpoint is read with `weights_only=True`. A finished run also holds `backbone.safetensors`, the network alone
-with what is needed to rebuild it.
+with what is needed to rebuild it. Both hold a digest over all that is in them (`content_digest`): inside the file,
+because a file and one beside it cannot be replaced together.
 """
 
+import io
 import json
+import os
 import re
+import stat
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, validate
-from bowstore.errors import CorruptError, MismatchError, MissingError
+from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.models.registry import Backbone, build_backbone
+from bowstore.models.weights import content_digest
+from bowstore.progress import say
 from bowstore.yaml_file import read_yaml
 
 BACKBONE_FILE = "backbone.safetensors"
 CONFIG_FILE = "config.yaml"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_FOLDER = "checkpoints"
+CHECKPOINT_VERSION = 2
+_WITHOUT_DIGEST = 1  # the version of checkpoints that had none
+_PARTS = {"step": int, "config": dict, "inputs": dict, "backbone": dict, "head": dict, "optimizer": dict}
 _CHECKPOINT = re.compile(r"step-(\d+)\.pt")
+_ZIP = b"PK\x03\x04"
+_DIRECTORY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,55 +56,170 @@ class LoadedBackbone:
     config: dict[str, Any]
 
 
+def checkpoint_bytes(state: dict[str, Any]) -> bytes:
+    """A checkpoint as a file's bytes: version, state and the digest over both.
+
+    Args:
+        state: the parts of a run (`step`, `config`, `inputs`, `backbone`, `head`, `optimizer`, and what the loop adds):
+            tensors and plain values, nested.
+    """
+    content = {"version": CHECKPOINT_VERSION, **state}
+    buffer = io.BytesIO()
+    torch.save({**content, "digest": content_digest(content)}, buffer)
+    return buffer.getvalue()
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; only tensors and plain values are ever unpickled.
+    """Read a checkpoint onto the CPU and check it; only tensors and plain values are ever unpickled.
 
     Raises:
-        CorruptError: damaged.
-        MismatchError: another format version, or weights of another codebase.
+        MissingError: no such file.
+        CorruptError: damaged, or not all of it is there.
+        MismatchError: another format version, weights of another codebase, or no file at all.
+        OSError: the machine could not read it, which says nothing about the file.
     """
+    return _checkpoint(_file_bytes(path, "checkpoint"), path)
+
+
+def _checkpoint(data: bytes, path: Path) -> dict[str, Any]:
+    if kind := _other_kind(data):
+        raise MismatchError(f"{path} is no checkpoint of bowstore: it is {kind}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise MissingError(f"no checkpoint {path}") from error
-    except Exception as error:
-        raise CorruptError(f"{path} is not a whole bowstore checkpoint ({_first_line(error)})") from error
+        _check_archive(data)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes end in errors of any kind
+        if is_machine_error(error):
+            raise
+        raise CorruptError(f"{path} is not a whole bowstore checkpoint ({_told(error)})") from error
     if not isinstance(state, dict) or "version" not in state:
         raise MismatchError(f"{path} is no checkpoint of bowstore; {_foreign(path)}")
-    if state["version"] != CHECKPOINT_VERSION:
+    return _checked(state, path)
+
+
+def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The parts of a checkpoint, once its version, their presence and its digest are right."""
+    version, digest = state["version"], state.pop("digest", None)
+    known = type(version) is int and version in (_WITHOUT_DIGEST, CHECKPOINT_VERSION)
+    lost = [name for name, kind in _PARTS.items() if not isinstance(state.get(name), kind)]
+    if known and lost:
+        raise CorruptError(f"{path} is not a whole bowstore checkpoint (it lacks {', '.join(lost)})")
+    if known and digest is None and version == _WITHOUT_DIGEST:
+        say(
+            f"{path} was written before checkpoints had a digest: no more than its archive's own checksums was "
+            f"checked; the next checkpoint has one"
+        )
+    elif known and digest is None:
+        raise CorruptError(f"{path} is not a whole bowstore checkpoint (it lacks its digest)")
+    elif digest is not None and digest != _digest_of(state):
+        raise CorruptError(f"{path} differs from the digest {digest} that was recorded in it when it was written")
+    if not known:
         raise MismatchError(
-            f"{path} has checkpoint format {state['version']}, this bowstore reads {CHECKPOINT_VERSION}"
+            f"{path} has checkpoint format {version}, this bowstore reads {_WITHOUT_DIGEST} and {CHECKPOINT_VERSION}; "
+            f"use the bowstore that wrote it, or move it out of its folder to go on without it"
         )
     return state
 
 
+def _digest_of(state: dict[str, Any]) -> str:
+    try:
+        return content_digest(state)
+    except TypeError as error:  # something that no bowstore writes
+        return str(error)
+
+
+def _other_kind(data: bytes) -> str:
+    """What a file is that can hold no weights for bowstore, with the remedy; empty for all others."""
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs, not the file itself; run `git lfs pull`"
+    # The central directory, at a file's end, has the names of all members in clear.
+    if data.startswith(_ZIP) and b"/constants.pkl" in data[-_DIRECTORY_BYTES:]:
+        return "a TorchScript program, which is never run; save its state dict alone"
+    return ""
+
+
+def _check_archive(data: bytes) -> None:
+    """Compare the checksums that torch.save writes; a file that is no archive (as of old) is left to PyTorch.
+
+    PyTorch itself does not compare them, and unpickles whatever damaged bytes say: this comes first.
+    """
+    if data.startswith(_ZIP):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"{bad} differs from its checksum")
+
+
+def _told(error: Exception) -> str:
+    """The cause of a failed reading, without PyTorch's advice to load the file as code."""
+    text = _first_line(error)
+    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it holds Python objects besides tensors ({named[1]}), which could run code"
+    return "nothing in it can be unpickled" if "weights_only" in str(error) or "Weights only" in text else text
+
+
+def newest_checkpoint(run: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run that is sound, or None where there is none at all; damaged ones are named.
+
+    Raises:
+        CorruptError: there are checkpoints, and not one of them is sound.
+        MismatchError: the newest sound one is of another version.
+        OSError: the machine could not read one, which says nothing about the file.
+    """
+    paths = checkpoints(run)
+    error: CorruptError | None = None
+    for path in paths:
+        if error:
+            say(f"warning: {error}; trying the one before")
+        try:
+            state = load_checkpoint(path)
+            if state["step"] == _step_of(path.name):
+                return state
+            raise CorruptError(f"{path} holds step {state['step']}: it was renamed or copied")
+        except CorruptError as found:
+            error = found
+    if error:
+        raise CorruptError(
+            f"no checkpoint of {run} is sound, and there are {len(paths)} (the last tried: {error}); restore one from "
+            f"a copy, or move them away to begin the run anew"
+        ) from error
+    return None
+
+
 def save_backbone(path: Path, backbone: Backbone, config: TrainConfig) -> None:
-    """Write the network alone, as safetensors with the run's configuration in its metadata."""
+    """Write the network alone, as safetensors with the run's configuration and a digest in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    metadata = {"bowstore": json.dumps(dump(config))}
+    metadata["digest"] = content_digest({"metadata": metadata, "tensors": tensors})
     with atomic_file(path) as file:
-        file.write(save(tensors, metadata={"bowstore": json.dumps(dump(config))}))
+        file.write(safetensors.torch.save(tensors, metadata=metadata))
 
 
 def load_backbone(path: Path) -> LoadedBackbone:
     """Load a network from a run directory, a checkpoint, or an exported `.safetensors` file.
+
+    Of a run that is not finished, the newest sound checkpoint.
 
     Raises:
         MissingError: nothing there, or a run without a checkpoint yet.
         CorruptError: a damaged file.
         MismatchError: weights that do not fit the network; the message names the first keys.
     """
-    if path.is_dir():
-        newest = [path / BACKBONE_FILE] if (path / BACKBONE_FILE).exists() else checkpoints(path)
-        if not newest:
+    if path.is_dir() and not is_finished(path):
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
             raise MissingError(f"run {path} holds no checkpoint yet; let `bowstore train` reach its first one")
-        path = newest[0]
-    if path.suffix == ".safetensors":
-        state, values = _read_safetensors(path)
-    else:
-        checkpoint = load_checkpoint(path)
         state, values = checkpoint["backbone"], checkpoint["config"]
+    else:
+        path = path / BACKBONE_FILE if path.is_dir() else path
+        data = _file_bytes(path, "file" if path.suffix == ".safetensors" else "checkpoint")
+        if _is_safetensors(data, path):
+            state, values = _export(data, path)
+        else:
+            checkpoint = _checkpoint(data, path)
+            state, values = checkpoint["backbone"], checkpoint["config"]
     config = validate(TrainConfig, values, str(path))
-    backbone = build_backbone(config.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # what a network draws when it is built, and does not save, is that of the run
+        backbone = build_backbone(config.model)
     load_weights(backbone, state, str(path))
     return LoadedBackbone(backbone.eval(), config.model, config.view, config.name, values)
 
@@ -134,23 +260,88 @@ def read_run_config(run: Path) -> TrainConfig:
     return validate(TrainConfig, read_yaml(path), str(path))
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINT_FOLDER / f"step-{step:09d}.pt"
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    found = [p for p in (run / "checkpoints").glob("step-*.pt") if _CHECKPOINT.fullmatch(p.name)]
-    return sorted(found, reverse=True)
+    """Complete checkpoints, newest first.
 
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    Raises:
+        OSError: their folder is there and cannot be listed.
+    """
+    folder = run / CHECKPOINT_FOLDER
     try:
-        with safe_open(str(path), framework="pt") as file:
-            values = json.loads((file.metadata() or {})["bowstore"])
-            return {name: file.get_tensor(name) for name in file.keys()}, values
+        names = os.listdir(folder)  # Path.glob would find nothing in a folder that it may not read
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names, key=_step_of, reverse=True) if _CHECKPOINT.fullmatch(name)]
+
+
+def _step_of(name: str) -> int:
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def load_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of an exported network, checked, and the configuration of its run as plain values.
+
+    Raises:
+        MissingError: no such file.
+        CorruptError: damaged.
+        MismatchError: not written by bowstore.
+        OSError: the machine could not read it, which says nothing about the file.
+    """
+    return _export(_file_bytes(path, "file"), path)
+
+
+def _export(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    if kind := _other_kind(data):
+        raise MismatchError(f"{path} is no network that bowstore exported: it is {kind}")
+    try:
+        tensors = safetensors.torch.load(data)
+        metadata = json.loads(_header(data)).get("__metadata__", {})
+        values = json.loads(metadata.get("bowstore", "null"))
+    except Exception as error:  # damaged bytes end in errors of any kind
+        if is_machine_error(error):
+            raise
+        raise CorruptError(f"{path} is not a whole safetensors file ({_first_line(error)}); {_REDO}") from error
+    digest = metadata.pop("digest", None)
+    if values is None and digest is None:
+        raise MismatchError(f"{path} was not written by bowstore (no configuration in it); {_foreign(path)}")
+    if digest is None and len(metadata) == 1:
+        say(f"{path} was written before exported networks had a digest: its weights were not checked")
+    elif digest != content_digest({"metadata": metadata, "tensors": tensors}):
+        raise CorruptError(f"{path} differs from the digest that was recorded in it when it was written; {_REDO}")
+    return tensors, values
+
+
+def _is_safetensors(data: bytes, path: Path) -> bool:
+    """By the bytes, whatever the file is called; a damaged start leaves the name to decide."""
+    return not data.startswith(_ZIP) and (path.suffix == ".safetensors" or _header(data)[:1] == b"{")
+
+
+def _header(data: bytes) -> bytes:
+    """The JSON text of a safetensors file, whose length is its first eight bytes."""
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+_REDO = "restore it from a copy, or move it away and give its `bowstore train` command again, which writes it anew"
+
+
+def _file_bytes(path: Path, what: str) -> bytes:
+    """A file as a whole: whatever is raised later is about its bytes and not about the machine."""
+    try:
+        mode = path.stat().st_mode
     except FileNotFoundError as error:
-        raise MissingError(f"no file {path}") from error
-    except KeyError as error:
-        raise MismatchError(f"{path} was not written by bowstore (no configuration in it); {_foreign(path)}") from error
-    except (SafetensorError, ValueError) as error:
-        raise CorruptError(f"{path} is not a whole safetensors file ({_first_line(error)})") from error
+        raise MissingError(f"no {what} {path}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise MismatchError(
+            f"{path} is {kind} and not a file; move it away, or restore the {what} that should be there"
+        )
+    return path.read_bytes()
 
 
 def _foreign(path: Path) -> str:

@@ -1,40 +1,85 @@
-"""Checkpoints of a run: written to a temporary name, fsynced and renamed; the newest whole one is gone on from."""
+"""Checkpoints of a run: written to a temporary name, fsynced and renamed; which are kept, and which are set aside."""
 
-import io
 from pathlib import Path
 from typing import Any
 
-import torch
+from bowstore.files import atomic_file
+from bowstore.models.saved import checkpoint_bytes, checkpoint_path, checkpoints
 
-from bowstore.errors import CorruptError
-from bowstore.files import atomic_file, sweep_temporary
-from bowstore.models.saved import CHECKPOINT_VERSION, checkpoints, load_checkpoint
-from bowstore.progress import say
+_DAMAGED, _DIVERGED = "damaged", "diverged"
 
 
-def save_checkpoint(run: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `checkpoints/step-N.pt` atomically, then delete all but the newest `keep`."""
-    folder = run / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{state['step']:09d}.pt"
-    # torch's own writer turns a full disk into an internal error; through memory it stays an OSError.
-    buffer = io.BytesIO()
-    torch.save({"version": CHECKPOINT_VERSION, **state}, buffer)
+class Checkpoints:
+    """The checkpoints of one sitting; none is relied on, nor another deleted for it, before it has proved sound.
+
+    Finite weights may be useless all the same: those of one step at far too high a rate give a loss that is not
+    finite, and a run that went on from them would fail for ever. What proves a checkpoint is the step after it.
+
+    Those later than the start were passed over: they are set aside, so that none is deleted or takes a new one's place.
+
+    Args:
+        run: the run directory.
+        keep: how many are kept.
+        start: step of the one that the run goes on from; None for a new run.
+        writes: whether this process is the one that touches files.
+    """
+
+    def __init__(self, run: Path, *, keep: int, start: int | None, writes: bool) -> None:
+        self._run, self._keep, self._writes = run, keep, writes
+        self._newest = start
+        self.unproven = start is not None
+        if writes and start is not None:
+            for path in checkpoints(run):
+                if path > checkpoint_path(run, start):
+                    set_aside(path, _DAMAGED)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write one of a step; no other takes its place yet."""
+        if self._writes:
+            save_checkpoint(self._run, state)
+        self._newest, self.unproven = int(state["step"]), True
+
+    def proved(self) -> None:
+        """The step after the newest one was sound: those before the newest `keep` are deleted."""
+        if self.unproven and self._writes:
+            prune(self._run, keep=self._keep)
+        self.unproven = False
+
+    def diverged(self) -> str:
+        """Set an unproven one aside, since going on from it would lead to the same; return where `--resume` begins.
+
+        Only for the process that writes.
+        """
+        aside = ""
+        if self.unproven and self._newest is not None:
+            path = checkpoint_path(self._run, self._newest)
+            aside = f" ({path.name} leads here again: it is now {set_aside(path, _DIVERGED).name})"
+        left = checkpoints(self._run)
+        return f"to go on from {left[0].name}{aside}" if left else f"to begin anew{aside}"
+
+
+def save_checkpoint(run: Path, state: dict[str, Any]) -> Path:
+    """Write `checkpoints/step-N.pt` atomically, of a state as `checkpoint_bytes` takes it."""
+    path = checkpoint_path(run, state["step"])
+    path.parent.mkdir(exist_ok=True)
+    # torch's own writer turns a full disk into an internal error; from memory it stays an OSError.
+    data = checkpoint_bytes(state)
     with atomic_file(path) as file:
-        file.write(buffer.getbuffer())
-    others = [other for other in checkpoints(run) if other != path]
-    # A name above this step is a damaged file that was passed over, or of a schedule that was given up.
-    for other in [*(o for o in others if o > path), *[o for o in others if o < path][keep - 1 :]]:
-        other.unlink(missing_ok=True)
+        file.write(data)
     return path
 
 
-def load_newest(run: Path) -> dict[str, Any] | None:
-    """The newest checkpoint of a run that can be read, or None; a damaged one is named and passed over."""
-    sweep_temporary(run / "checkpoints")
-    for path in checkpoints(run):
-        try:
-            return load_checkpoint(path)
-        except CorruptError as error:
-            say(f"warning: {error}; trying the one before")
-    return None
+def prune(run: Path, *, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep`; those that were set aside stay."""
+    for path in checkpoints(run)[keep:]:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Give a checkpoint a name of its own, under which nothing reads, replaces or deletes it: `step-N.pt.<why>`."""
+    number, aside = 1, path.with_name(f"{path.name}.{why}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.{why}-{number}")
+    path.rename(aside)
+    return aside

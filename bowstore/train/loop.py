@@ -3,8 +3,9 @@
 Legend: B batch, C channels, H W pixels.
 """
 
+import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from bowstore.data.pipeline import Batch, train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.errors import BowstoreError, MismatchError, TrainingError
-from bowstore.files import exclusive_lock
+from bowstore.files import exclusive_lock, sweep_temporary
 from bowstore.models import saved
 from bowstore.progress import say
 from bowstore.remote import fetch_store
@@ -30,7 +31,7 @@ from bowstore.train import checkpoint as ckpt
 from bowstore.train.distributed import World, joined
 from bowstore.train.metrics import Meter, RunLog
 from bowstore.train.rundir import check_run, write_config, write_environment
-from bowstore.train.schedule import learning_rate, total_steps
+from bowstore.train.schedule import learning_rate, step_seed, total_steps
 from bowstore.train.tasks import Network, Task, build_task
 
 _STOPPED_EXIT_CODE = 143
@@ -107,15 +108,19 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         task = build_task(with_local_store(config, world), index, world)
         network = task.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_optimizer(network, config)
-        state = ckpt.load_newest(run)
-        first = _restore(state, network, optimizer, task, run) if state else 0
+        meter = Meter(world.device)
+        state = saved.newest_checkpoint(run)
+        start = _restore(state, network, optimizer, meter, task, run) if state else None
+        del state  # its memory, for the length of the run
+        first = start or 0
         _same_start(first, task, config, world)
-        if first >= steps or (state is None and saved.is_finished(run)):
+        if first >= steps or (start is None and saved.is_finished(run)):
             return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
         model = wrap_network(network, config, world)
         if world.first:
             write_config(run, config)
             write_environment(run, world, task.inputs)
+            sweep_temporary(run / saved.CHECKPOINT_FOLDER)
             (run / saved.BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
 
         # --- the loop
@@ -134,30 +139,37 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             log = RunLog(config, run, task.constants, first=first, steps_per_pass=schedule.steps_per_pass)
             stack.callback(log.close)
         stop_requested = stack.enter_context(_stop_signal())
-        meter = Meter(world.device)
+        kept = ckpt.Checkpoints(run, keep=config.runtime.keep_checkpoints, start=start, writes=world.first)
         for step, batch in enumerate(meter.waiting_for(batches), start=first):
             rate = learning_rate(step, config.optim, schedule.steps_per_pass)
+            torch.manual_seed(step_seed(config.seed, step, world.rank))
             scalars = train_step(model, optimizer, task, batch, rate, amp=config.runtime.amp)
             meter.count(config.optim.batch, scalars)
             done = step + 1
             # Ranks must agree on when to stop; asking costs an all-reduce, so many ranks ask every few steps.
             stopping = (world.size == 1 or done % _ASK_EVERY_STEPS == 0) and world.any(stop_requested())
-            if done % config.runtime.log_every_steps == 0 or done == steps or stopping:
-                values = meter.read(world)  # the only place that waits for the device
-                _check_finite(values["loss"], done, rate, run)
+            logging = done % config.runtime.log_every_steps == 0 or done == steps
+            saving = done % config.runtime.checkpoint_every_steps == 0 or done == steps or stopping
+            if logging or saving or kept.unproven:  # the only place that waits for the device
+                wrong = _unsound(network, optimizer, meter, kept, world, saving=saving)
+                if wrong:
+                    raise _diverged(wrong, done, rate, kept, world)
+            if logging:
+                values = meter.read(world)
                 order = keys_digest(batch.plan, index, schedule, world)
                 if log:
                     log.write(done, {**values, "lr": rate}, order)
             if log:
                 log.progress.advance(config.optim.batch)
-            if done % config.runtime.checkpoint_every_steps == 0 or done == steps or stopping:
-                _check_finite(meter.mean_loss(world), done, rate, run)  # never save what cannot be gone on from
-                if world.first:
-                    _save(run, config, done, network, optimizer, task)
+            if saving:
+                if log:
+                    log.sync()
+                kept.save(_state(config, done, network, optimizer, meter, task, world))
             if stopping:
                 if world.first:
                     say(f"stopped by a signal at step {done} of {steps}; run the command again to go on")
                 raise SystemExit(_STOPPED_EXIT_CODE)
+        kept.proved()  # nothing follows that could prove it
         report = TrainReport(run, steps, *meter.rates(), last=log.last if log else {}, first=world.first)
         return _finish(run, config, network, world, report)
 
@@ -173,10 +185,12 @@ def train_step(
     with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=mixed):
         logits = model(images_BCHW if mixed else images_BCHW.float())
     loss, scalars = task.loss(logits, target)
+    # Copies: a task may give out a parameter itself, which the step is about to change.
+    scalars = {name: value.detach().clone() for name, value in {"loss": loss, **scalars}.items()}
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return {"loss": loss.detach(), **scalars}
+    return scalars
 
 
 def keys_digest(plan: Plan, index: Index, schedule: Schedule, world: World) -> str:
@@ -248,8 +262,10 @@ def wrap_network(network: Network, config: TrainConfig, world: World) -> nn.Modu
     return model  # type: ignore[no-any-return]
 
 
-def _restore(state: dict[str, Any], network: Network, optimizer: torch.optim.Optimizer, task: Task, run: Path) -> int:
-    """Load a checkpoint into network and optimiser; return its step."""
+def _restore(
+    state: dict[str, Any], network: Network, optimizer: torch.optim.Optimizer, meter: Meter, task: Task, run: Path
+) -> int:
+    """Load a checkpoint into network, optimiser and meter; return its step."""
     if state["inputs"] != task.inputs:
         names = sorted(state["inputs"].keys() | task.inputs.keys())
         changed = [name for name in names if state["inputs"].get(name) != task.inputs.get(name)]
@@ -269,6 +285,8 @@ def _restore(state: dict[str, Any], network: Network, optimizer: torch.optim.Opt
         ) from error
     for group, fresh in zip(optimizer.param_groups, values, strict=True):
         group.update(fresh)  # --resume with new values means the new ones
+    if "meter" in state:  # older checkpoints have none: the means of the next line of the log begin with it
+        meter.restore(state["meter"])
     return int(state["step"])
 
 
@@ -285,16 +303,19 @@ def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> No
             raise MismatchError(f"rank {world.rank} {what}")
 
 
-def _save(run: Path, config: TrainConfig, step: int, network: Network, optimizer: Any, task: Task) -> None:
-    state = {
+def _state(
+    config: TrainConfig, step: int, network: Network, optimizer: Any, meter: Meter, task: Task, world: World
+) -> dict[str, Any]:
+    """All that a run needs to go on; every rank has a part in it."""
+    return {
         "step": step,
         "config": dump(config),
         "inputs": task.inputs,
-        "backbone": network.backbone.state_dict(),
-        "head": network.head.state_dict(),
+        "backbone": dict(network.backbone.state_dict()),
+        "head": dict(network.head.state_dict()),
         "optimizer": optimizer.state_dict(),
+        "meter": meter.state(world),
     }
-    ckpt.save_checkpoint(run, state, keep=config.runtime.keep_checkpoints)
 
 
 def _finish(run: Path, config: TrainConfig, network: Network, world: World, report: TrainReport) -> TrainReport:
@@ -304,12 +325,42 @@ def _finish(run: Path, config: TrainConfig, network: Network, world: World, repo
     return report
 
 
-def _check_finite(loss: float, step: int, rate: float, run: Path) -> None:
-    if not loss < float("inf"):  # also true for NaN
-        raise TrainingError(
-            f"the loss is {loss} by step {step} at learning rate {rate:g}; lower optim.lr and run again with --resume "
-            f"to go on from the last checkpoint in {run / 'checkpoints'}, or under another --name from the start"
-        )
+def _unsound(
+    network: Network, optimizer: Any, meter: Meter, kept: ckpt.Checkpoints, world: World, *, saving: bool
+) -> str:
+    """What is not finite after a step, or nothing; finds the newest checkpoint proved on the way. Same on every rank.
+
+    The loss, the gradients and the momenta speak of the weights that the step began with, whatever its rate was; the
+    weights that it made are looked at before they are saved.
+    """
+    loss = meter.mean_loss(world)
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    momenta = [value for values in optimizer.state.values() for value in values.values()]
+    if kept.unproven:
+        gradients = [parameter.grad for parameter in network.parameters()]
+        if world.any(not _all_finite([*gradients, *momenta])):
+            return "the gradients are not finite"
+        kept.proved()
+    if saving and world.any(not _all_finite([*network.state_dict().values(), *momenta])):
+        return "the weights are not finite"
+    return ""
+
+
+def _all_finite(values: Sequence[Any]) -> bool:
+    """Whether all tensors among the values are; the device is asked once."""
+    found = [value.isfinite().all() for value in values if isinstance(value, Tensor)]
+    return not found or bool(torch.stack(found).all())
+
+
+def _diverged(wrong: str, step: int, rate: float, kept: ckpt.Checkpoints, world: World) -> BaseException:
+    """The error of a run that cannot go on; the other ranks leave quietly."""
+    if not world.first:
+        return SystemExit(1)
+    return TrainingError(
+        f"{wrong} by step {step} at learning rate {rate:g}; lower optim.lr and run again with --resume "
+        f"{kept.diverged()}, or under another --name from the start"
+    )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Metrics of a run: gathered on the device, written as JSON lines and for TensorBoard, shown as progress."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +27,14 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run / METRICS_FILE
-        kept = [line for line in _whole_lines(path) if line["step"] <= step]
+        lines, unread = _read_lines(path)
+        if unread:
+            aside = path.with_name(f"{path.name}.damaged")
+            with atomic_file(aside) as file:
+                file.write(path.read_bytes())
+            say(f"warning: {_told(path, unread)}; the file as it was is kept as {aside.name}")
         with atomic_file(path) as file:
-            file.writelines((json.dumps(line) + "\n").encode() for line in kept)
+            file.writelines((json.dumps(line) + "\n").encode() for line in lines if line["step"] <= step)
         self._file = open(path, "a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
@@ -38,6 +44,10 @@ class MetricsLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """Make all lines durable: a checkpoint is never newer than its log."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush both."""
         self._file.close()
@@ -45,24 +55,53 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics, in order."""
-    return _whole_lines(run / METRICS_FILE)
+    """All lines of a run's metrics, in order; a line that cannot be read is left out with a warning.
 
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # a line cut by kill -9
-            break
+    The last line may be cut: a process that is killed while it writes leaves it so, and it is written again.
+    """
+    path = run / METRICS_FILE
+    lines, unread = _read_lines(path)
+    if unread:
+        say(f"warning: {_told(path, unread)}")
     return lines
 
 
+def unreadable_lines(run: Path) -> list[str]:
+    """What is wrong with a run's metrics file, in lines for people; empty if nothing is."""
+    path = run / METRICS_FILE
+    _, unread = _read_lines(path)
+    return [_told(path, unread)] if unread else []
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines that are objects with a step, and the numbers (from 1) of the others."""
+    try:
+        texts = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], []
+    lines, unread = [], []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text.decode())
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        elif number < len(texts):  # what follows the last line feed is a cut line, or empty
+            unread.append(number)
+    return lines, unread
+
+
+def _told(path: Path, unread: list[int]) -> str:
+    some = ", ".join(map(str, unread[:3])) + (", ..." if len(unread) > 3 else "")
+    return f"{len(unread)} lines of {path} are no JSON objects with a step (line {some}) and are left out"
+
+
 class Meter:
-    """Sums the steps' scalars on the device and keeps time; nothing here waits for the device but `read`."""
+    """Sums the steps' scalars on the device and keeps time; nothing here waits for the device but what reads them.
+
+    Sums are float64: exact for float32 scalars of like size, so that a mean does not depend on where a run stopped.
+    """
 
     _WARM_STEPS = 5
 
@@ -86,7 +125,10 @@ class Meter:
     def count(self, images: int, scalars: dict[str, Tensor]) -> None:
         """Add one step's scalars."""
         for name, value in scalars.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            if name in self._sums:
+                self._sums[name] += value
+            else:
+                self._sums[name] = value.to(torch.float64, copy=True)
         self._steps += 1
         self._total_steps += 1
         if self._total_steps == self._WARM_STEPS:
@@ -101,11 +143,28 @@ class Meter:
         return float(world.mean(loss.clone()).item())
 
     def read(self, world: World) -> dict[str, float]:
-        """Means since the last reading, over all ranks."""
+        """Means since the last reading, over all ranks, as float32 values."""
         names = sorted(self._sums)
-        values = world.mean(torch.stack([self._sums[name].float() / self._steps for name in names])).tolist()
+        values = self._over_ranks(names, world) / self._steps
         self._sums, self._steps = {}, 0
-        return dict(zip(names, values, strict=True))
+        return dict(zip(names, values.float().tolist(), strict=True))
+
+    def state(self, world: World) -> dict[str, Any]:
+        """What has been gathered since the last reading, as plain values for a checkpoint; the same on every rank."""
+        names = sorted(self._sums)
+        sums = self._over_ranks(names, world).tolist() if names else []
+        return {"steps": self._steps, "sums": dict(zip(names, sums, strict=True))}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint holds, on any number of ranks."""
+        self._steps = int(state["steps"])
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=self._device) for name, value in state["sums"].items()
+        }
+
+    def _over_ranks(self, names: list[str], world: World) -> Tensor:
+        """Sums over the steps of the mean over the ranks, float64."""
+        return world.mean(torch.stack([self._sums[name] for name in names]))
 
     def rates(self) -> tuple[float, float]:
         """Images/s over all ranks and the share of the time spent waiting for images, without the first steps."""
@@ -148,6 +207,10 @@ class RunLog:
                     f"optim.lr or words.gamma"
                 )
             self._warned = True
+
+    def sync(self) -> None:
+        """Make what was logged durable."""
+        self._metrics.sync()
 
     def close(self) -> None:
         """Close files and the progress line."""

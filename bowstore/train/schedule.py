@@ -1,4 +1,6 @@
-"""Durations and learning rates as pure functions of the step."""
+"""Durations, learning rates and seeds as pure functions of the step."""
+
+import numpy as np
 
 from bowstore.config import OptimConfig
 
@@ -19,3 +21,12 @@ def learning_rate(step: int, optim: OptimConfig, steps_per_pass: int) -> float:
     if epoch < optim.warmup_epochs:
         return optim.lr * (step + 1) / (optim.warmup_epochs * steps_per_epoch(optim, steps_per_pass))
     return float(optim.lr * optim.factor ** sum(epoch >= milestone for milestone in optim.milestones))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed, 64 bits, of what the network draws in one step on one rank (dropout, stochastic depth).
+
+    Seeded with it before each step, torch's generators carry nothing from step to step: a run that goes on draws
+    what it would have drawn, and each rank draws masks of its own. What is drawn for samples comes from the plan.
+    """
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])

@@ -17,7 +17,7 @@ from voc_devkit import write_devkit
 
 from bowstore.cli import main
 from bowstore.data.synthetic import write_images
-from bowstore.train.checkpoint import load_newest
+from bowstore.models.saved import newest_checkpoint
 from bowstore.train.metrics import read_metrics
 from bowstore.words.store import open_store
 
@@ -222,7 +222,7 @@ def test_kill_9_in_training_and_again(workspace: Path) -> None:
     process = bowstore(*BOWNET, "--name", "cut")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    whole, cut = load_newest(Path("runs/whole")), load_newest(Path("runs/cut"))
+    whole, cut = newest_checkpoint(Path("runs/whole")), newest_checkpoint(Path("runs/cut"))
     assert whole is not None
     assert cut is not None
     for part in ("backbone", "head"):

@@ -18,8 +18,8 @@ from bowstore.data import pipeline
 from bowstore.data.index import build_index
 from bowstore.data.reader import ShardReader
 from bowstore.errors import MismatchError
+from bowstore.models.saved import newest_checkpoint
 from bowstore.train import loop
-from bowstore.train.checkpoint import load_newest
 
 KEYS = distinct_keys(90)  # 5 steps of 16 an epoch, 10 images left over
 STEPS = 15
@@ -44,7 +44,7 @@ def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def weights(runs: Path) -> dict[str, torch.Tensor]:
-    state = load_newest(runs / "run")
+    state = newest_checkpoint(runs / "run")
     assert state is not None
     assert state["step"] == STEPS
     momenta = {f"m{n}": values["momentum_buffer"] for n, values in state["optimizer"]["state"].items()}

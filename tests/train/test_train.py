@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shard_sets import ShardMaker, write_store, write_words
+from shard_sets import write_store, write_words
 
-from bowstore.config import OptimConfig, TrainConfig, validate
+from bowstore.config import OptimConfig, TrainConfig
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import Batch
 from bowstore.environment import choose_device
 from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, TrainingError, UsageError
 from bowstore.files import exclusive_lock
 from bowstore.models import saved
-from bowstore.models.saved import load_backbone, load_checkpoint
+from bowstore.models.saved import load_backbone, newest_checkpoint
 from bowstore.train import loop
-from bowstore.train.checkpoint import load_newest, save_checkpoint
 from bowstore.train.distributed import World
 from bowstore.train.metrics import read_metrics
 from bowstore.train.schedule import learning_rate, total_steps
@@ -29,32 +28,8 @@ from bowstore.words.store import open_store
 Make = Callable[..., TrainConfig]
 
 
-@pytest.fixture
-def make_config(make_shard_set: ShardMaker, tmp_path: Path) -> Make:
-    index = make_shard_set(72)
-
-    def make(task: str = "words", **changes: Any) -> TrainConfig:
-        if task == "words" and not (tmp_path / "words.zarr").exists():
-            write_store(tmp_path / "words.zarr", index)
-        values: dict[str, Any] = {
-            "name": f"{task}-run",
-            "task": task,
-            "shards": str(index.root),
-            "view": {"size": 16, "resize": None, "cutmix": task == "words"},
-            "model": {"arch": "wrn-10-1", "strides": [2, 2, 1]},
-            "words": {"store": str(tmp_path / "words.zarr"), "layer": "block3"} if task == "words" else {},
-            "optim": {"batch": 16, "epochs": 3, "lr": 0.05, "milestones": [2]},
-            "runtime": {"log_every_steps": 2, "checkpoint_every_steps": 5, "threads": 1},
-        }
-        for key, value in changes.items():
-            values[key] = {**values[key], **value} if isinstance(value, dict) else value
-        return validate(TrainConfig, values, "test")
-
-    return make
-
-
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    state = load_newest(run)
+    state = newest_checkpoint(run)
     assert state is not None
     return {**{f"b.{k}": v for k, v in state["backbone"].items()}, **{f"h.{k}": v for k, v in state["head"].items()}}
 
@@ -192,7 +167,7 @@ def test_another_configuration_in_the_run_directory_is_refused(make_config: Make
         loop.train(other, tmp_path / "runs")
     assert loop.train(other, tmp_path / "runs", resume=True).steps == 8
     run = tmp_path / "runs" / "words-run"
-    assert load_newest(run)["step"] == 8  # type: ignore[index]
+    assert newest_checkpoint(run)["step"] == 8  # type: ignore[index]
     exported = load_backbone(run).backbone.state_dict()
     assert all(torch.equal(weights(run)[f"b.{name}"], value) for name, value in exported.items())
 
@@ -212,36 +187,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     poison_step(monkeypatch, 7)
     with pytest.raises(TrainingError, match=r"the loss is nan by step 8 .*lower optim\.lr"):
         loop.train(make_config(), tmp_path / "runs")
-    state = load_newest(tmp_path / "runs" / "words-run")
+    state = newest_checkpoint(tmp_path / "runs" / "words-run")
     assert state is not None
     assert state["step"] == 5
-
-
-def test_a_damaged_checkpoint_is_passed_over(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    loop.train(make_config(), tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 12)
-        with pytest.raises(Interrupted):
-            loop.train(make_config(), tmp_path / "runs")
-    run = tmp_path / "runs" / "words-run"
-    newest = run / "checkpoints" / "step-000000010.pt"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    loop.train(make_config(), tmp_path / "runs")
-    assert "is not a whole bowstore checkpoint" in capsys.readouterr().err
-    assert equal(weights(run), weights(tmp_path / "whole" / "words-run"))
-
-
-def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (Path.touch, (tmp_path / "ran",))
-
-    torch.save({"version": 1, "x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(CorruptError, match="is not a whole bowstore checkpoint"):
-        load_checkpoint(tmp_path / "evil.pt")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_changed_words_stop_a_resumed_run(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +331,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(
         with pytest.raises(SystemExit) as stop:
             loop.train(config, tmp_path / "runs")
     assert stop.value.code == 143
-    state = load_newest(tmp_path / "runs" / "words-run")
+    state = newest_checkpoint(tmp_path / "runs" / "words-run")
     assert state is not None
     assert state["step"] == 3
     loop.train(config, tmp_path / "runs")
@@ -425,7 +373,7 @@ def test_a_poisoned_state_is_never_saved(make_config: Make, tmp_path: Path, monk
     config = make_config(runtime={"log_every_steps": 100, "checkpoint_every_steps": 4})
     with pytest.raises(TrainingError, match=r"the loss is nan by step 8 .*--resume"):
         loop.train(config, tmp_path / "runs")
-    assert load_newest(tmp_path / "runs" / "words-run")["step"] == 4  # type: ignore[index]
+    assert newest_checkpoint(tmp_path / "runs" / "words-run")["step"] == 4  # type: ignore[index]
 
 
 def test_a_resumed_run_takes_the_new_values(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,14 +410,3 @@ def test_a_finished_run_without_checkpoints_stays_finished(make_config: Make, tm
     shutil.rmtree(run / "checkpoints")
     assert "finished already" in loop.train(config, tmp_path / "runs").text()
     assert (run / "backbone.safetensors").read_bytes() == exported
-
-
-def test_old_and_given_up_checkpoints_go_but_never_the_new_one(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    for step in (100, 200, 900):
-        (folder / f"step-{step:09d}.pt").write_bytes(b"damaged")
-    save_checkpoint(tmp_path, {"step": 300}, keep=2)
-    assert sorted(p.name for p in folder.iterdir()) == ["step-000000200.pt", "step-000000300.pt"]
-    save_checkpoint(tmp_path, {"step": 400}, keep=1)
-    assert [p.name for p in folder.iterdir()] == ["step-000000400.pt"]
