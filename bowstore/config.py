@@ -13,34 +13,16 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bowstore.errors import MissingError, UsageError
+from bowstore.limits import MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem
 from bowstore.overrides import apply_overrides
 from bowstore.progress import say
+from bowstore.torchrun import ranks
 from bowstore.yaml_file import read_yaml, shown
 
 WORKSPACE_FILE = "bowstore.yaml"
 CONFIGS = Path("configs")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_COUNT = 2**31 - 1  # what the C libraries below take
-MAX_SEED = 2**32 - 1
-
-
-def text_problem(text: str) -> str | None:
-    """What keeps a text of the command line or a configuration from being used and recorded, or None."""
-    if not text:
-        return "is empty (a shell variable that is not set?)"
-    if "\0" in text:
-        return "holds a NUL character"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "is not UTF-8 text; rename what it names, or make a link to it"
-    return None
-
-
-def path_problem(path: str) -> str | None:
-    """What keeps a path from being used and recorded, or None."""
-    if path == "~" or path.startswith("~/"):
-        return "begins with ~, which only a shell expands; write the folder's whole name"
-    return text_problem(path)
 
 
 def _usable(value: Any) -> Any:
@@ -58,7 +40,7 @@ Pair = Annotated[tuple[float, float], Field(strict=False)]
 Place = Annotated[Path, Field(strict=False), BeforeValidator(_usable)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Threads = Annotated[int, Field(ge=1, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
 ShortSide = Annotated[int, Field(ge=8, le=8192)]
 Positive = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -284,7 +266,7 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
         UsageError: a file, key or value that cannot be used.
     """
     found = find_config(path)
-    if found != path:
+    if found != path and ranks().first:
         origin = ", which comes with bowstore" if found.parent == bundled_configs() else ""
         say(f"configuration {path}: {found}{origin}")
     try:

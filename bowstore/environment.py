@@ -10,6 +10,7 @@ import torch
 
 import bowstore
 from bowstore.errors import UsageError
+from bowstore.torchrun import ranks
 
 # Names in result files and the distributions that may provide each.
 _DISTRIBUTIONS = {
@@ -46,12 +47,12 @@ def cores() -> int:
 
 def local_ranks() -> int:
     """Number of ranks that torchrun started on this machine; 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return ranks().local_size
 
 
 def is_first_rank() -> bool:
     """Whether this process is the first of those that torchrun started, or was started without it."""
-    return os.environ.get("RANK", "0") == "0"
+    return ranks().first
 
 
 def cores_per_rank() -> int:

@@ -147,6 +147,7 @@ def resolve_train(
 
 
 def _student(path: Path, storage: StorageConfig) -> Path:
+    from bowstore.words.arrays import reading
     from bowstore.words.store import open_store
 
     store = fetch_store(path, storage)
@@ -156,7 +157,8 @@ def _student(path: Path, storage: StorageConfig) -> Path:
             f"`bowstore encode`"
         )
     layers = [layer for layer in open_store(store).every_layer() if layer.complete]
-    students = {layer.attributes["teacher"]["student"] for layer in layers}
+    with reading(f"the teacher's name in word store {store}"):
+        students = {layer.attributes["teacher"]["student"] for layer in layers}
     if len(students) > 1:
         raise UsageError(f"the layers of {store} come from teachers of different students; give --config")
     (student,) = students

@@ -57,7 +57,7 @@ def test_repair_that_cannot_write_still_tells_the_damage(
 
     (tmp_path / "zarr.json").touch()
     report = VerifyReport(tmp_path, problems=["chunk 1 is damaged"], damaged={"conv4": [1]})
-    monkeypatch.setattr(words_verify, "verify", lambda *_: report)
+    monkeypatch.setattr(words_verify, "verify", lambda *_, **__: report)
     monkeypatch.setattr(words_verify, "discard_damaged", fail)
     result = CliRunner().invoke(main, ["verify", str(tmp_path), "--repair"])
     assert result.exit_code == 1
@@ -86,3 +86,73 @@ def test_messages_of_libraries_are_not_passed_on(tmp_path: Path) -> None:
     with pytest.raises(CorruptError) as caught:
         load_foreign(torch.nn.Linear(1, 1), tmp_path / "rand.pth")  # type: ignore[arg-type]
     assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["encode", "--seed", str(2**128)], f"'--seed': {2**128} is not in the range 0<=x<=4294967295"),
+        (["shards", "a", "b", "--seed", "-1"], "'--seed': -1 is not in the range 0<=x<=4294967295"),
+        (["words", "--seed", str(2**32)], "'--seed': 4294967296 is not in the range"),
+        (["eval", "linear", "--batch", str(2**31)], "'--batch': 2147483648 is not in the range 1<=x<=2147483647"),
+        (["index", "x", "--workers", "9999999"], "'--workers': 9999999 is not in the range 1<=x<=1024"),
+        (["bench", "loader", "--hw-load", "nan"], "'--hw-load': 'nan' is no number"),
+        (["train", "--shards", ""], "'--shards': '' is empty (is a shell variable not set?)"),
+        (["verify", ""], "'PATH': '' is empty"),
+        (["eval", "linear", "--run", ""], "'--run': '' is empty"),
+        (["encode", "--teacher", ""], "'--teacher': '' is empty"),
+        (["demo", "--out", "~/demo"], "'--out': '~/demo' begins with ~, which only a shell expands"),
+        (["train", "--shards", "caf\udce9"], r"'--shards': 'caf\udce9' is not UTF-8 text; rename what it names"),
+        (["train", "--set", "name=\udce9"], r"'--set': 'name=\udce9' is not UTF-8 text"),
+    ],
+)
+def test_values_out_of_bounds_are_usage_errors(command: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("Error: Invalid value for ")
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_flags_reach_the_configuration_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("\U0001f600", "null", "1e5", "#x", "a: b", "'", "[1]", "caf\u00e9\t\\n"):
+        result = CliRunner().invoke(main, ["train", "--config", "cifar10_rotnet", "--shards", f"images/{name}"])
+        assert result.exit_code == 1
+        problem = result.stderr.splitlines()[-1]
+        assert problem == f"Error: no folder {' '.join(f'images/{name}'.split())}; name the one that holds the shards"
+
+
+def test_a_store_is_no_input_of_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["train", "--config", "cifar10_rotnet", "--store", "words.zarr"])
+    assert result.exit_code == 2
+    assert "Error: --store goes with task words, and cifar10_rotnet is of task rotation; leave it out" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["encode", "--teacher", "resnet18"], ["train", "--config", "cifar10_rotnet"]])
+def test_half_of_torchruns_variables_is_refused(
+    command: list[str], make_shard_set: ShardMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_shard_set(4).root)
+    monkeypatch.setenv("RANK", "3")
+    result = CliRunner().invoke(main, [*command, "--shards", "."])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: RANK is set without WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; start the command with torchrun, which "
+        "sets them, or unset them\n"
+    )
+
+
+def test_results_on_a_terminal_of_another_encoding(tmp_path: Path) -> None:
+    result = CliRunner(charset="latin-1").invoke(main, ["init", str(tmp_path / "\U0001f600")])
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [f"{tmp_path}/\\U0001f600/bowstore.yaml"]
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("bowstore.workspace.init_workspace", gone)
+    result = CliRunner().invoke(main, ["init"])
+    assert (result.exit_code, result.output) == (1, "")

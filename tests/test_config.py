@@ -99,7 +99,7 @@ def test_imagenet_is_the_papers_recipe() -> None:
         ),
         ("name=null", r"name: Input should be a valid string \(got None\)"),
         ("shards=2012", r"shards: .*path.*\(got 2012\); put a path that looks like a number.* in quotes"),
-        ('shards=""', r"shards: the path is empty \(a shell variable that is not set\?\)"),
+        ('shards=""', r"shards: the path is empty \(is a shell variable not set\?\)"),
         ("shards=~/images", r"shards: the path begins with ~, which only a shell expands"),
         ('shards="a\\0b"', r"shards: the path holds a NUL character"),
         ("optim.milestones=3", r"optim\.milestones: .*tuple \(got 3\); write a list, as in \[1, 2\]"),

@@ -431,12 +431,12 @@ def test_remote_write_by_two_processes_uploads_once(there: Path, url: Path, work
         print(report.store)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    running = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
+    torchrun = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    running = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **torchrun, "RANK": rank, "LOCAL_RANK": rank}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(command, text=True, env=environment, **pipes))
     for process in running:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bowstore.cli.common import DEVICES, PATH, emit
+from bowstore.cli.common import COUNT, DEVICES, PATH, SHARE, SIZE, TEXT, THREADS, emit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,7 +20,7 @@ def _options(*extra: Callable[[F], F]) -> Callable[[F], F]:
     """Options that the benchmarks of stages share, and a command's own."""
     common: tuple[Callable[[F], F], ...] = (
         click.option("--shards", "shards_dir", type=PATH, help="Indexed shards.  [default: the workspace's]"),
-        click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds."),
+        click.option("--rounds", type=COUNT, default=5, show_default=True, help="Interleaved rounds."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone."),
     )
 
@@ -34,18 +34,18 @@ def _options(*extra: Callable[[F], F]) -> Callable[[F], F]:
 
 _BATCH = click.option("--batch", type=click.IntRange(4), default=64, show_default=True, help="Images a batch.")
 _STORE = click.option("--store", type=PATH, help="Word store.  [default: the workspace's]")
-_LAYER = click.option("--layer", help="Layer of the store.  [default: its only one]")
+_LAYER = click.option("--layer", type=TEXT, help="Layer of the store.  [default: its only one]")
 
 
 @bench.command()
 @_options(
     click.option("--config", type=PATH, help="Take view and batch from a training configuration."),
-    click.option("--size", type=click.IntRange(8), default=224, show_default=True, help="Side of the view, pixels."),
+    click.option("--size", type=SIZE, default=224, show_default=True, help="Side of the view, pixels."),
     _BATCH,
-    click.option("--batches", type=click.IntRange(1), default=12, show_default=True, help="Timed batches a round."),
-    click.option("--threads", type=click.IntRange(1), help="Decoding threads.  [default: one a core]"),
+    click.option("--batches", type=COUNT, default=12, show_default=True, help="Timed batches a round."),
+    click.option("--threads", type=THREADS, help="Decoding threads.  [default: one a core]"),
     click.option("--device", type=DEVICES, default="auto", show_default=True),
-    click.option("--hw-load", "hw_loads", type=click.FloatRange(0, 1), multiple=True, help="GPU: sweep these shares."),
+    click.option("--hw-load", "hw_loads", type=SHARE, multiple=True, help="GPU: sweep these shares."),
 )
 def loader(
     config: Path | None,
@@ -79,7 +79,7 @@ def loader(
 @bench.command()
 @_options(
     _BATCH,
-    click.option("--batches", type=click.IntRange(1), default=200, show_default=True, help="Timed batches a round."),
+    click.option("--batches", type=COUNT, default=200, show_default=True, help="Timed batches a round."),
 )
 def reader(batch: int, batches: int, shards_dir: Path | None, rounds: int, as_json: bool) -> None:
     """Encoded bytes of random rows: from memory maps, and by single reads as on a network file system."""
@@ -109,8 +109,8 @@ def store(store: Path | None, layer: str | None, shards_dir: Path | None, rounds
 @_options(
     _STORE,
     _LAYER,
-    click.option("--batch", type=click.IntRange(1), default=256, show_default=True, help="Rows a batch."),
-    click.option("--batches", type=click.IntRange(1), default=200, show_default=True, help="Timed batches a round."),
+    click.option("--batch", type=COUNT, default=256, show_default=True, help="Rows a batch."),
+    click.option("--batches", type=COUNT, default=200, show_default=True, help="Timed batches a round."),
     click.option("--device", type=DEVICES, default="auto", show_default=True),
 )
 def targets(
@@ -144,7 +144,9 @@ def targets(
 
 @bench.command()
 @click.option("--config", type=PATH, help="YAML file.  [default: as for `bowstore train`]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, for example optim.batch=64.")
+@click.option(
+    "--set", "overrides", type=TEXT, multiple=True, metavar="KEY=VALUE", help="Override, for example optim.batch=64."
+)
 @_options(
     click.option("--store", type=PATH, help="Word store."),
     click.option("--steps", type=click.IntRange(5), default=30, show_default=True, help="Timed steps a round."),
@@ -171,11 +173,11 @@ def train(
 
 
 @bench.command()
-@click.option("--images", type=click.IntRange(1), default=32, show_default=True, help="Images a round.")
-@click.option("--positions", type=click.IntRange(1), default=196, show_default=True, help="Vectors an image.")
-@click.option("--dimensions", type=click.IntRange(1), default=1024, show_default=True)
-@click.option("--K", "words", type=click.IntRange(1), default=20000, show_default=True, help="Number of words.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
+@click.option("--images", type=COUNT, default=32, show_default=True, help="Images a round.")
+@click.option("--positions", type=COUNT, default=196, show_default=True, help="Vectors an image.")
+@click.option("--dimensions", type=COUNT, default=1024, show_default=True)
+@click.option("--K", "words", type=COUNT, default=20000, show_default=True, help="Number of words.")
+@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Interleaved rounds.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
 def assign(images: int, positions: int, dimensions: int, words: int, rounds: int, device: str, as_json: bool) -> None:
@@ -197,15 +199,19 @@ def assign(images: int, positions: int, dimensions: int, words: int, rounds: int
 
 @bench.command()
 @_options(
-    click.option("--teacher", help="As for `bowstore encode`.  [default: the workspace's, or torchvision:resnet50]"),
+    click.option(
+        "--teacher", type=TEXT, help="As for `bowstore encode`.  [default: the workspace's, or torchvision:resnet50]"
+    ),
     click.option("--weights", type=PATH, help="Weights file of a timm or torchvision teacher."),
-    click.option("--layer", "layers", multiple=True, default=["conv4"], show_default=True, help="Several in one pass."),
-    click.option("--K", "k", type=click.IntRange(1), multiple=True, default=[2000], show_default=True),
-    click.option("--size", type=click.IntRange(8), help="Side of the clean view, pixels."),
+    click.option(
+        "--layer", "layers", type=TEXT, multiple=True, default=["conv4"], show_default=True, help="Several in one pass."
+    ),
+    click.option("--K", "k", type=COUNT, multiple=True, default=[2000], show_default=True),
+    click.option("--size", type=SIZE, help="Side of the clean view, pixels."),
     click.option("--resize", type=click.IntRange(8), help="Short side before the crop, pixels."),
     click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
-    click.option("--batch", type=click.IntRange(1), help="Images a batch.  [default: 16, 256 on a GPU]"),
-    click.option("--images", type=click.IntRange(1), default=256, show_default=True, help="Images a round."),
+    click.option("--batch", type=COUNT, help="Images a batch.  [default: 16, 256 on a GPU]"),
+    click.option("--images", type=COUNT, default=256, show_default=True, help="Images a round."),
     click.option("--device", type=DEVICES, default="auto", show_default=True),
 )
 def encode(
@@ -237,11 +243,11 @@ def encode(
 
 
 @bench.command()
-@click.option("--vectors", type=click.IntRange(1), default=51200, show_default=True, help="Of the sample.")
-@click.option("--dimensions", type=click.IntRange(1), default=1024, show_default=True)
-@click.option("--K", "words", type=click.IntRange(1), default=200, show_default=True, help="Number of words.")
-@click.option("--iterations", type=click.IntRange(1), default=25, show_default=True, help="Of a vocabulary.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed iterations.")
+@click.option("--vectors", type=COUNT, default=51200, show_default=True, help="Of the sample.")
+@click.option("--dimensions", type=COUNT, default=1024, show_default=True)
+@click.option("--K", "words", type=COUNT, default=200, show_default=True, help="Number of words.")
+@click.option("--iterations", type=COUNT, default=25, show_default=True, help="Of a vocabulary.")
+@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Timed iterations.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
 def kmeans(device: str, as_json: bool, **values: int) -> None:

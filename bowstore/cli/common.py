@@ -3,14 +3,52 @@
 import errno
 import json
 import sys
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bowstore.errors import BowstoreError
+from bowstore.limits import MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
 
-PATH = click.Path(path_type=Path)
+
+class _Text(click.types.StringParamType):
+    """Text that can be used and recorded; an empty one would silently stand for the default."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check one value."""
+        if problem := text_problem(str(value)):
+            self.fail(f"{value!r} {problem}", param, ctx)
+        return str(value)
+
+
+class _FilePath(click.Path):
+    """A path that can be used and recorded; an empty one would silently stand for the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check one value."""
+        if problem := path_problem(str(value)):
+            self.fail(f"{str(value)!r} {problem}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Share(click.FloatRange):
+    """A number from 0 to 1; click's own range lets nan through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Check one value."""
+        number = float(super().convert(value, param, ctx))
+        return self.fail(f"{value!r} is no number", param, ctx) if isnan(number) else number
+
+
+TEXT = _Text()
+SHARE = _Share(0, 1)
+PATH = _FilePath(path_type=Path)
+COUNT = click.IntRange(1, MAX_COUNT)
+SEED = click.IntRange(0, MAX_SEED)
+SIZE = click.IntRange(8, 2048)
+THREADS = click.IntRange(1, MAX_THREADS)
 DEVICES = click.Choice(["auto", "cpu", "cuda"])
 
 
@@ -26,7 +64,7 @@ class Group(click.Group):
                 raise
             _fail(str(error), error.exit_code)
         except OSError as error:
-            if ctx.params.get("debug"):
+            if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click ends quietly when nobody reads on
                 raise
             _fail(_os_error(error), 1)
         except ModuleNotFoundError as error:
@@ -66,4 +104,8 @@ _REMEDIES = {
 
 def emit(value: Any, text: str, as_json: bool) -> None:
     """One result on stdout: the table, or with --json the object alone."""
-    click.echo(json.dumps(value, indent=2) if as_json else text)
+    shown = json.dumps(value, indent=2) if as_json else text
+    try:
+        click.echo(shown)
+    except UnicodeEncodeError as error:  # a terminal of another encoding shows what it lacks as escapes
+        click.echo(shown.encode(error.encoding, "backslashreplace"))

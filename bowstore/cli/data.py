@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bowstore.cli.common import PATH, emit
+from bowstore.cli.common import COUNT, PATH, SEED, TEXT, THREADS, emit
 from bowstore.data.sources import KINDS, Folders
 from bowstore.data.sources.arrange import CLASSES, SPLITS
 
@@ -45,7 +45,7 @@ def _entry(name: str, text: str) -> list[str]:
 
 
 @data_group.command("download")
-@click.argument("name")
+@click.argument("name", type=TEXT)
 @click.argument("folder", type=PATH, metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
 def download(name: str, folder: Path, as_json: bool) -> None:
@@ -61,14 +61,18 @@ def download(name: str, folder: Path, as_json: bool) -> None:
 @click.argument("src", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--source", "kind", type=click.Choice(list(KINDS)), help="What SRC is; default: found by its layout.")
-@click.option("--list", "lists", multiple=True, metavar="[SPLIT=]FILE", help="List or CSV of the images below SRC.")
-@click.option("--label-field", metavar="NAME", help="CSV column, JSON key or extension of the label; `none` for none.")
+@click.option(
+    "--list", "lists", type=TEXT, multiple=True, metavar="[SPLIT=]FILE", help="List or CSV of the images below SRC."
+)
+@click.option(
+    "--label-field", type=TEXT, metavar="NAME", help="CSV column, JSON key or extension of the label; `none` for none."
+)
 @click.option(
     "--folders", type=click.Choice([CLASSES, SPLITS]), help="What folders of SRC are that could be classes or splits."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the one global shuffle.")
-@click.option("--per-shard", type=click.IntRange(1), default=4096, show_default=True, help="Images a shard.")
-@click.option("--workers", type=click.IntRange(1), help="Processes; default: one a core.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the one global shuffle.")
+@click.option("--per-shard", type=COUNT, default=4096, show_default=True, help="Images a shard.")
+@click.option("--workers", type=THREADS, help="Processes; default: one a core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON alone.")
 def shards(
     src: Path,
@@ -120,9 +124,13 @@ def shards(
 
 @click.command()
 @click.argument("folder", type=PATH)
-@click.option("--image-ext", "image_ext", multiple=True, metavar="EXT", help="Extension of the image, as in 0.jpg.")
-@click.option("--label-field", metavar="NAME", help="Field of the .json member that is the label; `none` for none.")
-@click.option("--workers", type=click.IntRange(1), help="Processes; default: up to one a core.")
+@click.option(
+    "--image-ext", "image_ext", type=TEXT, multiple=True, metavar="EXT", help="Extension of the image, as in 0.jpg."
+)
+@click.option(
+    "--label-field", type=TEXT, metavar="NAME", help="Field of the .json member that is the label; `none` for none."
+)
+@click.option("--workers", type=THREADS, help="Processes; default: up to one a core.")
 def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, workers: int | None) -> None:
     """Index the WebDataset shards in FOLDER that were made elsewhere, so that they can be used as they are.
 
@@ -153,7 +161,7 @@ def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, wor
 @click.option("--deep", is_flag=True, help="Decode every image of shards, too.")
 @click.option("--repair", is_flag=True, help="Make good what can be made good, and say what to run for the rest.")
 @click.option("--digest", "show_digest", is_flag=True, help="Print a store's digest as the last line.")
-@click.option("--workers", type=click.IntRange(1), help="Processes for shards; default: up to one a core.")
+@click.option("--workers", type=THREADS, help="Processes for shards; default: up to one a core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
 def verify(
     path: Path,

@@ -1,23 +1,24 @@
 """The command that makes word stores: encode."""
 
-import os
 import signal
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from bowstore.cli.common import DEVICES, PATH, emit
+from bowstore.cli.common import COUNT, DEVICES, PATH, SEED, SIZE, TEXT, THREADS, emit
 
 _OWN = "[default: the teacher's own]"
 
 
 @click.command()
-@click.option("--layer", "layers", multiple=True, help="Layer of the teacher; several in one pass.")
-@click.option("--K", "k", type=click.IntRange(1), multiple=True, help="Words (up to 65535) of all layers, or of each.")
-@click.option("--teacher", help="Run, file, timm:NAME or torchvision:NAME.  [default: newest finished rotation run]")
+@click.option("--layer", "layers", type=TEXT, multiple=True, help="Layer of the teacher; several in one pass.")
+@click.option("--K", "k", type=COUNT, multiple=True, help="Words (up to 65535) of all layers, or of each.")
+@click.option(
+    "--teacher", type=TEXT, help="Run, file, timm:NAME or torchvision:NAME.  [default: newest finished rotation run]"
+)
 @click.option("--weights", type=PATH, help="Weights file of a timm or torchvision teacher.  [default: random weights]")
-@click.option("--size", type=click.IntRange(8), help=f"Side of the clean view, pixels.  {_OWN}")
+@click.option("--size", type=SIZE, help=f"Side of the clean view, pixels.  {_OWN}")
 @click.option("--resize", type=click.IntRange(8), help=f"Short side before the crop, pixels.  {_OWN}")
 @click.option(
     "--precision",
@@ -31,13 +32,13 @@ _OWN = "[default: the teacher's own]"
 @click.option("--vocabulary", type=PATH, help="Word store whose words are used, instead of k-means.")
 @click.option("--append", is_flag=True, help="Add the images that the store lacks, under its own words.")
 @click.option("--border", type=click.IntRange(0), default=0, show_default=True, help="Cells to leave out at each side.")
-@click.option("--pca", type=click.IntRange(1), help="Principal components before k-means.  [default: none]")
+@click.option("--pca", type=COUNT, help="Principal components before k-means.  [default: none]")
 @click.option("--whiten", is_flag=True, help="Components of unit variance.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sample and of k-means.")
-@click.option("--sample-per-word", type=click.IntRange(1), default=256, show_default=True, help="Vectors a word.")
-@click.option("--iterations", type=click.IntRange(1), default=25, show_default=True, help="Of k-means.")
-@click.option("--batch", type=click.IntRange(1), help="Images a batch.  [default: 16, 256 on a GPU]")
-@click.option("--threads", type=click.IntRange(1), help="Decoding threads.  [default: one a core]")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sample and of k-means.")
+@click.option("--sample-per-word", type=COUNT, default=256, show_default=True, help="Vectors a word.")
+@click.option("--iterations", type=COUNT, default=25, show_default=True, help="Of k-means.")
+@click.option("--batch", type=COUNT, help="Images a batch.  [default: 16, 256 on a GPU]")
+@click.option("--threads", type=THREADS, help="Decoding threads.  [default: one a core]")
 @click.option("--device", type=DEVICES, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
 def encode(
@@ -62,6 +63,7 @@ def encode(
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import EncodeConfig, load_workspace, validate
     from bowstore.environment import choose_device
+    from bowstore.torchrun import ranks
     from bowstore.words.encode import encode as run_encode
     from bowstore.workspace import resolve_teacher
 
@@ -73,7 +75,7 @@ def encode(
         shards=shards_dir or workspace.shards,
         store=store or workspace.store,
         append=append,
-        device=choose_device(device, int(os.environ.get("LOCAL_RANK", "0"))),
+        device=choose_device(device, ranks().local_rank),
         storage=workspace.storage,
     )
     if report.first:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bowstore.cli.common import DEVICES, PATH, emit
+from bowstore.cli.common import COUNT, DEVICES, PATH, SEED, TEXT, THREADS, emit
 
 
 @click.group(name="eval")
@@ -18,9 +18,11 @@ def _run_options(command: Any) -> Any:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone."),
         click.option("--device", type=DEVICES, default="auto", show_default=True),
-        click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images a batch."),
+        click.option("--batch", type=COUNT, default=128, show_default=True, help="Images a batch."),
         click.option("--random", "random_init", is_flag=True, help="The run's network at its random initialisation."),
-        click.option("--run", "name", help="Run, checkpoint or .safetensors.  [default: newest finished run]"),
+        click.option(
+            "--run", "name", type=TEXT, help="Run, checkpoint or .safetensors.  [default: newest finished run]"
+        ),
     ):
         command = option(command)
     return command
@@ -30,7 +32,7 @@ def _run_options(command: Any) -> Any:
 @_run_options
 @click.option("--train", "train_shards", type=PATH, help="Labelled train shards.  [default: the workspace's]")
 @click.option("--test", "test_shards", type=PATH, help="Labelled test shards.  [default: the workspace's]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of training.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the order of training.")
 @click.option("--standardise", is_flag=True, help="Standardise features (another protocol id).")
 def linear(
     name: str | None, random_init: bool, train_shards: Path | None, test_shards: Path | None, as_json: bool, **how: Any
@@ -56,8 +58,8 @@ def linear(
 @_run_options
 @click.option("--voc", type=PATH, help="VOC devkit folder (VOC2007).  [default: the workspace's]")
 @click.option("--costs", type=click.Choice(["fair", "vissl", "obow"]), default="fair", show_default=True)
-@click.option("--layer", "layers", multiple=True, help="Layers.  [default: the last two stages]")
-@click.option("--jobs", type=click.IntRange(1), help="Parallel SVM fits.  [default: one a core]")
+@click.option("--layer", "layers", type=TEXT, multiple=True, help="Layers.  [default: the last two stages]")
+@click.option("--jobs", type=THREADS, help="Parallel SVM fits.  [default: one a core]")
 def voc07(name: str | None, random_init: bool, voc: Path | None, as_json: bool, **how: Any) -> None:
     """Linear SVMs on frozen features of VOC2007, 20 classes, mean average precision (the paper's Table 4)."""
     from bowstore.config import load_workspace

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from bowstore.cli.common import PATH, emit
+from bowstore.cli.common import PATH, SEED, TEXT, emit
 
 _KEPT = 16  # nearest images of a word that a store keeps
 
@@ -12,12 +12,12 @@ _KEPT = 16  # nearest images of a word that a store keeps
 @click.command()
 @click.argument("store", type=PATH, required=False)
 @click.option("--shards", "shards_dir", type=PATH, help="Shards that hold the images.  [default: the workspace's]")
-@click.option("--layer", help="Layer of the store.  [default: all that are complete]")
+@click.option("--layer", type=TEXT, help="Layer of the store.  [default: all that are complete]")
 @click.option("--out", type=PATH, default=Path("words.html"), show_default=True, help="Page to write.")
 @click.option("--word", "named", type=click.IntRange(0), multiple=True, help="Show only this word, larger; repeatable.")
 @click.option("--words", type=click.IntRange(1, 100), default=16, show_default=True, help="Words a gallery.")
 @click.option("--examples", type=click.IntRange(1, _KEPT), help="Images a word.  [default: 8, with --word 16]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random words.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random words.")
 @click.option("--reencoded", is_flag=True, help="The shards hold other encodings of the store's images.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown as JSON alone.")
 def words(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from bowstore.cli.common import PATH, emit
+from bowstore.cli.common import PATH, SEED, TEXT, emit
 
 
 @click.command()
@@ -16,17 +16,19 @@ def init(folder: Path, recipe: str | None) -> None:
     """Write bowstore.yaml (paths and defaults of a workspace) into FOLDER."""
     from bowstore.workspace import init_workspace
 
-    for path in init_workspace(folder, recipe):
-        click.echo(path)
+    written = [str(path) for path in init_workspace(folder, recipe)]
+    emit(written, "\n".join(written), as_json=False)
 
 
 @click.command()
 @click.option("--config", type=PATH, help="YAML file.  [default: the workspace's, or the teacher's student]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, for example optim.lr=0.1.")
-@click.option("--name", help="Name of the run directory.  [default: the configuration's]")
+@click.option(
+    "--set", "overrides", type=TEXT, multiple=True, metavar="KEY=VALUE", help="Override, for example optim.lr=0.1."
+)
+@click.option("--name", type=TEXT, help="Name of the run directory.  [default: the configuration's]")
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to train on.")
 @click.option("--store", type=PATH, help="Word store to train on.")
-@click.option("--seed", type=click.IntRange(0), help="Seed of weights, order and augmentation.")
+@click.option("--seed", type=SEED, help="Seed of weights, order and augmentation.")
 @click.option("--resume", is_flag=True, help="Go on in a run directory that holds another configuration.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
 def train(
@@ -56,7 +58,7 @@ def train(
 
 @click.command()
 @click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="Folder of the demo's workspace.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """The whole job on rendered images: random, RotNet and BoWNet side by side, in minutes on two cores."""

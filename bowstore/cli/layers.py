@@ -2,12 +2,12 @@
 
 import click
 
-from bowstore.cli.common import emit
+from bowstore.cli.common import SIZE, TEXT, emit
 
 
 @click.command()
-@click.argument("arch")
-@click.option("--size", type=click.IntRange(8, 2048), help="Side of the image, pixels.  [default: the network's own]")
+@click.argument("arch", type=TEXT)
+@click.option("--size", type=SIZE, help="Side of the image, pixels.  [default: the network's own]")
 @click.option("--all", "everything", is_flag=True, help="Every module, not only those two levels deep.")
 @click.option("--json", "as_json", is_flag=True, help="Print the layers as JSON alone.")
 def layers(arch: str, size: int | None, everything: bool, as_json: bool) -> None:

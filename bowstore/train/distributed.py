@@ -1,6 +1,5 @@
 """Processes of one job: who am I, and the few collectives that training needs."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import xxhash
 from torch import Tensor
 
 from bowstore.environment import choose_device, cores_per_rank
+from bowstore.torchrun import ranks
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -71,8 +71,8 @@ class World:
 @contextmanager
 def joined(setting: str) -> Iterator[World]:
     """Join the job that torchrun started (NCCL on GPUs, gloo on CPUs), or be alone without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = choose_device(setting, int(os.environ.get("LOCAL_RANK", "0")))
+    size = ranks().size
+    device = choose_device(setting, ranks().local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:

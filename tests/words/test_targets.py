@@ -292,6 +292,6 @@ def test_a_tier_that_cannot_hold_the_words_is_refused(
 
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 GB of memory, two ranks, a GPU with 40 GB free."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(targets, "local_ranks", lambda: 2)
     monkeypatch.setattr(targets, "available_memory", lambda: 200 * 10**9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 10**9, 80 * 10**9))

@@ -1,0 +1,23 @@
+"""What values may be wherever they come from: the command line or a configuration."""
+
+MAX_COUNT = 2**31 - 1  # what the C libraries below take
+MAX_SEED = 2**32 - 1
+MAX_THREADS = 1024  # and processes
+
+
+def text_problem(text: str) -> str | None:
+    """What keeps a text from being used and recorded, or None."""
+    if not text:
+        return "is empty (is a shell variable not set?)"
+    if "\0" in text:
+        return "holds a NUL character"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "is not UTF-8 text; rename what it names, or make a link to it"
+    return None
+
+
+def path_problem(path: str) -> str | None:
+    """What keeps a path from being used and recorded, or None."""
+    if path == "~" or path.startswith("~/"):
+        return "begins with ~, which only a shell expands; write the folder's whole name"
+    return text_problem(path)
