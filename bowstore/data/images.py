@@ -17,7 +17,7 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from bowstore.data.image_header import MAX_PIXELS, UnusableImage
+from bowstore.data.image_header import MAX_PIXELS, UnusableImage, check_pixels, jpeg_without_end, refuse_false_size
 from bowstore.data.tiff import check_tiff, grey_levels, unread_tiff
 
 JPEG_QUALITY = 95
@@ -87,7 +87,13 @@ def prepare(data: bytes) -> Prepared:
         warnings.simplefilter("ignore")
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _prepare(image, data)
+                check_pixels(image.height, image.width, len(data))
+                if image.format in EXTENSIONS:
+                    refuse_false_size(data)
+                if image.format != "JPEG":
+                    return _prepare(image, data)
+                with Image.open(io.BytesIO(jpeg_without_end(data)), formats=("JPEG",)) as whole:
+                    return _prepare(whole, data)
         except (UnusableImage, MemoryError):
             raise
         except UnidentifiedImageError as error:
@@ -114,8 +120,6 @@ def _why_unread(data: bytes) -> str:
 
 def _prepare(image: Image.Image, data: bytes) -> Prepared:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UnusableImage(f"more than {MAX_PIXELS} pixels")
     if isinstance(image, TiffImageFile):
         check_tiff(image)
     if isinstance(image, BmpImageFile):

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from bowstore.data.image_header import check_before_decoding
 from bowstore.data.index import Index
 from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, header_names, plain_name
@@ -67,6 +68,8 @@ class ShardReader:
         # As plain arrays, because slices of np.memmap cost several times as much.
         self._shard, self._offset, self._size = map(np.asarray, (index.shard, index.offset, index.size))
         self._digest = np.asarray(index.digest)
+        # For an index of an earlier bowstore. No format needs a look at fewer pixels a byte, and photographs have ten.
+        self._crowded = np.asarray(index.height).astype(np.int64) * index.width // 64 > self._size
         self._key_start, self._key_bytes = np.asarray(index.key_start), np.asarray(index.key_bytes).data
         self._tars: _MappedTars | _OpenTars
         if read_mode(index) == "mmap":
@@ -88,7 +91,7 @@ class ShardReader:
             MismatchError: the tar holds another member at that place, or ends before it.
             CorruptError: an image's bytes are not those that were indexed.
             MissingError: the tar is gone.
-            DataError: the disk or the network fails.
+            DataError: the disk or the network fails, or a header claims more pixels than its bytes can tell.
         """
         offsets_B, keys, starts_B = self._offset[rows], self._key_bytes, self._key_start[rows]
         places = [
@@ -107,6 +110,8 @@ class ShardReader:
         for place, image, digest in zip(places, images, self._digest[rows].tolist(), strict=True):
             if image_digest(image.data) != digest:
                 raise _damaged(self._index, place)
+        for number in np.flatnonzero(self._crowded[rows]).tolist():
+            check_before_decoding(images[number].data, f"{self.name(places[number].row)!r} of {self._index.root}")
         return images
 
 
@@ -353,12 +358,15 @@ class FileReader:
         """Encoded bytes of `rows` (B,).
 
         Raises:
-            MissingError: a file is gone.
+            MissingError, DataError: a file is gone; a header claims more pixels than its bytes can tell.
         """
         try:
-            return [np.fromfile(self._paths[row], dtype=np.uint8) for row in rows.tolist()]
+            images = [np.fromfile(self._paths[row], dtype=np.uint8) for row in rows.tolist()]
         except FileNotFoundError as error:
             raise MissingError(f"no image {error.filename}; is the data set complete?") from error
+        for row, image in zip(rows.tolist(), images, strict=True):
+            check_before_decoding(image.data, self.name(row))
+        return images
 
 
 def touch(arrays: Iterable[NDArray[np.uint8]]) -> None:

@@ -263,7 +263,7 @@ class _Check:
                 reason = reasons.get(offset, "no header names it")
                 last = offset + size - 1
                 what = f"holds no image {key!r} at bytes {offset} to {last} ({reason})"
-                self._add(self._kind, what, key, offset, last)
+                self._add("image" if offset in reasons else self._kind, what, key, offset, last)
 
     def _add_fault(self, fault: Fault, member: str | None) -> None:
         message = fault.message if fault.member or not member else f"{fault.message}; it belongs to {member!r}"

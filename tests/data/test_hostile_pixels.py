@@ -1,7 +1,8 @@
 """Images whose header lies about their size reach the real train pipeline: it must never end the process.
 
 An out-of-bounds window kills DALI 2.4's CPU decoder with SIGSEGV. The plan takes its windows from the index; here the
-tar was changed after indexing, at equal sizes, so that they do not fit. One process runs all cases one after the
+tar was changed after indexing, at equal sizes, so that they do not fit, and the index has the digest of the other
+image, as if it had been made so. One process runs all cases one after the
 other and names each before it begins, so that a death can be told from an error.
 """
 
@@ -25,6 +26,7 @@ from tar_files import (
 )
 
 from bowstore.data.index import build_index, open_index
+from bowstore.data.table import COLUMNS, INDEX_FILE, image_digest, read_header, write_table
 
 MEMBER_BYTES = 150_000
 HEIGHT, WIDTH = 300, 400  # as indexed, of all images
@@ -110,6 +112,11 @@ def make_set(root: Path, hostile: bytes) -> None:
     build_index(root)
     members[2] = ("good/2.jpg", hostile.ljust(MEMBER_BYTES, b"\0"))
     write_members(root / "a.tar", members)
+    index = open_index(root)
+    columns = {name: np.asarray(getattr(index, name)).copy() for name in COLUMNS}
+    columns["digest"][2] = image_digest(members[2][1])
+    lengths = {name: len(column) for name, column in columns.items()}
+    write_table(root / INDEX_FILE, read_header(root / INDEX_FILE).meta, lengths, lambda name: iter([columns[name]]))
     index = open_index(root)
     assert np.array_equal(index.height, [HEIGHT] * 4)
     assert np.array_equal(index.width, [WIDTH] * 4)

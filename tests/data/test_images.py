@@ -388,8 +388,8 @@ def test_cut_images_are_refused(kind: str, percent: int) -> None:
         (_without_segment(_CMYK, 0xEE), "a CMYK JPEG without Adobe's mark: nothing says whether 0 is ink or paper"),
         (_JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "does not read: cannot handle 12-bit layers"),
         (_with_wrong_checksum(_encode(_RGB, "PNG")), "damaged: the checksum of a PNG chunk with pixels is wrong"),
-        (_png([], (20_000, 20_000), depth=8, colour=0), f"more than {MAX_PIXELS} pixels"),
-        (_png([], (100_000, 1790), depth=8, colour=0), f"more than {MAX_PIXELS} pixels"),
+        (_png([], (20_000, 20_000), depth=8, colour=0), f"more than {MAX_PIXELS}"),
+        (_png([], (100_000, 1790), depth=8, colour=0), f"more than {MAX_PIXELS}"),
     ],
 )
 def test_reasons(data: bytes, reason: str) -> None:
@@ -399,7 +399,7 @@ def test_reasons(data: bytes, reason: str) -> None:
 
 def test_the_bound_holds_without_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(UnusableImage, match=f"more than {MAX_PIXELS} pixels"):
+    with pytest.raises(UnusableImage, match=f"more than {MAX_PIXELS}"):
         prepare(_png([], (20_000, 20_000), depth=8, colour=0))
 
 
