@@ -92,6 +92,9 @@ def shards(
     SRC may be
       folder        class folders, in train/, val/ or test/
       list          any folder, with --list
+      imagenet      the archives of ILSVRC2012, read in place
+      kaggle        ImageNet as Kaggle gives it out
+      tinyimagenet  tiny-imagenet-200
       cifar10       the Python archive, packed or extracted; cifar100 likewise
       miniimagenet  images/ with train.csv, val.csv and test.csv
       voc           a VOC devkit

@@ -117,8 +117,8 @@ DOWNLOADS: dict[str, Download] = {
 }
 
 BY_HAND: dict[str, str] = {
-    "imagenet": "ImageNet has no public download: register at image-net.org, fetch ILSVRC2012_img_train.tar, "
-    "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, and extract them as train/WNID and val/WNID",
+    "imagenet": "ImageNet has no public download: register at image-net.org, and fetch ILSVRC2012_img_train.tar, "
+    "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into one folder; they need not be extracted",
     "miniimagenet": "MiniImageNet is made of ImageNet by the split of Ravi and Larochelle (2017): images/ with "
     "train.csv, val.csv and test.csv",
     "places205": "Places205 is given out by its authors at places.csail.mit.edu: extract imagesPlaces205_resize.tar.gz "

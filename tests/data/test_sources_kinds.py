@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from imagenet_sets import small_imagenet, write_archives, write_kaggle, write_tiny
 from source_sets import cifar10_files, cifar100_files, tiny_image, write_cifar, write_file, write_members
 from voc_devkit import write_devkit
 
@@ -37,7 +38,14 @@ def _all_kinds(root: Path) -> dict[str, list[Path]]:
     write_members(root / "wds/train-0.tar", [("1.jpg", tiny_image(1))])
     write_members(root / "split/val/0.tar", [("1.jpg", tiny_image(1))])
     write_members(root / "folder/all.tar", [("1.jpg", tiny_image(1))])  # beside train/ and val/, which are meant
+    small = small_imagenet()
+    archives = write_archives(root / "ilsvrc", small)
+    kaggle = write_kaggle(root / "kaggle", small)
+    tiny = write_tiny(root / "tiny", small)
     return {
+        "imagenet": [archives],
+        "kaggle": [kaggle],
+        "tinyimagenet": [tiny],
         "folder": [root / "folder", root / "folder/train", root / "flat"],
         "cifar10": [tens, tens.parent],
         "cifar100": [root / "hundred", root / "hundred/cifar-100-python"],
@@ -63,8 +71,8 @@ def test_sources_of_no_kind_and_of_several(tmp_path: Path) -> None:
     write_file(tmp_path / "empty/notes.txt", "x")
     with pytest.raises(
         DataError,
-        match=r"no images in .*empty \(looked for class folders or images, \*\.tar, the archives of CIFAR, the lists "
-        r"of MiniImageNet and Places, a VOC devkit\); name another folder, or its kind with --source; `bowstore",
+        match=r"no images in .*empty \(looked for class folders or images, \*\.tar, the archives of ImageNet and "
+        r"CIFAR, the lists of MiniImageNet and Places, a VOC devkit\); name another folder, or its kind with ",
     ):
         list_splits(tmp_path / "empty")
     write_file(tmp_path / "mixed/ant/1.jpg", tiny_image(1))
@@ -79,7 +87,9 @@ def test_sources_of_no_kind_and_of_several(tmp_path: Path) -> None:
         list_splits(tmp_path / "empty/notes.txt")
     with pytest.raises(MissingError, match=r"no folder .*gone; name the one that holds train/"):
         list_splits(tmp_path / "gone")
-    with pytest.raises(UsageError, match=r"no kind of source 'zip'; there are folder, list, cifar10, cifar100, mini"):
+    with pytest.raises(
+        UsageError, match=r"no kind of source 'zip'; there are folder, list, imagenet, kaggle, tinyimage"
+    ):
         list_splits(tmp_path / "mixed", "zip")
 
 
@@ -129,7 +139,7 @@ def test_the_shards_command(tmp_path: Path) -> None:
     assert (report["split"], report["written"], report["classes"]) == ("train", 1, 1)
     result = _run("shards", source, tmp_path / "out", "--source", "zip")
     assert result.exit_code == 2
-    assert "'zip' is not one of 'folder', 'list', 'cifar10'" in result.output
+    assert "'zip' is not one of 'folder', 'list', 'imagenet'" in result.output
     result = _run("shards", tmp_path, tmp_path / "out", "--source", "voc")
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
     assert "holds no JPEGImages and ImageSets/Main" in result.stderr

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bowstore.data.sources import cifar, folder, lists, miniimagenet, places, voc, webdataset
+from bowstore.data.sources import (
+    cifar,
+    folder,
+    imagenet,
+    kaggle,
+    lists,
+    miniimagenet,
+    places,
+    tinyimagenet,
+    voc,
+    webdataset,
+)
 from bowstore.data.sources.arrange import CLASSES, check_folders, wrapped
 from bowstore.data.sources.base import (
     DANGLING,
@@ -52,6 +63,9 @@ KINDS: dict[str, Kind] = {
     for kind in (
         folder.KIND,
         lists.KIND,
+        imagenet.KIND,
+        kaggle.KIND,
+        tinyimagenet.KIND,
         *cifar.KINDS,
         miniimagenet.KIND,
         voc.KIND,
@@ -108,7 +122,10 @@ def _only(source: Path, found: Sequence[Kind]) -> Kind:
 
 
 def _unknown(source: Path) -> BowstoreError:
-    looked = "class folders or images, *.tar, the archives of CIFAR, the lists of MiniImageNet and Places, a VOC devkit"
+    looked = (
+        "class folders or images, *.tar, the archives of ImageNet and CIFAR, the lists of MiniImageNet and Places, "
+        "a VOC devkit"
+    )
     if source.is_file():
         return UsageError(f"{source} is a file, not a folder of images; unpack it and name the folder; {_HELP}")
     return DataError(

@@ -59,9 +59,16 @@ def text_is_label(*, samples: int, numbers: int, labelled: int) -> bool:
 
 
 def finish_splits(
-    drafts: Mapping[str, Sequence[Draft]], *, where: object, own_classes: bool = False, unlabelled: bool = False
+    drafts: Mapping[str, Sequence[Draft]],
+    *,
+    where: object,
+    own_classes: bool = False,
+    unlabelled: bool = False,
+    known: tuple[str, ...] = (),
+    known_by: str = "",
+    by_name: bool = False,
 ) -> list[Split]:
-    """Name and number the images of all splits; they come out sorted by path.
+    """Name and number the images of all splits; they come out sorted by path, or by what keys are made of.
 
     Labels are numbers where all of them are whole numbers, and stand as they are; there are no class names then.
     Otherwise they are class names, numbered in sorted order: those of train, which bind the other splits, or
@@ -72,19 +79,22 @@ def finish_splits(
         where: file or folder for messages.
         own_classes: the splits share no class list.
         unlabelled: leave out what labels there are.
+        known: the classes there are, where something else than the images says so; they bind all splits.
+        known_by: what says so, for messages.
+        by_name: sort by name.
 
     Raises:
         DataError: labels for some images of a split only; numbers that are no labels; classes that train does not have.
     """
     names = [name for name in SPLIT_NAMES if name in drafts]
-    ordered = {name: sorted(drafts[name]) for name in names}
+    ordered = {name: sorted(drafts[name], key=_by_name if by_name else None) for name in names}
     if unlabelled:
         ordered = {name: [draft._replace(label="") for draft in found] for name, found in ordered.items()}
     labelled = [name for name in names if _is_labelled(name, ordered[name], where)]
     texts = {name: {draft.label for draft in ordered[name]} for name in labelled}
     numbered = _are_numbers({text for found in texts.values() for text in found}, where)
     splits: list[Split] = []
-    shared: tuple[str, tuple[str, ...]] = ("", ())
+    shared = (known_by, known)
     for name in names:
         classes: tuple[str, ...] = ()
         label_of: dict[str, int] = {}
@@ -94,6 +104,10 @@ def finish_splits(
                 shared = (shared[0] or name, classes)
         splits.append(Split(name, classes, _images(ordered[name], label_of)))
     return splits
+
+
+def _by_name(draft: Draft) -> tuple[str, str]:
+    return draft.name, draft.path
 
 
 def _images(drafts: Sequence[Draft], label_of: Mapping[str, int]) -> list[ImageFile]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bowstore.data.sources.base import NO_LABEL_FIELD, ImageFile, source_changed
+from bowstore.data.sources.base import NO_LABEL_FIELD, ImageFile, read_file, source_changed
 from bowstore.data.sources.labels import usual_label
 from bowstore.data.sources.names import SIGNATURE_BYTES, is_image, is_system_member
 from bowstore.data.tar import Member, TarReader, split_key
@@ -196,3 +196,8 @@ def read_member(source: Path, image: ImageFile) -> bytes:
     if stamp != image.stamp or len(data) != image.size_bytes:
         raise source_changed(str(path), "changed after it was listed")
     return data
+
+
+def read_file_or_member(source: Path, image: ImageFile) -> bytes:
+    """The bytes of an image that is a file of its own, or a member of a tar; errors as theirs."""
+    return read_member(source, image) if image.container else read_file(source, image)

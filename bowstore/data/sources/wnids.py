@@ -1,0 +1,137 @@
+"""Sources whose classes are WNIDs: class folders and flat folders to drafts, and drafts to splits.
+
+Keys are WNID/NAME and rows stand in their order, whatever the layout; so the same images make the same shards.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bowstore.data.sources.arrange import is_container
+from bowstore.data.sources.base import Split, some
+from bowstore.data.sources.labels import Draft, finish_splits
+from bowstore.data.sources.synsets import WNID, Synsets, Truth
+from bowstore.data.sources.walk import FoundFile, holds_image, image_files, look
+from bowstore.errors import DataError
+
+_OF_A_CLASS = re.compile(r"(n\d{8})_")
+
+
+class Drafts:
+    """What has been found of one split: images, and classes without one."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self.images: list[Draft] = []
+        self.bare: list[str] = []
+
+    def add_class(self, where: object, wnid: str, images: Iterable[Draft]) -> None:
+        """Take the images of one class; their names become WNID/NAME.
+
+        Raises:
+            DataError: images that are named after another class, or twice.
+        """
+        before = len(self.images)
+        self.images += [image._replace(name=f"{wnid}/{image.name}", label=wnid) for image in images]
+        names = [image.name.partition("/")[2] for image in self.images[before:]]
+        other = [name for name in names if (known := _OF_A_CLASS.match(name)) and known[1] != wnid]
+        if other:
+            raise DataError(
+                f"{where} holds {len(other)} images that are named after other classes than {wnid}: {some(other)}; "
+                "put them where they belong, or fetch it anew"
+            )
+        _refuse_twice(where, names)
+        if not names:
+            self.bare.append(wnid)
+
+    def add_flat(self, where: object, images: Sequence[Draft], truth: Truth | None) -> None:
+        """Take images that lie together; the truth tells their classes, None that they have none.
+
+        Raises:
+            DataError: the truth is about other images; images that are named twice.
+        """
+        _refuse_twice(where, [image.name for image in images])
+        if truth is None:
+            self.images += images
+            return
+        wnid_of = truth.wnids
+        stems = [image.name.rpartition(".")[0] or image.name for image in images]
+        unknown = [image.name for image, stem in zip(images, stems, strict=True) if stem not in wnid_of]
+        absent = sorted(wnid_of.keys() - stems)
+        if unknown or absent:
+            parts = [f"{len(unknown)} have no label there ({some(unknown)})"] if unknown else []
+            parts += [f"{len(absent)} labels have no image ({some(absent)})"] if absent else []
+            raise DataError(
+                f"{where} holds {len(images)} images, {truth.where} labels {len(wnid_of)}: {', '.join(parts)}; both "
+                "must be of the same images, so fetch the one anew that is not whole"
+            )
+        for image, stem in zip(images, stems, strict=True):
+            self.images.append(image._replace(name=f"{wnid_of[stem]}/{image.name}", label=wnid_of[stem]))
+
+
+def _refuse_twice(where: object, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        seen: set[str] = set()
+        twice = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        raise DataError(f"{where} holds {len(twice)} images twice: {some(twice)}; fetch it anew")
+
+
+def lies_flat(source: Path, below: str) -> bool:
+    """Whether a folder's images lie in no class folders."""
+    return not any(WNID.fullmatch(name) for name in look(source / below).folders) and holds_image(source, below)
+
+
+def add_folder(drafts: Drafts, source: Path, below: str, truth: Truth | None) -> None:
+    """Take the images of a folder: of class folders named by WNIDs, or flat with the truth (None: without labels).
+
+    Raises:
+        DataError: other images beside class folders; as `Drafts`.
+    """
+    folder = source / below
+    level = look(folder)
+    classes = [name for name in level.folders if WNID.fullmatch(name)]
+    if not classes:
+        drafts.add_flat(folder, [_draft(file, below) for file in image_files(source, below)], truth)
+        return
+    others = [name for name in level.folders if name not in classes and holds_image(source, f"{below}/{name}")]
+    if beside := level.images + others:
+        raise DataError(
+            f"{len(beside)} images or folders of images lie beside the class folders of {folder}, for example "
+            f"{beside[0]}; move them into a class folder or away"
+        )
+    for wnid in classes:
+        inside = f"{below}/{wnid}"
+        drafts.add_class(source / inside, wnid, [_draft(file, inside) for file in image_files(source, inside)])
+
+
+def _draft(file: FoundFile, below: str) -> Draft:
+    """An image by its path below a folder; folders that are called by what they hold tell nothing."""
+    *folders, leaf = file.path[len(below) + 1 :].split("/")
+    name = "/".join([*(folder for folder in folders if not is_container(folder)), leaf])
+    return Draft(file.path, name, "", file.size_bytes, file.mtime_ns)
+
+
+def finish(found: Sequence[Drafts], synsets: Synsets | None, where: object) -> list[Split]:
+    """Splits whose classes are the sorted WNIDs: those that are known, or else those of the first labelled split.
+
+    Raises:
+        DataError: a split without images; classes that are not known.
+    """
+    for drafts in found:
+        if not drafts.images:
+            raise DataError(f"no images in split {drafts.split} of {where}; fetch it anew, or take it away")
+    known = tuple(synsets.names) if synsets else ()
+    names = synsets.names if synsets else {}
+    by_split: Mapping[str, list[Draft]] = {drafts.split: drafts.images for drafts in found}
+    splits = finish_splits(by_split, where=where, known=known, known_by=synsets.where if synsets else "", by_name=True)
+    bare = {drafts.split: drafts.bare for drafts in found}
+    called = tuple(names.values()) if any(names.values()) else ()
+    return [
+        replace(
+            split,
+            bare_folders=tuple(sorted(set(bare[split.name]) - set(split.classes))),
+            class_names=called if split.classes else (),
+        )
+        for split in splits
+    ]
