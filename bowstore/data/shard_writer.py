@@ -1,7 +1,7 @@
 """The part of `bowstore.data.shards` that writes tars: one job a shard, in this process or in workers.
 
-A shard is written whole under a temporary name, then gets its name, then its record. Only a shard with a
-record counts as finished.
+A shard is written whole under a temporary name, then gets its name, then its record. Only a shard that is
+what its record says counts as finished: a run that goes on reads what it finds and compares the digest.
 """
 
 from collections import Counter
@@ -19,7 +19,8 @@ from bowstore.data.index_build import PARTS_FOLDER
 from bowstore.data.sources import DANGLING, NO_LABEL, ImageFile, Reader, Source, open_source
 from bowstore.data.workers import Report, run_jobs
 from bowstore.errors import CorruptError
-from bowstore.files import atomic_file, read_json, write_json
+from bowstore.files import atomic_file, file_digest, read_json, write_json
+from bowstore.progress import say
 
 _REPORT_EVERY_IMAGES = 50
 _USUAL_SUFFIXES = {"jpg": ("jpg", "jpeg", "jpe", "jfif"), "png": ("png", "apng"), "webp": ("webp",)}
@@ -82,11 +83,11 @@ def read_record(job: ShardJob) -> Record | None:
 def write_shards(
     source: Source, jobs: Sequence[ShardJob], workers: int, advance: Callable[[int], None]
 ) -> Iterator[Record]:
-    """Write shards, each with its record; yield the records, in order.
+    """Write the shards that are not finished, each with its record; yield the records of all, in order.
 
     Args:
         source: where the images lie.
-        jobs: what to write.
+        jobs: the shards.
         workers: processes; with 1, or with a single job, all is done in this process.
         advance: hears the number of further images dealt with.
 
@@ -129,6 +130,9 @@ class _DigestingFile:
 
 def _write_shard(read: Reader, job: ShardJob, report: Report) -> Record:
     """Write one tar and its record; `report` hears of every few images and may raise to stop."""
+    if record := _finished(job):
+        report(len(job.images))
+        return record
     # It brings torch along: two seconds that a run with nothing to do need not wait.
     from webdataset import TarWriter
 
@@ -157,6 +161,16 @@ def _write_shard(read: Reader, job: ShardJob, report: Report) -> Record:
     record = Record(job.plan, job.name, samples, size_bytes, digest, kinds, quarantined)
     write_json(job.record_path, asdict(record))
     return record
+
+
+def _finished(job: ShardJob) -> Record | None:
+    """The record of a shard that an earlier run finished, if its bytes are still those that were written."""
+    record = read_record(job)
+    path = job.folder / job.name
+    if record is None or not record.samples or file_digest(path) == record.digest:
+        return record
+    say(f"{path} is damaged (its digest is not the recorded one); it is written again")
+    return None
 
 
 def _read(read: Reader, image: ImageFile) -> bytes:

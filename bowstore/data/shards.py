@@ -10,7 +10,7 @@ What lies in `OUT/<split>/`, in the order of writing:
     manifest.json              the records summed up; its presence says that the split is complete
 
 A process killed at any moment leaves finished shards with records, and perhaps one temporary file for each
-worker; the next run goes on with the shards that have no record.
+worker; the next run goes on with the shards that have no record, or are not what their record says.
 """
 
 import errno
@@ -30,7 +30,8 @@ import xxhash
 from PIL import __version__ as pillow_version
 
 from bowstore import __version__
-from bowstore.data.index_build import MANIFEST_FILE, PARTS_FOLDER, QUARANTINE_FILE
+from bowstore.data.index import build_index, open_index
+from bowstore.data.index_build import MANIFEST_FILE, PARTS_FOLDER, QUARANTINE_FILE, ShardEntry
 from bowstore.data.shard_writer import Record, ShardJob, read_record, write_shards
 from bowstore.data.sources import FOLDER, Folders, PassedOver, Source, Split, list_source
 from bowstore.data.sources.base import some
@@ -329,27 +330,24 @@ def _prepare_folder(plan: _Plan) -> None:
 
 
 def _complete_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, if it is there and all its shards have their sizes."""
+    """The manifest, if index and shards are there as it says, and no shard was written to after it."""
+    manifest: dict[str, Any]
     try:
-        manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
-        whole = all((folder / shard["name"]).stat().st_size == shard["size_bytes"] for shard in manifest["shards"])
-    except FileNotFoundError:  # MissingError, too
+        manifest, written = read_json(folder / MANIFEST_FILE), (folder / MANIFEST_FILE).stat().st_mtime_ns
+        recorded = [shard[name] for shard in manifest["shards"] for name in ShardEntry._fields]
+        found = open_index(folder).shards  # compares sizes
+        later = any((folder / entry.name).stat().st_mtime_ns > written for entry in found)
+    except (FileNotFoundError, DataError):  # MissingError, too
         return None
-    return manifest if whole else None
+    return None if later or recorded != [value for entry in found for value in entry] else manifest
 
 
 def _write_missing(plan: _Plan, workers: int) -> list[Record]:
-    """Write the shards that have no valid record; return the records of all, in the order of their names."""
+    """Write the shards that have no record, or are not what it says; return the records of all, in order."""
     jobs = plan.jobs()
-    records = {job.name: record for job in jobs if (record := read_record(job))}
-    missing = [job for job in jobs if job.name not in records]
-    images_left = sum(len(job.images) for job in missing)
-    _warn_if_tight(plan.folder, missing)
-    total = len(plan.split.images)
-    with Progress(f"shards {plan.split.name}", total, done=total - images_left) as progress:
-        for record in write_shards(plan.source, missing, workers, progress.advance):
-            records[record.name] = record
-    return [records[job.name] for job in jobs]
+    _warn_if_tight(plan.folder, [job for job in jobs if not read_record(job)])
+    with Progress(f"shards {plan.split.name}", len(plan.split.images)) as progress:
+        return list(write_shards(plan.source, jobs, workers, progress.advance))
 
 
 def _warn_if_tight(folder: Path, missing: Sequence[ShardJob]) -> None:
@@ -361,8 +359,6 @@ def _warn_if_tight(folder: Path, missing: Sequence[ShardJob]) -> None:
 
 def _finish(plan: _Plan, records: Sequence[Record]) -> dict[str, Any]:
     """Quarantine list, index and manifest of a split whose shards are all there."""
-    from bowstore.data.index import build_index
-
     quarantined = sorted((line for record in records for line in record.quarantined), key=lambda line: line["path"])
     with atomic_file(plan.folder / QUARANTINE_FILE) as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in quarantined)

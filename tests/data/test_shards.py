@@ -23,6 +23,7 @@ from bowstore.data.index import open_index
 from bowstore.data.shard_writer import Record, ShardJob, write_shards
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import ImageFile, Source, list_splits
+from bowstore.data.verify import verify_folder
 from bowstore.errors import BowstoreError, BusyError, DataError, MismatchError, MissingError, UsageError
 from bowstore.files import exclusive_lock, file_digest
 
@@ -217,6 +218,38 @@ def test_lost_and_cut_shards_are_written_again(source: Path, tmp_path: Path) -> 
     assert [report.new for report in _make(source, out)] == [True, False]
     assert _state(out) == state
     assert (out / "train/train-000000.tar").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_finished_shard_that_was_damaged_is_written_again(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], complete: bool
+) -> None:
+    """One flipped bit, at the same length."""
+    out = tmp_path / "out"
+    _make(source, out)
+    state = _state(out)
+    if not complete:
+        (out / "train/manifest.json").unlink()
+        (out / "train/train-000002.tar").unlink()
+    path = out / "train/train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 4
+    path.write_bytes(data)
+    _make(source, out)
+    assert f"{path} is damaged (its digest is not the recorded one); it is written again\n" in capfd.readouterr().err
+    assert _state(out) == state
+    assert verify_folder(out / "train", deep=True).problems == []
+
+
+def test_an_index_that_was_damaged_is_built_again(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _make(source, out)
+    state = _state(out)
+    for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")):
+        damage(out / "train/index.safetensors")
+        _make(source, out)
+        assert _state(out) == state
+    assert [report.new for report in _make(source, out)] == [False, False]
 
 
 def _run_and_die(source: Path, out: Path, after: int) -> None:
