@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import xxhash
 
-from bowstore.errors import BowstoreError, BusyError, CorruptError, MissingError
+from bowstore.errors import BowstoreError, BusyError, CorruptError, MissingError, UsageError
 from bowstore.progress import say
 
 STAGING_DIGITS = 12  # of the fingerprint that names a word store which is to take another one's place
@@ -131,6 +131,26 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         fsync_path(path.parent)
 
 
+def check_free(out: Path, mark: bytes, command: str, example: str) -> None:
+    """Refuse a place for a result where something else lies than an earlier result: nothing else is written over.
+
+    Args:
+        out: the place.
+        mark: what every such result holds.
+        command: that writes it.
+        example: name for such a file.
+
+    Raises:
+        UsageError: a folder, a link, or a file without the mark.
+    """
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name the file to write, for example --out {out / example}")
+    if out.is_symlink():
+        raise UsageError(f"{out} is a link; name the file to write itself, or another --out")
+    if out.exists() and not (out.is_file() and mark in out.read_bytes()):
+        raise UsageError(f"{out} is there, and `{command}` did not write it; name another --out, or move it away")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as file:
@@ -150,7 +170,7 @@ def read_json(path: Path) -> Any:
         raise MissingError(f"no file {path}") from error
     except ValueError as error:
         raise CorruptError(
-            f"{path} is not valid JSON ({error}); remove it and run the command that writes it"
+            f"{path} is not valid JSON ({error}); move it away and run the command that writes it"
         ) from error
 
 

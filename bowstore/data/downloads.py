@@ -155,9 +155,12 @@ def fetch(name: str, folder: Path) -> list[Path]:
 
 def _fetch(download: Download, folder: Path) -> None:
     staging = folder / f".download-{download.name}"
+    if staging.is_symlink():
+        raise BowstoreError(f"{staging} is a link, and bowstore downloads there and clears it; move it away")
     staging.mkdir(parents=True, exist_ok=True)
     for path in staging.iterdir():
-        if path.is_dir():  # torchvision takes a folder that was extracted half for a whole one
+        # torchvision takes a folder that was extracted half for a whole one
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     download.fetch(staging)
     for result in download.results:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from bowstore.data.scan import ScanSettings, ShardTable, scan_shard
 from bowstore.data.sources.base import NO_LABEL_FIELD
 from bowstore.data.sources.labels import text_is_label
-from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, write_table
+from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, ForeignTable, read_header, write_table
 from bowstore.data.tar import TARS
 from bowstore.data.workers import Report, run_jobs, worker_count
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
@@ -63,7 +63,9 @@ def write_index(root: Path, classes: tuple[str, ...], settings: ScanSettings, wo
     paths = find_tars(root)
     own = written_here(root)
     known_bad = {} if own else known_undecodable(root)
-    jobs = [_IndexJob(path, settings, known_bad.get(path.name, {})) for path in paths]
+    _refuse_foreign_index(root)
+    foreign = _foreign_dali_indexes(root, paths)
+    jobs = [_IndexJob(path, settings, known_bad.get(path.name, {}), path not in foreign) for path in paths]
     total_bytes = sum(path.stat().st_size for path in paths)
     with Progress("index", total_bytes, "bytes") as progress:
         count = worker_count(workers, len(jobs), total_bytes, _WORTH_BYTES)
@@ -164,26 +166,67 @@ def known_undecodable(root: Path) -> dict[str, dict[str, tuple[int, str]]]:
     try:
         for line in path.read_text().splitlines():
             values = json.loads(line)
+            if not {"path", "reason"} <= values.keys() <= {"path", "reason", "digest"}:
+                raise ValueError(f"a line with {sorted(values)}")
             if "digest" in values:
                 tar, _, member = values["path"].partition("/")
                 found.setdefault(tar, {})[member] = int(values["digest"], 16), values["reason"]
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path} is damaged ({error}); remove it and run `bowstore index {root}`") from error
+        raise CorruptError(
+            f"{path} is no list of bowstore's, or a damaged one ({error}); move it away and run `bowstore index {root}`"
+        ) from error
     return found
+
+
+def _refuse_foreign_index(root: Path) -> None:
+    """Refuse to write over somebody's weights; an index that is damaged or of another version is made anew."""
+    try:
+        read_header(root / INDEX_FILE)
+    except FileNotFoundError:
+        return
+    except ForeignTable as error:
+        raise DataError(
+            f"{root / INDEX_FILE} is a file of the safetensors format that bowstore did not write, and lies where the "
+            f"index goes; move it away, or the shards to a folder of their own"
+        ) from error
+    except ValueError:
+        return
+
+
+def _foreign_dali_indexes(root: Path, tars: Sequence[Path]) -> set[Path]:
+    """Tars beside which a .idx file lies that is no index of DALI's: many formats have that suffix."""
+    foreign = {path for path in tars if not may_hold_dali_index(path.with_suffix(".idx"))}
+    if foreign:
+        say(
+            f"{root}: {len(foreign)} files like {min(foreign).with_suffix('.idx').name} are no indexes of DALI's and "
+            f"are left as they are"
+        )
+    return foreign
+
+
+def may_hold_dali_index(path: Path) -> bool:
+    """Whether DALI's index of a tar may be written here: nothing lies here, or such an index (all start so)."""
+    if not path.exists():
+        return not path.is_symlink()
+    if not path.is_file() or path.is_symlink():
+        return False
+    with open(path, "rb") as file:
+        return file.read(3) in (b"v1.", b"")
 
 
 class _IndexJob(NamedTuple):
     path: Path
     settings: ScanSettings
     known_bad: dict[str, tuple[int, str]]
+    dali_index: bool
 
 
 def _index_shard(job: _IndexJob, report: Report) -> ShardTable:
     """Scan one tar and write DALI's index beside it."""
     table = scan_shard(job.path, job.settings, report, known_bad=job.known_bad)
-    if not table.bad_names and not table.several:
+    if job.dali_index and not table.bad_names and not table.several:
         with atomic_file(job.path.with_suffix(".idx")) as file:
             file.write(table.dali_index)
     table.dali_index = b""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bowstore.data.image_header import ImageSize, UnusableImage
 from bowstore.data.images import prepare
-from bowstore.data.index_build import ShardEntry
+from bowstore.data.index_build import ShardEntry, may_hold_dali_index
 from bowstore.data.scan import Fault, Refused, ScanSettings, ShardTable, scan_shard
 from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import image_digest
@@ -296,7 +296,7 @@ class _Check:
 
     def _check_dali_index(self, table: ShardTable) -> None:
         path = self.path.with_suffix(".idx")
-        if not self.job.dali_index or self.findings.problems or self.findings.damaged:
+        if not self.job.dali_index or self.findings.problems or self.findings.damaged or not may_hold_dali_index(path):
             return
         try:
             if path.read_bytes() == table.dali_index:

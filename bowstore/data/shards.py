@@ -35,8 +35,9 @@ from bowstore.data.index_build import MANIFEST_FILE, PARTS_FOLDER, QUARANTINE_FI
 from bowstore.data.shard_writer import Record, ShardJob, read_record, write_shards
 from bowstore.data.sources import FOLDER, Folders, PassedOver, Source, Split, list_source
 from bowstore.data.sources.base import some
+from bowstore.data.table import INDEX_FILE
 from bowstore.data.tar import TARS
-from bowstore.errors import BowstoreError, CorruptError, DataError, MismatchError, MissingError, UsageError
+from bowstore.errors import BowstoreError, DataError, MismatchError, MissingError, UsageError
 from bowstore.files import atomic_file, exclusive_lock, read_json, sweep_temporary, write_json
 from bowstore.progress import Progress, say
 
@@ -240,9 +241,16 @@ def _one_line_errors(out: Path) -> Iterator[None]:
 def _refuse_other_content(plan: _Plan) -> None:
     """Refuse a folder that holds other shards than the plan's, saying what differs."""
     tars = sorted(path.name for path in plan.folder.glob(TARS))
-    if not tars:
-        return
     recorded = _recorded_identity(plan.folder)
+    if not tars:
+        written = (MANIFEST_FILE, QUARANTINE_FILE, INDEX_FILE, f"{PARTS_FOLDER}/{_PLAN_FILE}")
+        others = [name for name in written if os.path.lexists(plan.folder / name)]
+        if others and (recorded is None or recorded.get("format") != plan.identity["format"]):
+            raise MismatchError(
+                f"{plan.folder / others[0]} is there, and `bowstore shards` did not write it; take another OUT, or "
+                f"move it away"
+            )
+        return
     if recorded is None:
         difference = f"that `bowstore shards` did not write, for example {tars[0]}"
     else:
@@ -259,9 +267,7 @@ def _recorded_identity(folder: Path) -> dict[str, Any] | None:
             recorded = read_json(path)
         except MissingError:
             continue
-        if not isinstance(recorded, dict):
-            raise CorruptError(f"{path} holds no manifest; remove {folder} and run the command again")
-        return recorded
+        return recorded if isinstance(recorded, dict) else {}
     return None
 
 
@@ -321,9 +327,10 @@ def _prepare_folder(plan: _Plan) -> None:
     folder = plan.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    if not any(folder.glob(TARS)):
-        shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
     (folder / PARTS_FOLDER).mkdir(exist_ok=True)
+    if not any(folder.glob(TARS)) and (folder / PARTS_FOLDER / _PLAN_FILE).exists():
+        for record in (folder / PARTS_FOLDER).glob(f"{plan.split.name}-{'[0-9]' * 6}.json"):
+            record.unlink()
     sweep_temporary(folder)
     sweep_temporary(folder / PARTS_FOLDER)
     write_json(folder / PARTS_FOLDER / _PLAN_FILE, plan.identity)

@@ -72,6 +72,10 @@ class TableHeader(NamedTuple):
     size_bytes: int
 
 
+class ForeignTable(ValueError):
+    """A file of the same format that bowstore did not write."""
+
+
 def read_header(path: Path) -> TableHeader:
     """The header of a table, of any version.
 
@@ -87,7 +91,10 @@ def read_header(path: Path) -> TableHeader:
             raise ValueError(f"a header of {length} bytes in a file of {size_bytes}")
         raw = start + file.read(length)
     try:
-        meta = json.loads(json.loads(raw[_LENGTH.size :])["__metadata__"]["bowstore"])
+        entries = json.loads(raw[_LENGTH.size :])
+        if isinstance(entries, dict) and "bowstore" not in (entries.get("__metadata__") or {}):
+            raise ForeignTable("a header without 'bowstore'")
+        meta = json.loads(entries["__metadata__"]["bowstore"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"a header without {error}") from error
     if not isinstance(meta, dict):

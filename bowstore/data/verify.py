@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from bowstore.data.index_build import (
     QUARANTINE_FILE,
     Manifest,
     known_undecodable,
+    may_hold_dali_index,
     read_manifest,
     written_here,
 )
@@ -255,9 +257,10 @@ def _repair_own(report: FolderReport, manifest: Manifest | None) -> None:
     if manifest is None and (root / MANIFEST_FILE).exists():
         aside.append(root / MANIFEST_FILE)
     for path in aside:
-        os.replace(path, path.with_name(path.name + DAMAGED_SUFFIX))
+        os.replace(path, _free_name(path))
     for name in report.damaged:
-        (root / name).with_suffix(".idx").unlink(missing_ok=True)
+        if may_hold_dali_index((root / name).with_suffix(".idx")):
+            (root / name).with_suffix(".idx").unlink(missing_ok=True)
         (root / PARTS_FOLDER / Path(name).with_suffix(".json")).unlink(missing_ok=True)
     if report.damaged or manifest is None:
         names = _some([path.name for path in aside])
@@ -272,6 +275,15 @@ def _repair_own(report: FolderReport, manifest: Manifest | None) -> None:
         report.repairs.append(f"{root}: the index was built anew from the shards, which match their manifest")
     else:
         report.repairs.append(f"{root}: nothing was repaired: the shards are as they were written; make them anew")
+
+
+def _free_name(path: Path) -> Path:
+    """A name for a file that is set aside, which nothing has: what was set aside before stays."""
+    place = path.with_name(path.name + DAMAGED_SUFFIX)
+    numbers = count(2)
+    while os.path.lexists(place):
+        place = path.with_name(f"{path.name}{DAMAGED_SUFFIX}-{next(numbers)}")
+    return place
 
 
 def _repair_foreign(report: FolderReport, index: Index | None) -> None:

@@ -25,8 +25,8 @@ from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import CleanView, clean_batches
 from bowstore.data.reader import ShardReader
-from bowstore.errors import MissingError, UsageError
-from bowstore.files import atomic_file
+from bowstore.errors import MissingError
+from bowstore.files import atomic_file, check_free
 from bowstore.progress import Progress
 from bowstore.remote import fetch_store, is_remote, local_only
 from bowstore.remote.urls import shown, url_of
@@ -109,8 +109,7 @@ def write_words_page(
         DataError: an image that does not decode, or a damaged chunk.
     """
     local_only(out, "write the page into a local --out, then copy it there")
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; name the file to write, for example --out {out / 'words.html'}")
+    check_free(out, b"Made by bowstore ", "bowstore words", "words.html")
     if not out.parent.is_dir():
         raise MissingError(f"no folder {out.parent} to write {out.name} into; make it, or name another --out")
     opened = open_store(fetch_store(store, storage), wish.layer)

@@ -4,6 +4,8 @@ The one place that turns a path into a Zarr store. Zarr's own local writes are a
 a missing chunk as fill values; its errors name no chunk.
 """
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +22,14 @@ from zarr.errors import GroupNotFoundError
 from zarr.storage import LocalStore
 
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
-from bowstore.files import atomic_file, fsync_path, sweep_temporary
+from bowstore.files import atomic_file, fsync_path, sweep_temporary, temporary_stem
 
 _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is for
 # Whatever Zarr and its codecs raise for damaged bytes or metadata (seen by damaging each of them).
 READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, OSError)
 
+
+_OBJECT = re.compile(r"(?:.+/)?zarr\.json|(?:.+/)?c(?:/[0-9]+)*")  # of Zarr, by its name in a group
 
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a chunk that is gone is never taken for one that is all fill
 
@@ -82,6 +86,17 @@ def sweep(path: Path) -> None:
     """Remove what killed writers left below `path`."""
     for folder in [path, *(found for found in path.rglob("*") if found.is_dir())]:
         sweep_temporary(folder)
+
+
+def foreign_file(path: Path) -> Path | None:
+    """A file at or below a path that Zarr did not write: neither metadata nor a chunk; None if there is none."""
+    for parent, folders, names in os.walk(path):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for name in (*names, *links):
+            file = Path(parent, name)
+            if not (_OBJECT.fullmatch(file.relative_to(path).as_posix()) or temporary_stem(file)) or name in links:
+                return file
+    return path if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()) else None
 
 
 def remove(path: Path) -> None:

@@ -20,7 +20,18 @@ import bowstore
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import fsync_path, leftovers, temporary_path
 from bowstore.remote import reserve_room
-from bowstore.words.arrays import array, array_digest, create, hex_digest, new_group, reading, remove, subgroup, sweep
+from bowstore.words.arrays import (
+    array,
+    array_digest,
+    create,
+    foreign_file,
+    hex_digest,
+    new_group,
+    reading,
+    remove,
+    subgroup,
+    sweep,
+)
 from bowstore.words.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
 from bowstore.words.nearest import KEPT_IMAGES, NO_ROW, NearestImages, NearestSearch
 from bowstore.words.statistics import WordStatistics
@@ -69,7 +80,12 @@ class StoreWriter:
             spec: its attributes.
             vocabulary_Kp: float32 (K, p).
             projection: what comes between map and words, y = A x + b: float32 (p, c) and (p,); None for nothing.
+
+        Raises:
+            UsageError: something that is no layer lies in its place.
         """
+        if foreign := foreign_file(self.path / name):
+            raise UsageError(f"{foreign} lies where layer {name!r} goes, and bowstore did not write it; move it away")
         shutil.rmtree(self.path / name, ignore_errors=True)  # what a killed writer left, not yet listed
         group = self._group.create_group(name)
         rows = chunk_rows(self.images, spec.grid)

@@ -272,7 +272,7 @@ def test_components_that_lie_apart_are_refused(tmp_path: Path) -> None:
 def test_a_quarantine_list_that_cannot_be_read_is_no_silence(tmp_path: Path) -> None:
     write_members(tmp_path / "a.tar", [("a.jpg", JPEG)])
     (tmp_path / "quarantine.jsonl").write_text("{\n")
-    with pytest.raises(CorruptError, match=r"quarantine\.jsonl is damaged .*remove it"):
+    with pytest.raises(CorruptError, match=r"quarantine\.jsonl is no list of bowstore.s, or a damaged one .*move it"):
         build_index(tmp_path)
 
 
