@@ -20,6 +20,7 @@ from bowstore.words.layer import LayerSpec
 from bowstore.words.store_writer import create_store
 
 PRECIOUS = b"three years of work"
+HASHES = {name: np.arange(4, dtype=np.uint64) for name in ("key_hash_N", "image_digest_N")}
 
 
 def source(tmp_path: Path) -> Path:
@@ -141,7 +142,7 @@ def test_a_download_clears_no_linked_folder(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_layer_takes_no_folder_of_others(tmp_path: Path) -> None:
-    writer = create_store(tmp_path / "s", fingerprint="f", key_hash_N=np.arange(4, dtype=np.uint64))
+    writer = create_store(tmp_path / "s", fingerprint="f", **HASHES)
     spec = LayerSpec(teacher={}, view={}, vocabulary={}, words=3, grid=(2, 2), channels=2)
     vocabulary = np.zeros((3, 2), np.float32)
     (tmp_path / "s" / "conv4" / "c").mkdir(parents=True)
@@ -161,7 +162,7 @@ def test_a_new_store_sweeps_only_what_is_proven(tmp_path: Path) -> None:
     mine = tmp_path / ".s.tmp-backup" / "notes.txt"
     mine.parent.mkdir()
     mine.write_bytes(PRECIOUS)
-    create_store(tmp_path / "s", fingerprint="f", key_hash_N=np.arange(4, dtype=np.uint64))
+    create_store(tmp_path / "s", fingerprint="f", **HASHES)
     assert mine.read_bytes() == PRECIOUS
 
 
