@@ -105,7 +105,10 @@ KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "nested module": (lambda: torch_file({"epoch": 1, "model": MODULE}), CODE),
     "old module": (lambda: torch_file(MODULE, _use_new_zipfile_serialization=False), CODE),
     "arrays": (lambda: torch_file({"a": np.ones(3)}), r"holds more than tensors .* could run code: numpy\."),
-    "protocol": (lambda: torch_file({"a": torch.ones(2)}, pickle_protocol=4), "pickle protocol that PyTorch reads only as code; 2 is"),
+    "protocol": (
+        lambda: torch_file({"a": torch.ones(2)}, pickle_protocol=4),
+        "pickle protocol that PyTorch reads only as code; 2 is",
+    ),
 }  # fmt: skip
 
 
