@@ -1,5 +1,6 @@
 """Processes of one job: who am I, and the few collectives that training needs."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,13 @@ import xxhash
 from torch import Tensor
 
 from bowstore.environment import choose_device, cores_per_rank
-from bowstore.torchrun import ranks
+from bowstore.errors import BowstoreError
+from bowstore.torchrun import Ranks, ranks
+from bowstore.train.lifeline import REMEDY, Lifeline, connect
 
-_TIMEOUT = timedelta(minutes=10)
+_HANG_SECONDS = 600.0
+_TIMEOUT = timedelta(seconds=_HANG_SECONDS + 60)  # of a collective; the lifeline is first, and names the rank
+_VERDICT_SECONDS = 3.0  # a broken collective may be known before its reason
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,23 @@ class World:
         rank: 0 to size - 1.
         size: number of processes.
         device: this process's device.
+        lifeline: to the other processes.
     """
 
     rank: int
     size: int
     device: torch.device
+    lifeline: Lifeline | None = None
 
     @property
     def first(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
+
+    def at(self, step: int) -> None:
+        """Note that this process has the images of a step, so that one that never gets there can be named."""
+        if self.lifeline:
+            self.lifeline.at(step)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the ranks, on every rank."""
@@ -70,19 +82,57 @@ class World:
 
 @contextmanager
 def joined(setting: str) -> Iterator[World]:
-    """Join the job that torchrun started (NCCL on GPUs, gloo on CPUs), or be alone without it."""
-    size = ranks().size
-    device = choose_device(setting, ranks().local_rank)
+    """Join the job that torchrun started (NCCL on GPUs, gloo on CPUs), or be alone without it.
+
+    When a process ends by an error or is killed, or hangs, all others end within seconds.
+
+    Raises:
+        BowstoreError: the others cannot be joined, or another one has ended; the message names it.
+    """
+    place = ranks()
+    device = choose_device(setting, place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size == 1:
+    if place.size == 1:
         yield World(0, 1, device)
         return
     if device.type == "cpu":
         # torchrun pins each process to one thread unless told; share the cores out instead.
         torch.set_num_threads(cores_per_rank())
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    _init(place, device)
+    lifeline = None
     try:
-        yield World(dist.get_rank(), size, device)
+        lifeline = connect(
+            place.rank,
+            place.size,
+            os.environ["MASTER_ADDR"],
+            lambda told: dist.broadcast_object_list(told, device=device),
+            hang_seconds=_HANG_SECONDS,
+        )
+        yield World(place.rank, place.size, device, lifeline)
+    except SystemExit:  # agreed upon
+        raise
+    except BaseException as error:
+        if lifeline is None:
+            raise
+        broken = isinstance(error, RuntimeError) and not isinstance(error, BowstoreError)
+        verdict = lifeline.wait_for_verdict(_VERDICT_SECONDS) if broken else None
+        if verdict:
+            raise BowstoreError(f"{verdict}; {REMEDY}") from error
+        lifeline.failed(" ".join(str(error).split()) or type(error).__name__)
+        raise
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # the lifeline sees to it that this ends when another rank has ended
+        if lifeline:
+            lifeline.close()
+
+
+def _init(place: Ranks, device: torch.device) -> None:
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise BowstoreError(
+            f"rank {place.rank} of {place.size} cannot join the others at {os.environ['MASTER_ADDR']}, port "
+            f"{os.environ['MASTER_PORT']} ({first}); start all of them, with torchrun"
+        ) from error

@@ -141,6 +141,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         stop_requested = stack.enter_context(_stop_signal())
         kept = ckpt.Checkpoints(run, keep=config.runtime.keep_checkpoints, start=start, writes=world.first)
         for step, batch in enumerate(meter.waiting_for(batches), start=first):
+            world.at(step)
             rate = learning_rate(step, config.optim, schedule.steps_per_pass)
             torch.manual_seed(step_seed(config.seed, step, world.rank))
             scalars = train_step(model, optimizer, task, batch, rate, amp=config.runtime.amp)

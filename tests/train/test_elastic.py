@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import xxhash
@@ -19,8 +22,10 @@ from recorded_training import (
 
 from bowstore.config import TrainConfig
 from bowstore.data.index import build_index
-from bowstore.errors import MismatchError
+from bowstore.errors import BowstoreError, DataError, MismatchError
 from bowstore.models.saved import checkpoints
+from bowstore.progress import say
+from bowstore.train import distributed, lifeline
 from bowstore.train.metrics import read_metrics
 
 KEYS = distinct_keys(90)  # 5 steps of 16 an epoch, 10 images left over
@@ -147,3 +152,57 @@ def test_elastic_ranks_with_other_shards_are_refused(config: TrainConfig, tmp_pa
     for rank in range(2):
         text = (tmp_path / f"refused-{rank}").read_text()
         assert text.startswith(f"rank {rank} has other shards or words than the others: all machines need the same")
+
+
+def three_ranks(rank: int, how: str, folder: Path) -> None:
+    """Steps of which one goes wrong; what a rank has to say at its end goes to a file."""
+    log = os.open(folder / f"rank-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
+    sys.stderr = open(2, "w", closefd=False)
+    with patch.object(distributed, "_HANG_SECONDS", 1.5), patch.object(lifeline, "_GRACE_SECONDS", 1.0):
+        try:
+            with distributed.joined("cpu") as world:
+                for step in range(4):
+                    if step == 3:
+                        misfortune(rank, how)
+                    world.at(step)
+                    world.any(False)
+        except BowstoreError as error:
+            say(f"raised: {error}")
+            raise SystemExit(1) from error
+
+
+def misfortune(rank: int, how: str) -> None:
+    who, what = how.split()
+    if rank == int(who):
+        if what == "raises":
+            raise DataError("image 'cat' cannot be decoded")
+        if what == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    elif what == "blocked":
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("2 raises", "rank 2 failed: image 'cat' cannot be decoded"),
+        ("0 raises", "rank 0 failed: image 'cat' cannot be decoded"),
+        ("2 dies", "rank 2 has died: it was killed, or its machine is gone"),
+        ("0 dies", "rank 0 has died: it was killed, or its machine is gone"),
+        ("1 hangs", "rank 1 hangs: for 2 s it has not had the images of step 3, for which the others wait; look at"),
+    ],
+)
+def test_elastic_ranks_end_with_the_one_that_ends(how: str, line: str, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    processes = start_ranks(three_ranks, 3, (how, tmp_path))
+    codes = exit_codes(processes, timeout_s=40)
+    assert time.monotonic() - begun < 40
+    cause = int(how.split()[0])
+    assert codes[cause] == (-signal.SIGKILL if how.endswith("dies") else 1)
+    assert [code for rank, code in enumerate(codes) if rank != cause] == [1, 1]
+    for rank in {0, 1, 2} - {cause}:
+        told = [text for text in (tmp_path / f"rank-{rank}").read_text().splitlines() if line in text]
+        assert len(told) == 1
+        assert told[0].endswith("; this rank ends with it; run the same command again to go on")

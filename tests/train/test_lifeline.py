@@ -1,0 +1,113 @@
+"""Connections between ranks, in one process: a rank is a thread here, and its death is a closed socket."""
+
+import json
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from bowstore.errors import BowstoreError
+from bowstore.train import lifeline
+from bowstore.train.lifeline import Lifeline, connect
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[queue.Queue[int]]:
+    """Exit codes of ranks whose main thread does not come back."""
+    codes: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr(lifeline, "_GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(lifeline.os, "_exit", codes.put)
+    return codes
+
+
+def pair() -> tuple[Lifeline, socket.socket]:
+    ours, theirs = socket.socketpair()
+    return Lifeline(0, {1: ours}, hang_seconds=60), theirs
+
+
+def test_a_blocked_rank_ends_with_the_line(exits: queue.Queue[int], capsys: pytest.CaptureFixture[str]) -> None:
+    line, other = pair()
+    other.close()
+    assert exits.get(timeout=5) == 1
+    assert capsys.readouterr().err == (
+        "Error: rank 1 has died: it was killed, or its machine is gone; this rank ends with it; run the same command "
+        "again to go on\n"
+    )
+    line.close()
+
+
+def test_a_rank_that_leaves_alarms_nobody(exits: queue.Queue[int]) -> None:
+    line, other = pair()
+    other.sendall(b'{"ended": true}\n')
+    other.close()
+    assert line.wait_for_verdict(0.2) is None
+    line.close()
+    assert exits.empty()
+
+
+def test_what_a_rank_says_may_come_in_pieces_and_its_error_is_bounded(exits: queue.Queue[int]) -> None:
+    line, other = pair()
+    message = json.dumps({"failed": "no \u00e9"}).encode()
+    other.sendall(b'{"step": 3}\n' + message[:9])
+    time.sleep(0.05)
+    other.sendall(message[9:] + b"\n")
+    assert line.wait_for_verdict(5) == "rank 1 failed: no \u00e9"
+    other.setblocking(False)
+    assert json.loads(other.recv(1000)) == {"verdict": "rank 1 failed: no \u00e9"}
+    line.close()
+    other.close()
+    line, other = pair()
+    line.failed("x" * 10_000)
+    assert len(json.loads(other.recv(10_000))["verdict"]) < 600
+    line.close()
+    other.close()
+
+
+def test_strangers_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifeline, "_TICK_SECONDS", 0.2)
+    told: queue.Queue[list[Any]] = queue.Queue()
+    lines: dict[int, Lifeline] = {}
+
+    def join(rank: int) -> None:
+        def share(values: list[Any]) -> None:
+            if rank == 0:
+                told.put(list(values))
+            else:
+                values[:] = first
+
+        lines[rank] = connect(rank, 2, "localhost", share, hang_seconds=60)
+
+    zero = threading.Thread(target=join, args=(0,))
+    zero.start()
+    first = told.get(timeout=5)
+    strangers = []
+    for text in (b"GET / HTTP/1.0\r\n\r\n", b'{"token": "0", "rank": 1}\n', b"[1]\n", b""):
+        stranger = socket.create_connection(("localhost", first[0]))
+        stranger.sendall(text)
+        strangers.append(stranger)
+    join(1)
+    zero.join(5)
+    for stranger in strangers:
+        stranger.close()
+    lines[1].failed("it was me")
+    assert lines[0].wait_for_verdict(5) == "rank 1 failed: it was me"
+    for line in lines.values():
+        line.close()
+
+
+def test_a_rank_that_does_not_connect_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifeline, "_CONNECT_SECONDS", 0.1)
+    with pytest.raises(BowstoreError, match="ranks 1, 2 did not connect to rank 0 within 0 s; ranks need to reach"):
+        connect(0, 3, "localhost", lambda values: None, hang_seconds=60)
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+
+    def share(values: list[Any]) -> None:
+        values[:] = [port, "token"]
+
+    with pytest.raises(BowstoreError, match=rf"rank 1 cannot reach rank 0 at localhost, port {port} \(Connection ref"):
+        connect(1, 3, "localhost", share, hang_seconds=60)
