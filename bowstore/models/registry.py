@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bowstore.config import ModelConfig
@@ -118,6 +119,25 @@ class Backbone(nn.Module, ABC):
                 raise UsageError(self._no_map(layer, tuple(outputs[path].shape)))
             maps[layer] = map_BChw
         return maps
+
+    def freeze_unused(self) -> tuple[str, ...]:
+        """Take out of training what no gradient reaches: heads that lie behind the last stage's map.
+
+        They stay among the weights, so that files keep their names. DDP would wait for their gradients.
+
+        Returns:
+            Names of the parameters that are frozen.
+        """
+        ghost, last = without_data(self).train(), self.layers[-1]
+        images = torch.zeros(2, 3, self.image_size, self.image_size, device="meta")
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            map_Bchw = ghost.feature_maps(images, (last,))[last]
+        trained = {name: parameter for name, parameter in ghost.named_parameters() if parameter.requires_grad}
+        gradients = torch.autograd.grad(map_Bchw.sum(), list(trained.values()), allow_unused=True)
+        unused = tuple(name for name, gradient in zip(trained, gradients, strict=True) if gradient is None)
+        for name in unused:
+            self.get_parameter(name).requires_grad_(False)
+        return unused
 
     def layer_table(self, size: int) -> dict[str, LayerInfo]:
         """Every layer that gives a map of an image of `size` x `size` pixels, in order of depth, by name.

@@ -106,7 +106,7 @@ def without_data(network: Network) -> Network:
     """A copy of a network whose tensors have shapes and no data: its passes cost no arithmetic."""
     tensors: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in network.buffers()}
     for parameter in network.parameters():
-        tensors[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        tensors[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     return copy.deepcopy(network, tensors)
 
 

@@ -82,6 +82,9 @@ def build_task(config: TrainConfig, index: Index, world: World) -> Task:
     """The task of a configuration, its network randomly initialised from the configuration's seed."""
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model)
+    if (frozen := backbone.freeze_unused()) and world.first:
+        names = ", ".join(sorted({name.rpartition(".")[0] for name in frozen}))
+        say(f"{names} of {backbone.arch}: behind {backbone.layers[-1]}, the last map that is used; not trained")
     if config.task == "rotation":
         return _rotation_task(backbone, index, config.rotation.blocks)
     return _words_task(config, backbone, index, world)
