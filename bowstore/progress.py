@@ -3,6 +3,7 @@
 Everything goes to stderr; stdout is for results alone.
 """
 
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,22 @@ _LOG_EVERY_SECONDS = 10.0
 def say(message: str) -> None:
     """Print one line for the user, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads what this process prints: its results or messages went to a `head` that has had enough.
+
+    Errors of other pipes look the same and are no reason to be silent.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            watched = select.poll()
+            watched.register(stream.fileno(), 0)  # errors are told unasked
+            if any(event & select.POLLERR for _, event in watched.poll(0)):
+                return True
+        except (OSError, ValueError, AttributeError):  # no file of the system's: nothing that could tell
+            return True
+    return False
 
 
 class Progress:

@@ -50,6 +50,7 @@ class FolderServer(ThreadingHTTPServer):
         always: for each file name what goes wrong with every GET.
         ranges: whether Range is understood.
         dated: whether answers carry ETag and Last-Modified.
+        sized: whether answers carry Content-Length; without, the end of the connection is the end of the body.
         refusal: a status that every request gets, HEAD too.
         gets: names and Range headers of the GETs so far.
         sent: bytes of bodies sent, by file name.
@@ -59,7 +60,7 @@ class FolderServer(ThreadingHTTPServer):
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.root, self.ranges, self.dated = root, True, True
+        self.root, self.ranges, self.dated, self.sized = root, True, True, True
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.always: dict[str, Fault] = {}
         self.refusal: int | None = None
@@ -126,7 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data) + fault.claim))
+        if self.server.sized:
+            self.send_header("Content-Length", str(len(data) + fault.claim))
+        else:
+            self.send_header("Connection", "close")
+            self.close_connection = True
         self.end_headers()
         if not body:
             return

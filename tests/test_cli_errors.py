@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from bowstore.cli import main
 from bowstore.data.pipeline import _undecodable
 from bowstore.errors import CorruptError
 from bowstore.models.layouts import load_foreign
+from bowstore.progress import reader_is_gone
 from bowstore.words import verify as words_verify
 from bowstore.words.verify import VerifyReport
 
@@ -156,3 +159,26 @@ def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("bowstore.workspace.init_workspace", gone)
     result = CliRunner().invoke(main, ["init"])
     assert (result.exit_code, result.output) == (1, "")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_pipe_that_breaks_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    pipes = {stream: os.pipe() for stream in ("stdout", "stderr")}
+    with ExitStack() as stack:
+        for stream, (_, end) in pipes.items():
+            monkeypatch.setattr(sys, stream, stack.enter_context(os.fdopen(end, "w")))
+        assert not reader_is_gone()
+        os.close(pipes[name][0])
+        assert reader_is_gone()
+    monkeypatch.undo()
+    os.close(next(reader for stream, (reader, _) in pipes.items() if stream != name))
+
+
+def test_a_worker_s_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("bowstore.workspace.init_workspace", gone)
+    monkeypatch.setattr("bowstore.cli.common.reader_is_gone", lambda: False)
+    result = CliRunner().invoke(main, ["init"])
+    assert (result.exit_code, result.stderr) == (1, "Error: Broken pipe\n")

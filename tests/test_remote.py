@@ -120,6 +120,63 @@ def test_remote_transfer_survives(server: FolderServer, tmp_path: Path, fault: F
     assert fetch(RemoteFolder(server.url, storage(tmp_path)), server, "a.tar").read_bytes() == data
 
 
+@pytest.mark.parametrize(("ranges", "sized"), [(True, True), (False, True), (False, False), (True, False)])
+def test_remote_no_more_than_a_block_is_held_in_memory(
+    server: FolderServer, tmp_path: Path, ranges: bool, sized: bool
+) -> None:
+    server.ranges, server.sized = ranges, sized
+    data = put(server, "index", 300 * BLOCK + 1)
+    blocks = list(Remote(server.url, storage(tmp_path))._blocks(f"{server.url}/index", 0, len(data) if sized else None))
+    assert b"".join(blocks) == data
+    assert max(map(len, blocks)) == BLOCK
+    assert server.count("index") == (301 if ranges and sized else 1)
+
+
+def test_remote_file_without_a_length_arrives_whole(server: FolderServer, tmp_path: Path) -> None:
+    server.sized = False
+    for name, size_bytes in (("whole", 3 * BLOCK), ("rest", 3 * BLOCK + 5), ("empty", 0)):
+        data = put(server, name, size_bytes)
+        assert RemoteFolder(server.url, storage(tmp_path)).fetch(name).read_bytes() == data
+
+
+def test_remote_server_without_ranges_goes_on_behind_what_is_here(server: FolderServer, tmp_path: Path) -> None:
+    data, server.ranges = put(server, "a.tar", 20 * BLOCK), False
+    server.faults["a.tar"] = [Fault(cut=15 * BLOCK + 7)]
+    assert fetch(RemoteFolder(server.url, storage(tmp_path)), server, "a.tar").read_bytes() == data
+    assert [wanted for _, wanted in server.gets] == ["bytes=0-4095", f"bytes={15 * BLOCK + 7}-{16 * BLOCK + 6}"]
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_remote_file_longer_than_recorded_is_refused(server: FolderServer, tmp_path: Path, sized: bool) -> None:
+    put(server, "a.tar", 3 * BLOCK)
+    server.ranges = False
+    with pytest.raises(MismatchError, match=rf"a\.tar has {3 * BLOCK} bytes, {2 * BLOCK} were recorded"):
+        RemoteFolder(server.url, storage(tmp_path)).fetch("a.tar", size_bytes=2 * BLOCK, digest="0" * 32)
+    server.sized = False
+    with pytest.raises(TransferError, match=r"sends bytes that were not asked for: more than 4096 at byte 4096"):
+        RemoteFolder(server.url, storage(tmp_path)).fetch("a.tar", size_bytes=2 * BLOCK, digest="0" * 32)
+
+
+def test_remote_metadata_that_does_not_end_is_refused(
+    server: FolderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_SMALL_BYTES", 1 << 20)
+    put(server, "zarr.json", (1 << 20) + 1)
+    with pytest.raises(TransferError, match=r"zarr\.json: the server sends more than 1 MiB where a small file is exp"):
+        Remote(server.url, storage(tmp_path)).read(f"{server.url}/zarr.json")
+    assert len(put(server, "zarr.json", 1 << 20)) == len(
+        Remote(server.url, storage(tmp_path)).read(f"{server.url}/zarr.json")
+    )
+
+
+@pytest.mark.parametrize("url", ["ftp://host/shards", "sftp://host/x", "github://a/b", "webhdfs://x/y", "zip://x"])
+def test_remote_protocols_that_want_more_than_a_url_are_told(tmp_path: Path, url: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"^{url.partition(':')[0]}(:// cannot be used \(.*\); copy the folder| needs)"
+    ):
+        RemoteFolder(url, storage(tmp_path))
+
+
 def test_remote_transfer_may_fail_often_as_long_as_it_gets_on(server: FolderServer, tmp_path: Path) -> None:
     data = put(server, "a.tar")
     server.faults["a.tar"] = [Fault(status=503), Fault()] * 5  # more than three in all, never two in a row
@@ -287,7 +344,7 @@ def test_remote_protocol_without_its_package(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UsageError, match=r"^gs needs gcsfs; pip install 'bowstore\[remote\]'$"):
         RemoteFolder("gs://bucket/x", storage(tmp_path))
-    with pytest.raises(UsageError, match=r"^teapot:// is no protocol that fsspec knows"):
+    with pytest.raises(UsageError, match=r"^teapot:// cannot be used \(Protocol not known: teapot\); copy"):
         RemoteFolder("teapot://bucket/x", storage(tmp_path))
 
 

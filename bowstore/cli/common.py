@@ -11,6 +11,7 @@ import click
 
 from bowstore.errors import BowstoreError
 from bowstore.limits import MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
+from bowstore.progress import reader_is_gone
 
 
 class _Text(click.types.StringParamType):
@@ -64,7 +65,8 @@ class Group(click.Group):
                 raise
             _fail(str(error), error.exit_code)
         except OSError as error:
-            if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click ends quietly when nobody reads on
+            # click ends quietly when nobody reads on.
+            if (error.errno == errno.EPIPE and reader_is_gone()) or ctx.params.get("debug"):
                 raise
             _fail(_os_error(error), 1)
         except ModuleNotFoundError as error:

@@ -1,14 +1,16 @@
 """Bytes from and to another machine through fsspec, tried again until they are whole.
 
-The one place that knows fsspec, what its protocols raise, and which of that is worth another try.
+The one place that knows fsspec's file systems, what its protocols raise, and which of that is worth another try.
 """
 
 import functools
+import inspect
+import io
 import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from typing import Any
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
 from bowstore.files import file_digest, fsync_path, open_end
-from bowstore.remote.urls import below, protocol, shown
+from bowstore.remote.answers import Answer, Body, Problem
+from bowstore.remote.urls import WEB, below, protocol, shown
 
 # What a broken connection loses, and what is held in memory; long enough that its round trip does not count.
 BLOCK_BYTES = 8 << 20
+_SMALL_BYTES = 64 << 20  # of a file that is read into memory: metadata of a store
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _NO_CONNECTION = {"ClientConnectorError", "EndpointConnectionError", "ConnectionRefusedError", "gaierror"}
@@ -95,9 +99,23 @@ class Remote:
         tries = _Tries(url, self._storage, self.stop, retries)
         while True:
             try:
-                return bytes(self._fs.cat_file(url))
+                data = self._read(url)
             except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
                 tries.failed(error)
+                continue
+            if len(data) > _SMALL_BYTES:
+                raise TransferError(
+                    f"{shown(url)}: the server sends more than {_SMALL_BYTES >> 20} MiB where a small file is "
+                    f"expected; check the URL"
+                )
+            return data
+
+    def _read(self, url: str) -> bytes:
+        """A small file, or the start of a large one."""
+        if protocol(url) not in WEB:
+            return bytes(self._fs.cat_file(url))
+        with closing(self._ask(url, 0, None)) as answer:
+            return answer.read(_SMALL_BYTES + 1)
 
     def upload(self, url: str, data: bytes) -> None:
         """Write a file: whole, or not at all where the server is an object store.
@@ -174,43 +192,58 @@ class Remote:
                 return
             path.unlink()
             # The same wrong bytes twice: that is what the server holds.
-            rounds.failed(_Problem(_OTHER_BYTES, f"digest {found}, not {digest}", final=found == before))
+            rounds.failed(Problem(_OTHER_BYTES, f"digest {found}, not {digest}", final=found == before))
             before = found
 
     def _blocks(self, url: str, done: int, size_bytes: int | None) -> Iterator[bytes]:
-        """The bytes of a file from `done` on."""
+        """The bytes of a file from `done` on, at most a block at a time in memory."""
         tries = _Tries(url, self._storage, self.stop)
-        while size_bytes is None or done < size_bytes:
-            if self.stop.is_set():
-                raise TransferError(f"{shown(url)}: stopped at byte {done}, because another transfer failed")
-            wanted = None if size_bytes is None else min(BLOCK_BYTES, size_bytes - done)
-            block, problem = self._block(url, done, wanted, size_bytes)
-            yield block
-            done += len(block)
-            if problem is None:
-                tries.succeeded()
-                if size_bytes is None:
-                    return
-            else:
-                if isinstance(problem, _Problem) or _status(problem) == 416:
-                    self._check_length(url, size_bytes)
-                tries.failed(problem)
-
-    def _block(self, url: str, done: int, wanted: int | None, size_bytes: int | None) -> tuple[bytes, Exception | None]:
-        """The next bytes, and what was wrong with them."""
+        answer: Answer | None = None  # of a server that sends all at once, or does not say how much that is
         try:
+            while size_bytes is None or done < size_bytes:
+                if self.stop.is_set():
+                    raise TransferError(f"{shown(url)}: stopped at byte {done}, because another transfer failed")
+                wanted = BLOCK_BYTES if size_bytes is None else min(BLOCK_BYTES, size_bytes - done)
+                block, problem = b"", None
+                try:
+                    answer = answer or self._ask(url, done, None if size_bytes is None else done + wanted)
+                    block, problem = answer.block(wanted, size_bytes)
+                except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+                    problem = error
+                if answer and (problem or not answer.goes_on):
+                    answer.close()
+                    answer = None
+                yield block
+                done += len(block)
+                if problem is None:
+                    tries.succeeded()
+                    if size_bytes is None and len(block) < wanted:
+                        return
+                else:
+                    if isinstance(problem, Problem) or _status(problem) == 416:
+                        self._check_length(url, size_bytes)
+                    tries.failed(problem)
+        finally:
+            if answer:
+                answer.close()
+
+    def _ask(self, url: str, start: int, stop: int | None) -> Answer:
+        """Ask for the bytes from `start` to `stop`, or for all from `start` on."""
+        if protocol(url) not in WEB:
+            if stop is None:
+                return Answer(self._fs.open(url, "rb"), at=0, first=start, last=None)
             # By name: the places of these arguments differ between protocols.
-            place = {} if wanted is None else {"start": done, "end": done + wanted}
-            block = bytes(self._fs.cat_file(url, **place))
-        except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
-            return b"", error
-        if wanted is None or len(block) == wanted:
-            return block, None
-        if len(block) == size_bytes:  # the server knows no ranges, and sent all
-            return block[done:], None
-        if len(block) > wanted:
-            return b"", _Problem("bytes that were not asked for", f"{len(block)} for {wanted} at byte {done}")
-        return block, _Problem("too few bytes", f"{len(block)} of {wanted} at byte {done} of {size_bytes}")
+            data = bytes(self._fs.cat_file(url, start=start, end=stop))
+            whole = len(data) > stop - start  # of a protocol that knows no ranges
+            return Answer(io.BytesIO(data), at=0 if whole else start, first=start, last=None if whole else stop)
+        headers = dict(self._fs.kwargs.get("headers", {}))
+        if stop is not None:
+            headers["Range"] = f"bytes={start}-{stop - 1}"
+        # Without a size it would be asked for; with a block size the file would be read in pieces of that.
+        file = self._fs.open(url, "rb", block_size=0, size=1, headers=headers)
+        if file.r.status == 206:
+            return Answer(Body(self._fs.loop, file), at=start, first=start, last=stop)
+        return Answer(Body(self._fs.loop, file), at=0, first=start, last=None)
 
     def _check_length(self, url: str, size_bytes: int | None) -> None:
         """Refuse a file of another length, which no further try will mend."""
@@ -220,14 +253,6 @@ class Remote:
                 f"{shown(url)} has {found} bytes, {size_bytes} were recorded: it changed, or was not copied whole; "
                 f"copy the folder there again, index and all"
             )
-
-
-class _Problem(Exception):
-    """A transfer that ended without an error and without the right bytes."""
-
-    def __init__(self, what: str, detail: str, *, final: bool = False) -> None:
-        super().__init__(f"{what}: {detail}")
-        self.what, self.final = what, final
 
 
 class _Tries:
@@ -255,7 +280,7 @@ class _Tries:
         self._failures += 1
         status = _status(error)
         hopeless = status is not None and 400 <= status < 500 and status not in (408, 429)
-        if hopeless or self._failures > self._retries or (isinstance(error, _Problem) and error.final):
+        if hopeless or self._failures > self._retries or (isinstance(error, Problem) and error.final):
             raise self._final(error, status) from error
         wait_s = min(_FIRST_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
         # Jitter: ranks that failed together do not come back together.
@@ -276,9 +301,9 @@ class _Tries:
             return TransferError(f"{url} may not be {what} ({status}, {tries}); check the credentials and the policy")
         if status is not None:
             return TransferError(f"{url}: the server answers {status} ({tries}); try again later")
-        if isinstance(error, _Problem) and error.what == _OTHER_BYTES:
+        if isinstance(error, Problem) and error.what == _OTHER_BYTES:
             return CorruptError(f"{url} is not the file that was recorded ({reason}; {tries}); copy it there again")
-        if isinstance(error, _Problem):
+        if isinstance(error, Problem):
             return TransferError(f"{url}: the server sends {reason} ({tries}); check the server, or try again later")
         if any("Timeout" in name for name in names):
             missing = "answer" if self._writing else "byte"
@@ -344,13 +369,20 @@ def _file_system(name: str, timeout_s: float, process: int) -> Any:
     elif name in ("file", "local"):
         options["auto_mkdir"] = True
     try:
+        made = inspect.signature(fsspec.get_filesystem_class(name).__init__).parameters.values()
+        required = (p.name for p in made if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if wanted := [name for name in required if name not in {"self", *options, *configured}]:
+            raise ValueError(f"it wants {', '.join(wanted)} beside the URL")
         system = fsspec.filesystem(name, **options)
     except ImportError as error:
         package = _PACKAGES.get(name)
         remedy = f"{package}; pip install 'bowstore[remote]'" if package else f"another package: {error}"
         raise UsageError(f"{name} needs {remedy}") from error
-    except ValueError as error:
-        raise UsageError(f"{name}:// is no protocol that fsspec knows ({error}); http, s3 and gs are tested") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"{name}:// cannot be used ({reason}); copy the folder to an http, https, s3 or gs URL, or to a local disk"
+        ) from error
     if hasattr(system, "retries"):
         system.retries = 1  # s3fs: how often and how long to try is counted here
     return system
