@@ -64,24 +64,30 @@ def encode(
     from bowstore.config import EncodeConfig, load_workspace, validate
     from bowstore.environment import choose_device
     from bowstore.torchrun import ranks
+    from bowstore.train.distributed import beside_others
     from bowstore.words.encode import encode as run_encode
     from bowstore.workspace import resolve_teacher
 
     signal.signal(signal.SIGTERM, _interrupted)
     workspace = load_workspace()
     values["teacher"] = resolve_teacher(workspace, teacher)
-    report = run_encode(
-        validate(EncodeConfig, values, "encode"),
-        shards=shards_dir or workspace.shards,
-        store=store or workspace.store,
-        append=append,
-        device=choose_device(device, ranks().local_rank),
-        storage=workspace.storage,
-    )
+    config = validate(EncodeConfig, values, "encode")
+    with beside_others():
+        report = run_encode(
+            config,
+            shards=shards_dir or workspace.shards,
+            store=store or workspace.store,
+            append=append,
+            device=choose_device(device, ranks().local_rank),
+            storage=workspace.storage,
+        )
     if report.first:
         emit(report.as_dict(), report.text(), as_json)
 
 
 def _interrupted(_number: int, _frame: object) -> NoReturn:
     """SIGTERM ends a run as Ctrl-C does: claims are given back at once, and other processes need not wait."""
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # torchrun sends it to all when one has ended, which we may know before
     raise KeyboardInterrupt

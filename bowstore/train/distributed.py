@@ -1,15 +1,19 @@
 """Processes of one job: who am I, and the few collectives that training needs."""
 
+import _thread
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from bowstore.environment import choose_device, cores_per_rank
 from bowstore.errors import BowstoreError
@@ -18,7 +22,6 @@ from bowstore.train.lifeline import REMEDY, Lifeline, connect
 
 _HANG_SECONDS = 600.0
 _TIMEOUT = timedelta(seconds=_HANG_SECONDS + 60)  # of a collective; the lifeline is first, and names the rank
-_VERDICT_SECONDS = 3.0  # a broken collective may be known before its reason
 
 
 @dataclass(frozen=True)
@@ -99,40 +102,86 @@ def joined(setting: str) -> Iterator[World]:
     if device.type == "cpu":
         # torchrun pins each process to one thread unless told; share the cores out instead.
         torch.set_num_threads(cores_per_rank())
-    _init(place, device)
-    lifeline = None
-    try:
+    with _lifeline(place) as (store, lifeline):
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with _explained(place, lifeline):
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT)
+        try:
+            yield World(place.rank, place.size, device, lifeline)
+        finally:
+            dist.destroy_process_group()  # the lifeline sees to it that this ends when another rank has ended
+
+
+@contextmanager
+def beside_others() -> Iterator[None]:
+    """End with the other processes that torchrun started, for work without collectives; nothing without torchrun.
+
+    The main thread learns of another's end by the process's own handler of SIGTERM, which should raise
+    KeyboardInterrupt.
+
+    Raises:
+        BowstoreError: the others cannot be joined, or another one has ended; the message names it.
+    """
+    place = ranks()
+    if place.size == 1:
+        yield
+        return
+    with _lifeline(place, on_verdict=lambda: _thread.interrupt_main(signal.SIGTERM)):
+        yield
+
+
+@contextmanager
+def _lifeline(place: Ranks, on_verdict: Callable[[], None] | None = None) -> Iterator[tuple[Any, Lifeline]]:
+    """The job's store and a lifeline to its ranks; an error in the block ends them, too.
+
+    Args:
+        place: this process.
+        on_verdict: called in another thread when a rank has ended.
+
+    Raises:
+        BowstoreError: another rank has ended, in place of the error that followed from it.
+    """
+    with _explained(place):
+        store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
         lifeline = connect(
             place.rank,
             place.size,
             os.environ["MASTER_ADDR"],
-            lambda told: dist.broadcast_object_list(told, device=device),
+            store,
             hang_seconds=_HANG_SECONDS,
+            on_verdict=on_verdict,
         )
-        yield World(place.rank, place.size, device, lifeline)
+    try:
+        yield store, lifeline
     except SystemExit:  # agreed upon
         raise
     except BaseException as error:
-        if lifeline is None:
-            raise
-        broken = isinstance(error, RuntimeError) and not isinstance(error, BowstoreError)
-        verdict = lifeline.wait_for_verdict(_VERDICT_SECONDS) if broken else None
-        if verdict:
+        if (seconds := _verdict_seconds(error)) and (verdict := lifeline.wait_for_verdict(seconds)):
             raise BowstoreError(f"{verdict}; {REMEDY}") from error
         lifeline.failed(" ".join(str(error).split()) or type(error).__name__)
         raise
     finally:
-        dist.destroy_process_group()  # the lifeline sees to it that this ends when another rank has ended
-        if lifeline:
-            lifeline.close()
+        lifeline.close()
 
 
-def _init(place: Ranks, device: torch.device) -> None:
+@contextmanager
+def _explained(place: Ranks, lifeline: Lifeline | None = None) -> Iterator[None]:
+    """Say in one line that a rank cannot join the others, or which one it waited for in vain."""
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        yield
     except (RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
+        if isinstance(error, BowstoreError):
+            raise
+        if lifeline and (verdict := lifeline.wait_for_verdict(_verdict_seconds(error))):
+            raise BowstoreError(f"{verdict}; {REMEDY}") from error
         raise BowstoreError(
             f"rank {place.rank} of {place.size} cannot join the others at {os.environ['MASTER_ADDR']}, port "
-            f"{os.environ['MASTER_PORT']} ({first}); start all of them, with torchrun"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); start all of them, with torchrun"
         ) from error
+
+
+def _verdict_seconds(error: BaseException) -> float:
+    """How long to wait for word of another rank's end, of which an error may be the consequence; 0 if it cannot be."""
+    if isinstance(error, KeyboardInterrupt):  # also SIGTERM, by which torchrun ends the others
+        return 0.5
+    return 3.0 if isinstance(error, RuntimeError) and not isinstance(error, BowstoreError) else 0.0

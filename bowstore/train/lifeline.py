@@ -14,17 +14,31 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from bowstore.errors import BowstoreError
 from bowstore.progress import say
 
-_CONNECT_SECONDS = 60.0
+_CONNECT_SECONDS = 600.0  # ranks of slow machines may still be importing
+_ANSWER_SECONDS = 10.0
+_RETRY_SECONDS = 0.3
+_KEY = "bowstore/lifeline"
 _GRACE_SECONDS = 10.0  # a checkpoint that is being written may end
 _TICK_SECONDS = 1.0
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a silent machine is gone after 20 s
 _MAX_TEXT = 500  # characters of an error that travel
+_WELCOME = b"w"
 REMEDY = "this rank ends with it; run the same command again to go on"
+
+
+class Board(Protocol):
+    """What ranks need to find each other: the job's c10d store."""
+
+    def set(self, key: str, value: str) -> None:
+        """Write a value."""
+
+    def get(self, key: str) -> bytes:
+        """Read a value, waiting for it."""
 
 
 class Lifeline:
@@ -34,14 +48,23 @@ class Lifeline:
         rank: this process.
         links: open sockets by rank.
         hang_seconds: how long ranks may wait for one that makes no step.
+        on_verdict: called in another thread once something happened to a rank.
 
     Attributes:
         verdict: what happened to which rank, once known.
     """
 
-    def __init__(self, rank: int, links: dict[int, socket.socket], *, hang_seconds: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        links: dict[int, socket.socket],
+        *,
+        hang_seconds: float,
+        on_verdict: Callable[[], None] | None = None,
+    ) -> None:
         self.verdict: str | None = None
         self._rank, self._links, self._hang_seconds = rank, links, hang_seconds
+        self._on_verdict = on_verdict
         self._unread = dict.fromkeys(links, b"")
         self._steps = {other: (-1, time.monotonic()) for other in (rank, *links)} if rank == 0 else {}
         self._step = self._told = -1
@@ -92,7 +115,11 @@ class Lifeline:
                 elif self._step != self._told:
                     self._told = self._step
                     self._send(0, {"step": self._told})
-        if self.verdict is not None and not self._left.wait(_GRACE_SECONDS):
+        if self.verdict is None or self._left.is_set():
+            return
+        if self._on_verdict:
+            self._on_verdict()
+        if not self._left.wait(_GRACE_SECONDS):
             say(f"Error: {self.verdict}; {REMEDY}")
             os._exit(1)  # the main thread is blocked in C++, where no exception reaches it
 
@@ -148,36 +175,58 @@ class Lifeline:
             pass
 
 
-def connect(rank: int, size: int, host: str, share: Callable[[list[Any]], None], *, hang_seconds: float) -> Lifeline:
+def connect(
+    rank: int,
+    size: int,
+    host: str,
+    board: Board,
+    *,
+    hang_seconds: float,
+    on_verdict: Callable[[], None] | None = None,
+) -> Lifeline:
     """Connect all ranks of a job; every rank calls it.
 
     Args:
         rank: this process.
         size: processes of the job, more than one.
         host: where rank 0 runs.
-        share: gives the list of rank 0 to all ranks, in place.
+        board: where rank 0 says how it is reached.
         hang_seconds: how long ranks may wait for one that makes no step.
+        on_verdict: called in another thread once something happened to a rank.
 
     Raises:
         BowstoreError: ranks cannot reach rank 0.
     """
+    end = time.monotonic() + _CONNECT_SECONDS
     if rank:
-        told: list[Any] = [None, None]
-        share(told)
-        port, token = told
+        links = {0: _reach(rank, host, board, end)}
+    else:
+        with _listener() as listener:
+            token = os.urandom(16).hex()
+            board.set(_KEY, json.dumps([listener.getsockname()[1], token]))
+            links = _accept(listener, size, token, end)
+    return Lifeline(rank, links, hang_seconds=hang_seconds, on_verdict=on_verdict)
+
+
+def _reach(rank: int, host: str, board: Board, end: float) -> socket.socket:
+    """A connection to rank 0, tried again: after a restart the board may still say how its predecessor was reached."""
+    while True:
+        port, token = json.loads(board.get(_KEY))
         try:
-            link = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
+            link = socket.create_connection((host, port), timeout=_ANSWER_SECONDS)
             link.sendall(json.dumps({"token": token, "rank": rank}).encode() + b"\n")
+            if link.recv(len(_WELCOME)) == _WELCOME:
+                return _alive(link)
+            link.close()
+            problem = "no answer"
         except OSError as error:
+            problem = error.strerror or str(error)
+        if time.monotonic() > end:
             raise BowstoreError(
-                f"rank {rank} cannot reach rank 0 at {host}, port {port} ({error.strerror or error}); ranks need to "
-                f"reach each other at any port"
-            ) from error
-        return Lifeline(rank, {0: _alive(link)}, hang_seconds=hang_seconds)
-    with _listener() as listener:
-        token = os.urandom(16).hex()
-        share([listener.getsockname()[1], token])
-        return Lifeline(0, _accept(listener, size, token), hang_seconds=hang_seconds)
+                f"rank {rank} cannot reach rank 0 at {host}, port {port} ({problem}); ranks need to reach each other "
+                f"at any port"
+            )
+        time.sleep(_RETRY_SECONDS)
 
 
 def _listener() -> socket.socket:
@@ -189,10 +238,9 @@ def _listener() -> socket.socket:
     return socket.create_server(("", 0), backlog=1024)
 
 
-def _accept(listener: socket.socket, size: int, token: str) -> dict[int, socket.socket]:
+def _accept(listener: socket.socket, size: int, token: str, end: float) -> dict[int, socket.socket]:
     """Connections of all other ranks; who does not know the token is no rank."""
     links: dict[int, socket.socket] = {}
-    end = time.monotonic() + _CONNECT_SECONDS
     while len(links) < size - 1:
         missing = sorted(set(range(1, size)) - links.keys())
         try:
@@ -205,6 +253,7 @@ def _accept(listener: socket.socket, size: int, token: str) -> dict[int, socket.
             ) from error
         rank = _introduced(link, token)
         if rank in missing:
+            link.sendall(_WELCOME)
             links[rank] = _alive(link)
         else:
             link.close()

@@ -172,6 +172,24 @@ def three_ranks(rank: int, how: str, folder: Path) -> None:
             raise SystemExit(1) from error
 
 
+def beside_each_other(rank: int, folder: Path) -> None:
+    """Work without collectives, of which rank 1 dies."""
+
+    def interrupted(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        with distributed.beside_others():
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            for _ in range(600):
+                time.sleep(0.1)
+    except BowstoreError as error:
+        (folder / f"rank-{rank}").write_text(str(error))
+
+
 def misfortune(rank: int, how: str) -> None:
     who, what = how.split()
     if rank == int(who):
@@ -206,3 +224,10 @@ def test_elastic_ranks_end_with_the_one_that_ends(how: str, line: str, tmp_path:
         told = [text for text in (tmp_path / f"rank-{rank}").read_text().splitlines() if line in text]
         assert len(told) == 1
         assert told[0].endswith("; this rank ends with it; run the same command again to go on")
+
+
+def test_ranks_without_collectives_end_with_the_one_that_ends(tmp_path: Path) -> None:
+    assert exit_codes(start_ranks(beside_each_other, 3, (tmp_path,)), timeout_s=40) == [0, -signal.SIGKILL, 0]
+    for rank in (0, 2):
+        text = (tmp_path / f"rank-{rank}").read_text()
+        assert text.startswith("rank 1 has died: it was killed, or its machine is gone; this rank ends with it")

@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -67,26 +66,39 @@ def test_what_a_rank_says_may_come_in_pieces_and_its_error_is_bounded(exits: que
     other.close()
 
 
-def test_strangers_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+class Board:
+    """A store of one job; it first gives what an earlier attempt of the job has left there."""
+
+    def __init__(self, left: str) -> None:
+        self.left, self.posted = [left], threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        self.value = value
+        self.posted.set()
+
+    def get(self, key: str) -> bytes:
+        if self.left:
+            return self.left.pop().encode()
+        assert self.posted.wait(5)
+        return self.value.encode()
+
+
+def test_strangers_and_predecessors_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifeline, "_TICK_SECONDS", 0.2)
-    told: queue.Queue[list[Any]] = queue.Queue()
+    with socket.create_server(("", 0)) as server:
+        closed = server.getsockname()[1]
+    board = Board(json.dumps([closed, "another token"]))
     lines: dict[int, Lifeline] = {}
 
     def join(rank: int) -> None:
-        def share(values: list[Any]) -> None:
-            if rank == 0:
-                told.put(list(values))
-            else:
-                values[:] = first
-
-        lines[rank] = connect(rank, 2, "localhost", share, hang_seconds=60)
+        lines[rank] = connect(rank, 2, "localhost", board, hang_seconds=60)
 
     zero = threading.Thread(target=join, args=(0,))
     zero.start()
-    first = told.get(timeout=5)
+    assert board.posted.wait(5)
     strangers = []
     for text in (b"GET / HTTP/1.0\r\n\r\n", b'{"token": "0", "rank": 1}\n', b"[1]\n", b""):
-        stranger = socket.create_connection(("localhost", first[0]))
+        stranger = socket.create_connection(("localhost", json.loads(board.value)[0]))
         stranger.sendall(text)
         strangers.append(stranger)
     join(1)
@@ -102,12 +114,19 @@ def test_strangers_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_that_does_not_connect_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifeline, "_CONNECT_SECONDS", 0.1)
     with pytest.raises(BowstoreError, match="ranks 1, 2 did not connect to rank 0 within 0 s; ranks need to reach"):
-        connect(0, 3, "localhost", lambda values: None, hang_seconds=60)
+        connect(0, 3, "localhost", Board(""), hang_seconds=60)
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-
-    def share(values: list[Any]) -> None:
-        values[:] = [port, "token"]
-
+    board = Board("")
+    board.left = [json.dumps([port, "token"])] * 9
     with pytest.raises(BowstoreError, match=rf"rank 1 cannot reach rank 0 at localhost, port {port} \(Connection ref"):
-        connect(1, 3, "localhost", share, hang_seconds=60)
+        connect(1, 3, "localhost", board, hang_seconds=60)
+
+
+def test_a_verdict_can_interrupt_the_main_thread(exits: queue.Queue[int]) -> None:
+    ours, theirs = socket.socketpair()
+    called = threading.Event()
+    line = Lifeline(0, {1: ours}, hang_seconds=60, on_verdict=called.set)
+    theirs.close()
+    assert called.wait(5)
+    line.close()
