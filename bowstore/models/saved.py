@@ -21,6 +21,7 @@ import torch
 from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, validate
 from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
+from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
 from bowstore.models.registry import Backbone, build_backbone
 from bowstore.models.weights import content_digest
 from bowstore.progress import say
@@ -33,8 +34,6 @@ CHECKPOINT_VERSION = 2
 _WITHOUT_DIGEST = 1  # the version of checkpoints that had none
 _PARTS = {"step": int, "config": dict, "inputs": dict, "backbone": dict, "head": dict, "optimizer": dict}
 _CHECKPOINT = re.compile(r"step-(\d+)\.pt")
-_ZIP = b"PK\x03\x04"
-_DIRECTORY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(data: bytes, path: Path) -> dict[str, Any]:
-    if kind := _other_kind(data):
-        raise MismatchError(f"{path} is no checkpoint of bowstore: it is {kind}")
+    if kind := other_kind(io.BytesIO(data)):
+        raise CorruptError(f"{path} is no checkpoint of bowstore: it is {kind}")
     try:
-        _check_archive(data)
+        if is_archive(data[:64]):  # PyTorch does not compare its checksums, and unpickles whatever damaged bytes say
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if bad := archive.testzip():
+                    raise ValueError(f"{bad} differs from its checksum")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes end in errors of any kind
         if is_machine_error(error):
             raise
-        raise CorruptError(f"{path} is not a whole bowstore checkpoint ({_told(error)})") from error
+        raise CorruptError(f"{path} is not a whole bowstore checkpoint ({why_unread(error)})") from error
     if not isinstance(state, dict) or "version" not in state:
         raise MismatchError(f"{path} is no checkpoint of bowstore; {_foreign(path)}")
     return _checked(state, path)
@@ -125,35 +127,6 @@ def _digest_of(state: dict[str, Any]) -> str:
         return content_digest(state)
     except TypeError as error:  # something that no bowstore writes
         return str(error)
-
-
-def _other_kind(data: bytes) -> str:
-    """What a file is that can hold no weights for bowstore, with the remedy; empty for all others."""
-    if data.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, not the file itself; run `git lfs pull`"
-    # The central directory, at a file's end, has the names of all members in clear.
-    if data.startswith(_ZIP) and b"/constants.pkl" in data[-_DIRECTORY_BYTES:]:
-        return "a TorchScript program, which is never run; save its state dict alone"
-    return ""
-
-
-def _check_archive(data: bytes) -> None:
-    """Compare the checksums that torch.save writes; a file that is no archive (as of old) is left to PyTorch.
-
-    PyTorch itself does not compare them, and unpickles whatever damaged bytes say: this comes first.
-    """
-    if data.startswith(_ZIP):
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if bad := archive.testzip():
-                raise ValueError(f"{bad} differs from its checksum")
-
-
-def _told(error: Exception) -> str:
-    """The cause of a failed reading, without PyTorch's advice to load the file as code."""
-    text = _first_line(error)
-    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it holds Python objects besides tensors ({named[1]}), which could run code"
-    return "nothing in it can be unpickled" if "weights_only" in str(error) or "Weights only" in text else text
 
 
 def newest_checkpoint(run: Path) -> dict[str, Any] | None:
@@ -211,7 +184,7 @@ def load_backbone(path: Path) -> LoadedBackbone:
     else:
         path = path / BACKBONE_FILE if path.is_dir() else path
         data = _file_bytes(path, "file" if path.suffix == ".safetensors" else "checkpoint")
-        if _is_safetensors(data, path):
+        if is_safetensors(data[:64]) or (path.suffix == ".safetensors" and not is_torch(data[:64])):
             state, values = _export(data, path)
         else:
             checkpoint = _checkpoint(data, path)
@@ -297,11 +270,11 @@ def load_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _export(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    if kind := _other_kind(data):
-        raise MismatchError(f"{path} is no network that bowstore exported: it is {kind}")
+    if kind := other_kind(io.BytesIO(data)):
+        raise CorruptError(f"{path} is no network that bowstore exported: it is {kind}")
     try:
         tensors = safetensors.torch.load(data)
-        metadata = json.loads(_header(data)).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         values = json.loads(metadata.get("bowstore", "null"))
     except Exception as error:  # damaged bytes end in errors of any kind
         if is_machine_error(error):
@@ -315,16 +288,6 @@ def _export(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str,
     elif digest != content_digest({"metadata": metadata, "tensors": tensors}):
         raise CorruptError(f"{path} differs from the digest that was recorded in it when it was written; {_REDO}")
     return tensors, values
-
-
-def _is_safetensors(data: bytes, path: Path) -> bool:
-    """By the bytes, whatever the file is called; a damaged start leaves the name to decide."""
-    return not data.startswith(_ZIP) and (path.suffix == ".safetensors" or _header(data)[:1] == b"{")
-
-
-def _header(data: bytes) -> bytes:
-    """The JSON text of a safetensors file, whose length is its first eight bytes."""
-    return data[8 : 8 + int.from_bytes(data[:8], "little")]
 
 
 _REDO = "restore it from a copy, or move it away and give its `bowstore train` command again, which writes it anew"

@@ -205,13 +205,13 @@ def test_files_of_other_kinds_are_called_by_their_names(tmp_path: Path) -> None:
         for name in ("data.pkl", "code/__torch__.py", "constants.pkl"):
             archive.writestr(f"program/{name}", b"x")
     expected = {
-        "evil.pt": r"evil.pt is not a whole bowstore checkpoint \(it holds Python objects besides tensors \(getattr\)",
+        "evil.pt": r"evil.pt is not a whole bowstore checkpoint \(Python objects that could run code: getattr\)",
         "foreign.pt": r"foreign.pt is no checkpoint of bowstore; weights of other codebases go with an architecture",
         "old.pt": r"old.pt is no checkpoint of bowstore; weights of other codebases go with an architecture",
-        "pointer.pt": r"it is a pointer of git-lfs, not the file itself; run `git lfs pull`",
-        "pointer.safetensors": r"it is a pointer of git-lfs, not the file itself; run `git lfs pull`",
-        "text.pt": r"text.pt is not a whole bowstore checkpoint \(nothing in it can be unpickled\)",
-        "program.pt": r"it is a TorchScript program, which is never run; save its state dict alone",
+        "pointer.pt": r"it is a pointer of git-lfs and not the file itself; run `git lfs pull`",
+        "pointer.safetensors": r"it is a pointer of git-lfs and not the file itself; run `git lfs pull`",
+        "text.pt": r"text.pt is no checkpoint of bowstore: it is a web page",
+        "program.pt": r"it is a TorchScript program, which is never run; save the state dict of its module alone",
     }
     for name, pattern in expected.items():
         with pytest.raises((CorruptError, MismatchError), match=pattern) as error:
@@ -349,7 +349,7 @@ def test_a_checkpoint_that_was_passed_over_is_set_aside_and_never_deleted(
         "step-000000012.pt.damaged": b"damaged too",
     }
     assert [path.name for path in saved.checkpoints(run)] == ["step-000000012.pt"]
-    assert "step-000000011.pt is not a whole bowstore checkpoint" in capsys.readouterr().err
+    assert "step-000000011.pt is no checkpoint of bowstore: it is text" in capsys.readouterr().err
 
 
 def test_a_second_damaged_checkpoint_of_a_step_gets_another_name(tmp_path: Path) -> None:
