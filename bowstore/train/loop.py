@@ -31,7 +31,7 @@ from bowstore.train import checkpoint as ckpt
 from bowstore.train.distributed import World, joined
 from bowstore.train.metrics import Meter, RunLog
 from bowstore.train.rundir import check_run, write_config, write_environment
-from bowstore.train.schedule import learning_rate, step_seed, total_steps
+from bowstore.train.schedule import images_in_use, learning_rate, step_seed, total_steps
 from bowstore.train.tasks import Network, Task, build_task
 
 _STOPPED_EXIT_CODE = 143
@@ -237,8 +237,7 @@ def data_schedule(config: TrainConfig, index: Index, world: World) -> Schedule:
     Raises:
         UsageError: the batch does not fit the images or the ranks.
     """
-    images = min(len(index), config.images or len(index))
-    return Schedule(images, config.optim.batch, config.seed, world.rank, world.size)
+    return Schedule(images_in_use(config, len(index)), config.optim.batch, config.seed, world.rank, world.size)
 
 
 def with_local_store(config: TrainConfig, world: World) -> TrainConfig:

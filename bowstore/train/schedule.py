@@ -2,7 +2,12 @@
 
 import numpy as np
 
-from bowstore.config import OptimConfig
+from bowstore.config import OptimConfig, TrainConfig
+
+
+def images_in_use(config: TrainConfig, rows: int) -> int:
+    """How many of an index's rows a run takes, from the first."""
+    return min(rows, config.images or rows)
 
 
 def steps_per_epoch(optim: OptimConfig, steps_per_pass: int) -> int:

@@ -22,6 +22,7 @@ from bowstore.models.heads import CosineHead, RotationHead
 from bowstore.models.registry import Backbone, build_backbone
 from bowstore.progress import say
 from bowstore.train.distributed import World
+from bowstore.train.schedule import images_in_use
 from bowstore.words.bags import Bag, MeanBag, bag_entropy, bow_cross_entropy, mix_bags
 from bowstore.words.store import join_rows, open_store
 from bowstore.words.targets import (
@@ -111,7 +112,8 @@ def _words_task(config: TrainConfig, backbone: Backbone, index: Index, world: Wo
     """Bag-of-words prediction under perturbation (paper, section 3)."""
     targets, vocabulary_size = _open_words(config, index, world)
     mean = MeanBag(vocabulary_size, config.words.form) if world.first else None
-    inputs = {"shards": index.fingerprint, "words": words_digest(targets, mean, shown=world.first)}
+    used = images_in_use(config, len(index))
+    inputs = {"shards": index.fingerprint, "words": words_digest(targets, mean, used=used, shown=world.first)}
     head = CosineHead(backbone.features, vocabulary_size, config.words.gamma)
 
     def prepare(batch: Batch) -> tuple[Tensor, Any]:

@@ -283,21 +283,28 @@ def open_targets(
     return kind(layer, store_row_N, form, device, shown=shown)
 
 
-def words_digest(targets: Targets, mean: MeanBag | None = None, *, shown: bool = True) -> str:
-    """Identity of the words in the order of the index, 32 hex digits; adds them to `mean` on the way.
+def words_digest(targets: Targets, mean: MeanBag | None = None, *, used: int | None = None, shown: bool = True) -> str:
+    """Identity of the words in the order of the index, 32 hex digits; adds those in use to `mean` on the way.
 
     The same in every tier: xxh3-128 of the uint16 words (N, h, w) as they lie in memory.
+
+    Args:
+        targets: of all rows.
+        mean: takes the words of the rows in use.
+        used: how many rows are in use, from the first; None for all.
+        shown: False silences progress.
 
     Raises:
         CorruptError: as `StreamedTargets.blocks`.
     """
-    digest = xxhash.xxh3_128()
+    digest, left = xxhash.xxh3_128(), len(targets) if used is None else used
     shown = shown and 2 * len(targets) * targets.slots > _QUIET_BYTES
     with Progress("check words", len(targets), shown=shown) as progress:
         for words_BM in targets.blocks():
             digest.update(words_BM.data)
-            if mean:
-                mean.add(words_BM)
+            if mean and left > 0:
+                mean.add(words_BM[:left])
+                left -= len(words_BM)
             progress.advance(len(words_BM))
     return digest.hexdigest()
 

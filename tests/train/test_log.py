@@ -1,0 +1,225 @@
+"""The log of a run, and what a network draws in its steps: both the same however often the run stopped."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bowstore.config import TrainConfig
+from bowstore.data.index import open_index
+from bowstore.models.registry import Backbone
+from bowstore.models.saved import newest_checkpoint
+from bowstore.models.weights import content_digest
+from bowstore.train import loop, tasks
+from bowstore.train.distributed import World
+from bowstore.train.metrics import Meter, MetricsLog, read_metrics
+from bowstore.train.schedule import step_seed
+from bowstore.words.store import open_store
+
+Make = Callable[..., TrainConfig]
+RATES_AND_WAITS = ("images_per_second", "target_wait_ms")
+
+
+class Stopped(Exception):
+    pass
+
+
+def train_to(config: TrainConfig, runs: Path, steps: int, *, signalled: bool = False) -> None:
+    """Train until the process dies when it starts its `steps`-th step, or is told to stop in it."""
+    original, count = loop.train_step, 0
+
+    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count == steps and not signalled:
+            raise Stopped
+        if count == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        with pytest.raises(SystemExit if signalled else Stopped):
+            loop.train(config, runs)
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in RATES_AND_WAITS} for line in read_metrics(run)]
+
+
+def with_dropout(patch: pytest.MonkeyPatch, seen: Callable[[torch.Tensor], None] = lambda map_BChw: None) -> None:
+    """Networks whose last map loses half of its values in training; `seen` is shown what is left of it."""
+    original = tasks.build_backbone
+
+    def drop(module: Any, _: Any, map_BChw: torch.Tensor) -> torch.Tensor:
+        dropped = F.dropout(map_BChw, 0.5, module.training)
+        seen(dropped)
+        return dropped
+
+    def build(*args: Any) -> Backbone:
+        backbone = original(*args)
+        backbone.stages["block3"].register_forward_hook(drop)  # type: ignore[union-attr]
+        return backbone
+
+    patch.setattr(tasks, "build_backbone", build)
+
+
+# --- metrics.jsonl
+
+
+@pytest.mark.parametrize("task", ["rotation", "words"])
+@pytest.mark.parametrize("signalled", [True, False])
+def test_the_log_of_a_run_that_stopped_is_that_of_one_that_did_not(
+    make_config: Make, tmp_path: Path, task: str, signalled: bool
+) -> None:
+    """To the last digit, and no line more: stops lie between two lines of the log."""
+    runtime = {"log_every_steps": 5, "checkpoint_every_steps": 3}
+    config = make_config(task, runtime=runtime)
+    loop.train(config.model_copy(update={"name": "whole"}), tmp_path / "runs")
+    run = tmp_path / "runs" / config.name
+    for steps in (2, 6):  # by a signal after steps 2 and 8; else in step 2, before any checkpoint, and in step 6
+        train_to(config, tmp_path / "runs", steps, signalled=signalled)
+    assert newest_checkpoint(run)["step"] == (8 if signalled else 3)  # type: ignore[index]
+    loop.train(config, tmp_path / "runs")
+    assert [line["step"] for line in log_of(run)] == [5, 10, 12]
+    assert log_of(run) == log_of(tmp_path / "runs" / "whole")
+
+
+def test_means_are_the_same_on_three_ranks_wherever_a_run_stopped() -> None:
+    """Numbers that float32 sums would round another way; each rank goes on from the mean of all."""
+    values = np.random.default_rng(0).normal(3, 2, (3, 40)).astype(np.float32)
+
+    class Ranks(World):
+        @staticmethod
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            others.append(values)
+            return torch.stack(others[-3:]).mean(0) if len(others) % 3 == 0 else values
+
+    def mean_over_ranks(meters: list[Meter], read: Callable[[Meter], Any]) -> Any:
+        for meter in meters[:2]:
+            state = meter._steps, dict(meter._sums)
+            read(meter)
+            meter._steps, meter._sums = state
+        return read(meters[2])
+
+    world, device = Ranks(0, 3, torch.device("cpu")), torch.device("cpu")
+    means = []
+    for stops in ((), (1,), (7, 8, 33)):
+        meters = [Meter(device) for _ in range(3)]
+        for step in range(40):
+            if step in stops:
+                others: list[torch.Tensor] = []
+                state = json.loads(json.dumps(mean_over_ranks(meters, lambda meter: meter.state(world))))
+                meters = [Meter(device) for _ in range(3)]
+                for meter in meters:
+                    meter.restore(state)
+            for rank, meter in enumerate(meters):
+                meter.count(4, {"loss": torch.tensor(values[rank, step])})
+        others = []
+        means.append(mean_over_ranks(meters, lambda meter: meter.read(world))["loss"])
+    assert means == [float(np.float32(values.astype(np.float64).mean()))] * 3
+
+
+def test_gamma_is_logged_as_it_was_in_the_step(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(words={"gamma": 1.25}, runtime={"log_every_steps": 1, "checkpoint_every_steps": 1})
+    train_to(config, tmp_path / "runs", 3)
+    run = tmp_path / "runs" / config.name
+    gammas = [line["gamma"] for line in read_metrics(run)]
+    assert gammas[0] == 1.25  # before the first update
+    assert gammas[1] != 1.25
+    loop.train(config, tmp_path / "runs")
+    assert newest_checkpoint(run)["head"]["gamma"].item() != read_metrics(run)[-1]["gamma"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("form", ["count", "binary"])
+@pytest.mark.parametrize("images", [17, 40, 72])
+def test_the_marginal_is_that_of_the_images_in_use(make_config: Make, form: str, images: int) -> None:
+    config = make_config(words={"form": form}, images=images)
+    assert config.shards is not None
+    assert config.words.store is not None
+    words = open_store(config.words.store).load_words()[:images].reshape(images, -1).astype(int)
+    bags = np.zeros((images, 32))
+    for image, row in enumerate(words):
+        for word in row if form == "count" else sorted(set(row)):
+            bags[image, word] += 1
+    mean = (bags / bags.sum(1, keepdims=True)).mean(0)
+    expected = -sum(p * np.log(p) for p in mean if p)
+    task = tasks.build_task(config, open_index(config.shards), World(0, 1, torch.device("cpu")))
+    assert task.constants["marginal_loss"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_lines_that_cannot_be_read_are_named_and_none_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1, "loss": 2.5}', b"\xff\xfe\x00", b"3", b'"text"', b"[1]", b"null", b'{"loss": 1}', b"{",
+             b'{"step": 4, "loss": 1.5}', b'{"step": "5"}', b'{"step": 6, "loss": 1.0}', b'{"step": 7, "l']  # fmt: skip
+    path.write_bytes(b"\n".join(lines))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 4, 6]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: 8 lines of {path} are no JSON objects with a step (line 2, 3, 4, ...) and are left out"
+    ]
+    MetricsLog(tmp_path, 4).close()
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"\n".join(lines)
+    assert "the file as it was is kept as metrics.jsonl.damaged" in capsys.readouterr().err
+    assert path.read_text() == '{"step": 1, "loss": 2.5}\n{"step": 4, "loss": 1.5}\n'
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 4]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_last_line_that_a_killed_process_cut_is_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "loss": 0.')
+    MetricsLog(tmp_path, 1).close()
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "metrics.jsonl.damaged").exists()
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+# --- what a network draws
+
+
+def test_a_network_that_draws_resumes_to_the_same_bits(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_dropout(monkeypatch)
+    config = make_config("rotation", runtime={"log_every_steps": 1})
+    loop.train(config.model_copy(update={"name": "whole"}), tmp_path / "runs")
+    train_to(config, tmp_path / "runs", 9)
+    torch.rand(5)
+    loop.train(config, tmp_path / "runs")
+    whole, cut = (newest_checkpoint(tmp_path / "runs" / name) for name in ("whole", config.name))
+    assert whole is not None
+    assert cut is not None
+    for part in ("backbone", "head", "optimizer"):
+        assert content_digest(whole[part]) == content_digest(cut[part]), part
+    assert log_of(tmp_path / "runs" / "whole") == log_of(tmp_path / "runs" / config.name)
+
+
+def test_ranks_and_steps_draw_masks_of_their_own(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[str] = []
+    with_dropout(monkeypatch, lambda map_BChw: masks.append(content_digest(map_BChw[:8] == 0)))
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(loop, "joined", lambda device, rank=rank: nullcontext(World(rank, 1, torch.device("cpu"))))
+        config = make_config("rotation", name=f"run-{len(masks)}", optim={"epochs": 1, "milestones": []})
+        loop.train(config, tmp_path / "runs")
+    assert len(masks) == 12
+    assert len(set(masks[:8])) == 8
+    assert masks[8:] == masks[:4]
+
+
+def test_a_seed_is_of_the_run_the_step_and_the_rank() -> None:
+    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(20) for rank in range(8)}
+    assert len(seeds) == 5 * 20 * 8
+    assert step_seed(0, 0, 0) == 15793235383387715774
+    assert step_seed(2**32 - 1, 10**7, 1023) < 2**64
