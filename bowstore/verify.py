@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bowstore.data.verify import FolderReport
 
 _SHOWN_PER_SHARD = 20
+_RUN_COUNTS = ("checkpoints", "exported", "aside")
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class PathReport:
     """What was checked and what is wrong.
 
     Attributes:
-        path: the store or folder of shards.
-        kind: "store" or "shards".
+        path: the store, folder of shards, or run.
+        kind: "store", "shards" or "run".
         checked: what was looked at, for people.
         problems: all that was found; empty means all is well.
         repairs: what was done about it and what to run next, in lines.
@@ -90,7 +91,9 @@ def verify_path(
     workers: int | None = None,
     storage: StorageConfig | None = None,
 ) -> PathReport:
-    """Check a store or a folder of shards (or a folder of such folders); of remote ones, copies of all their files.
+    """Check a store, a folder of shards or a run (or a folder of shards' or runs' folders).
+
+    Of remote stores and shards, copies of all their files are checked.
 
     Args:
         path: what to check.
@@ -104,8 +107,8 @@ def verify_path(
         storage: where copies of remote shards and stores lie.
 
     Raises:
-        MissingError: nothing there, or neither a store nor shards.
-        UsageError: an option that goes with a store only.
+        MissingError: nothing there, or neither a store, shards nor a run.
+        UsageError: an option that goes with a store only, or not with a run.
     """
     from bowstore.data.verify import is_shards_folder, verify_folder, verify_remote
 
@@ -118,9 +121,9 @@ def verify_path(
     if is_remote(path):
         return _verify_shards(path, [verify_remote(path, storage, deep=deep, repair=repair)], deep=deep)
     below = sorted(folder for folder in path.glob("*") if folder.is_dir() and not is_system(folder.name))
-    folders = [folder for folder in (path, *below) if is_shards_folder(folder)]
+    folders = [folder for folder in (path, *below) if folder.is_dir() and is_shards_folder(folder)]
     if not folders:
-        raise MissingError(f"{path} is neither a word store nor a folder of indexed shards; run `bowstore index` first")
+        return _verify_runs(path, below, repair=repair)
     reports = [verify_folder(folder, deep=deep, repair=repair, workers=workers) for folder in folders]
     return _verify_shards(path, reports, deep=deep)
 
@@ -155,6 +158,35 @@ def _verify_store(
             repairs.append(f"{what} taken back; {report.way_on}, to write just that")
     words_digest = verify.digest(path) if digest and report.sound else None
     return PathReport(path, "store", checked, problems, repairs, not problems, digest=words_digest)
+
+
+def _verify_runs(path: Path, below: list[Path], *, repair: bool) -> PathReport:
+    from bowstore.train.verify import is_run, verify_run
+
+    is_network = path.is_file() and path.suffix in (".pt", ".safetensors")
+    runs = [path] if is_network else [folder for folder in (path, *below) if is_run(folder)]
+    if not runs:
+        raise MissingError(
+            f"{path} is neither a word store nor a folder of indexed shards, nor a run; if it holds shards, run "
+            f"`bowstore index` first"
+        )
+    if repair:
+        raise UsageError(
+            f"--repair goes with a word store or shards, not with run {path}: `bowstore train` passes over a damaged "
+            f"checkpoint by itself, and writes a damaged export anew once you have moved it away"
+        )
+    found = [verify_run(run) for run in runs]
+    checkpoints, exported, aside = (sum(getattr(run, name) for run in found) for name in _RUN_COUNTS)
+    checked = f"{checkpoints} checkpoints and {exported} exported networks" + (
+        f" of {len(runs)} runs" if len(runs) > 1 else ""
+    )
+    return PathReport(
+        path,
+        "run",
+        checked + (f"; {aside} checkpoints set aside earlier" if aside else ""),
+        problems=[Problem(message, "run") for run in found for message in run.problems],
+        sound=not any(run.problems for run in found),
+    )
 
 
 def _verify_shards(path: Path, reports: "list[FolderReport]", *, deep: bool) -> PathReport:

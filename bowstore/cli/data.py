@@ -176,9 +176,9 @@ def verify(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Check a word store, or a folder of shards, against what was recorded when it was written.
+    """Check a word store, a folder of shards, or a run, against what was recorded when it was written.
 
-    Names what is damaged by chunk, or by shard, member and byte, and leaves with exit code 1 if anything is.
+    Names what is damaged by chunk, by shard, member and byte, or by file, and leaves with exit code 1 if anything is.
     --repair of a store takes damaged chunks back, for `bowstore encode` to redo. --repair of shards builds a stale
     index anew; sets damaged shards aside, for `bowstore shards` to write them again; and leaves images that cannot
     be decoded out of the index of shards made elsewhere.

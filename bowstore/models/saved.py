@@ -119,6 +119,8 @@ def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path} has checkpoint format {version}, this bowstore reads {_WITHOUT_DIGEST} and {CHECKPOINT_VERSION}; "
             f"use the bowstore that wrote it, or move it out of its folder to go on without it"
         )
+    if _CHECKPOINT.fullmatch(path.name) and _step_of(path.name) != state["step"]:
+        raise CorruptError(f"{path} holds step {state['step']}: it was renamed, or copied over another one")
     return state
 
 
@@ -143,10 +145,7 @@ def newest_checkpoint(run: Path) -> dict[str, Any] | None:
         if error:
             say(f"warning: {error}; trying the one before")
         try:
-            state = load_checkpoint(path)
-            if state["step"] == _step_of(path.name):
-                return state
-            raise CorruptError(f"{path} holds step {state['step']}: it was renamed or copied")
+            return load_checkpoint(path)
         except CorruptError as found:
             error = found
     if error:

@@ -318,7 +318,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
     old, new = write_checkpoints(tmp_path, 5, 10)
     new.write_bytes(old.read_bytes())
     assert newest_checkpoint(tmp_path)["step"] == 5  # type: ignore[index]
-    assert "step-000000010.pt holds step 5: it was renamed or copied" in capsys.readouterr().err
+    assert "step-000000010.pt holds step 5: it was renamed, or copied over another one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("make", "kind"), [(os.mkdir, "a folder"), (os.mkfifo, "a pipe, socket or device")])

@@ -55,14 +55,14 @@ def log_of(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in RATES_AND_WAITS} for line in read_metrics(run)]
 
 
-def with_dropout(patch: pytest.MonkeyPatch, seen: Callable[[torch.Tensor], None] = lambda map_BChw: None) -> None:
-    """Networks whose last map loses half of its values in training; `seen` is shown what is left of it."""
+def with_dropout(patch: pytest.MonkeyPatch, seen: Callable[[torch.Tensor], None] = lambda mask: None) -> None:
+    """Networks whose last map loses half of its values in training; `seen` is shown each mask."""
     original = tasks.build_backbone
 
     def drop(module: Any, _: Any, map_BChw: torch.Tensor) -> torch.Tensor:
-        dropped = F.dropout(map_BChw, 0.5, module.training)
-        seen(dropped)
-        return dropped
+        mask = F.dropout(torch.ones_like(map_BChw), 0.5, module.training)
+        seen(mask)
+        return map_BChw * mask
 
     def build(*args: Any) -> Backbone:
         backbone = original(*args)
@@ -208,7 +208,7 @@ def test_ranks_and_steps_draw_masks_of_their_own(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks: list[str] = []
-    with_dropout(monkeypatch, lambda map_BChw: masks.append(content_digest(map_BChw[:8] == 0)))
+    with_dropout(monkeypatch, lambda mask_BChw: masks.append(content_digest(mask_BChw[:8])))
     for rank in (0, 1, 0):
         monkeypatch.setattr(loop, "joined", lambda device, rank=rank: nullcontext(World(rank, 1, torch.device("cpu"))))
         config = make_config("rotation", name=f"run-{len(masks)}", optim={"epochs": 1, "milestones": []})

@@ -286,7 +286,7 @@ def test_loading_says_what_is_missing(tmp_path: Path) -> None:
         load_backbone(tmp_path / "gone.pt")
     with pytest.raises(MissingError, match=r"no file .*gone\.safetensors"):
         load_backbone(tmp_path / "gone.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(b"x" * 50)
+    (tmp_path / "bad.safetensors").write_bytes(b"\xf0" * 50)
     with pytest.raises(CorruptError, match="is not a whole safetensors file"):
         load_backbone(tmp_path / "bad.safetensors")
 
