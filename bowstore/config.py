@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bowstore.errors import MissingError, UsageError
-from bowstore.limits import MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem
+from bowstore.limits import MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
 from bowstore.overrides import apply_overrides
 from bowstore.progress import say
 from bowstore.torchrun import ranks
@@ -31,6 +31,12 @@ def _usable(value: Any) -> Any:
     return value
 
 
+def _filled(value: str) -> str:
+    if problem := text_problem(value):
+        raise ValueError(f"the text {problem}")
+    return value
+
+
 # Values are strict: a number is no text, a boolean no number. Only what YAML has no form for is taken from another:
 # paths from text, tuples from lists, and of course 1.0 from 1.
 T = TypeVar("T")
@@ -38,6 +44,7 @@ Listed = Annotated[tuple[T, ...], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Place = Annotated[Path, Field(strict=False), BeforeValidator(_usable)]
+Text = Annotated[str, AfterValidator(_filled)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
@@ -93,7 +100,7 @@ _Stride = Annotated[int, Field(ge=1, le=8)]
 class ModelConfig(Strict):
     """A backbone by name; `bowstore.models.registry` lists the names."""
 
-    arch: str = "resnet50"
+    arch: Text = "resnet50"
     strides: Annotated[tuple[_Stride, _Stride, _Stride], Field(strict=False)] = Field(
         (1, 2, 2), description="strides of a wide ResNet's three groups"
     )
@@ -103,7 +110,7 @@ class WordsConfig(Strict):
     """Targets of the words task (paper, Eq. 3 and 4) and the cosine head's scale (Eq. 5)."""
 
     store: Place | None = Field(None, description="word store; null: the workspace's")
-    layer: str | None = Field(None, description="layer of the store; null: its only one")
+    layer: Text | None = Field(None, description="layer of the store; null: its only one")
     form: Literal["count", "binary"] = "count"
     reencoded: bool = Field(
         False, description="the shards hold other encodings of the store's images (resized, compressed anew)"
@@ -163,7 +170,7 @@ class EncodeConfig(Strict):
     size: int | None = Field(None, ge=8, le=2048, description="side of the clean view, pixels; null: the teacher's")
     resize: ShortSide | None = Field(None, description="short side before the crop, pixels; null: the teacher's")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the teacher; words are always exact")
-    layers: Listed[str] = Field((), description="layers that are encoded in one pass")
+    layers: Listed[Text] = Field((), description="layers that are encoded in one pass")
     k: Listed[Count] = Field((), description="words of each layer; one number for all of them")
     border: int = Field(0, ge=0, le=MAX_COUNT, description="cells left out at each side of the map")
     pca: Count | None = Field(None, description="principal components before k-means; null: none")
@@ -207,7 +214,7 @@ class TrainConfig(Strict):
     words: WordsConfig = WordsConfig()
     optim: OptimConfig = OptimConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    student: str | None = Field(None, description="configuration that trains on this teacher's words")
+    student: Text | None = Field(None, description="configuration that trains on this teacher's words")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -223,7 +230,7 @@ class Workspace(Strict):
     val_shards: Place | None = Field(None, description="null: data/shards/val, or data/shards/test")
     store: Place = Path("data/words.zarr")
     runs: Place = Path("runs")
-    teacher: str | None = Field(None, description="run or checkpoint; null: the newest finished rotation run")
+    teacher: Text | None = Field(None, description="run or checkpoint; null: the newest finished rotation run")
     config: Place | None = Field(None, description="configuration of `bowstore train`; null: the teacher's student")
     voc: Place = Field(Path("data/VOCdevkit/VOC2007"), description="VOC devkit folder of `bowstore eval voc07`")
     storage: StorageConfig = StorageConfig()
@@ -295,6 +302,7 @@ _REMEDIES = {
     "finite_number": "write a number such as 0.1 or 1e-3",
     "string_type": "put text that looks like a number, true, false or null in quotes",
     "path_type": "put a path that looks like a number, true, false or null in quotes",
+    "string_pattern_mismatch": "use letters, digits and . _ - after the first; --name gives another name",
     "tuple_type": "write a list, as in [1, 2]",
     "model_type": "write a group of keys and values",
 }

@@ -62,7 +62,9 @@ def test_imagenet_is_the_papers_recipe() -> None:
         ("optim.lr=fast", r"optim\.lr: .*number.*\(got 'fast'\)"),
         ("view.area=[0.9,0.1]", r"area 0\.9\.\.0\.1 must satisfy 0 < low <= high <= 1"),
         ("task=jigsaw", r"task: Input should be 'rotation' or 'words' \(got 'jigsaw'\)"),
-        ("name=a/b", r"name: .*pattern.*\(got 'a/b'\)"),
+        ("name=a/b", r"name: .*pattern.*\(got 'a/b'\); use letters, digits and \. _ - .*; --name gives another name"),
+        ('student=""', r"student: the text is empty \(is a shell variable not set\?\)"),
+        ('words.layer="a\\0"', r"words\.layer: the text holds a NUL character"),
         ("view.cutmix=true", r"view\.cutmix must be false for task rotation"),
         ("optim.milestones=[3,2]", r"milestones \(3, 2\) must increase"),
         ("seed", r"--set 'seed' is not of the form key=value"),
@@ -252,5 +254,9 @@ def test_workspace_of_text_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown configuration key 'shard'; did you mean 'shards'\?"):
         load_workspace(tmp_path)
     (tmp_path / "bowstore.yaml").write_text("runs: 2020-01-01\nstore: 010\nshards: 'null'")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "bowstore.yaml").write_text("teacher: ''")
+    with pytest.raises(UsageError, match=r"teacher: the text is empty"):
+        load_workspace(tmp_path / "other")
     expected = Workspace(runs=Path("2020-01-01"), store=Path("010"), shards=Path("null"))
     assert load_workspace(tmp_path) == expected

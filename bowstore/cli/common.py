@@ -78,7 +78,10 @@ class Group(click.Group):
                 raise
             _fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); lower the batch", 1)
         except KeyboardInterrupt:
-            _fail("interrupted; run the command again to go on", 130)
+            _fail(
+                "interrupted; the same command goes on from what is finished (training, from the newest checkpoint)",
+                130,
+            )
 
 
 def _fail(message: str, code: int) -> None:

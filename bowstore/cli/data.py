@@ -1,5 +1,6 @@
 """Commands from images to shards: data, shards, index, verify."""
 
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -53,7 +54,7 @@ def download(name: str, folder: Path, as_json: bool) -> None:
     from bowstore.data.downloads import DOWNLOADS, fetch
 
     paths = [str(path) for path in fetch(name, folder)]
-    command = DOWNLOADS[name].shards.replace("DIR", str(folder))
+    command = DOWNLOADS[name].shards.replace("DIR", shlex.quote(str(folder)))
     emit({"name": name, "paths": paths, "shards": command}, f"{', '.join(paths)}; next: {command}", as_json)
 
 
