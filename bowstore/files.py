@@ -151,6 +151,26 @@ def check_free(out: Path, mark: bytes, command: str, example: str) -> None:
         raise UsageError(f"{out} is there, and `{command}` did not write it; name another --out, or move it away")
 
 
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def check_plain_file(path: Path) -> None:
+    """Refuse what is no file before it is opened: a pipe would be waited for, and a device may have no end.
+
+    Where there is nothing of that name, or nobody may look, whoever opens it says so.
+
+    Raises:
+        CorruptError: says what it is.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a device")
+        raise CorruptError(f"{path} is {kind} and not a file; move it away, or restore the file that should be there")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as file:
@@ -162,13 +182,14 @@ def read_json(path: Path) -> Any:
 
     Raises:
         MissingError: there is no such file.
-        CorruptError: the file is not JSON.
+        CorruptError: the file is not JSON, or no file.
     """
+    check_plain_file(path)
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise MissingError(f"no file {path}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(
             f"{path} is not valid JSON ({error}); move it away and run the command that writes it"
         ) from error

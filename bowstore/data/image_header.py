@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from bowstore.errors import DataError
 
+MAX_IMAGE_BYTES = 1 << 29  # of a file; as much as `MAX_PIXELS` take without any compression
 MAX_PIXELS = 178_956_970  # Pillow's own bound for an error: 2^29 bytes of RGB
 
 _JPEG_MARK = b"\xff\xd8\xff"

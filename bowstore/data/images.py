@@ -17,7 +17,14 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from bowstore.data.image_header import MAX_PIXELS, UnusableImage, check_pixels, jpeg_without_end, refuse_false_size
+from bowstore.data.image_header import (
+    MAX_PIXELS,
+    UnusableImage,
+    check_pixels,
+    jpeg_header,
+    jpeg_without_end,
+    refuse_false_size,
+)
 from bowstore.data.tiff import check_tiff, grey_levels, unread_tiff
 
 JPEG_QUALITY = 95
@@ -29,6 +36,7 @@ _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SIGNATURES = (_JPEG_SIGNATURE, b"\x89PNG", b"RIFF", b"GIF8", b"BM", *_TIFF_SIGNATURES)
 _ORIENTATION_TAG = 0x0112
+_ORIENTATION_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF", b"tiff:Orientation")  # of JPEG, PNG, WebP; of XMP in all
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -166,6 +174,26 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # noqa: BLE001 - broken EXIF ends in any exception, and turns nothing
         return 1
     return value if isinstance(value, int) else 1
+
+
+def is_turned(data: bytes | memoryview) -> bool:
+    """Whether EXIF (or XMP) says that an image is to be turned or mirrored before it is shown.
+
+    Most images have neither, and Pillow is not asked about them.
+
+    Args:
+        data: a JPEG, PNG or WebP image that `image_size` takes.
+    """
+    found = bytes(data[: jpeg_header(data).scan] if bytes(data[:3]) == _JPEG_SIGNATURE else data)
+    if not any(mark in found for mark in _ORIENTATION_MARKS):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)) as image:
+                return _orientation(image) in _UPRIGHT
+        except Exception:  # noqa: BLE001 - see `prepare`
+            return False
 
 
 def _change_needed(image: Image.Image, data: bytes, orientation: int) -> str | None:

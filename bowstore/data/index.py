@@ -176,7 +176,7 @@ def read_index(root: Path, remote: Any = None, storage: StorageConfig | None = N
         inside = sorted(p.parent.name for p in root.glob(f"[!.]*/{INDEX_FILE}"))
         hint = f"; did you mean {root / inside[0]}?" if inside else f"; run `bowstore index {root}` first"
         raise MissingError(f"no index in {root}{hint}") from error
-    except MismatchError:
+    except (MismatchError, CorruptError):
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} is damaged ({error}); run `bowstore index {root}` again") from error

@@ -7,6 +7,7 @@ Legend: N samples.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -24,13 +25,14 @@ from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, ForeignTable
 from bowstore.data.tar import TARS
 from bowstore.data.workers import Report, run_jobs, worker_count
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
-from bowstore.files import atomic_file, read_json
+from bowstore.files import atomic_file, check_plain_file, read_json
 from bowstore.progress import Progress, say
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = "bowstore-shards"
 PARTS_FOLDER = ".parts"
 QUARANTINE_FILE = "quarantine.jsonl"
+_PACKED = re.compile(r"\.(tar\.\w+|t[gbxz]z2?|tzst)$")
 _WORTH_BYTES = 1 << 28  # of shards, for one more process
 _EXAMPLES = 5
 
@@ -81,6 +83,7 @@ def write_index(root: Path, classes: tuple[str, ...], settings: ScanSettings, wo
         _write_quarantine(root, entries, tables, known_bad)
     _refuse_unusable(root, entries, tables)
     _settle_labels(root, tables)
+    _tell_turned(root, tables)
     key_hash_N = np.concatenate([table.columns["key_hash"] for table in tables])
     _refuse_duplicates(key_hash_N, tables)
     fingerprint = xxhash.xxh3_128(key_hash_N.data)
@@ -102,12 +105,21 @@ def find_tars(root: Path) -> list[Path]:
 
     Raises:
         MissingError: no folder, or no tar in it.
+        CorruptError: one of them is no file.
     """
     if not root.is_dir():
         raise MissingError(f"no folder {root}; `bowstore shards SRC OUT` makes shards")
     paths = sorted(root.glob(TARS))
     if not paths:
-        raise MissingError(f"no *.tar file in {root}; name the folder that holds the shards themselves")
+        packed = sorted(path.name for path in root.glob("*") if _PACKED.search(path.name.lower()))
+        hint = (
+            f"unpack {packed[0]} and its like first" if packed else "name the folder that holds the shards themselves"
+        )
+        raise MissingError(f"no *.tar file in {root}; {hint}")
+    for path in paths:
+        check_plain_file(path)
+        if not path.exists():
+            raise MissingError(f"{path} is a link to a file that does not exist; restore the file, or remove the link")
     return paths
 
 
@@ -164,6 +176,7 @@ def known_undecodable(root: Path) -> dict[str, dict[str, tuple[int, str]]]:
     path = root / QUARANTINE_FILE
     found: dict[str, dict[str, tuple[int, str]]] = {}
     try:
+        check_plain_file(path)
         for line in path.read_text().splitlines():
             values = json.loads(line)
             if not {"path", "reason"} <= values.keys() <= {"path", "reason", "digest"}:
@@ -279,6 +292,16 @@ def _settle_labels(root: Path, tables: Sequence[ShardTable]) -> None:
         say(
             f"note: .txt is a whole number in {told['numbers']} of {told['samples']} samples, so it holds captions "
             "and no labels"
+        )
+
+
+def _tell_turned(root: Path, tables: Sequence[ShardTable]) -> None:
+    turned = sum(table.turned for table in tables)
+    if turned:
+        example = next(table.turned_example for table in tables if table.turned)
+        say(
+            f"note: {turned} images carry an EXIF rotation, which nothing applies, for example {example}: they are "
+            f"used as they lie in the file; `bowstore shards {root} OUT` turns them upright"
         )
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.data.image_header import ImageSize, UnusableImage, image_size
+from bowstore.data.image_header import MAX_IMAGE_BYTES, ImageSize, UnusableImage, image_size
+from bowstore.data.images import is_turned
 from bowstore.data.sources.base import NO_LABEL, NO_LABEL_FIELD
 from bowstore.data.sources.labels import usual_label, whole_number
 from bowstore.data.table import image_digest
@@ -32,12 +33,12 @@ from bowstore.data.tar import (
     TarReader,
     image_extension,
     keeps_contract,
+    open_tar_file,
     split_key,
 )
 
 _LABEL_MEMBERS = ("cls", "json", "txt")
 _MAX_LABEL_BYTES = 1 << 20
-_MAX_IMAGE_BYTES = 2**31 - 1
 _EXAMPLES = 5
 _EXAMPLE_CHARACTERS = 40
 _USUAL_CHECKSUM = re.compile(rb"[0-7]{6}\0 |[0-7]{7}[\0 ]")
@@ -112,6 +113,8 @@ class ShardTable:
         told: samples with an image ("samples"), and how many of them have a label in .cls or .json ("labelled"), in
             .json ("json"), one there that is no whole number ("named"), and a whole number in .txt ("numbers").
         name_examples: some of the labels that are no whole numbers.
+        turned: images that an EXIF rotation would turn.
+        turned_example: the name of one of them.
         several: extensions of the images in samples that hold several.
         faults: what else is wrong, if it was asked not to stop there.
         oddities: bytes that nobody reads and that are not what tar writers write; looked for along with faults.
@@ -127,6 +130,8 @@ class ShardTable:
     bad_name_examples: list[str] = field(default_factory=list)
     told: Counter[str] = field(default_factory=Counter)
     name_examples: list[str] = field(default_factory=list)
+    turned: int = 0
+    turned_example: str = ""
     several: Counter[str] = field(default_factory=Counter)
     faults: list[Fault] = field(default_factory=list)
     oddities: list[Fault] = field(default_factory=list)
@@ -141,6 +146,7 @@ class _Image(NamedTuple):
     digest: int
     size: ImageSize | None
     reason: str
+    turned: bool = False
 
 
 @dataclass
@@ -174,7 +180,7 @@ class _ShardScan:
     def run(self, report: Callable[[int], None], resume_at: Sequence[int] | None) -> ShardTable:
         """Read the tar from end to end; with `resume_at`, note what is wrong and go on at the next such byte."""
         self._strict, resume_at = resume_at is None, resume_at or ()
-        with open(self._path, "rb", buffering=0) as file:
+        with open_tar_file(self._path) as file:
             tar = TarReader(file, self._path, report)
             while True:
                 try:
@@ -238,8 +244,8 @@ class _ShardScan:
             self._add_label(tar, member, extension)
 
     def _image(self, tar: TarReader, member: Member, extension: str) -> _Image:
-        if member.size > _MAX_IMAGE_BYTES:
-            return _Image(extension, member, 0, None, f"{member.size} bytes, more than {_MAX_IMAGE_BYTES}")
+        if member.size > MAX_IMAGE_BYTES:
+            return _Image(extension, member, 0, None, f"{member.size} bytes, more than {MAX_IMAGE_BYTES}")
         data = tar.read(member)
         digest = image_digest(data)
         known_digest, known_reason = self._known_bad.get(member.name, (None, ""))
@@ -250,7 +256,7 @@ class _ShardScan:
         except UnusableImage as error:
             return _Image(extension, member, digest, None, str(error))
         reason = self._inspect(bytes(data), size) if self._inspect else None
-        return _Image(extension, member, digest, size, reason or "")
+        return _Image(extension, member, digest, size, reason or "", is_turned(data))
 
     def _add_label(self, tar: TarReader, member: Member, extension: str) -> None:
         """Note what a member tells of its sample's label.
@@ -315,6 +321,9 @@ class _ShardScan:
             (self.table.undecodable if image.size else self.table.left_out).append(refused)
             if image.size is None:
                 return
+        if image.turned:
+            self.table.turned += 1
+            self.table.turned_example = self.table.turned_example or f"{self._path.name}/{name}"
         self._append(sample, image, image.size)
 
     def _count_labels(self, sample: _Sample) -> None:

@@ -21,6 +21,8 @@ from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, plain_name
 from bowstore.data.workers import Report
+from bowstore.errors import CorruptError
+from bowstore.files import check_plain_file
 
 STRICT_CHANGES = ("unusual-jpeg", "unusual-png")  # Pillow decodes these, DALI or a GPU may not
 COMPARED = ("size", "height", "width", "label", "key_hash", "digest")
@@ -191,7 +193,7 @@ class _Check:
     def _compare(self, table: ShardTable, rows: Rows) -> None:
         """The tar's samples against the rows of the index."""
         found_n, place_n = _matched(table, rows)
-        if not found_n.any():
+        if len(rows.offset) and not found_n.any():
             what = f"none of its {len(rows.offset)} images is found"
             first = table.faults[0].message if table.faults else "no header is where it was"
             damaged = self.findings.damaged
@@ -205,9 +207,12 @@ class _Check:
             self._add("tar", f"has {table.size_bytes} bytes, {entry.size_bytes} are recorded")
         told_n = np.zeros(len(rows.offset), bool)
         for fault in table.faults:
-            row = max(0, int(np.searchsorted(rows.offset - BLOCK_BYTES, fault.byte, "right")) - 1)
-            told_n[row] = True
-            self._add_fault(fault, fault.member or rows.key(row))
+            member = fault.member
+            if len(rows.offset):
+                row = max(0, int(np.searchsorted(rows.offset - BLOCK_BYTES, fault.byte, "right")) - 1)
+                told_n[row] = True
+                member = member or rows.key(row)
+            self._add_fault(fault, member)
         self._compare_lost(table, rows, ~found_n, told_n)
         columns = {name: table.columns[name][place_n] for name in COMPARED}
         if self.job.text_labels:
@@ -299,11 +304,14 @@ class _Check:
         if not self.job.dali_index or self.findings.problems or self.findings.damaged or not may_hold_dali_index(path):
             return
         try:
+            check_plain_file(path)
             if path.read_bytes() == table.dali_index:
                 return
             what = "is not what the shard says"
         except FileNotFoundError:
             what = "is missing"
+        except CorruptError:
+            what = "is no file; move it away"
         message = f"DALI's index {path} {what}; `bowstore verify {path.parent} --repair` writes it anew"
         self.findings.problems.append(Problem(message, "index", self.path.name))
 

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import xxhash
 
-from bowstore.data.image_header import UnusableImage
+from bowstore.data.image_header import MAX_IMAGE_BYTES, UnusableImage
 from bowstore.data.images import Prepared, prepare
 from bowstore.data.index_build import PARTS_FOLDER
 from bowstore.data.sources import DANGLING, NO_LABEL, ImageFile, Reader, Source, open_source
@@ -176,6 +176,8 @@ def _finished(job: ShardJob) -> Record | None:
 def _read(read: Reader, image: ImageFile) -> bytes:
     if image.size_bytes == DANGLING:
         raise UnusableImage("link to a file that does not exist")
+    if image.size_bytes > MAX_IMAGE_BYTES:
+        raise UnusableImage(f"{image.size_bytes} bytes, more than {MAX_IMAGE_BYTES}")
     return read(image)
 
 

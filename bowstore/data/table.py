@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.files import atomic_file
+from bowstore.files import atomic_file, check_plain_file
 
 INDEX_FILE = "index.safetensors"
 INDEX_VERSION = 2
@@ -83,6 +83,7 @@ def read_header(path: Path) -> TableHeader:
         FileNotFoundError: there is no such file.
         ValueError: it is no such header.
     """
+    check_plain_file(path)
     size_bytes = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(_LENGTH.size)

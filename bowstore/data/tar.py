@@ -15,7 +15,9 @@ from typing import NamedTuple, Self
 
 import xxhash
 
+from bowstore.beginnings import foreign_kind
 from bowstore.errors import CorruptError, DataError
+from bowstore.files import check_plain_file
 
 TARS = "[!.]*.tar"  # of a folder, as `Path.glob` takes it; ._NAME.tar is macOS's, beside each NAME.tar
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
@@ -34,14 +36,18 @@ _MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a GNU long name
 _OCTAL_LIMIT = 8**11  # from here on, sizes do not fit the header's field and PAX tells them
 _KEY = re.compile(r"[!-\-/-~]+")  # printable ASCII without space and without dots
 _EXTENSION = re.compile(r"[!-~]+")
+_PASSED_OVER = (b"V", b"D")  # GNU tar's volume label, and its listing of a folder, which may have data
 _REFUSED_KINDS = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"3": "a device",
-    b"4": "a device",
-    b"6": "a FIFO",
-    b"S": "a sparse file",
+    b"1": "a hard link, not a plain file; pack the files anew with `tar --hard-dereference`",
+    b"2": "a symbolic link, not a plain file; pack the files anew with `tar --dereference`",
+    b"3": "a device, not a plain file",
+    b"4": "a device, not a plain file",
+    b"6": "a FIFO, not a plain file",
+    b"S": "a sparse file, not a plain file; pack the files anew without --sparse",
+    b"M": "the rest of a file that begins in another volume; pack the files anew without --multi-volume",
 }
+_MAX_SIZE_DIGITS = 19  # of 2^63; int() refuses thousands of them
+_MAX_LENGTH_DIGITS = 7  # of a PAX record, which lies in a header of `_MAX_EXTENDED_BYTES`
 
 
 class Member(NamedTuple):
@@ -109,6 +115,17 @@ def plain_name(header: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
+def open_tar_file(path: Path) -> io.FileIO:
+    """Open a tar for a `TarReader`.
+
+    Raises:
+        CorruptError: it is no file.
+        OSError: it cannot be opened.
+    """
+    check_plain_file(path)
+    return open(path, "rb", buffering=0)
+
+
 class TarReader:
     """One tar, read once from front to back in large blocks, and digested on the way.
 
@@ -139,6 +156,8 @@ class TarReader:
             start = self.position
             header = self._bytes(start, start + BLOCK_BYTES)
             if header == _ZEROS or len(header) < BLOCK_BYTES:
+                if not start:
+                    self._refuse_foreign(header)
                 self._check_end()
                 return None
             self._check_sum(header)
@@ -153,6 +172,9 @@ class TarReader:
                     return self._regular(name, size)
                 self.position = start + BLOCK_BYTES
                 long_name = long_size = None
+            elif kind in _PASSED_OVER:
+                self._regular(name, size)
+                long_name = long_size = None
             elif kind in _EXTENDED:
                 data = self._extended(name, size)
                 if kind == b"L":
@@ -162,8 +184,8 @@ class TarReader:
                     long_name = _text(records["path"]) if "path" in records else long_name
                     long_size = int(records["size"]) if "size" in records else long_size
             else:
-                what = _REFUSED_KINDS.get(kind, f"of the unknown type {kind!r}")
-                raise self._refused(name, f"is {what}, not a plain file")
+                what = _REFUSED_KINDS.get(kind, f"of the unknown type {kind!r}, not a plain file")
+                raise self._refused(name, f"is {what}")
 
     def read(self, member: Member) -> memoryview:
         """Bytes of the member last handed out; overwritten when the reader goes on.
@@ -206,22 +228,43 @@ class TarReader:
         start = position = self.position
         while block := self._bytes(position, min(position + _READ_BYTES, self.size_bytes)):
             if rest := block.lstrip(b"\0"):
-                raise BrokenTar(
-                    f"{self._path} has a zeroed block at byte {start}: data follows the end-of-archive mark, "
-                    f"first at byte {position + len(block) - len(rest)}"
-                ).at(start)
+                raise self._not_the_end(start, position + len(block) - len(rest))
             position += len(block)
+        if not self.size_bytes:
+            raise BrokenTar(f"{self._path} is empty (0 bytes): its download or copy did not happen").at(start)
         if self.size_bytes - start < 2 * BLOCK_BYTES:
             message = f"{self._path} is cut: no end-of-archive mark at byte {start} of {self.size_bytes}"
             raise BrokenTar(message).at(start)
 
+    def _not_the_end(self, start: int, first: int) -> BrokenTar:
+        """The error for zeros at byte `start` that are followed by something, first at byte `first`."""
+        if first % BLOCK_BYTES == start % BLOCK_BYTES and _sum_is_right(self._bytes(first, first + BLOCK_BYTES)):
+            message = (
+                f"{self._path} has zeros from byte {start} on, and a member behind them at byte {first}: archives that "
+                "were joined, of which most readers see the first alone (`tar --concatenate` joins them well, or keep "
+                "them as files of their own), or a damaged one"
+            )
+        else:
+            message = (
+                f"{self._path} has a zeroed block at byte {start}: data follows the end-of-archive mark, first at byte "
+                f"{first}"
+            )
+        return BrokenTar(message).at(start)
+
+    def _refuse_foreign(self, start: bytes) -> None:
+        """Name what a file is that cannot be a tar by its first bytes."""
+        if kind := foreign_kind(start):
+            raise BrokenTar(f"{self._path} is no tar but {kind}").at(0)
+        if len(start) < BLOCK_BYTES and start.strip(b"\0"):
+            raise BrokenTar(f"{self._path} is no tar: it has {len(start)} bytes, and a header has {BLOCK_BYTES}").at(0)
+
     def _check_sum(self, header: bytes) -> None:
-        self.checksum = field = header[_CHECKSUM]
-        # The low half of Adler-32 is 1 + the sum of all bytes modulo 65521: a tenth of the time of summing in Python.
-        total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + len(field) * ord(" ")
-        recorded = _octal(field)
-        if recorded is None or (recorded - total) % 65521:
-            raise self._broken("is damaged (its checksum is wrong)" if self.position else "is none of a tar")
+        self.checksum = header[_CHECKSUM]
+        if _sum_is_right(header):
+            return
+        if not self.position:
+            self._refuse_foreign(header)
+        raise self._broken("is damaged (its checksum is wrong)" if self.position else "is none of a tar")
 
     def _plain_name(self, header: bytes) -> str:
         name = plain_name(header)
@@ -247,9 +290,10 @@ class TarReader:
         records: dict[str, bytes] = {}
         while data:
             digits = data.partition(b" ")[0]
-            length = int(digits) if digits.isdigit() else 0
+            length = int(digits) if digits.isdigit() and len(digits) <= _MAX_LENGTH_DIGITS else 0
             field, equals, value = data[len(digits) + 1 : length - 1].partition(b"=")
-            if not equals or data[length - 1 : length] != b"\n" or (field == b"size" and not value.isdigit()):
+            is_size = value.isdigit() and len(value) <= _MAX_SIZE_DIGITS
+            if not equals or data[length - 1 : length] != b"\n" or (field == b"size" and not is_size):
                 self.position = start
                 raise self._broken(f"is damaged (its PAX records hold {data[:20]!r})")
             records[field.decode("ascii", "replace")] = value
@@ -293,6 +337,13 @@ class TarReader:
     def _load(self, start: int, stop: int) -> None:
         """Read on until byte `stop` is in the buffer, or the file ends; what lies before `start` may go."""
         while self._end < stop:
+            if start > self._end:  # a member that nobody reads, of any size: digested in pieces
+                count = self._file.readinto(self._buffer[: min(start - self._end, _READ_BYTES)])
+                if not count:
+                    return
+                self._take(self._buffer[:count])
+                self._first = self._end
+                continue
             first = min(max(start, self._first), self._end)
             kept = self._buffer[first - self._first : self._end - self._first]
             room = self._buffer if stop - first <= len(self._buffer) else memoryview(bytearray(stop - first))
@@ -301,9 +352,24 @@ class TarReader:
             count = self._file.readinto(room[len(kept) :])
             if not count:
                 return
-            self._digest.update(room[len(kept) : len(kept) + count])
-            self._end += count
-            self._report(count)
+            self._take(room[len(kept) : len(kept) + count])
+
+    def _take(self, data: memoryview) -> None:
+        """Count bytes that were just read."""
+        self._digest.update(data)
+        self._end += len(data)
+        self._report(len(data))
+
+
+def _sum_is_right(header: bytes) -> bool:
+    """Whether a block is a tar header by its checksum."""
+    if len(header) < BLOCK_BYTES:
+        return False
+    field = header[_CHECKSUM]
+    # The low half of Adler-32 is 1 + the sum of all bytes modulo 65521: a tenth of the time of summing in Python.
+    total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + len(field) * ord(" ")
+    recorded = _octal(field)
+    return recorded is not None and not (recorded - total) % 65521
 
 
 def _octal(field: bytes) -> int | None:

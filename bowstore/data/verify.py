@@ -33,7 +33,7 @@ from bowstore.data.table import INDEX_FILE
 from bowstore.data.tar import TARS
 from bowstore.data.workers import run_jobs, worker_count
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError
-from bowstore.files import atomic_file, exclusive_lock
+from bowstore.files import atomic_file, check_plain_file, exclusive_lock
 from bowstore.progress import Progress
 from bowstore.remote import RemoteFolder
 
@@ -199,8 +199,16 @@ def _jobs(
     recorded = {entry.name: entry for entry in entries}
     text_labels = bool(index and trusted and (index.label != NO_LABEL).all())  # .txt labels all images or none
     known_bad = {} if report.own else known_undecodable(root)
-    here = {path.name: path for path in sorted(root.glob(TARS)) if path.exists()}
-    for name in sorted(recorded.keys() - here.keys()):
+    here: dict[str, Path] = {}
+    for path in sorted(root.glob(TARS)):
+        try:
+            check_plain_file(path)
+        except CorruptError as error:
+            report.add("tar", str(error), path.name)
+            report.damaged.append(path.name)
+        else:
+            here |= {path.name: path} if path.exists() else {}
+    for name in sorted(recorded.keys() - here.keys() - set(report.damaged)):
         report.damaged.append(name)
         report.add("tar", f"shard {root / name} is missing", name)
     jobs = []

@@ -8,6 +8,8 @@ import re
 import zipfile
 from typing import BinaryIO
 
+from bowstore.beginnings import foreign_kind
+
 _ZIP = b"PK\x03\x04"
 _START_BYTES = 4096
 _TAR_MAGIC_AT = 257
@@ -20,20 +22,10 @@ _PICKLE = (
 # Every file of torch.save that is no archive (PyTorch before 1.6) begins with this number, pickled.
 _LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
-    (b"\x1f\x8b", f"compressed with gzip; {_UNPACK} (gunzip)"),
-    (b"BZh", f"compressed with bzip2; {_UNPACK} (bunzip2)"),
-    (b"\xfd7zXZ\0", f"compressed with xz; {_UNPACK} (unxz)"),
-    (b"\x28\xb5\x2f\xfd", f"compressed with zstd; {_UNPACK} (unzstd)"),
-    (b"\x04\x22\x4d\x18", f"compressed with lz4; {_UNPACK} (unlz4)"),
-    (b"7z\xbc\xaf\x27\x1c", f"a 7-Zip archive; {_UNPACK}"),
-    (b"Rar!", f"a RAR archive; {_UNPACK}"),
     (b"\x93NUMPY", f"one array of NumPy, without names of tensors; {_CONVERT}"),
     (b"\x89HDF\r\n\x1a\n", f"an HDF5 file, as Keras writes; {_CONVERT}"),
     (b"GGUF", f"a GGUF file of llama.cpp; {_CONVERT}"),
-    (b"version https://git-lfs", "a pointer of git-lfs and not the file itself; run `git lfs pull` where it lies"),
-    (b"/annex/objects/", "a pointer of git-annex and not the file itself; run `git annex get` where it lies"),
 )
-_WEB_PAGE = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|\?xml|!--|error\b)", re.IGNORECASE)
 _TEXT_PICKLE = re.compile(rb"(?:\((?:dp|lp|i)|c[\w.]+\n[\w.]+\n)")
 _PROTOCOL_BUFFER = re.compile(rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a]")  # a version, then another field
 
@@ -50,6 +42,8 @@ def other_kind(file: BinaryIO) -> str:
     start = file.read(_START_BYTES)
     if is_archive(start):
         return _other_archive(file)
+    if kind := foreign_kind(start):
+        return kind
     for beginning, kind in _BEGINNINGS:
         if start.startswith(beginning):
             return kind
@@ -120,8 +114,6 @@ def _other_archive(file: BinaryIO) -> str:
 
 def _text(start: bytes) -> str:
     """What a text is; empty for bytes that are none."""
-    if _WEB_PAGE.match(start):
-        return "a web page (of a login, an error, or about the file), not the file itself; take its download link"
     try:
         text = start[:512].decode("ascii")
     except UnicodeDecodeError:

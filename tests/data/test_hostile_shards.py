@@ -74,7 +74,7 @@ def test_hostile_long_names(tmp_path: Path, name: str, tar_format: int) -> None:
         (tarfile.BLKTYPE, "is a device, not a plain file"),
         (tarfile.FIFOTYPE, "is a FIFO, not a plain file"),
         (tarfile.GNUTYPE_SPARSE, "is a sparse file, not a plain file"),
-        (b"V", r"is of the unknown type b'V', not a plain file"),
+        (b"Q", r"is of the unknown type b'Q', not a plain file"),
     ],
 )
 def test_hostile_kinds_of_members(tmp_path: Path, kind: bytes, message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import xxhash
 
 from bowstore.errors import DataError
+from bowstore.files import check_plain_file
 
 SPLIT_NAMES = ("train", "val", "test")
 NO_LABEL = -1
@@ -175,15 +176,16 @@ def read_file(source: Path, image: ImageFile) -> bytes:
         DataError: it cannot be read, or has another length than when it was listed.
     """
     path = os.path.join(source, image.path)
+    check_plain_file(Path(path))
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            data = file.read(image.size_bytes + 1)
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror}; make it readable, or remove it and start anew"
         ) from error
     if len(data) != image.size_bytes:
-        raise source_changed(path, f"has {len(data)} bytes, {image.size_bytes} when it was listed")
+        raise source_changed(path, f"has {os.path.getsize(path)} bytes, {image.size_bytes} when it was listed")
     return data
 
 

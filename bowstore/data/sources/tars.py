@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from bowstore.data.sources.base import NO_LABEL_FIELD, ImageFile, read_file, source_changed
 from bowstore.data.sources.labels import usual_label
 from bowstore.data.sources.names import SIGNATURE_BYTES, is_image, is_system_member
-from bowstore.data.tar import Member, TarReader, split_key
+from bowstore.data.tar import Member, TarReader, open_tar_file, split_key
 from bowstore.errors import DataError
 
 _MAX_LABEL_BYTES = 1 << 20
@@ -68,7 +68,7 @@ def read_tar(path: Path, label_field: str | None, report: Callable[[int], None])
         DataError: a link, a device, a name that climbs out or comes twice, a label that cannot be read.
     """
     samples: dict[str, _Sample] = {}
-    with open(path, "rb", buffering=0) as file:
+    with open_tar_file(path) as file:
         tar = TarReader(file, path, report)
         content = TarContent([], [], [])
         while member := tar.next_member():
