@@ -273,7 +273,7 @@ def test_a_cut_anywhere_is_found(tmp_path: Path) -> None:
     end = -(-len(data) // 512) * 512  # of the last member
     data = whole.read_bytes()
     for cut in [*range(0, end + 1024, 512), 100, 700, end + 1000]:
-        with pytest.raises(CorruptError, match=r"cut\.tar (is cut|is empty|has a zeroed block)"):
+        with pytest.raises(CorruptError, match=r"cut\.tar (is cut|is empty|is no tar|has a zeroed block)"):
             list_splits(write_file(tmp_path / "cut.tar", data[:cut]))
     assert len(list_splits(write_file(tmp_path / "cut.tar", data[: end + 1024]))) == 1
     for start in range(512, end, 512):
