@@ -21,8 +21,6 @@ from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, plain_name
 from bowstore.data.workers import Report
-from bowstore.errors import CorruptError
-from bowstore.files import check_plain_file
 
 STRICT_CHANGES = ("unusual-jpeg", "unusual-png")  # Pillow decodes these, DALI or a GPU may not
 COMPARED = ("size", "height", "width", "label", "key_hash", "digest")
@@ -304,14 +302,11 @@ class _Check:
         if not self.job.dali_index or self.findings.problems or self.findings.damaged or not may_hold_dali_index(path):
             return
         try:
-            check_plain_file(path)
             if path.read_bytes() == table.dali_index:
                 return
             what = "is not what the shard says"
         except FileNotFoundError:
             what = "is missing"
-        except CorruptError:
-            what = "is no file; move it away"
         message = f"DALI's index {path} {what}; `bowstore verify {path.parent} --repair` writes it anew"
         self.findings.problems.append(Problem(message, "index", self.path.name))
 
