@@ -18,9 +18,11 @@ from bowstore.data.pipeline import CleanView, clean_batches
 from bowstore.data.reader import ImageSource
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.models.registry import Backbone
-from bowstore.progress import Progress
+from bowstore.progress import Progress, say
 
 MAX_DIMS = 9216
+COLLAPSED = 1e-3  # variation below which features tell no images apart; those of random networks vary by 0.05 and more
+_SLICE = 1024  # images at a time, so that sums in float64 need little memory
 Batches = Iterable[tuple[NDArray[np.int64], Tensor]]
 
 
@@ -162,7 +164,8 @@ def extract(
     """Features of `rows` (N,) in their order, float32 (N, d) for each tap by its name.
 
     The backbone is moved to `device` and runs in eval mode without gradients: its batch-norm statistics stay
-    as they are, and it gets its modes back. Memory: N * d * 4 bytes for each tap, on the host.
+    as they are, and it gets its modes back. Memory: N * d * 4 bytes for each tap, on the host. A tap whose features
+    are (all but) the same for all images is warned of: the network has collapsed, and its scores are chance.
 
     Args:
         backbone: the network.
@@ -224,7 +227,26 @@ def collect(
             progress.advance(len(rows_B))
     if start != len(rows):
         raise MismatchError(f"{what}: {start} of {len(rows)} images came out of the pipeline")
+    for name, values_Nd in features.items():
+        if (share := variation(values_Nd)) < COLLAPSED and len(rows) > 1:
+            say(
+                f"warning: {what}: {taps[name]} is the same for all {len(rows)} images (it varies by {share:.1g} of "
+                f"its size, less than {COLLAPSED:g}): the network has collapsed, and no score of it says anything"
+            )
     return features
+
+
+def variation(features_Nd: NDArray[np.float32]) -> float:
+    """How much features differ between images: the root mean square of x - mean, over that of x; 0 where all are 0."""
+    total, squares = np.zeros(features_Nd.shape[1]), 0.0
+    parts = [features_Nd[start : start + _SLICE] for start in range(0, len(features_Nd), _SLICE)]
+    for part in parts:
+        total += part.sum(axis=0, dtype=np.float64)
+        squares += float(np.square(part, dtype=np.float64).sum())
+    mean = total / len(features_Nd)
+    # Around the mean itself: a difference of large sums would be rounding.
+    around = sum(float(np.square(part - mean).sum()) for part in parts)
+    return float(np.sqrt(around / squares)) if squares > 0 else 0.0
 
 
 @contextmanager

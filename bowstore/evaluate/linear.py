@@ -25,7 +25,7 @@ from bowstore.data.pipeline import clean_view
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import choose_device
 from bowstore.errors import DataError, MismatchError
-from bowstore.evaluate.features import POOLED, extract
+from bowstore.evaluate.features import POOLED, extract, variation
 from bowstore.evaluate.protocol import Result, new_result, write_result
 from bowstore.models.registry import Backbone
 from bowstore.models.weights import weights_sha256
@@ -232,7 +232,7 @@ def evaluate_linear(
         },
         inputs={split: index.fingerprint for split, index in splits.items()}
         | {"weights_sha256": weights_sha256(backbone.state_dict()), "run": run, "dataset": dataset},
-        details=probe.details,
+        details=probe.details | {"variation": {split: variation(values) for split, values in features.items()}},
         device=device,
         seconds=time.monotonic() - start,
     )

@@ -23,7 +23,7 @@ from bowstore.data.pipeline import clean_view
 from bowstore.data.reader import FileReader
 from bowstore.environment import choose_device
 from bowstore.errors import DataError, MismatchError, MissingError
-from bowstore.evaluate.features import Tap, extract, layer_taps
+from bowstore.evaluate.features import Tap, extract, layer_taps, variation
 from bowstore.evaluate.protocol import Result, new_result, write_result
 from bowstore.evaluate.svm import (
     ABSENT,
@@ -203,6 +203,9 @@ def evaluate_voc07(
         for name, split in splits.items()
     ]
     dims = {layer: values_Nd.shape[1] for layer, values_Nd in features[0].items()}
+    varied = {
+        layer: {name: variation(part[layer]) for name, part in zip(splits, features, strict=True)} for layer in dims
+    }
     scores = _score_layers(features, train, test, costs=COSTS[costs], seed=seed, jobs=jobs)
     result = new_result(
         f"voc07-svm/{costs}",
@@ -218,7 +221,9 @@ def evaluate_voc07(
         },
         inputs={"train": train.fingerprint, "test": test.fingerprint, "dataset": _dataset(train, test)}
         | {"weights_sha256": weights_sha256(backbone.state_dict()), "run": run},
-        details={layer: _details(score, train.classes) for layer, score in scores.items()},
+        details={
+            layer: _details(score, train.classes) | {"variation": varied[layer]} for layer, score in scores.items()
+        },
         device=device,
         seconds=time.monotonic() - start,
     )

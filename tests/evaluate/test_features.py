@@ -1,4 +1,6 @@
+import copy
 import io
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +22,7 @@ from bowstore.evaluate.features import (
     collect,
     extract,
     layer_taps,
+    variation,
 )
 from bowstore.models.registry import Backbone, build_backbone
 
@@ -178,6 +181,37 @@ def test_nan_names_the_image(backbone: Backbone) -> None:
         collect(backbone, batches(images, 2), rows(6), POOLED)
     with pytest.raises(DataError, match="for image-4 and 0 more"):
         collect(backbone, batches(images, 6), rows(6), POOLED, name_of="image-{}".format)
+
+
+@pytest.mark.parametrize("level", [0.0, 3e-4, 1.0, 1e30])
+def test_features_that_are_the_same_for_all_images_are_warned_of(
+    backbone: Backbone, capsys: pytest.CaptureFixture[str], level: float
+) -> None:
+    collapsed = copy.deepcopy(backbone)
+    with torch.no_grad():
+        for parameter in (last := collapsed.stages["block3"].bn).parameters():  # type: ignore[operator, union-attr]
+            parameter.zero_()
+        last.bias += level  # type: ignore[operator, arg-type]
+    batch = torch.randn(6, 3, 16, 16)
+    collect(collapsed, batches(batch, 2), rows(6), POOLED, what="test features")
+    told = (
+        r"warning: test features: pooled output is the same for all 6 images \(it varies by 0 of its size, less than "
+        r"0\.001\): the network has collapsed, and no score of it says anything\n"
+    )
+    assert re.search(told, capsys.readouterr().err)
+    collect(backbone, batches(batch, 2), rows(6), POOLED)
+    assert "warning" not in capsys.readouterr().err
+    collect(backbone, batches(batch[:1], 1), rows(1), POOLED)  # of one image nothing can be told
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_variation_is_a_share_of_the_features_size() -> None:
+    values = np.random.default_rng(0).normal(3, 0.5, (3000, 7)).astype(np.float32)
+    wide = values.astype(np.float64)
+    expected = np.sqrt(((wide - wide.mean(0)) ** 2).sum() / (wide**2).sum())
+    assert variation(values) == pytest.approx(expected, rel=1e-6)
+    assert variation(np.full((5, 3), 1e30, np.float32) * np.float32(1.1)) == pytest.approx(0, abs=1e-7)
+    assert variation(np.zeros((5, 3), np.float32)) == 0
 
 
 def test_other_order_is_refused(backbone: Backbone) -> None:

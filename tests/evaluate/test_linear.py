@@ -221,6 +221,8 @@ class TestWhole:
         assert result.settings["dims"] == 64
         assert result.settings["probe"]["epochs"] == 10
         assert len(result.details["losses"]) == 10
+        assert result.details["variation"].keys() == {"train", "test"}
+        assert min(result.details["variation"].values()) > 0.01
         again = self.evaluate(tmp_path, train, test, config)
         assert again.details["losses"] == result.details["losses"]
         assert again.inputs == result.inputs

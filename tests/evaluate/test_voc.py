@@ -128,6 +128,8 @@ class TestWhole:
             assert list(precisions) == ["blue", "green", "red"]
             assert result.metrics[f"map_{layer}"] == pytest.approx(np.mean(list(precisions.values())))
             assert set(result.details[layer]["cost"].values()) <= set(result.settings["costs"])
+            assert all(0.01 < share < 2 for share in result.details[layer]["variation"].values())
+            assert result.details[layer]["variation"].keys() == {"trainval", "test"}
             assert result.details[layer]["fits"] == 3 * (3 * 3 + 1)
             assert result.details[layer]["unconverged_fits"] >= 0
         assert result.settings["view"]["squash"] is True
