@@ -40,7 +40,7 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
         index = open_index(config.shards, config.runtime.storage)
         schedule = data_schedule(config, index, world)
         task = build_task(with_local_store(config, world), index, world)
-        network = task.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = task.network.to(world.device).to(memory_format=task.network.memory_format(world.device))
         optimizer, model = build_optimizer(network, config), wrap_network(network, config, world)
         drain = PREFETCH + 2
         batches = train_batches(

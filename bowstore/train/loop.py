@@ -106,7 +106,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
 
         # --- network, optimiser, state
         task = build_task(with_local_store(config, world), index, world)
-        network = task.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = task.network.to(world.device).to(memory_format=task.network.memory_format(world.device))
         optimizer = build_optimizer(network, config)
         meter = Meter(world.device)
         state = saved.newest_checkpoint(run)

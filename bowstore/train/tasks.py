@@ -19,6 +19,7 @@ from bowstore.data.index import Index
 from bowstore.data.pipeline import Batch
 from bowstore.data.plan import Plan
 from bowstore.models.heads import CosineHead, RotationHead
+from bowstore.models.memory import training_format
 from bowstore.models.registry import Backbone, build_backbone
 from bowstore.progress import say
 from bowstore.train.distributed import World
@@ -49,13 +50,19 @@ class Network(nn.Module):
     def __init__(self, backbone: Backbone, head: nn.Module, *, pooled: bool) -> None:
         super().__init__()
         self.backbone, self.head, self._pooled = backbone, head, pooled
+        self._formats = {device: training_format(backbone, device) for device in ("cpu", "cuda")}
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits."""
+        images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format(images_BCHW.device))
         if self._pooled:
             return self.head(self.backbone(images_BCHW))  # type: ignore[no-any-return]
         last = self.backbone.layers[-1]
         return self.head(self.backbone.feature_maps(images_BCHW, (last,))[last])  # type: ignore[no-any-return]
+
+    def memory_format(self, device: torch.device) -> torch.memory_format:
+        """How weights and maps lie in memory (`bowstore.models.memory`)."""
+        return self._formats[device.type]
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def _rotation_task(backbone: Backbone, index: Index, blocks: int | None) -> Task
     def prepare(batch: Batch) -> tuple[Tensor, Tensor]:
         images_BCHW = batch.images_BCHW
         turned = [torch.rot90(images_BCHW, quarter, (2, 3)) for quarter in range(4)]
-        inputs = torch.cat(turned).contiguous(memory_format=torch.channels_last)
+        inputs = torch.cat(turned)
         return inputs, torch.arange(4, device=inputs.device).repeat_interleave(len(images_BCHW))
 
     def loss(logits_B4: Tensor, label_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

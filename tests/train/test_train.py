@@ -410,3 +410,19 @@ def test_a_finished_run_without_checkpoints_stays_finished(make_config: Make, tm
     shutil.rmtree(run / "checkpoints")
     assert "finished already" in loop.train(config, tmp_path / "runs").text()
     assert (run / "backbone.safetensors").read_bytes() == exported
+
+
+@pytest.mark.parametrize(("arch", "contiguous"), [("wrn-10-1", False), ("wrn-10-4", True)])
+def test_a_run_lays_its_network_out_by_the_rule(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, contiguous: bool
+) -> None:
+    """Of weights in the other format, maps would follow them, whatever the images are."""
+
+    def look(model: torch.nn.Module, *_: object, **__: object) -> None:
+        weights = [p for p in model.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+        assert all(weight.is_contiguous() == contiguous for weight in weights)
+        raise Interrupted
+
+    monkeypatch.setattr(loop, "train_step", look)
+    with pytest.raises(Interrupted):
+        loop.train(make_config("rotation", model={"arch": arch}), tmp_path / "runs")
