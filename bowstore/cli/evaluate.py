@@ -32,21 +32,32 @@ def _run_options(command: Any) -> Any:
 @_run_options
 @click.option("--train", "train_shards", type=PATH, help="Labelled train shards.  [default: the workspace's]")
 @click.option("--test", "test_shards", type=PATH, help="Labelled test shards.  [default: the workspace's]")
+@click.option("--held-out", is_flag=True, help="Test on a tenth of each train class (another protocol id).")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the order of training.")
 @click.option("--standardise", is_flag=True, help="Standardise features (another protocol id).")
 def linear(
-    name: str | None, random_init: bool, train_shards: Path | None, test_shards: Path | None, as_json: bool, **how: Any
+    name: str | None,
+    random_init: bool,
+    train_shards: Path | None,
+    test_shards: Path | None,
+    held_out: bool,
+    as_json: bool,
+    **how: Any,
 ) -> None:
     """Linear classifier on frozen pooled features (the paper's CIFAR-100 and MiniImageNet protocol)."""
     from bowstore.config import load_workspace
+    from bowstore.errors import UsageError
     from bowstore.evaluate.run import evaluate_run_linear
     from bowstore.workspace import val_shards
 
+    if held_out and test_shards:
+        raise UsageError(f"--held-out tests on train images, --test on {test_shards}; leave one of them out")
     workspace = load_workspace()
     result = evaluate_run_linear(
         _run_path(workspace, name),
         train=train_shards or workspace.shards,
-        test=test_shards or val_shards(workspace),
+        test=None if held_out else test_shards or val_shards(workspace),
+        by_default=test_shards is None,
         random_init=random_init,
         storage=workspace.storage,
         **how,

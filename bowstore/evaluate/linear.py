@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bowstore.config import StorageConfig, Strict, ViewConfig, dump
-from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import clean_view
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import choose_device
-from bowstore.errors import DataError, MismatchError
+from bowstore.errors import DataError
 from bowstore.evaluate.features import POOLED, extract, variation
 from bowstore.evaluate.protocol import Result, new_result, write_result
+from bowstore.evaluate.splits import check_classes, check_labels, open_splits
 from bowstore.models.registry import Backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.progress import Progress
@@ -50,6 +50,7 @@ class LinearConfig(Strict):
     batch: int = Field(default=128, ge=1, description="paper silent; an epoch's last may be smaller")
     seed: int = Field(default=0, ge=0, lt=2**32, description="order of the images")
     standardise: bool = Field(default=False, description="by mean and deviation of the train split")
+    held_out: bool = Field(default=False, description="a tenth of each train class is the test split")
 
     @model_validator(mode="after")
     def _momentum(self) -> Self:
@@ -59,8 +60,9 @@ class LinearConfig(Strict):
 
     @property
     def protocol(self) -> str:
-        """Protocol id: standardised features are another protocol."""
-        return "linear/standardised" if self.standardise else "linear/bownet-cifar"
+        """Protocol id: standardised features are another protocol, and so is a test split that was held out."""
+        name = "standardised" if self.standardise else "bownet-cifar"
+        return f"linear/{name}-held-out" if self.held_out else f"linear/{name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ def linear_probe(
     _check_split("test", test_Md, test_labels_M)
     if train_Nd.shape[1] != test_Md.shape[1]:
         raise DataError(f"train features have {train_Nd.shape[1]} dimensions, test features {test_Md.shape[1]}")
-    classes = _check_classes(train_labels_N, test_labels_M, classes)
+    classes = check_classes(train_labels_N, test_labels_M, classes)
 
     start = time.monotonic()
     train_X, test_X = (_resident(torch.from_numpy(features), device) for features in (train_Nd, test_Md))
@@ -162,7 +164,7 @@ def evaluate_linear(
     backbone: Backbone,
     *,
     train: Path,
-    test: Path,
+    test: Path | None,
     view: ViewConfig,
     out: Path,
     config: LinearConfig | None = None,
@@ -178,7 +180,7 @@ def evaluate_linear(
     Args:
         backbone: the frozen network.
         train: shards with labels.
-        test: shards with labels of the same classes.
+        test: shards with labels of the same classes; None, with `config.held_out`, for a tenth of each train class.
         view: the clean view's size, resize and normalisation.
         out: run directory.
         config: the probe; None for the paper's.
@@ -194,21 +196,22 @@ def evaluate_linear(
         DataError: as `linear_probe` and `features.extract`.
     """
     config, device, start = config or LinearConfig(), device or choose_device("auto"), time.monotonic()
-    splits = _open_splits(train, test, storage)
+    assert config.held_out == (test is None), "the protocol's id says what was tested on"
+    splits = open_splits(train, test, storage)
     clean = clean_view(view)
     features = {
         split: extract(
             backbone,
-            ShardReader(fetched(index)),
+            ShardReader(fetched(part.index)),
             clean,
-            np.arange(len(index), dtype=np.int64),
+            part.rows,
             taps=POOLED,
             batch=batch,
             device=device,
             threads=threads,
             what=f"{split} features",
         )["pooled"]
-        for split, index in splits.items()
+        for split, part in splits.items()
     }
     probe = linear_probe(
         features["train"],
@@ -216,7 +219,7 @@ def evaluate_linear(
         features["test"],
         splits["test"].label,
         config=config,
-        classes=len(splits["train"].classes) or None,
+        classes=len(splits["train"].index.classes) or None,
         device=device,
     )
     result = new_result(
@@ -228,9 +231,9 @@ def evaluate_linear(
             "view": asdict(clean),
             "dims": features["train"].shape[1],
             "classes": probe.classes,
-            "images": {split: len(index) for split, index in splits.items()},
+            "images": {split: len(part) for split, part in splits.items()},
         },
-        inputs={split: index.fingerprint for split, index in splits.items()}
+        inputs={split: part.index.fingerprint for split, part in splits.items()}
         | {"weights_sha256": weights_sha256(backbone.state_dict()), "run": run, "dataset": dataset},
         details=probe.details | {"variation": {split: variation(values) for split, values in features.items()}},
         device=device,
@@ -238,23 +241,6 @@ def evaluate_linear(
     )
     write_result(out, result)
     return result
-
-
-def _open_splits(train: Path, test: Path, storage: StorageConfig | None) -> dict[str, Index]:
-    """Both indexes, once they fit each other and have labels: what can be wrong before an image is read."""
-    splits = {"train": open_index(train, storage), "test": open_index(test, storage)}
-    if splits["train"].fingerprint == splits["test"].fingerprint:
-        raise MismatchError(f"{train} and {test} hold the same images; name another split's shards as test")
-    classes = [index.classes for index in splits.values()]
-    if classes[0] != classes[1]:
-        raise MismatchError(
-            f"{train} has {len(classes[0])} classes and {test} {len(classes[1])}, or other ones; "
-            "write both splits from one data set"
-        )
-    for split, index in splits.items():
-        _check_labels(split, index.label)
-    _check_classes(splits["train"].label, splits["test"].label, len(classes[0]) or None)
-    return splits
 
 
 def standardised(train_Nd: Tensor, test_Md: Tensor) -> tuple[Tensor, Tensor]:
@@ -363,36 +349,4 @@ def _check_split(split: str, features: NDArray[np.float32], labels: NDArray[np.i
             f"{split}: NaN or infinity in the features of {len(bad)} of {len(features)} images "
             f"(first: row {bad[0]}); check the weights and the normalisation"
         )
-    _check_labels(split, labels)
-
-
-def _check_labels(split: str, labels: NDArray[np.integer]) -> None:
-    missing = np.flatnonzero(labels < 0)
-    if len(missing):
-        raise DataError(
-            f"{split}: {len(missing)} of {len(labels)} images have no label (first: row {missing[0]}); "
-            "a linear probe needs shards made from a source with labels"
-        )
-
-
-def _check_classes(train_labels_N: NDArray[np.integer], test_labels_M: NDArray[np.integer], classes: int | None) -> int:
-    """K, once the labels of both splits fit it."""
-    classes = classes or int(train_labels_N.max()) + 1
-    if classes < 2:
-        raise DataError(f"{classes} class in {len(train_labels_N)} train images; a probe needs at least 2")
-    outside = test_labels_M[test_labels_M >= classes]
-    if len(outside):
-        raise DataError(
-            f"{len(outside)} of {len(test_labels_M)} test images have labels (first: {outside[0]}) outside "
-            f"the {classes} train classes; write both splits from one data set"
-        )
-    images_K = np.bincount(train_labels_N, minlength=classes)
-    if len(images_K) > classes:
-        raise DataError(f"train labels reach {len(images_K) - 1} with {classes} classes; index the shards again")
-    empty = np.flatnonzero(images_K == 0)
-    if len(empty):
-        raise DataError(
-            f"{len(empty)} of {classes} classes have no train images (first: class {empty[0]}); "
-            "use more train images, or shards of all classes"
-        )
-    return classes
+    check_labels(split, labels)

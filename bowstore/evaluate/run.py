@@ -7,14 +7,16 @@ from typing import Any
 import torch
 
 from bowstore.config import StorageConfig, dump
-from bowstore.data.index import Index, open_index
+from bowstore.data.index import open_index
 from bowstore.environment import choose_device
 from bowstore.evaluate.linear import LinearConfig, evaluate_linear
 from bowstore.evaluate.protocol import Result, result_table
+from bowstore.evaluate.splits import known_dataset, share_no_class
 from bowstore.evaluate.svm import CostList
 from bowstore.evaluate.voc import evaluate_voc07
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import LoadedBackbone, load_backbone
+from bowstore.progress import say
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def evaluate_run_linear(
     path: Path,
     *,
     train: Path,
-    test: Path,
+    test: Path | None,
+    by_default: bool = False,
     random_init: bool = False,
     standardise: bool = False,
     seed: int = 0,
@@ -50,7 +53,8 @@ def evaluate_run_linear(
     Args:
         path: what to evaluate.
         train: labelled shards.
-        test: labelled shards.
+        test: labelled shards; None holds a tenth of each train class out, under another protocol id.
+        by_default: nobody named `test`: if its classes are others than those of `train`, a tenth is held out.
         random_init: evaluate the same network at its random initialisation (the run's own seed).
         standardise: standardise features by the train split; has its own protocol id.
         seed: of the linear layer and its order.
@@ -58,6 +62,13 @@ def evaluate_run_linear(
         device: auto, cpu or cuda.
         storage: how shards are read, and where copies of remote ones lie.
     """
+    indexes = open_index(train, storage), open_index(test, storage) if test else None
+    if by_default and indexes[1] and share_no_class(indexes[0], indexes[1]):
+        say(
+            f"{test} holds other classes than {train}: a tenth of each train class is held out and tested on, under a "
+            "protocol id of its own; --test names a test split of the same classes"
+        )
+        test, indexes = None, (indexes[0], None)
     loaded, name, out = _load(path, random_init)
     result = evaluate_linear(
         loaded.backbone,
@@ -65,20 +76,14 @@ def evaluate_run_linear(
         test=test,
         view=loaded.view,
         out=out,
-        config=LinearConfig(seed=seed, standardise=standardise),
-        dataset=known_dataset(open_index(train, storage), open_index(test, storage)),
+        config=LinearConfig(seed=seed, standardise=standardise, held_out=test is None),
+        dataset=known_dataset(*indexes),
         run=name,
         batch=batch,
         device=choose_device(device),
         storage=storage,
     )
     return Evaluated(name, result)
-
-
-def known_dataset(train: Index, test: Index) -> str | None:
-    """Name of the paper's data set that these shards can only be, by their numbers; its figures are then shown."""
-    sizes = (len(train.classes), len(train), len(test))
-    return {(100, 50_000, 10_000): "cifar100"}.get(sizes)
 
 
 def evaluate_run_voc07(

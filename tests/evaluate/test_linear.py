@@ -8,12 +8,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from bowstore.config import ModelConfig, ViewConfig, validate
+from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, validate
 from bowstore.data.index import build_index
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.evaluate.linear import LinearConfig, evaluate_linear, learning_rate, linear_probe, standardised
 from bowstore.evaluate.protocol import Result, read_result
+from bowstore.evaluate.run import evaluate_run_linear
 from bowstore.models.registry import build_backbone
+from bowstore.models.saved import save_backbone
 
 QUICK = LinearConfig(epochs=5)
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -42,6 +44,8 @@ def test_defaults_where_the_paper_is_silent() -> None:
 def test_standardised_features_are_another_protocol() -> None:
     assert LinearConfig().protocol == "linear/bownet-cifar"
     assert LinearConfig(standardise=True).protocol == "linear/standardised"
+    assert LinearConfig(held_out=True).protocol == "linear/bownet-cifar-held-out"
+    assert LinearConfig(held_out=True, standardise=True).protocol == "linear/standardised-held-out"
 
 
 def test_nesterov_needs_momentum() -> None:
@@ -226,6 +230,36 @@ class TestWhole:
         again = self.evaluate(tmp_path, train, test, config)
         assert again.details["losses"] == result.details["losses"]
         assert again.inputs == result.inputs
+
+    def test_a_tenth_held_out_has_a_protocol_of_its_own(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Asked for, or because the workspace's test shards hold other classes, as MiniImageNet's splits do."""
+        train = write_shards(tmp_path / "train", 60, 0, names=self.names)
+        novel = write_shards(tmp_path / "novel", 8, 1, names=("red", "blue"))
+        config = TrainConfig.model_validate(
+            {"name": "r", "task": "words", "view": dump(self.view), "model": {"arch": "wrn-10-1"}}
+        )
+        torch.manual_seed(0)
+        path = tmp_path / "runs" / "r.safetensors"
+        path.parent.mkdir()
+        save_backbone(path, build_backbone(config.model), config)
+        results = []
+        for test, by_default in ((None, False), (novel, True)):
+            evaluated = evaluate_run_linear(path, train=train, test=test, by_default=by_default, standardise=True)
+            told = capsys.readouterr().err
+            line = f"{novel} holds other classes than {train}: a tenth of each train class is held out"
+            assert (line in told) == by_default
+            results.append(evaluated.result)
+        assert results[0].protocol == results[1].protocol == "linear/standardised-held-out"
+        assert results[0].metrics == results[1].metrics == {"top1": 1.0}
+        assert results[0].settings["images"] == {"train": 54, "test": 6}
+        assert results[0].inputs["dataset"] is None
+        assert read_result(tmp_path / "runs" / "r" / "eval" / "linear-standardised-held-out.json") == results[1]
+        with pytest.raises(
+            MismatchError, match=r"or other ones; .* hold a tenth of each train class out \(--held-out\)"
+        ):
+            evaluate_run_linear(path, train=train, test=novel)
 
     def test_same_images_twice(self, tmp_path: Path) -> None:
         train = write_shards(tmp_path / "train", 6, 0, names=self.names)

@@ -1,0 +1,161 @@
+"""Labelled train and test images of an evaluation, once they fit each other; how the paper's data sets are known.
+
+Legend: N images of a split, K classes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from bowstore.config import StorageConfig
+from bowstore.data.index import Index, open_index
+from bowstore.errors import DataError, MismatchError
+
+_HELD_OUT = 10  # one image in so many of each class
+_CIFAR100 = (100, 50_000, 10_000)  # classes, train images, test images
+_MINIIMAGENET = (64, 38_400)  # base classes, their images
+_MINIIMAGENET_CLASSES = "189dcceae09565aa"  # xxh3-64 of the sorted base classes (Ravi and Larochelle, 2017)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of shards.
+
+    Attributes:
+        index: of the shards.
+        rows: int64 (N,), ascending.
+    """
+
+    index: Index
+    rows: NDArray[np.int64]
+
+    @cached_property
+    def label(self) -> NDArray[np.int32]:
+        """int32 (N,), a place in the index's classes; -1 where there is none."""
+        return np.asarray(self.index.label[self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def open_splits(train: Path, test: Path | None, storage: StorageConfig | None) -> dict[str, Split]:
+    """Both splits, once they fit each other and have labels: what can be wrong before an image is read.
+
+    Args:
+        train: labelled shards.
+        test: labelled shards of the same classes; None to hold a tenth of each class of the train shards out.
+        storage: how shards are read.
+
+    Raises:
+        MismatchError: other classes in both, or the same images.
+        DataError: as `check_labels` and `check_classes`.
+    """
+    if test is None:
+        splits = _held_out(open_index(train, storage), train)
+    else:
+        splits = {name: _whole(open_index(path, storage)) for name, path in (("train", train), ("test", test))}
+        _check_pair(splits, train, test)
+    for name, split in splits.items():
+        check_labels(name, split.label)
+    check_classes(splits["train"].label, splits["test"].label, len(splits["train"].index.classes) or None)
+    return splits
+
+
+def _whole(index: Index) -> Split:
+    return Split(index, np.arange(len(index), dtype=np.int64))
+
+
+def _check_pair(splits: dict[str, Split], train: Path, test: Path) -> None:
+    indexes = [split.index for split in splits.values()]
+    if indexes[0].fingerprint == indexes[1].fingerprint:
+        raise MismatchError(f"{train} and {test} hold the same images; name another split's shards as test")
+    classes = [index.classes for index in indexes]
+    if classes[0] != classes[1]:
+        raise MismatchError(
+            f"{train} has {len(classes[0])} classes and {test} {len(classes[1])}, or other ones; "
+            "write both splits from one data set, or hold a tenth of each train class out (--held-out)"
+        )
+
+
+def _held_out(index: Index, train: Path) -> dict[str, Split]:
+    """A tenth of each class, at least one image, as the test split; the rest as the train split.
+
+    The images with the least key hashes: the same ones in whatever order and shards the images lie.
+
+    Raises:
+        DataError: images without labels, or a class of one image.
+    """
+    label_N = np.asarray(index.label)
+    check_labels("train", label_N)
+    order = np.lexsort((index.key_hash, label_N))
+    classes, first, count = np.unique(label_N[order], return_index=True, return_counts=True)
+    if len(alone := classes[count < 2]):
+        raise DataError(
+            f"{train}: class {alone[0]} has 1 image, so that none of it can be held out ({len(alone)} such classes); "
+            "give --test"
+        )
+    held = [order[at : at + max(1, n // _HELD_OUT)] for at, n in zip(first.tolist(), count.tolist(), strict=True)]
+    is_held = np.zeros(len(index), bool)
+    is_held[np.concatenate(held)] = True
+    return {"train": Split(index, np.flatnonzero(~is_held)), "test": Split(index, np.flatnonzero(is_held))}
+
+
+def share_no_class(train: Index, test: Index) -> bool:
+    """Whether two splits have classes of their own, as those of MiniImageNet have."""
+    return bool(train.classes) and bool(test.classes) and not set(train.classes) & set(test.classes)
+
+
+def known_dataset(train: Index, test: Index | None) -> str | None:
+    """Name of the paper's data set that these shards can only be; its figures are then shown.
+
+    CIFAR-100 by its numbers; MiniImageNet's base classes by their names and images, beside a test split of the same
+    classes. A held-out tenth (no test split) is none of the paper's.
+    """
+    if test is None:
+        return None
+    if (len(train.classes), len(train), len(test)) == _CIFAR100:
+        return "cifar100"
+    names = xxhash.xxh3_64_hexdigest(" ".join(sorted(train.classes)).encode())
+    base = (len(train.classes), len(train)) == _MINIIMAGENET and names == _MINIIMAGENET_CLASSES
+    return "miniimagenet" if base and test.classes == train.classes else None
+
+
+def check_labels(split: str, labels: NDArray[np.integer]) -> None:
+    """Refuse images without labels."""
+    missing = np.flatnonzero(labels < 0)
+    if len(missing):
+        raise DataError(
+            f"{split}: {len(missing)} of {len(labels)} images have no label (first: row {missing[0]}); "
+            "a linear probe needs shards made from a source with labels"
+        )
+
+
+def check_classes(train_labels_N: NDArray[np.integer], test_labels_M: NDArray[np.integer], classes: int | None) -> int:
+    """K, once the labels of both splits fit it.
+
+    Raises:
+        DataError: fewer than two classes, labels outside them, or a class without train images.
+    """
+    classes = classes or int(train_labels_N.max()) + 1
+    if classes < 2:
+        raise DataError(f"{classes} class in {len(train_labels_N)} train images; a probe needs at least 2")
+    outside = test_labels_M[test_labels_M >= classes]
+    if len(outside):
+        raise DataError(
+            f"{len(outside)} of {len(test_labels_M)} test images have labels (first: {outside[0]}) outside "
+            f"the {classes} train classes; write both splits from one data set"
+        )
+    images_K = np.bincount(train_labels_N, minlength=classes)
+    if len(images_K) > classes:
+        raise DataError(f"train labels reach {len(images_K) - 1} with {classes} classes; index the shards again")
+    empty = np.flatnonzero(images_K == 0)
+    if len(empty):
+        raise DataError(
+            f"{len(empty)} of {classes} classes have no train images (first: class {empty[0]}); "
+            "use more train images, or shards of all classes"
+        )
+    return classes
