@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bowstore.config import Triple, ViewConfig
+from bowstore.data.batches import TrainingPixels, bounded
 from bowstore.data.colour import colour_matrices
 from bowstore.data.colour import jitter as matrix_jitter
 from bowstore.data.cutmix import paste, paste_inputs
@@ -150,7 +151,8 @@ def train_pipeline(
         "cutmix": _MIX if view.cutmix else (),
     }
     names = [name for stage in STAGES[: last + 1] for name in takes.get(stage, ())]
-    feed = Feed((partial(_train_feed, source, plan, view, ahead) for plan in plans), names)
+    seen = TrainingPixels()
+    feed = Feed((partial(_train_feed, source, plan, view, ahead, seen) for plan in plans), names)
     pipe = _pipeline(batch, device, threads)
     with pipe:
         inputs = feed.declare()
@@ -183,6 +185,8 @@ def clean_batches(
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """Yield (rows (B,), images_BCHW float32, normalised) of the un-augmented images, in order.
 
+    Batches of very large images come out in several (`bowstore.data.batches`).
+
     Args:
         source: gives the encoded bytes.
         view: geometry and normalisation.
@@ -197,7 +201,7 @@ def clean_batches(
     """
     if isinstance(rows, np.ndarray):
         rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    feed = Feed((partial(_clean_feed, source, part) for part in rows), ("encoded",))
+    feed = Feed((partial(_clean_feed, source, part) for part in bounded(source, rows)), ("encoded",))
     pipe = _pipeline(batch, device, threads)
     with pipe:
         encoded = feed.declare()["encoded"]
@@ -306,9 +310,10 @@ def _normalise(images: Any, view: ViewConfig | CleanView, *, half: bool = False)
 
 
 def _train_feed(
-    source: ImageSource, plan: Plan, view: ViewConfig, ahead: Callable[[Plan], Any] | None
+    source: ImageSource, plan: Plan, view: ViewConfig, ahead: Callable[[Plan], Any] | None, seen: TrainingPixels
 ) -> tuple[tuple[Plan, Any], dict[str, Any]]:
     """Read a plan's bytes and lay out its numbers by the names of the graph's inputs (runs in a thread)."""
+    seen.look(plan.window)
     encoded = source.read(plan.rows)
     return (plan, ahead(plan) if ahead else None), {
         "encoded": encoded,

@@ -49,6 +49,10 @@ class ImageSource(Protocol):
         """Name of a row for messages: its key or path."""
         ...
 
+    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many pixels each of the rows has (B,), without decoding."""
+        ...
+
 
 class ShardReader:
     """Rows of an index, from its tars; what `read` returns lies in memory.
@@ -83,6 +87,10 @@ class ShardReader:
     def name(self, row: int) -> str:
         """The row's key."""
         return self._index.key(row)
+
+    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many pixels each of the rows has, from the index."""
+        return self._index.height[rows].astype(np.int64) * self._index.width[rows]
 
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Encoded bytes of `rows` (B,), read-only.
@@ -339,34 +347,6 @@ def open_limit(index: Index) -> int:
             f"{index.storage.cache_gb:g} holds fewer than three of them; raise it"
         )
     return limit
-
-
-class FileReader:
-    """Images that lie as files, in the order given (evaluation sets)."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def name(self, row: int) -> str:
-        """The row's path."""
-        return str(self._paths[row])
-
-    def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Encoded bytes of `rows` (B,).
-
-        Raises:
-            MissingError, DataError: a file is gone; a header claims more pixels than its bytes can tell.
-        """
-        try:
-            images = [np.fromfile(self._paths[row], dtype=np.uint8) for row in rows.tolist()]
-        except FileNotFoundError as error:
-            raise MissingError(f"no image {error.filename}; is the data set complete?") from error
-        for row, image in zip(rows.tolist(), images, strict=True):
-            check_before_decoding(image.data, self.name(row))
-        return images
 
 
 def touch(arrays: Iterable[NDArray[np.uint8]]) -> None:

@@ -156,8 +156,8 @@ class AssignPass:
             threads=job.config.threads,
         )
         with self._writes:
-            for _, words in found:
-                rows_B = self._ahead.popleft()
+            for encoded_B, words in found:
+                rows_B = self._store_rows(len(encoded_B))
                 self._keep(rows_B, words)
                 self.images += len(rows_B)
                 self._count(len(rows_B))
@@ -165,6 +165,13 @@ class AssignPass:
     def _to_index(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
         self._ahead.append(rows_B)
         return self._job.rows.in_index(rows_B)
+
+    def _store_rows(self, count: int) -> NDArray[np.int64]:
+        """The next rows of the store; batches of very large images come back in parts."""
+        rows_B = self._ahead.popleft()
+        if len(rows_B) > count:
+            self._ahead.appendleft(rows_B[count:])
+        return rows_B[:count]
 
     def _next_unit(self) -> int | None:
         """Claim the next unit with something to do; None if others hold all that are left, or nothing is."""

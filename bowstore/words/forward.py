@@ -109,7 +109,7 @@ def forward(
         index: the images.
         batches: rows of each batch; asked for a few batches ahead, in another thread.
         use: called with rows and maps (B, c, h, w) by layer, finite, in a worker's thread.
-        batch: largest number of images in a batch.
+        batch: largest number of images in a batch; those of very large images are cut further, by the index alone.
         device: where the teacher runs.
         clock: counts the time.
         stage: the clock's name for the time of `use`.

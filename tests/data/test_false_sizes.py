@@ -10,10 +10,11 @@ from shard_sets import textured_image
 from tar_files import encode, with_jpeg_size, with_png_size, with_webp_size, write_members
 
 from bowstore.data import scan
+from bowstore.data.file_reader import FileReader
 from bowstore.data.image_header import MAX_PIXELS, FalseSize, ImageSize, image_size
 from bowstore.data.images import Prepared, UnusableImage, prepare
 from bowstore.data.index import build_index, open_index
-from bowstore.data.reader import FileReader, ShardReader
+from bowstore.data.reader import ShardReader
 from bowstore.data.verify import verify_folder
 from bowstore.errors import DataError
 

@@ -12,10 +12,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import ViewConfig
+from bowstore.data.file_reader import FileReader
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import CleanView, clean_batches, clean_view, train_batches, train_pipeline
 from bowstore.data.plan import Plan, Schedule, generator, perturb, plans
-from bowstore.data.reader import FileReader, ShardReader
+from bowstore.data.reader import ShardReader
 from bowstore.errors import DataError
 
 CPU = torch.device("cpu")
@@ -36,6 +37,9 @@ class Memory:
 
     def name(self, row: int) -> str:
         return f"memory/{row}"
+
+    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.zeros(len(rows), np.int64)
 
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         return [self._images[row] for row in rows]

@@ -14,6 +14,8 @@ from encoding import CPU, encode_in_process, run_encode
 from served import SERVER
 from teacher_sets import IMAGES, write_shards, write_teacher
 
+from bowstore.data import batches, pipeline
+from bowstore.data.batches import bounded
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
@@ -105,6 +107,25 @@ def test_another_batch_size_moves_only_near_ties(
         vector = teacher.maps(images)["block3"][0, :, i, j].double().numpy()
         one, other = (((vector - centres[w[row, i, j]]) ** 2).sum() for w in (words, others))
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_batches_cut_for_large_images_fill_every_row(
+    run: Any, clean: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = open_index(shards)
+    lengths: list[int] = []
+
+    def counted(source: Any, parts: Any) -> Any:
+        for rows in bounded(source, parts):
+            lengths.append(len(rows))
+            yield rows
+
+    monkeypatch.setattr(pipeline, "bounded", counted)
+    monkeypatch.setattr(batches, "MAX_BATCH_PIXELS", 3 * int((index.height * index.width).max()))
+    store = open_store(run(vocabulary=clean, k=()).store)
+    assert max(lengths) == 3
+    words, others = store.load_words(), open_store(clean).load_words()
+    assert (words != others).mean() < 1e-3
 
 
 def test_a_complete_layer_is_left_alone(run: Any) -> None:
