@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bowstore.errors import MissingError, UsageError
-from bowstore.limits import MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
+from bowstore.limits import MAX_BATCH, MAX_COUNT, MAX_FLOAT, MAX_SEED, MAX_THREADS, path_problem, text_problem
 from bowstore.overrides import apply_overrides
 from bowstore.progress import say
 from bowstore.torchrun import ranks
@@ -41,7 +41,9 @@ def _filled(value: str) -> str:
 # paths from text, tuples from lists, and of course 1.0 from 1.
 T = TypeVar("T")
 Listed = Annotated[tuple[T, ...], Field(strict=False)]
-Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Positive = Annotated[float, Field(gt=0, le=MAX_FLOAT)]
+_Mean = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
+Triple = Annotated[tuple[_Mean, _Mean, _Mean], Field(strict=False)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Place = Annotated[Path, Field(strict=False), BeforeValidator(_usable)]
 Text = Annotated[str, AfterValidator(_filled)]
@@ -49,7 +51,6 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
 ShortSide = Annotated[int, Field(ge=8, le=8192)]
-Positive = Annotated[float, Field(gt=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -115,7 +116,7 @@ class WordsConfig(Strict):
     reencoded: bool = Field(
         False, description="the shards hold other encodings of the store's images (resized, compressed anew)"
     )
-    gamma: float = Field(1.0, gt=0, description="initial scale of the cosine logits")
+    gamma: Positive = Field(1.0, description="initial scale of the cosine logits")
 
 
 class RotationConfig(Strict):
@@ -127,16 +128,16 @@ class RotationConfig(Strict):
 class OptimConfig(Strict):
     """SGD with step decay. Epochs are of `steps_per_epoch` steps, or one pass over the images when null."""
 
-    batch: int = Field(256, ge=4, le=MAX_COUNT, description="images a step, over all ranks")
+    batch: int = Field(256, ge=4, le=MAX_BATCH, description="images a step, over all ranks")
     epochs: Count = 140
     steps_per_epoch: Count | None = None
-    lr: float = Field(0.03, gt=0)
+    lr: Positive = 0.03
     milestones: Listed[Count] = Field((), description="epochs after which lr is multiplied by factor")
     factor: float = Field(0.1, gt=0, le=1)
     warmup_epochs: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=MAX_FLOAT)
     decay_norm_and_bias: bool = Field(True, description="weight decay on batch norm and biases; never on gamma")
 
     @model_validator(mode="after")
@@ -179,7 +180,7 @@ class EncodeConfig(Strict):
     seed: Seed = Field(0, description="of the sample and of k-means")
     sample_per_word: Count = Field(256, description="feature vectors sampled for each word")
     iterations: Count = Field(25, description="of k-means")
-    batch: Count | None = Field(None, description="images a batch; null: 16, 256 on a GPU")
+    batch: int | None = Field(None, ge=1, le=MAX_BATCH, description="images a batch; null: 16, 256 on a GPU")
     threads: Threads | None = Field(None, description="decoding threads; null: cores a process")
 
 

@@ -1,6 +1,8 @@
 """What values may be wherever they come from: the command line or a configuration."""
 
 MAX_COUNT = 2**31 - 1  # what the C libraries below take
+MAX_BATCH = 2**20
+MAX_FLOAT = 3e38  # what float32 holds
 MAX_SEED = 2**32 - 1
 MAX_THREADS = 1024  # and processes
 

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
-from bowstore.cli.common import COUNT, DEVICES, PATH, SHARE, SIZE, TEXT, THREADS, emit
+from bowstore.cli.common import BATCH, COUNT, DEVICES, PATH, SHARE, SIZE, TEXT, THREADS, emit
+from bowstore.limits import MAX_BATCH
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +33,9 @@ def _options(*extra: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-_BATCH = click.option("--batch", type=click.IntRange(4), default=64, show_default=True, help="Images a batch.")
+_BATCH = click.option(
+    "--batch", type=click.IntRange(4, MAX_BATCH), default=64, show_default=True, help="Images a batch."
+)
 _STORE = click.option("--store", type=PATH, help="Word store.  [default: the workspace's]")
 _LAYER = click.option("--layer", type=TEXT, help="Layer of the store.  [default: its only one]")
 
@@ -109,7 +112,7 @@ def store(store: Path | None, layer: str | None, shards_dir: Path | None, rounds
 @_options(
     _STORE,
     _LAYER,
-    click.option("--batch", type=COUNT, default=256, show_default=True, help="Rows a batch."),
+    click.option("--batch", type=BATCH, default=256, show_default=True, help="Rows a batch."),
     click.option("--batches", type=COUNT, default=200, show_default=True, help="Timed batches a round."),
     click.option("--device", type=DEVICES, default="auto", show_default=True),
 )
@@ -210,7 +213,7 @@ def assign(images: int, positions: int, dimensions: int, words: int, rounds: int
     click.option("--size", type=SIZE, help="Side of the clean view, pixels."),
     click.option("--resize", type=click.IntRange(8), help="Short side before the crop, pixels."),
     click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
-    click.option("--batch", type=COUNT, help="Images a batch.  [default: 16, 256 on a GPU]"),
+    click.option("--batch", type=BATCH, help="Images a batch.  [default: 16, 256 on a GPU]"),
     click.option("--images", type=COUNT, default=256, show_default=True, help="Images a round."),
     click.option("--device", type=DEVICES, default="auto", show_default=True),
 )

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from bowstore.errors import BowstoreError
-from bowstore.limits import MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
+from bowstore.limits import MAX_BATCH, MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
 from bowstore.progress import reader_is_gone
 
 
@@ -46,6 +46,7 @@ class _Share(click.FloatRange):
 TEXT = _Text()
 SHARE = _Share(0, 1)
 PATH = _FilePath(path_type=Path)
+BATCH = click.IntRange(1, MAX_BATCH)
 COUNT = click.IntRange(1, MAX_COUNT)
 SEED = click.IntRange(0, MAX_SEED)
 SIZE = click.IntRange(8, 2048)

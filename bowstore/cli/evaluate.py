@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bowstore.cli.common import COUNT, DEVICES, PATH, SEED, TEXT, THREADS, emit
+from bowstore.cli.common import BATCH, DEVICES, PATH, SEED, TEXT, THREADS, emit
 
 
 @click.group(name="eval")
@@ -18,7 +18,7 @@ def _run_options(command: Any) -> Any:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone."),
         click.option("--device", type=DEVICES, default="auto", show_default=True),
-        click.option("--batch", type=COUNT, default=128, show_default=True, help="Images a batch."),
+        click.option("--batch", type=BATCH, default=128, show_default=True, help="Images a batch."),
         click.option("--random", "random_init", is_flag=True, help="The run's network at its random initialisation."),
         click.option(
             "--run", "name", type=TEXT, help="Run, checkpoint or .safetensors.  [default: newest finished run]"
