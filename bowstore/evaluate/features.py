@@ -127,25 +127,28 @@ def layer_taps(
 
     Args:
         backbone: the network; runs once where its weights are.
-        layers: names among `backbone.layers`.
+        layers: its names, or another library's for the same (`layer3`): a tap has the backbone's own.
         size: side of the square input, pixels.
         everywhere: True pools each map to one average over all places (obow) instead.
         count_padding: see `WindowPool`.
 
     Raises:
-        UsageError: a layer that the backbone does not have, or none at all.
+        UsageError: a layer that the backbone does not have, none at all, or one twice.
     """
     if not layers:
         raise UsageError(f"no layers given; those of {backbone.arch} are {', '.join(backbone.layers)}")
+    names = [backbone.resolve(layer) for layer in layers]
+    if len(set(names)) < len(names):
+        raise UsageError(f"layers {', '.join(layers)} name {', '.join(names)}: give each layer once")
     device = next(backbone.parameters()).device
     with evaluating(backbone), torch.no_grad():
-        maps = backbone.feature_maps(torch.zeros(1, 3, size, size, device=device), layers)
+        maps = backbone.feature_maps(torch.zeros(1, 3, size, size, device=device), names)
     return {
         layer: Tap(
             layer,
             GridPool(1, 1) if everywhere else choose_pool(*maps[layer].shape[1:], count_padding=count_padding),
         )
-        for layer in layers
+        for layer in names
     }
 
 

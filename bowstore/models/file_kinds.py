@@ -4,6 +4,7 @@ Files that hold no weights for bowstore are named for what they are, with the re
 files alone. PyTorch's advice to load a file as code is never passed on.
 """
 
+import codecs
 import re
 import zipfile
 from typing import BinaryIO
@@ -115,7 +116,7 @@ def _other_archive(file: BinaryIO) -> str:
 def _text(start: bytes) -> str:
     """What a text is; empty for bytes that are none."""
     try:
-        text = start[:512].decode("ascii")
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start[:512])  # which may end within a character
     except UnicodeDecodeError:
         return ""
     if not text or any(not (character.isprintable() or character.isspace()) for character in text):

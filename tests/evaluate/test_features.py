@@ -227,6 +227,15 @@ def test_no_rows(backbone: Backbone) -> None:
         collect(backbone, [], rows(0), POOLED)
 
 
+def test_layers_go_by_the_backbones_own_names() -> None:
+    """A result's figures are named by them, and the paper's stand beside those of conv4 and conv5."""
+    with torch.device("meta"):
+        net = build_backbone(ModelConfig(arch="resnet18"))
+    assert list(layer_taps(net, ["layer3", "maxpool", "conv5"], size=64)) == ["conv4", "pool1", "conv5"]
+    with pytest.raises(UsageError, match="layers layer3, conv4 name conv4, conv4: give each layer once"):
+        layer_taps(net, ["layer3", "conv4"], size=64)
+
+
 @pytest.mark.parametrize(("layers", "message"), [(["conv9"], "conv9.*its layers are"), ([], "no layers given")])
 def test_unknown_layer(backbone: Backbone, layers: Sequence[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):

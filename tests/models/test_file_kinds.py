@@ -85,6 +85,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "error": (lambda: b'{"message": "Not Found"}', "it is JSON text, such as a configuration or a server's error"),
     "index": (lambda: b'{"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}', "network's several files"),
     "text": (lambda: b"hello\n", r"it is text \('hello'\), not weights"),
+    "other text": (lambda: "Zugriff verweigert: für Gäste".encode() + b"\n", r"it is text \('Zugriff .*'\), not"),
     "gzip": (lambda: gzip.compress(b"weights"), r"it is compressed with gzip; unpack it first \(gunzip\)"),
     "zstd": (lambda: b"\x28\xb5\x2f\xfd" + bytes(40), r"it is compressed with zstd; unpack it first"),
     "zip": (lambda: zipped(**{"model.pth": b"w"}), r"it is a zip archive of other files \(model\.pth\)"),
