@@ -78,11 +78,8 @@ class Group(click.Group):
             if type(error).__name__ != "OutOfMemoryError" or ctx.params.get("debug"):
                 raise
             _fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); lower the batch", 1)
-        except KeyboardInterrupt:
-            _fail(
-                "interrupted; the same command goes on from what is finished (training, from the newest checkpoint)",
-                130,
-            )
+        except KeyboardInterrupt as error:
+            _fail(str(error) or "interrupted; the same command goes on from what is finished", 130)
 
 
 def _fail(message: str, code: int) -> None:

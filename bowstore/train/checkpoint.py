@@ -45,6 +45,12 @@ class Checkpoints:
             prune(self._run, keep=self._keep)
         self.unproven = False
 
+    def interrupted(self) -> str:
+        """What the same command will do after an interrupt."""
+        if self._newest is None:
+            return "interrupted before the first checkpoint: no step was kept, the same command begins anew"
+        return f"interrupted; run the command again to go on from step {self._newest}"
+
     def diverged(self) -> str:
         """Set an unproven one aside, since going on from it would lead to the same; return where `--resume` begins.
 

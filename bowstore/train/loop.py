@@ -140,6 +140,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             stack.callback(log.close)
         stop_requested = stack.enter_context(_stop_signal())
         kept = ckpt.Checkpoints(run, keep=config.runtime.keep_checkpoints, start=start, writes=world.first)
+        stack.enter_context(_interrupts(kept, world))
         for step, batch in enumerate(meter.waiting_for(batches), start=first):
             world.at(step)
             rate = learning_rate(step, config.optim, schedule.steps_per_pass)
@@ -361,6 +362,15 @@ def _diverged(wrong: str, step: int, rate: float, kept: ckpt.Checkpoints, world:
         f"{wrong} by step {step} at learning rate {rate:g}; lower optim.lr and run again with --resume "
         f"{kept.diverged()}, or under another --name from the start"
     )
+
+
+@contextmanager
+def _interrupts(kept: ckpt.Checkpoints, world: World) -> Iterator[None]:
+    """Ctrl-C says what it cost; on rank 0 alone."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise (KeyboardInterrupt(kept.interrupted()) if world.first else SystemExit(130)) from error
 
 
 @contextmanager

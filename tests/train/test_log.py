@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
+from bowstore.cli import main
 from bowstore.config import TrainConfig
 from bowstore.data.index import open_index
 from bowstore.models.registry import Backbone
@@ -182,6 +184,31 @@ def test_a_last_line_that_a_killed_process_cut_is_no_damage(tmp_path: Path, caps
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "metrics.jsonl.damaged").exists()
     assert read_metrics(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(("steps", "text"), [
+    (2, "interrupted before the first checkpoint: no step was kept, the same command begins anew"),
+    (7, "interrupted; run the command again to go on from step 5"),
+])  # fmt: skip
+def test_an_interrupt_says_what_is_left(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, text: str
+) -> None:
+    """As the command prints it: no promise to go on where there is nothing to go on from."""
+    original, count = loop.train_step, 0
+
+    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count == steps:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rotation.yaml").write_text(json.dumps(json.loads(make_config("rotation").model_dump_json())))
+    result = CliRunner().invoke(main, ["train", "--config", "rotation.yaml"])
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == f"Error: {text}"
 
 
 # --- what a network draws
