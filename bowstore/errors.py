@@ -49,11 +49,17 @@ def is_machine_error(error: BaseException) -> bool:
     """Whether an error is the machine's (no permission, no memory, a failing disk), and says nothing about the bytes.
 
     For handlers that take any error of a library for damage: what the machine could not do now must stop the
-    command, because the next try may well succeed. PyTorch has no class of its own for a failed allocation.
+    command, because the next try may well succeed. Libraries raise an OSError without a number for damage, too;
+    a file that is gone, or a folder in its place, is damage to what it was part of. PyTorch and DALI have no class of
+    their own for a failed allocation.
     """
-    if isinstance(error, (OSError, MemoryError)):
-        return not isinstance(error, BowstoreError)
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    if isinstance(error, (BowstoreError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+        return False
+    if isinstance(error, OSError):
+        return error.errno is not None
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+    )
 
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "memoryallocation")

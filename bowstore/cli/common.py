@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bowstore.errors import BowstoreError
+from bowstore.errors import BowstoreError, is_machine_error
 from bowstore.limits import MAX_BATCH, MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
 from bowstore.progress import reader_is_gone
 
@@ -74,10 +74,12 @@ class Group(click.Group):
             if error.name != "faiss" or ctx.params.get("debug"):
                 raise
             _fail("FAISS is not installed; pip install 'bowstore[cpu]', or 'bowstore[gpu]' on a GPU machine", 1)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError" or ctx.params.get("debug"):
+        except (RuntimeError, MemoryError) as error:
+            if not is_machine_error(error) or ctx.params.get("debug"):
                 raise
-            _fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); lower the batch", 1)
+            whose = "GPU's" if type(error).__name__ == "OutOfMemoryError" else "machine's"
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            _fail(f"the {whose} memory is full ({first}); lower the batch, or end what else uses it", 1)
         except KeyboardInterrupt as error:
             _fail(str(error) or "interrupted; the same command goes on from what is finished", 130)
 

@@ -26,6 +26,7 @@ from bowstore.data.image_header import (
     refuse_false_size,
 )
 from bowstore.data.tiff import check_tiff, grey_levels, unread_tiff
+from bowstore.errors import is_machine_error
 
 JPEG_QUALITY = 95
 # Named one by one, so that a hostile file never reaches Pillow's rarer plugins (EPS starts Ghostscript).
@@ -102,7 +103,7 @@ def prepare(data: bytes) -> Prepared:
                     return _prepare(image, data)
                 with Image.open(io.BytesIO(jpeg_without_end(data)), formats=("JPEG",)) as whole:
                     return _prepare(whole, data)
-        except (UnusableImage, MemoryError):
+        except UnusableImage:
             raise
         except UnidentifiedImageError as error:
             raise UnusableImage(_why_unread(data)) from error
@@ -110,6 +111,8 @@ def prepare(data: bytes) -> Prepared:
             raise UnusableImage(f"more than {MAX_PIXELS} pixels") from error
         except Exception as error:
             # Decoders meet damaged bytes with any exception there is: struct.error, KeyError, SyntaxError...
+            if is_machine_error(error):
+                raise
             raise UnusableImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
@@ -121,7 +124,9 @@ def _why_unread(data: bytes) -> str:
     if data.startswith(_JPEG_SIGNATURE):
         try:
             JpegImageFile(io.BytesIO(data)).close()
-        except Exception as error:  # noqa: BLE001 - see `prepare`
+        except Exception as error:
+            if is_machine_error(error):
+                raise
             layout = f"a JPEG that Pillow does not read: {error}" if "cannot handle" in str(error) else ""
     return layout or "damaged or cut header"
 
@@ -171,7 +176,9 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 where there is none."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - broken EXIF ends in any exception, and turns nothing
+    except Exception as error:
+        if is_machine_error(error):
+            raise
         return 1
     return value if isinstance(value, int) else 1
 

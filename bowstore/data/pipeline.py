@@ -28,7 +28,7 @@ from bowstore.data.cutmix import paste, paste_inputs
 from bowstore.data.plan import Plan
 from bowstore.data.reader import ImageSource, prefetched
 from bowstore.environment import cores_per_rank
-from bowstore.errors import DataError
+from bowstore.errors import DataError, is_machine_error
 
 PREFETCH = 2
 _FILTER_MARGIN = 2.0  # beyond the antialiased filter's support, for rounding
@@ -369,7 +369,7 @@ def _run(pipe: Pipeline, feed: Feed[T], blame: Callable[[T], str]) -> Iterator[t
         except StopIteration:
             return
         except RuntimeError as error:
-            if "Critical error in pipeline" not in str(error) or not feed.in_flight:
+            if "Critical error in pipeline" not in str(error) or not feed.in_flight or is_machine_error(error):
                 raise
             raise DataError(blame(feed.in_flight[0])) from error
         yield feed.in_flight.popleft(), torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)

@@ -21,9 +21,11 @@ from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, plain_name
 from bowstore.data.workers import Report
+from bowstore.errors import is_machine_error
 
 STRICT_CHANGES = ("unusual-jpeg", "unusual-png")  # Pillow decodes these, DALI or a GPU may not
 COMPARED = ("size", "height", "width", "label", "key_hash", "digest")
+UNREAD = "unread"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Problem:
 
     Attributes:
         message: all of it, in one line.
-        kind: "manifest", "index", "tar" (bytes of a shard) or "image" (intact, but it cannot be decoded).
+        kind: "manifest", "index", "tar" (bytes of a shard), "image" (intact, but it cannot be decoded), or "unread"
+            (the machine could not read the shard, which says nothing about its bytes).
         shard: the tar's name; None where it is about the folder.
         member: name or key of what is damaged in it, as far as that is known.
         first_byte: where in the tar.
@@ -128,8 +131,8 @@ class _Check:
                 self.path, job.settings, report, known_bad=job.known_bad, resume_at=headers, inspect=inspect
             )
         except OSError as error:
-            findings.damaged = True
-            self._add("tar", f"cannot be read ({error.strerror or error})")
+            findings.damaged = not is_machine_error(error)
+            self._add("tar" if findings.damaged else UNREAD, f"cannot be read ({error.strerror or error})")
             return findings
         findings.images = len(table)
         if job.entry:
@@ -167,8 +170,6 @@ class _Check:
             prepared = prepare(data)
         except UnusableImage as error:
             return str(error)
-        except MemoryError:
-            return f"{size.height} x {size.width} pixels, more than fit into memory"
         if prepared.change in STRICT_CHANGES:
             return f"{prepared.change}: Pillow decodes it, other decoders may not"
         if prepared.change is None and (prepared.height, prepared.width) != size:

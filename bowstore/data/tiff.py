@@ -14,6 +14,7 @@ from PIL import Image, ImagePalette, TiffImagePlugin, TiffTags, _imaging
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from bowstore.data.image_header import UnusableImage
+from bowstore.errors import is_machine_error
 
 # Pillow's own way for uncompressed files takes separate planes of 16 bits for 8 bits, forgets WhiteIsZero in them, and
 # does not know subsampled YCbCr. libtiff, which it uses for all others, reads those too.
@@ -76,7 +77,9 @@ def unread_tiff(data: bytes) -> str:
             file.seek(tags.next)
             tags.load(file)
             layout = [f"{TiffTags.lookup(tag).name} {tags[tag]}" for tag in _TOLD if tag in tags]
-    except Exception:  # noqa: BLE001 - as when an image is decoded: a damaged file ends in any exception
+    except Exception as error:
+        if is_machine_error(error):
+            raise
         layout = []
     return f"a TIFF of a layout that Pillow does not read: {', '.join(layout)}" if layout else ""
 

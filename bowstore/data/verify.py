@@ -27,7 +27,7 @@ from bowstore.data.index_build import (
     written_here,
 )
 from bowstore.data.scan import Refused, ScanSettings
-from bowstore.data.shard_check import COMPARED, CheckJob, Findings, Problem, Rows, check_shard
+from bowstore.data.shard_check import COMPARED, UNREAD, CheckJob, Findings, Problem, Rows, check_shard
 from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import INDEX_FILE
 from bowstore.data.tar import TARS
@@ -246,6 +246,12 @@ def _take(report: FolderReport, name: str, findings: Findings) -> None:
 
 def _repair(report: FolderReport, manifest: Manifest | None, index: Index | None) -> None:
     """Make good what can be made good without the source, and say what is to be run for the rest."""
+    if unread := sorted({str(problem.shard) for problem in report.problems if problem.kind == UNREAD}):
+        report.repairs.append(
+            f"{report.root}: nothing was repaired: {len(unread)} shards ({_some(unread)}) cannot be read now, damaged "
+            f"or not; see to the disk, the mount and the permissions, and run the same again"
+        )
+        return
     if report.own:
         with exclusive_lock(report.root.parent / ".lock", str(report.root.parent)):
             _repair_own(report, manifest)

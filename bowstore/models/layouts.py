@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError
+from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError, is_machine_error
 from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
 from bowstore.models.registry import Backbone
 
@@ -183,9 +183,11 @@ def _read_torch(path: Path, *, archive: bool) -> Any:
         with path.open("rb") as file, plain_classes, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the version of pickle
             return torch.load(file, map_location="cpu", weights_only=True)  # a path would decide by its suffix
-    except (CorruptError, MemoryError, OSError):  # of the machine, not of the file
+    except CorruptError:
         raise
     except Exception as error:  # damaged bytes end in errors of any kind
+        if is_machine_error(error):
+            raise
         if isinstance(error, pickle.UnpicklingError) and (archive or "GLOBAL" in str(error)):  # checksums were right
             raise DataError(
                 f"{path} holds more than tensors and plain values ({why_unread(error)}), which is never loaded; save "
@@ -276,7 +278,9 @@ def _converted(backbone: Backbone, tensors: Mapping[str, Tensor], match: _Match)
     under = {name[len(match.prefix) :]: t for name, t in tensors.items() if name.startswith(match.prefix)}
     try:
         under = convert(dict(under), backbone.root())
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError):
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+        if is_machine_error(error):
+            raise
         return None
     again = _compared("timm", match.prefix, backbone.spellings()["timm"], under, backbone.state_dict())
     dropped = tuple(sorted({*match.dropped, *again.dropped}))

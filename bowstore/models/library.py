@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bowstore.config import ViewConfig, validate
-from bowstore.errors import UsageError
+from bowstore.errors import UsageError, is_machine_error
 from bowstore.models.registry import Backbone, LayerInfo, resnet_spellings, unknown_arch
 from bowstore.models.taps import Layout, Probed, as_map
 
@@ -107,6 +107,8 @@ def library_backbone(arch: str, size: int | None = None) -> LibraryBackbone:
     try:
         network = _torchvision_network(name, size) if library == "torchvision" else _timm_network(name, size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if is_machine_error(error):
+            raise
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{arch} cannot be built for images of {size} x {size} pixels: {first}") from error
     if hasattr(network, "reroll"):

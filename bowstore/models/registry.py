@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bowstore.config import ModelConfig
-from bowstore.errors import UsageError
+from bowstore.errors import UsageError, is_machine_error
 from bowstore.models.taps import Layout, Probed, as_map, outputs_of, probe, without_data
 from bowstore.models.wide_resnet import wide_resnet_stages
 
@@ -179,6 +179,8 @@ class Backbone(nn.Module, ABC):
             try:
                 probed = probe(ghost.root(), ghost.trunk, size, self.layout)
             except (AssertionError, RuntimeError, ValueError) as error:
+                if is_machine_error(error):
+                    raise
                 first = (str(error) or type(error).__name__).splitlines()[0]
                 raise UsageError(f"{self.arch} does not take images of {size} x {size} pixels: {first}") from error
             aliases = self.aliases(probed, size)

@@ -277,6 +277,8 @@ class _Tries:
 
     def failed(self, error: Exception) -> None:
         """Wait, or raise what the user can meet."""
+        if isinstance(error, MemoryError):  # no other try has more
+            raise error
         self._failures += 1
         status = _status(error)
         hopeless = status is not None and 400 <= status < 500 and status not in (408, 429)

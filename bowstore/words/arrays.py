@@ -21,7 +21,7 @@ from zarr.core.buffer import Buffer
 from zarr.errors import GroupNotFoundError
 from zarr.storage import LocalStore
 
-from bowstore.errors import BowstoreError, CorruptError, MismatchError
+from bowstore.errors import BowstoreError, CorruptError, MismatchError, is_machine_error
 from bowstore.files import atomic_file, fsync_path, sweep_temporary, temporary_stem
 
 _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is for
@@ -192,5 +192,7 @@ def reading(what: str) -> Iterator[None]:
     except BowstoreError:
         raise
     except READ_ERRORS as error:
+        if is_machine_error(error):  # a chunk that could not be read now is not damaged: a repair would discard it
+            raise
         first = " ".join(str(error).split())[:200] or type(error).__name__
         raise CorruptError(f"{what} cannot be read ({first})") from error

@@ -14,7 +14,7 @@ import xxhash
 import zarr
 from numpy.typing import NDArray
 
-from bowstore.errors import CorruptError, MismatchError
+from bowstore.errors import CorruptError, MismatchError, is_machine_error
 from bowstore.words.arrays import (
     READ_ERRORS,
     array,
@@ -206,7 +206,9 @@ class Layer:
         try:
             words = read(self._words)
             bad = next((i for i, d in enumerate(digests) if self._chunk_problem(words[self.rows(i)], d)), None)
-        except READ_ERRORS:
+        except READ_ERRORS as error:
+            if is_machine_error(error):
+                raise
             words, bad = np.empty((0, *self.grid), np.uint16), -1
         if bad is not None:  # read again chunk by chunk: this names the bad one
             words = np.concatenate([self.read_chunk(i, d) for i, d in enumerate(digests)])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bowstore.errors import CorruptError
+from bowstore.errors import CorruptError, is_machine_error
 from bowstore.files import atomic_file
 
 KEPT_IMAGES = 16
@@ -122,4 +122,6 @@ def load_nearest(paths: Iterable[Path]) -> Iterator[NearestImages]:
             with np.load(io.BytesIO(path.read_bytes())) as values:  # of a damaged file NumPy forgets to close
                 yield NearestImages(**values)
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            if is_machine_error(error):
+                raise
             raise CorruptError(f"{path} is damaged ({error}); remove it and run the same command again") from error

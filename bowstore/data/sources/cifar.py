@@ -20,7 +20,7 @@ import xxhash
 
 from bowstore.data.sources.base import ImageFile, Kind, Listing, Split, source_changed
 from bowstore.data.sources.keys import make_keys
-from bowstore.errors import CorruptError, DataError, MissingError
+from bowstore.errors import CorruptError, DataError, MissingError, is_machine_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,9 @@ def _first_folder(archive: Path) -> str:
     try:
         with tarfile.open(archive) as tar:
             first = tar.next()
-    except (OSError, EOFError, zlib.error, tarfile.TarError):
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        if is_machine_error(error):
+            raise DataError(f"cannot read {archive}: {error}; make it readable") from error
         return ""
     return first.name.removeprefix("./").partition("/")[0] if first else ""
 

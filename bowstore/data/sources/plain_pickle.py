@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bowstore.errors import CorruptError, DataError
+from bowstore.errors import CorruptError, DataError, is_machine_error
 
 
 class _Dtype:
@@ -93,6 +93,8 @@ def read_plain_pickle(data: bytes, path: PurePath) -> dict[str, Any]:
         raise
     except Exception as error:
         # A damaged pickle ends in any exception: UnpicklingError, EOFError, IndexError, KeyError...
+        if is_machine_error(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CorruptError(f"{path} is no CIFAR batch: {reason}; fetch the archive anew") from error
 

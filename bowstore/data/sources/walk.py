@@ -3,9 +3,10 @@
 Links to folders are followed. What systems make by themselves is passed over by name.
 """
 
+import errno
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -86,17 +87,20 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links in a circle
-        return False
+    return _is_there(entry, entry.is_dir)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
+    return _is_there(entry, entry.is_file)
+
+
+def _is_there(entry: os.DirEntry[str], ask: Callable[[], bool]) -> bool:
     try:
-        return entry.is_file()
-    except OSError:
-        return False
+        return ask()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links in a circle
+            return False
+        raise DataError(f"cannot read {entry.path}: {error.strerror}; make it readable, or move it away") from error
 
 
 def _is_image_file(entry: os.DirEntry[str]) -> bool:
