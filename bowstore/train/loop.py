@@ -366,11 +366,13 @@ def _diverged(wrong: str, step: int, rate: float, kept: ckpt.Checkpoints, world:
 
 @contextmanager
 def _interrupts(kept: ckpt.Checkpoints, world: World) -> Iterator[None]:
-    """Ctrl-C says what it cost; on rank 0 alone."""
+    """Ctrl-C says what it cost; on rank 0, which knows."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise (KeyboardInterrupt(kept.interrupted()) if world.first else SystemExit(130)) from error
+        if not world.first:
+            raise
+        raise KeyboardInterrupt(kept.interrupted()) from error
 
 
 @contextmanager
