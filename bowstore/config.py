@@ -122,7 +122,9 @@ class WordsConfig(Strict):
 class RotationConfig(Strict):
     """The rotation task's head: one more group of residual blocks before pooling (paper, section 4)."""
 
-    blocks: int | None = Field(None, ge=1, description="its residual blocks; null: those of the backbone's last group")
+    blocks: int | None = Field(
+        None, ge=1, le=100, description="its residual blocks; null: those of the backbone's last group"
+    )
 
 
 class OptimConfig(Strict):

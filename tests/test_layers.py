@@ -16,7 +16,18 @@ ALLOWED = {
     "evaluate": {"evaluate", "data", "models"},
     "report": {"report", "data", "words"},
 }
-EVERYWHERE = {"config", "environment", "errors", "files", "progress", "remote"}
+EVERYWHERE = {
+    "beginnings",
+    "config",
+    "environment",
+    "errors",
+    "files",
+    "limits",
+    "progress",
+    "remote",
+    "torchrun",
+    "yaml_file",
+}
 # train may know the store and the targets, never how words are made
 WORDS_FOR_TRAIN = {"bowstore.words.bags", "bowstore.words.store", "bowstore.words.targets"}
 
