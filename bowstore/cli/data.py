@@ -107,7 +107,8 @@ def shards(
     The report ends with what in SRC became no image, and with classes without images. A second run does nothing, an
     interrupted one goes on.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
-    from bowstore.data.shards import closing_line, make_shards
+    from bowstore.data.shards import make_shards
+    from bowstore.data.shards_report import closing_line
     from bowstore.remote import local_only
 
     local_only(out, "write into a local folder, then copy it there")

@@ -1,5 +1,6 @@
 """ImageNet as it is delivered: archives read in place, Kaggle's folders, class folders, Tiny-ImageNet."""
 
+import gzip
 import json
 import os
 import shutil
@@ -205,8 +206,12 @@ def test_parts_that_are_missing(images: ImageNet, tmp_path: Path, capsys: pytest
     with pytest.raises(MissingError, match=r"has no ILSVRC2012_img_train\.tar and no ILSVRC2012_img_val\.tar; fetch"):
         list_splits(write_archives(tmp_path / "devkit", images, "devkit"), "imagenet")
     (tmp_path / "devkit/ILSVRC2012_img_train.tar").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(MissingError, match=r"img_train\.tar is a link to a file that does not exist; mend or remove"):
-        list_splits(tmp_path / "devkit", "imagenet")
+    with pytest.raises(DataError, match=r"cannot read .*img_train\.tar: No such file or directory; bring it there"):
+        list_splits(tmp_path / "devkit")
+    (tmp_path / "devkit/ILSVRC2012_img_train.tar").unlink()
+    os.mkfifo(tmp_path / "devkit/ILSVRC2012_img_train.tar")
+    with pytest.raises(DataError, match=r"img_train\.tar is a named pipe and not a file; move it away"):
+        list_splits(tmp_path / "devkit")
 
 
 def test_classes_that_are_missing_keep_their_numbers(images: ImageNet, tmp_path: Path) -> None:
@@ -307,6 +312,21 @@ def test_archives_that_hold_something_else(images: ImageNet, tmp_path: Path) -> 
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     with pytest.raises(DataError, match=r"img_train\.tar: member 'n09999999\.tar' is no plain file; fetch"):
+        list_splits(tmp_path)
+
+
+def test_archives_that_are_packed_or_something_else(images: ImageNet, tmp_path: Path) -> None:
+    train = write_archives(tmp_path, images) / "ILSVRC2012_img_train.tar"
+    write_members(train, [("n01440764.tar", gzip.compress(tar_bytes({})))])
+    with pytest.raises(
+        CorruptError, match=r"img_train\.tar: n01440764\.tar is no tar but compressed with gzip; unpack"
+    ):
+        list_splits(tmp_path)
+    train.write_bytes(b"<!DOCTYPE html><html>sign in")
+    with pytest.raises(CorruptError, match=r"img_train\.tar is no tar but a web page"):
+        list_splits(tmp_path)
+    write_file(tmp_path / f"{DEVKIT}.tar.gz", b"<!DOCTYPE html><html>sign in")
+    with pytest.raises(CorruptError, match=r"devkit_t12\.tar\.gz is no archive but a web page"):
         list_splits(tmp_path)
 
 

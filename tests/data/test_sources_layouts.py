@@ -71,6 +71,31 @@ def test_folders_and_tars_know_the_same_words(tmp_path: Path, train: str, other:
     assert found[0].classes == found[1].classes == (("ant",) if tars else ("ant", "bee"))
 
 
+@pytest.mark.parametrize("names", [("train2017", "val2017"), ("train_set", "test_set"), ("Train-A", "Validation-A")])
+def test_splits_by_a_part_of_their_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    """They became the classes 0 and 1."""
+    for name in (*names, "unlabelled"):
+        _fill(tmp_path, f"{name}/ant/1.jpg", f"{name}/bee/1.jpg")
+    with pytest.raises(
+        DataError,
+        match=rf"holds .*{names[0]}.*, which may be classes or splits by their names; say which with --folders "
+        r"classes or --folders splits",
+    ):
+        list_splits(tmp_path)
+    assert [split.classes for split in list_splits(tmp_path, folders="splits")] == [("ant", "bee")] * 2
+    assert list_splits(tmp_path, folders="classes")[0].classes == tuple(sorted((*names, "unlabelled")))
+    for name in names:
+        write_members(tmp_path / "tars" / name / "0.tar", [("1.jpg", JPEG)])
+    assert [split.name[0] for split in list_splits(tmp_path / "tars", "webdataset", folders="splits")] == [
+        name[0].lower() for name in names
+    ]
+
+
+def test_a_class_with_a_splits_word_in_its_name(tmp_path: Path) -> None:
+    _fill(tmp_path, "bullet_train/1.jpg", "freight_car/1.jpg")
+    assert list_splits(tmp_path)[0].classes == ("bullet_train", "freight_car")
+
+
 def test_two_folders_for_one_split(tmp_path: Path) -> None:
     _fill(tmp_path, "train/ant/1.jpg", "val/ant/1.jpg", "valid/ant/1.jpg")
     with pytest.raises(DataError, match=r"holds val and valid, which both name the split val; rename one, or move it"):
@@ -229,6 +254,22 @@ def test_folders_called_by_what_they_hold_are_no_classes(tmp_path: Path, capsys:
     assert _labels(tmp_path / "c") == {"train": {"bee/1": 0, "cow/1": 1}}
 
 
+def test_a_folder_of_all_images_beside_others(tmp_path: Path) -> None:
+    """As in Oxford Pets, with masks in annotations/; and as in Caltech-101, whose annotations are no images."""
+    _fill(
+        tmp_path, "a/images/1.jpg", "a/annotations/trimaps/1.png", "b/101_Objects/ant/1.jpg", "b/101_Objects/bee/1.jpg"
+    )
+    with pytest.raises(
+        DataError,
+        match=r"a holds images beside 1 other folders of images \(annotations\), so it may hold all images, or be a "
+        r"class; name .*a/images, or take all for classes with --folders classes",
+    ):
+        list_splits(tmp_path / "a")
+    assert list_splits(tmp_path / "a", folders="classes")[0].classes == ("annotations", "images")
+    write_file(tmp_path / "b/Annotations/ant/1.mat", "x")
+    assert _labels(tmp_path / "b") == {"train": {"ant/1": 0, "bee/1": 1}}
+
+
 def test_a_split_that_loses_its_labels_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _fill(tmp_path, "train/ant/1.jpg", "test/1.jpg")
     assert _labels(tmp_path) == {"train": {"ant/1": 0}, "test": {"1": -1}}
@@ -238,6 +279,13 @@ def test_a_split_that_loses_its_labels_is_told(tmp_path: Path, capsys: pytest.Ca
 
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+def test_tars_that_are_not_there(tmp_path: Path) -> None:
+    write_members(tmp_path / "0.tar", [("1.jpg", JPEG)])
+    (tmp_path / "1.tar").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"cannot read .*1\.tar: No such file or directory; bring it there, or take it"):
+        list_splits(tmp_path)
 
 
 def test_names_that_look_the_same(tmp_path: Path) -> None:

@@ -5,17 +5,18 @@ splits are splits only where there is nothing else beside them; otherwise the us
 """
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import get_args
 
 from bowstore.data.sources.base import SPLIT_NAMES, Folders, some
-from bowstore.data.sources.names import split_of
+from bowstore.data.sources.names import split_of, splits_in
 from bowstore.data.sources.walk import holds_image, look
 from bowstore.errors import DataError, UsageError
 
 CLASSES, SPLITS = get_args(Folders)
 # Folders that are called by what they hold are no classes, where nothing lies beside them.
-_CONTAINERS = frozenset("image images img imgs jpegimages photos pictures data dataset".split())
+_CONTAINERS = frozenset("image images img imgs jpegimages data dataset".split())
 _MAX_WRAPPINGS = 4
 
 
@@ -42,6 +43,8 @@ def split_folders(
         if split := split_of(name):
             found.setdefault(split, []).append(name)
     if not found:
+        found = _by_parts(source, names, folders, holds)
+    if not found:
         return {}
     for split, same in found.items():
         if len(same) > 1:
@@ -50,13 +53,36 @@ def split_folders(
             )
     splits = {split: found[split][0] for split in SPLIT_NAMES if split in found}
     if folders != SPLITS:
-        _refuse_others(source, what, list(splits.values()), [n for n in names if not split_of(n) and holds(source, n)])
+        others = [name for name in names if name not in splits.values() and holds(source, name)]
+        _refuse_others(source, what, list(splits.values()), others)
         if loose:
             raise DataError(
                 f"{len(loose)} {what} lie beside the folders {', '.join(splits.values())} of {source}, for example "
                 f"{loose[0]}; move them into one of these, or leave them out with --folders {SPLITS}"
             )
     return splits
+
+
+def _by_parts(
+    source: Path, names: list[str], folders: Folders | None, holds: Callable[[Path, str], bool]
+) -> dict[str, list[str]]:
+    """Folders that tell a split by a part of their name, as train2017 or test_set do: splits where the user says so.
+
+    Raises:
+        DataError: several splits would be told so, and the user did not say it. (A bullet_train alone is a class.)
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        splits = splits_in(name)
+        if len(splits) == 1 and holds(source, name):
+            found.setdefault(splits.pop(), []).append(name)
+    if folders != SPLITS and len(found) > 1:
+        told = [name for same in found.values() for name in same]
+        raise DataError(
+            f"{source} holds {', '.join(told)}, which may be classes or splits by their names; say which with "
+            f"--folders {CLASSES} or --folders {SPLITS}"
+        )
+    return found if folders == SPLITS else {}
 
 
 def _refuse_others(source: Path, what: str, splits: list[str], others: list[str]) -> None:
@@ -81,8 +107,8 @@ def check_folders(folders: str | None) -> None:
 def wrapped(source: Path) -> list[Path]:
     """The source, and the folders that wrap each other in it: each is alone in the one before.
 
-    A folder wraps something if nothing but it holds images, and it is neither called like a split nor a class (a
-    class holds images itself).
+    A folder wraps something if nothing but it holds images, and it is neither called like a split nor a class: a class
+    holds images itself, or is called otherwise than images, data and the like.
     """
     levels = [source]
     while len(levels) <= _MAX_WRAPPINGS and (inner := _wrapping(levels[-1])):
@@ -96,10 +122,9 @@ def _wrapping(source: Path) -> Path | None:
     folders, images, others = look(source)
     if images or any(name.lower().endswith(".tar") for name in others):
         return None
-    called = [name for name in folders if is_container(name)]
-    if len(folders) > 1 and len(called) == 1:  # images/ beside labels/
-        folders = called if not any(holds_image(source, name) for name in folders if name not in called) else []
-    if len(folders) != 1 or split_of(folders[0]):
+    if len(folders) > 1:  # images/ beside labels/; it is enough to know of two
+        folders = list(islice((name for name in folders if holds_image(source, name)), 2))
+    if len(folders) != 1 or splits_in(folders[0]):
         return None
     inside = look(source / folders[0])
     return None if inside.images and not is_container(folders[0]) else source / folders[0]

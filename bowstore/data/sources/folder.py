@@ -49,8 +49,10 @@ def _list_splits(source: Path, options: Options) -> Listing:
     for name, below in (found or {"train": ""}).items():
         labelled = next((split for split in splits if split.classes), None)
         place = _unwrap(source, _place(source, below), labelled)
-        if not found and options.folders != CLASSES:
-            _refuse_splits_inside(source, place)
+        if options.folders != CLASSES:
+            _refuse_containers(source, place)
+            if not found:
+                _refuse_splits_inside(source, place)
         splits.append(_make_split(name, source, place, labelled))
     _tell(source, splits)
     return Listing(splits)
@@ -74,6 +76,18 @@ def _unwrap(source: Path, place: _Place, labelled: Split | None) -> _Place:
         say(f"note: the images of {place.folder(source)} lie in {source / inner}, which is not taken for a class")
         place = _Place(inner, [(path.partition("/")[2], file) for path, file in place.files])
     return place
+
+
+def _refuse_containers(source: Path, place: _Place) -> None:
+    """Refuse a class called images beside others: what lies there are masks, or views of the same images."""
+    tops = sorted({path.partition("/")[0] for path, _ in place.files if "/" in path})
+    called = [top for top in tops if is_container(top)]
+    if called and len(tops) > 1:
+        raise DataError(
+            f"{place.folder(source)} holds {called[0]} beside {len(tops) - 1} other folders of images "
+            f"({some([top for top in tops if top not in called[:1]])}), so it may hold all images, or be a class; name "
+            f"{place.folder(source) / called[0]}, or take all for classes with --folders {CLASSES}"
+        )
 
 
 def _refuse_splits_inside(source: Path, place: _Place) -> None:

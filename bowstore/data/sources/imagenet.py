@@ -17,7 +17,7 @@ from bowstore.data.sources.labels import Draft
 from bowstore.data.sources.names import SIGNATURE_BYTES, has_image_suffix, is_image, is_system_member, split_of
 from bowstore.data.sources.nested import NestedTar, open_tar
 from bowstore.data.sources.synsets import WNID, Synsets, Truth, read_devkit, read_solution
-from bowstore.data.sources.tars import read_file_or_member
+from bowstore.data.sources.tars import read_file_or_member, total_bytes
 from bowstore.data.sources.walk import SYSTEM, look
 from bowstore.data.sources.wnids import Drafts, add_folder, finish, lies_flat
 from bowstore.data.tar import Member
@@ -135,9 +135,6 @@ def _list_splits(source: Path, options: Options) -> Listing:
 
 
 def _refuse_nothing(source: Path, layout: _Layout) -> None:
-    for name in (*ARCHIVES.values(), DEVKIT):
-        if (source / name).is_symlink() and not (source / name).exists():
-            raise MissingError(f"{source / name} is a link to a file that does not exist; mend or remove the link")
     if not any(layout.ways(split) for split in SPLIT_NAMES):
         raise MissingError(f"{source} has no {' and no '.join(ARCHIVES.values())}; fetch them from image-net.org")
 
@@ -188,7 +185,7 @@ def _add_tars(drafts: Drafts, source: Path, layout: _Layout, truth: Truth | None
         paths = [source / below / name for name in _class_tars(look(source / below).others)]
     else:
         paths = [source / name]
-    with Progress(f"list {split}", sum(path.stat().st_size for path in paths), "bytes") as progress:
+    with Progress(f"list {split}", total_bytes(paths), "bytes") as progress:
         for path in paths:
             listed = _Listed(path, source, passed, progress.advance)
             with open_tar(path) as tar:

@@ -1,6 +1,7 @@
 """What names and first bytes tell: splits, images, and what systems leave behind in every folder."""
 
 import os
+import re
 from collections.abc import Callable
 
 # All but the last four are what Pillow reads; those are listed so that they end in quarantine and not unseen.
@@ -14,6 +15,7 @@ _OTHER_SUFFIXES = frozenset(
     " .npy .npz .mat .h5 .hdf5 .pkl .pickle .pth .pt .pyd .safetensors .parquet .lmdb .md5 .sha256"
     " .zip .tar .gz .tgz .bz2 .xz .zst .7z .rar .mp4 .avi .mov .mkv .webm .mp3 .wav .flac".split()
 )
+_WORD = re.compile(r"[a-z]+")
 SIGNATURE_BYTES = 32
 _SIGNATURES = (
     b"\xff\xd8\xff",
@@ -56,6 +58,11 @@ _SYSTEM_NAMES = frozenset(
         "desktop.ini",
     )
 )
+
+
+def splits_in(name: str) -> set[str]:
+    """The splits that words in a name tell: train of train2017, imagenet-train-0000, Train_images."""
+    return {split for word in _WORD.findall(name.lower()) if (split := split_of(word))}
 
 
 def split_of(word: str) -> str | None:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bowstore.beginnings import foreign_kind
 from bowstore.data.tar import BLOCK_BYTES, Member
 from bowstore.errors import BowstoreError, CorruptError, DataError
+from bowstore.files import check_plain_file
 
 _BUFFER_BYTES = 2 * BLOCK_BYTES  # a header, and the byte before it, which tells whether the member before is whole
 _ZEROS_AT_ONCE = 1 << 20
@@ -105,6 +107,8 @@ class NestedTar:
             position += len(block)
 
     def _broken(self, byte: int, reason: str) -> CorruptError:
+        if not byte and (kind := foreign_kind(os.pread(self._descriptor, min(BLOCK_BYTES, self.size), self.start))):
+            return CorruptError(f"{self.name} is no tar but {kind}")
         return CorruptError(f"{self.name} is cut or damaged at byte {byte} of {self.size} ({reason}); fetch it anew")
 
 
@@ -113,8 +117,10 @@ def open_tar(path: Path) -> Iterator[NestedTar]:
     """A tar on disk; closed behind the block.
 
     Raises:
+        CorruptError: it is no file.
         DataError: it cannot be read.
     """
+    check_plain_file(path)
     try:
         with open(path, "rb") as file:
             yield NestedTar(file.fileno(), str(path), 0, os.fstat(file.fileno()).st_size)

@@ -13,13 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from bowstore.beginnings import foreign_kind
 from bowstore.data.sources.base import some
 from bowstore.data.sources.names import is_system
 from bowstore.errors import CorruptError, DataError
+from bowstore.files import check_plain_file
 
 WNID = re.compile(r"n\d{8}")
 VAL_NAME = "ILSVRC2012_val_{:08d}"
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+_BEGINNING_BYTES = 512
 _MAX_DEVKIT_FILE_BYTES = 1 << 26  # meta.mat has 0.2 MB
 
 
@@ -72,6 +75,8 @@ def read_devkit(path: Path) -> tuple[Synsets, Truth]:
 
 def _devkit_files(path: Path) -> dict[str, bytes]:
     """The devkit's two files by name."""
+    if not path.is_dir():
+        check_plain_file(path)
     try:
         if path.is_dir():
             found = [path / "data" / name for name in (_META, _TRUTH)]
@@ -79,6 +84,10 @@ def _devkit_files(path: Path) -> dict[str, bytes]:
         with tarfile.open(path) as tar:
             return dict(_members(tar, path))
     except (EOFError, zlib.error, tarfile.TarError) as error:
+        with open(path, "rb") as file:
+            kind = foreign_kind(file.read(_BEGINNING_BYTES))
+        if kind and not kind.startswith("compressed"):  # as it should be
+            raise CorruptError(f"{path} is no archive but {kind}") from error
         raise CorruptError(f"{path} is cut or damaged: {' '.join(str(error).split())}; fetch it anew") from error
     except OSError as error:
         # gzip's own errors are without a number

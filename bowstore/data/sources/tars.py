@@ -6,7 +6,7 @@ Nothing is extracted, and no member is decoded but JSON: pickles and arrays in a
 import json
 import os
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +173,21 @@ class _Labels:
                 f"{self._path}: byte {error.start} of {member.name!r} is not UTF-8; write it anew, or name another "
                 f"field, or --label-field {NO_LABEL_FIELD}"
             ) from error
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    """Length of tars together.
+
+    Raises:
+        DataError: one is not there (a link to nothing), or may not be looked at.
+    """
+    total = 0
+    for path in paths:
+        try:
+            total += path.stat().st_size
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; bring it there, or take it away") from error
+    return total
 
 
 def read_member(source: Path, image: ImageFile) -> bytes:

@@ -27,6 +27,8 @@ def _list_splits(source: Path, _options: Options) -> Listing:
     used = [name for name in (_ANNOTATIONS, _WNIDS, _WORDS) if (source / name).is_file()]
     truth = read_annotations(source / _ANNOTATIONS) if _ANNOTATIONS in used else None
     synsets = read_names(source / _WORDS, source / _WNIDS) if _WNIDS in used else None
+    if not any((source / split).is_dir() for split in SPLIT_NAMES):
+        raise MissingError(f"{source} has no train, val or test; extract tiny-imagenet-200.zip again")
     found = []
     for split in SPLIT_NAMES:
         if not (source / split).is_dir():
@@ -39,8 +41,6 @@ def _list_splits(source: Path, _options: Options) -> Listing:
             )
         found.append(Drafts(split))
         add_folder(found[-1], source, split, truth if split == "val" else None)
-    if not found:
-        raise MissingError(f"{source} has no train, val or test; extract tiny-imagenet-200.zip again")
     return Listing(finish(found, synsets, source), tuple(used))
 
 

@@ -4,7 +4,6 @@ Shards that `bowstore index` takes need not be: this is for nested or odd names,
 extensions, labels as text or JSON, and images that want a check.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,8 +13,8 @@ from typing import NamedTuple
 from bowstore.data.sources.arrange import split_folders
 from bowstore.data.sources.base import LABEL_FIELDS, SPLIT_NAMES, Kind, Listing, Options, some
 from bowstore.data.sources.labels import Draft, finish_splits, text_is_label, whole_number
-from bowstore.data.sources.names import split_of
-from bowstore.data.sources.tars import TarContent, TarImage, read_member, read_tar
+from bowstore.data.sources.names import split_of, splits_in
+from bowstore.data.sources.tars import TarContent, TarImage, read_member, read_tar, total_bytes
 from bowstore.data.sources.walk import SYSTEM, holds_image, look
 from bowstore.data.tar import split_key
 from bowstore.errors import DataError, MissingError
@@ -23,7 +22,6 @@ from bowstore.progress import Progress, say
 
 _TAR = ".tar"
 _EMPTY_SAMPLES = "samples of tars without an image"
-_WORD = re.compile(r"[a-z]+")
 
 
 def _recognise(source: Path) -> bool:
@@ -62,7 +60,7 @@ def _tars(source: Path, options: Options) -> dict[str, list[Path]]:
 def _by_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in paths:
-        splits = {split for word in _WORD.findall(path.stem.lower()) if (split := split_of(word))}
+        splits = splits_in(path.stem)
         if len(splits) > 1:
             raise DataError(
                 f"the name of {path} tells {len(splits)} splits, {' and '.join(sorted(splits))}; put the tars into "
@@ -98,7 +96,7 @@ def _list_splits(source: Path, options: Options) -> Listing:
     found: dict[str, list[_Found]] = {}
     empty: list[str] = []
     system = 0
-    size_bytes = sum(path.stat().st_size for paths in tars.values() for path in paths)
+    size_bytes = total_bytes(path for paths in tars.values() for path in paths)
     with Progress("list", size_bytes, "bytes") as progress:
         for split, paths in tars.items():
             found[split] = []
