@@ -59,6 +59,14 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there; their names are on the disk, too."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        fsync_path(folder.parent)
+
+
 def open_new(path: Path) -> IO[bytes]:
     """Open a file for writing that is not there yet; what a link points to is never written.
 
@@ -314,7 +322,7 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
         BusyError: another live process holds it; the message names its host and process.
         BowstoreError: a link, or no plain file, lies at `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     descriptor = _open_own(path, os.O_RDWR)
     try:
         locked = try_lock(descriptor, path.parent)

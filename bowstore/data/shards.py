@@ -38,7 +38,7 @@ from bowstore.data.sources import FOLDER, Folders, PassedOver, Source, Split, li
 from bowstore.data.table import INDEX_FILE
 from bowstore.data.tar import TARS
 from bowstore.errors import BowstoreError, DataError, MismatchError, MissingError, UsageError
-from bowstore.files import atomic_file, exclusive_lock, read_json, sweep_temporary, write_json
+from bowstore.files import atomic_file, exclusive_lock, make_folder, read_json, sweep_temporary, write_json
 from bowstore.progress import Progress, say
 
 FORMAT_VERSION = 1
@@ -268,9 +268,9 @@ def _make_split(plan: _Plan, passed_over: PassedOver, workers: int) -> ShardsRep
 def _prepare_folder(plan: _Plan) -> None:
     """Make the folder ready for writing: nothing of dead writers or of another plan, and no manifest."""
     folder = plan.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
+    make_folder(folder / PARTS_FOLDER)
     if not any(folder.glob(TARS)) and (folder / PARTS_FOLDER / _PLAN_FILE).exists():
         for record in (folder / PARTS_FOLDER).glob(f"{plan.split.name}-{'[0-9]' * 6}.json"):
             record.unlink()

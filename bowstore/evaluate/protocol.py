@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from bowstore.config import Strict, dump
 from bowstore.environment import device_name, library_versions
 from bowstore.errors import CorruptError, DataError, UsageError
-from bowstore.files import read_json, write_json
+from bowstore.files import make_folder, read_json, write_json
 
 EVAL_FOLDER = "eval"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -252,7 +252,7 @@ def result_path(run: Path, protocol_id: str) -> Path:
 def write_result(run: Path, result: Result) -> Path:
     """Write `result` into its place in a run directory, atomically; return the place."""
     path = result_path(run, result.protocol)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, dump(result))
     return path
 

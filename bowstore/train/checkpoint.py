@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bowstore.files import atomic_file
+from bowstore.files import atomic_file, make_folder
 from bowstore.models.saved import checkpoint_bytes, checkpoint_path, checkpoints
 
 _DAMAGED, _DIVERGED = "damaged", "diverged"
@@ -67,7 +67,7 @@ class Checkpoints:
 def save_checkpoint(run: Path, state: dict[str, Any]) -> Path:
     """Write `checkpoints/step-N.pt` atomically, of a state as `checkpoint_bytes` takes it."""
     path = checkpoint_path(run, state["step"])
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     # torch's own writer turns a full disk into an internal error; from memory it stays an OSError.
     data = checkpoint_bytes(state)
     with atomic_file(path) as file:

@@ -1,7 +1,9 @@
 """Metrics of a run: gathered on the device, written as JSON lines and for TensorBoard, shown as progress."""
 
+import io
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from bowstore.config import TrainConfig
 from bowstore.data.pipeline import Batch
-from bowstore.files import atomic_file
+from bowstore.files import atomic_file, open_end
 from bowstore.progress import Progress, say
 from bowstore.train.distributed import World
 from bowstore.train.schedule import steps_per_epoch, total_steps
@@ -35,8 +37,10 @@ class MetricsLog:
             say(f"warning: {_told(path, unread)}; the file as it was is kept as {aside.name}")
         with atomic_file(path) as file:
             file.writelines((json.dumps(line) + "\n").encode() for line in lines if line["step"] <= step)
-        self._file = open(path, "a", buffering=1)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._file = io.TextIOWrapper(open_end(path), encoding="utf-8", line_buffering=True)
+        # Its writer follows links; nobody can lay one under a name that cannot be foreseen.
+        suffix = f".{secrets.token_hex(4)}"
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, filename_suffix=suffix)
 
     def write(self, step: int, values: dict[str, float], order: str) -> None:
         """Record the values of one step and the digest of its keys."""

@@ -1,5 +1,6 @@
 """Run directories: whose they are, what they hold, and when one may be gone on with."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ import torch
 
 from bowstore.config import TrainConfig, dump
 from bowstore.environment import device_name, library_versions
-from bowstore.errors import MismatchError
+from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import atomic_file, write_json
 from bowstore.models.saved import CONFIG_FILE, checkpoints, is_finished, read_run_config
 from bowstore.progress import say
 from bowstore.train.distributed import World
+from bowstore.train.metrics import METRICS_FILE
 from bowstore.yaml_file import write_yaml
 
+_ENVIRONMENT_FILE = "environment.json"
 _FREE_KEYS = ("runtime", "student")  # these may change between a run's sittings
 
 
@@ -23,8 +26,10 @@ def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
 
     Raises:
         MismatchError: another configuration is there and `resume` is false; the message names the first difference.
+            Or files where a run's go that no run left.
     """
     if not (checkpoints(run) or is_finished(run)):
+        _refuse_foreign(run)
         return
     differences = _differences(dump(read_run_config(run)), dump(config))
     if differences and not resume:
@@ -34,6 +39,20 @@ def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
         )
     for difference in differences:
         say(f"resumed with {difference}")
+
+
+def _refuse_foreign(run: Path) -> None:
+    """Refuse to write over files of a user's; what a run leaves that ended before its first checkpoint is no such."""
+    try:
+        if (run / CONFIG_FILE).read_bytes() == write_yaml(dump(read_run_config(run))):
+            return
+    except (FileNotFoundError, BowstoreError):
+        pass
+    there = [name for name in (CONFIG_FILE, _ENVIRONMENT_FILE, METRICS_FILE) if os.path.lexists(run / name)]
+    if there:
+        raise MismatchError(
+            f"{run / there[0]} is there, and no run of bowstore wrote it; take another --name, or move it away"
+        )
 
 
 def write_config(run: Path, config: TrainConfig) -> None:
@@ -58,7 +77,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def write_environment(run: Path, world: World, inputs: dict[str, str]) -> None:
     """Record versions, device and the identity of the inputs in `environment.json`."""
     write_json(
-        run / "environment.json",
+        run / _ENVIRONMENT_FILE,
         {
             "versions": library_versions(),
             "device": device_name(world.device),

@@ -22,7 +22,7 @@ from zarr.errors import GroupNotFoundError
 from zarr.storage import LocalStore
 
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, is_machine_error
-from bowstore.files import atomic_file, fsync_path, sweep_temporary, temporary_stem
+from bowstore.files import atomic_file, make_folder, sweep_temporary, temporary_stem
 
 _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is for
 # Whatever Zarr and its codecs raise for damaged bytes or metadata (seen by damaging each of them).
@@ -49,12 +49,9 @@ class DurableStore(LocalStore):
     def set_sync(self, key: str, value: Buffer) -> None:
         """Write one object, fsync it and every folder that gained an entry."""
         path = self.root / key
-        new = [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with atomic_file(path) as file:
             file.write(value.as_buffer_like())
-        for folder in new:
-            fsync_path(folder.parent)
 
 
 def new_group(path: Path, attributes: dict[str, Any]) -> zarr.Group:
