@@ -230,7 +230,7 @@ def test_a_half_extracted_archive_does_not_pass_for_a_whole_one(imagenette: Path
 
 
 def test_names_that_cannot_be_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"ImageNet has no public download: register at image-net\.org, and fetch ILSVRC2012_img_train"):
+    with pytest.raises(UsageError, match=r"ImageNet has no public download: register at image-net\.org, and fetch I"):
         fetch("imagenet", tmp_path)
     with pytest.raises(UsageError, match=r"no download 'mnist'; there are cifar10, cifar100, voc2007, imagenette, p"):
         fetch("mnist", tmp_path)
