@@ -101,9 +101,19 @@ def _cgroup_rooms(proc: Path, cgroups: Path) -> Iterator[int]:
             yield max(0, int(bound) - taken)
 
 
-def device_name(device: torch.device) -> str:
-    """Name of a GPU's model, or "cpu" with the machine's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+def device_name(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name of a GPU's model, or "cpu" with the processor's and the vector instructions that PyTorch uses there.
+
+    A run's figures go with them: kernels for other instructions round sums in another order.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        model = next((value.strip() for name, _, value in fields if name.strip() == "model name"), "")
+    except OSError:
+        model = ""
+    return f"cpu ({model or platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def library_versions() -> dict[str, str]:

@@ -1,8 +1,10 @@
+import platform
 from pathlib import Path
 
 import pytest
+import torch
 
-from bowstore.environment import available_memory
+from bowstore.environment import available_memory, device_name
 
 GB = 10**9
 
@@ -59,3 +61,13 @@ def test_version_1(proc: Path, tmp_path: Path) -> None:
     put(tmp_path / "cgroup/memory/docker/x", memory__limit_in_bytes=f"{7 * GB}\n",
         memory__usage_in_bytes=f"{3 * GB}\n", memory__stat=f"inactive_file 1\ntotal_inactive_file {GB}\n")  # fmt: skip
     assert available_memory(proc, tmp_path / "cgroup") == 5 * GB
+
+
+def test_a_cpu_is_told_by_its_model_and_by_what_rounds_its_sums(tmp_path: Path) -> None:
+    """Accuracies go with both: the demo's differ by ten points between processors."""
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: Vendor Seven (2) @ 3.1GHz\n\nmodel name\t: Other\n")
+    kernels = torch.backends.cpu.get_cpu_capability()
+    assert device_name(torch.device("cpu"), info) == f"cpu (Vendor Seven (2) @ 3.1GHz, {kernels})"
+    for unnamed in (tmp_path, tmp_path / "none"):
+        assert device_name(torch.device("cpu"), unnamed) == f"cpu ({platform.machine()}, {kernels})"
