@@ -55,7 +55,7 @@ class LoadedBackbone:
     config: dict[str, Any]
 
 
-def checkpoint_bytes(state: dict[str, Any]) -> bytes:
+def checkpoint_bytes(state: dict[str, Any]) -> memoryview:
     """A checkpoint as a file's bytes: version, state and the digest over both.
 
     Args:
@@ -65,11 +65,15 @@ def checkpoint_bytes(state: dict[str, Any]) -> bytes:
     content = {"version": CHECKPOINT_VERSION, **state}
     buffer = io.BytesIO()
     torch.save({**content, "digest": content_digest(content)}, buffer)
-    return buffer.getvalue()
+    return buffer.getbuffer()
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, shown: bool = True) -> dict[str, Any]:
     """Read a checkpoint onto the CPU and check it; only tensors and plain values are ever unpickled.
+
+    Args:
+        path: the file.
+        shown: whether to say what cannot be checked of an old one (False on ranks other than 0).
 
     Raises:
         MissingError: no such file.
@@ -77,10 +81,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         MismatchError: another format version, weights of another codebase, or no file at all.
         OSError: the machine could not read it, which says nothing about the file.
     """
-    return _checkpoint(_file_bytes(path, "checkpoint"), path)
+    return _checkpoint(_file_bytes(path, "checkpoint"), path, shown=shown)
 
 
-def _checkpoint(data: bytes, path: Path) -> dict[str, Any]:
+def _checkpoint(data: bytes, path: Path, *, shown: bool = True) -> dict[str, Any]:
     if kind := other_kind(io.BytesIO(data)):
         raise CorruptError(f"{path} is no checkpoint of bowstore: it is {kind}")
     try:
@@ -95,10 +99,10 @@ def _checkpoint(data: bytes, path: Path) -> dict[str, Any]:
         raise CorruptError(f"{path} is not a whole bowstore checkpoint ({why_unread(error)})") from error
     if not isinstance(state, dict) or "version" not in state:
         raise MismatchError(f"{path} is no checkpoint of bowstore; {_foreign(path)}")
-    return _checked(state, path)
+    return _checked(state, path, shown=shown)
 
 
-def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+def _checked(state: dict[str, Any], path: Path, *, shown: bool) -> dict[str, Any]:
     """The parts of a checkpoint, once its version, their presence and its digest are right."""
     version, digest = state["version"], state.pop("digest", None)
     known = type(version) is int and version in (_WITHOUT_DIGEST, CHECKPOINT_VERSION)
@@ -106,10 +110,11 @@ def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     if known and lost:
         raise CorruptError(f"{path} is not a whole bowstore checkpoint (it lacks {', '.join(lost)})")
     if known and digest is None and version == _WITHOUT_DIGEST:
-        say(
-            f"{path} was written before checkpoints had a digest: no more than its archive's own checksums was "
-            f"checked; the next checkpoint has one"
-        )
+        if shown:
+            say(
+                f"{path} was written before checkpoints had a digest: no more than its archive's own checksums was "
+                f"checked; the next checkpoint has one"
+            )
     elif known and digest is None:
         raise CorruptError(f"{path} is not a whole bowstore checkpoint (it lacks its digest)")
     elif digest is not None and digest != _digest_of(state):
@@ -131,8 +136,12 @@ def _digest_of(state: dict[str, Any]) -> str:
         return str(error)
 
 
-def newest_checkpoint(run: Path) -> dict[str, Any] | None:
+def newest_checkpoint(run: Path, *, shown: bool = True) -> dict[str, Any] | None:
     """The newest checkpoint of a run that is sound, or None where there is none at all; damaged ones are named.
+
+    Args:
+        run: the run directory.
+        shown: whether to name damaged ones (False on ranks other than 0).
 
     Raises:
         CorruptError: there are checkpoints, and not one of them is sound.
@@ -142,10 +151,10 @@ def newest_checkpoint(run: Path) -> dict[str, Any] | None:
     paths = checkpoints(run)
     error: CorruptError | None = None
     for path in paths:
-        if error:
+        if error and shown:
             say(f"warning: {error}; trying the one before")
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(path, shown=shown)
         except CorruptError as found:
             error = found
     if error:

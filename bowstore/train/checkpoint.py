@@ -21,23 +21,25 @@ class Checkpoints:
         run: the run directory.
         keep: how many are kept.
         start: step of the one that the run goes on from; None for a new run.
+        slower: whether the run goes on at a lower rate than the start was made with. If it diverges all the same before
+            it has written one of its own, the start was bad already.
         writes: whether this process is the one that touches files.
     """
 
-    def __init__(self, run: Path, *, keep: int, start: int | None, writes: bool) -> None:
+    def __init__(self, run: Path, *, keep: int, start: int | None, writes: bool, slower: bool = False) -> None:
         self._run, self._keep, self._writes = run, keep, writes
-        self._newest = start
+        self._newest, self._doubtful = start, slower
         self.unproven = start is not None
         if writes and start is not None:
             for path in checkpoints(run):
                 if path > checkpoint_path(run, start):
-                    set_aside(path, _DAMAGED)
+                    _set_aside(path)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write one of a step; no other takes its place yet."""
         if self._writes:
             save_checkpoint(self._run, state)
-        self._newest, self.unproven = int(state["step"]), True
+        self._newest, self._doubtful, self.unproven = int(state["step"]), False, True
 
     def proved(self) -> None:
         """The step after the newest one was sound: those before the newest `keep` are deleted."""
@@ -54,12 +56,15 @@ class Checkpoints:
     def diverged(self) -> str:
         """Set an unproven one aside, since going on from it would lead to the same; return where `--resume` begins.
 
+        Of one step, the last one that was set aside so is kept: a job that is started again and again fills no disk.
         Only for the process that writes.
         """
         aside = ""
-        if self.unproven and self._newest is not None:
+        if (self.unproven or self._doubtful) and self._newest is not None:
             path = checkpoint_path(self._run, self._newest)
-            aside = f" ({path.name} leads here again: it is now {set_aside(path, _DIVERGED).name})"
+            name = f"{path.name}.{_DIVERGED}"
+            path.replace(path.with_name(name))
+            aside = f" ({path.name} leads here again: it is now {name})"
         left = checkpoints(self._run)
         return f"to go on from {left[0].name}{aside}" if left else f"to begin anew{aside}"
 
@@ -81,11 +86,10 @@ def prune(run: Path, *, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path, why: str) -> Path:
-    """Give a checkpoint a name of its own, under which nothing reads, replaces or deletes it: `step-N.pt.<why>`."""
-    number, aside = 1, path.with_name(f"{path.name}.{why}")
+def _set_aside(path: Path) -> None:
+    """Give a damaged checkpoint a name of its own, under which nothing reads, replaces or deletes it."""
+    number, aside = 1, path.with_name(f"{path.name}.{_DAMAGED}")
     while aside.exists():
         number += 1
-        aside = path.with_name(f"{path.name}.{why}-{number}")
+        aside = path.with_name(f"{path.name}.{_DAMAGED}-{number}")
     path.rename(aside)
-    return aside

@@ -3,9 +3,8 @@
 Legend: B batch, C channels, H W pixels.
 """
 
-import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +21,14 @@ from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import Batch, train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader, fetched
-from bowstore.errors import BowstoreError, MismatchError, TrainingError
+from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import exclusive_lock, sweep_temporary
 from bowstore.models import saved
 from bowstore.progress import say
 from bowstore.remote import fetch_store
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.distributed import World, joined
+from bowstore.train.health import diverged, unsound
 from bowstore.train.metrics import Meter, RunLog
 from bowstore.train.rundir import check_run, write_config, write_environment
 from bowstore.train.schedule import images_in_use, learning_rate, step_seed, total_steps
@@ -90,7 +90,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
     Raises:
         BusyError: another process trains in the run directory.
         MismatchError: the directory holds another configuration, or the data changed since its checkpoint.
-        TrainingError: the loss is not finite.
+        TrainingError: the run diverged.
     """
     assert config.shards is not None, "the command line resolves shards"
     run = runs / config.name
@@ -109,8 +109,9 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         network = task.network.to(world.device).to(memory_format=task.network.memory_format(world.device))
         optimizer = build_optimizer(network, config)
         meter = Meter(world.device)
-        state = saved.newest_checkpoint(run)
+        state = saved.newest_checkpoint(run, shown=world.first)
         start = _restore(state, network, optimizer, meter, task, run) if state else None
+        slower = state is not None and state["config"]["optim"]["lr"] > config.optim.lr
         del state  # its memory, for the length of the run
         first = start or 0
         _same_start(first, task, config, world)
@@ -139,7 +140,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             log = RunLog(config, run, task.constants, first=first, steps_per_pass=schedule.steps_per_pass)
             stack.callback(log.close)
         stop_requested = stack.enter_context(_stop_signal())
-        kept = ckpt.Checkpoints(run, keep=config.runtime.keep_checkpoints, start=start, writes=world.first)
+        keep = config.runtime.keep_checkpoints
+        kept = ckpt.Checkpoints(run, keep=keep, start=start, slower=slower, writes=world.first)
         stack.enter_context(_interrupts(kept, world))
         for step, batch in enumerate(meter.waiting_for(batches), start=first):
             world.at(step)
@@ -153,9 +155,9 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             logging = done % config.runtime.log_every_steps == 0 or done == steps
             saving = done % config.runtime.checkpoint_every_steps == 0 or done == steps or stopping
             if logging or saving or kept.unproven:  # the only place that waits for the device
-                wrong = _unsound(network, optimizer, meter, kept, world, saving=saving)
+                wrong = unsound(network, optimizer, meter, kept, world, saving=saving)
                 if wrong:
-                    raise _diverged(wrong, done, rate, kept, world)
+                    raise diverged(wrong, done, rate, kept, world)
             if logging:
                 values = meter.read(world)
                 order = keys_digest(batch.plan, index, schedule, world)
@@ -324,44 +326,6 @@ def _finish(run: Path, config: TrainConfig, network: Network, world: World, repo
         saved.save_backbone(run / saved.BACKBONE_FILE, network.backbone, config)
     world.barrier()
     return report
-
-
-def _unsound(
-    network: Network, optimizer: Any, meter: Meter, kept: ckpt.Checkpoints, world: World, *, saving: bool
-) -> str:
-    """What is not finite after a step, or nothing; finds the newest checkpoint proved on the way. Same on every rank.
-
-    The loss, the gradients and the momenta speak of the weights that the step began with, whatever its rate was; the
-    weights that it made are looked at before they are saved.
-    """
-    loss = meter.mean_loss(world)
-    if not math.isfinite(loss):
-        return f"the loss is {loss}"
-    momenta = [value for values in optimizer.state.values() for value in values.values()]
-    if kept.unproven:
-        gradients = [parameter.grad for parameter in network.parameters()]
-        if world.any(not _all_finite([*gradients, *momenta])):
-            return "the gradients are not finite"
-        kept.proved()
-    if saving and world.any(not _all_finite([*network.state_dict().values(), *momenta])):
-        return "the weights are not finite"
-    return ""
-
-
-def _all_finite(values: Sequence[Any]) -> bool:
-    """Whether all tensors among the values are; the device is asked once."""
-    found = [value.isfinite().all() for value in values if isinstance(value, Tensor)]
-    return not found or bool(torch.stack(found).all())
-
-
-def _diverged(wrong: str, step: int, rate: float, kept: ckpt.Checkpoints, world: World) -> BaseException:
-    """The error of a run that cannot go on; the other ranks leave quietly."""
-    if not world.first:
-        return SystemExit(1)
-    return TrainingError(
-        f"{wrong} by step {step} at learning rate {rate:g}; lower optim.lr and run again with --resume "
-        f"{kept.diverged()}, or under another --name from the start"
-    )
 
 
 @contextmanager

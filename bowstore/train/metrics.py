@@ -112,6 +112,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}
+        self._last_loss = torch.zeros((), device=device)
         self._steps = self._total_steps = self._timed_images = 0
         self._wait_seconds = self._timed_wait_seconds = 0.0
         self._start: float | None = None
@@ -128,6 +129,7 @@ class Meter:
 
     def count(self, images: int, scalars: dict[str, Tensor]) -> None:
         """Add one step's scalars."""
+        self._last_loss = scalars["loss"]
         for name, value in scalars.items():
             if name in self._sums:
                 self._sums[name] += value
@@ -141,10 +143,14 @@ class Meter:
             self._timed_images += images
             self._timed_wait_seconds += self._wait_seconds
 
-    def mean_loss(self, world: World) -> float:
-        """Mean loss since the last reading, over all ranks; not finite if any step's was not. 0 right after one."""
-        loss = self._sums["loss"] / self._steps if self._steps else torch.zeros((), device=self._device)
-        return float(world.mean(loss.clone()).item())
+    def losses(self, world: World) -> tuple[float, float]:
+        """Loss of the last step, and the mean since the last reading (not finite if any step's was not).
+
+        Over all ranks; after a step at least.
+        """
+        mean = self._sums["loss"] / self._steps
+        last, mean = world.mean(torch.stack([self._last_loss.double(), mean])).tolist()
+        return last, mean
 
     def read(self, world: World) -> dict[str, float]:
         """Means since the last reading, over all ranks, as float32 values."""

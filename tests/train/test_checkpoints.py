@@ -64,7 +64,7 @@ def write_export(path: Path) -> Path:
 
 def test_a_flipped_bit_of_a_checkpoint_is_found_or_changes_nothing(tmp_path: Path) -> None:
     """Anywhere in the file: in weights, in what is pickled, in the archive's own records."""
-    data, path = checkpoint_bytes(small_state()), tmp_path / "step-000000005.pt"
+    data, path = bytes(checkpoint_bytes(small_state())), tmp_path / "step-000000005.pt"
     path.write_bytes(data)
     whole = content_digest(load_checkpoint(path))
     found = 0
@@ -81,7 +81,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_found_or_changes_nothing(tmp_path: Pat
 
 def test_every_flipped_bit_of_a_weight_is_found(tmp_path: Path) -> None:
     state, path = small_state(), tmp_path / "step-000000005.pt"
-    data = checkpoint_bytes(state)
+    data = bytes(checkpoint_bytes(state))
     first = data.index(state["backbone"]["layer1.weight"].numpy().tobytes())
     for bit in range(8 * first, 8 * first + 32):
         path.write_bytes(flipped(data, bit))
@@ -383,19 +383,19 @@ def test_old_checkpoints_go_once_the_newest_is_proved(tmp_path: Path) -> None:
 # --- divergence
 
 
-@pytest.mark.parametrize(
-    ("task", "save", "log"),
-    [("words", 1, 1), ("words", 1, 100), ("words", 2, 1), ("rotation", 1, 3), ("words", 100, 1)],
-)
+@pytest.mark.parametrize(("task", "rate", "save", "log"), [
+    ("words", 1e38, 1, 1), ("words", 1e38, 1, 100), ("rotation", 1e38, 2, 3), ("words", 1e10, 1, 1),
+    ("rotation", 1e5, 100, 1),
+])  # fmt: skip
 def test_the_resume_that_a_diverged_run_advises_works(
-    make_config: Make, tmp_path: Path, task: str, save: int, log: int
+    make_config: Make, tmp_path: Path, task: str, rate: float, save: int, log: int
 ) -> None:
-    """A rate so high that the next step's loss is not finite, though the weights are."""
+    """A rate so high that the next step's loss, gradients or statistics are not finite, though the weights are."""
     runtime = {"checkpoint_every_steps": save, "log_every_steps": log}
-    config = make_config(task, optim={"lr": 1e38}, runtime=runtime)
-    with pytest.raises(TrainingError, match=r"not finite|the loss is (nan|inf)") as error:
+    config = make_config(task, optim={"lr": rate}, runtime=runtime)
+    with pytest.raises(TrainingError, match=r"not finite|the loss is (nan|inf|\d)") as error:
         loop.train(config, tmp_path / "runs")
-    assert "at learning rate 1e+38; lower optim.lr and run again with --resume to begin anew" in str(error.value)
+    assert f"at learning rate {rate:g}; lower optim.lr and run again with --resume to begin anew" in str(error.value)
     run = tmp_path / "runs" / config.name
     assert newest_checkpoint(run) is None
     assert loop.train(make_config(task, runtime=runtime), tmp_path / "runs", resume=True).steps == 12
@@ -404,6 +404,29 @@ def test_the_resume_that_a_diverged_run_advises_works(
     assert final is not None
     assert whole is not None
     assert content_digest([final["backbone"], final["head"]]) == content_digest([whole["backbone"], whole["head"]])
+
+
+def test_a_checkpoint_that_fails_at_a_lower_rate_too_is_set_aside(tmp_path: Path) -> None:
+    """Found sound by the step after it, and bad all the same: each advised --resume goes further back."""
+    write_checkpoints(tmp_path, 3, 4)
+    for start, advised in ((4, "to go on from step-000000003.pt"), (3, "to begin anew")):
+        kept = Checkpoints(tmp_path, keep=2, start=start, slower=True, writes=True)
+        kept.proved()
+        name = f"step-00000000{start}.pt"
+        assert kept.diverged() == f"{advised} ({name} leads here again: it is now {name}.diverged)"
+    write_checkpoints(tmp_path, 4)
+    for slower, saved_since in ((False, False), (True, True)):
+        kept = Checkpoints(tmp_path, keep=2, start=4, slower=slower, writes=True)
+        kept.proved()
+        if saved_since:
+            kept.save(small_state(5))
+            kept.proved()
+        assert kept.diverged() == f"to go on from step-00000000{5 if saved_since else 4}.pt"
+    kept = Checkpoints(tmp_path, keep=2, start=5, writes=True)
+    kept.diverged()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000000003.pt.diverged", "step-000000004.pt", "step-000000004.pt.diverged", "step-000000005.pt.diverged",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("save", [1, 3])
