@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from source_sets import shards_of, tiny_image, write_file, write_members
 
 from bowstore.cli import main
@@ -314,3 +316,34 @@ def test_nothing_but_system_folders(tmp_path: Path) -> None:
         list_splits(tmp_path)
     with pytest.raises(MissingError, match=r"no folder"):
         list_splits(tmp_path / "nowhere")
+
+
+_PARTS = st.sampled_from(["train", "Val", "test", "ant", "bee", "images", "@eaDir", "train2017", "._x", ".git"])
+_LEAVES = st.sampled_from(["1.jpg", "2.PNG", "photo", "a.jpg?x=1", "notes.txt", "._1.jpg", "README", "Thumbs.db"])
+_PATHS = st.tuples(st.lists(_PARTS, max_size=3), _LEAVES).map(lambda path: "/".join([*path[0], path[1]]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(paths=st.sets(_PATHS, min_size=1, max_size=8), folders=st.sampled_from([None, "classes", "splits"]))
+def test_every_file_is_taken_counted_or_refused(
+    paths: set[str], folders: Folders | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("tree")
+    for path in paths:
+        write_file(root / path, b"text" if path.endswith(("txt", "README", "db")) else JPEG)
+    try:
+        listed = list_source(root, folders=folders)
+    except DataError:
+        return
+    system = {"._x", ".git", "@eaDir", "Thumbs.db", "._1.jpg"}
+    tops = {  # a folder that is passed over counts once
+        "/".join(path.split("/")[: [part in system for part in path.split("/")].index(True) + 1])
+        for path in paths
+        if system & set(path.split("/"))
+    }
+    plain = [path for path in paths if not system & set(path.split("/"))]
+    taken = sum(len(split.images) for split in listed.splits)
+    assert listed.passed_over.counts["hidden or system"] == len(tops)
+    assert taken + listed.passed_over.counts.total() == len(plain) + len(tops)
+    if folders is None:
+        assert taken == sum(not path.endswith(("txt", "README")) for path in plain)

@@ -109,6 +109,7 @@ class NestedTar:
     def _broken(self, byte: int, reason: str) -> CorruptError:
         if not byte and (kind := foreign_kind(os.pread(self._descriptor, min(BLOCK_BYTES, self.size), self.start))):
             return CorruptError(f"{self.name} is no tar but {kind}")
+        byte = min(byte, self.size)  # a member that is cut would end behind it
         return CorruptError(f"{self.name} is cut or damaged at byte {byte} of {self.size} ({reason}); fetch it anew")
 
 
