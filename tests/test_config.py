@@ -117,6 +117,19 @@ def test_bad_values_are_one_line_with_value_and_remedy(override: str, message: s
     assert "\n" not in str(error.value)
 
 
+def test_numbers_in_any_decimal_form_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "task: words\noptim: {lr: 1e-3, weight_decay: 5E-4, factor: 1}\nview: {grey: 1, hue: .1, mean: [0, 1, 2]}"
+    )
+    config = load_train_config(path, ["optim.momentum=0", "words.gamma=1e1"])
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.factor) == (0.001, 0.0005, 1.0)
+    assert (config.view.grey, config.view.hue, config.view.mean) == (1.0, 0.1, (0.0, 1.0, 2.0))
+    assert (config.optim.momentum, config.words.gamma) == (0.0, 10.0)
+    assert config.name == "run"
+    assert all(type(value) is float for value in (config.view.grey, *config.view.mean, config.optim.momentum))
+
+
 def test_values_of_the_command_line_have_the_types_of_a_file() -> None:
     values = apply_overrides({"a": {"b": 1}}, ["a.b=2.5", "a.c=[1, 2]", "d=null", "e=text", 'f="3"'])
     assert values == {"a": {"b": 2.5, "c": [1, 2]}, "d": None, "e": "text", "f": "3"}

@@ -158,7 +158,12 @@ def _lifeline(place: Ranks, on_verdict: Callable[[], None] | None = None) -> Ite
     except BaseException as error:
         if (seconds := _verdict_seconds(error)) and (verdict := lifeline.wait_for_verdict(seconds)):
             raise BowstoreError(f"{verdict}; {REMEDY}") from error
-        lifeline.failed(" ".join(str(error).split()) or type(error).__name__)
+        text = " ".join(str(error).split()) or type(error).__name__
+        lifeline.failed(text)
+        if isinstance(error, dist.DistError) or "gloo" in text:
+            raise BowstoreError(
+                f"rank {place.rank} of {place.size} has lost the others ({text[:200]}); {REMEDY}"
+            ) from error
         raise
     finally:
         lifeline.close()

@@ -66,7 +66,8 @@ class Lifeline:
         self._rank, self._links, self._hang_seconds = rank, links, hang_seconds
         self._on_verdict = on_verdict
         self._unread = dict.fromkeys(links, b"")
-        self._steps = {other: (-1, time.monotonic()) for other in (rank, *links)} if rank == 0 else {}
+        self._steps = {other: (-1, time.monotonic()) for other in (rank, *links)}
+        self._gone: set[int] = set()
         self._step = self._told = -1
         self._sending = threading.Lock()
         self._decided, self._left = threading.Event(), threading.Event()
@@ -93,7 +94,7 @@ class Lifeline:
         """Leave, without alarming anybody."""
         self._left.set()
         for other, link in self._links.items():
-            self._send(other, {"ended": True})
+            self._send(other, {"step": self._step, "ended": True})
             try:
                 link.shutdown(socket.SHUT_RDWR)  # wakes the thread
             except OSError:  # the other side was faster
@@ -106,15 +107,14 @@ class Lifeline:
         with selectors.DefaultSelector() as selector:
             for other, link in self._links.items():
                 selector.register(link, selectors.EVENT_READ, other)
-            while selector.get_map() and self.verdict is None and not self._left.is_set():
+            while self.verdict is None and not self._left.is_set():
                 for key, _ in selector.select(_TICK_SECONDS):
                     if not self._receive(key.data):
                         selector.unregister(key.fileobj)
-                if self._rank == 0:
-                    self._look_for_hang()
-                elif self._step != self._told:
+                if self._rank and self._step != self._told:
                     self._told = self._step
                     self._send(0, {"step": self._told})
+                self._compare_steps()
         if self.verdict is None or self._left.is_set():
             return
         if self._on_verdict:
@@ -139,19 +139,26 @@ class Lifeline:
             if "failed" in message:
                 self._decide(f"rank {other} failed: {message['failed']}")
             if "ended" in message:
+                self._gone.add(other)
                 return False
         if not data and not self._left.is_set():
             self._decide(f"rank {other} has died: it was killed, or its machine is gone")
         return bool(data)
 
-    def _look_for_hang(self) -> None:
-        """Name the ranks that all others have been waiting for too long."""
+    def _compare_steps(self) -> None:
+        """Name ranks that have left before the others, and on rank 0 those that all others wait for too long."""
         now = time.monotonic()
-        if self._step != self._steps[0][0]:
-            self._steps[0] = (self._step, now)
+        if self._step != self._steps[self._rank][0]:
+            self._steps[self._rank] = (self._step, now)
         behind = min(step for step, _ in self._steps.values())
         front = max(step for step, _ in self._steps.values())
-        if front > behind and all(now - since > self._hang_seconds for _, since in self._steps.values()):
+        if early := sorted(rank for rank in self._gone if self._steps[rank][0] < front):
+            self._decide(f"rank {', '.join(map(str, early))} has left before step {front}, at which others are")
+        elif (
+            self._rank == 0
+            and front > behind
+            and all(now - since > self._hang_seconds for _, since in self._steps.values())
+        ):
             names = ", ".join(str(rank) for rank, (step, _) in sorted(self._steps.items()) if step == behind)
             self._decide(
                 f"rank {names} hangs: for {self._hang_seconds:.0f} s it has not had the images of step {front}, "

@@ -197,8 +197,8 @@ def misfortune(rank: int, how: str) -> None:
             raise DataError("image 'cat' cannot be decoded")
         if what == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
-    elif what == "blocked":
+        if what == "leaves":
+            raise SystemExit(1)
         time.sleep(60)
 
 
@@ -209,6 +209,8 @@ def misfortune(rank: int, how: str) -> None:
         ("0 raises", "rank 0 failed: image 'cat' cannot be decoded"),
         ("2 dies", "rank 2 has died: it was killed, or its machine is gone"),
         ("0 dies", "rank 0 has died: it was killed, or its machine is gone"),
+        ("1 leaves", "rank 1 has left before step 3, at which others are"),
+        ("0 leaves", "rank 0 has left before step 3, at which others are"),
         ("1 hangs", "rank 1 hangs: for 2 s it has not had the images of step 3, for which the others wait; look at"),
     ],
 )

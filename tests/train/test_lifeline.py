@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bowstore.errors import BowstoreError
-from bowstore.train import lifeline
+from bowstore.errors import BowstoreError, DataError
+from bowstore.train import distributed, lifeline
 from bowstore.train.lifeline import Lifeline, connect
 
 
@@ -41,7 +41,8 @@ def test_a_blocked_rank_ends_with_the_line(exits: queue.Queue[int], capsys: pyte
 
 def test_a_rank_that_leaves_alarms_nobody(exits: queue.Queue[int]) -> None:
     line, other = pair()
-    other.sendall(b'{"ended": true}\n')
+    line.at(7)
+    other.sendall(b'{"step": 6}\n{"step": 7, "ended": true}\n')
     other.close()
     assert line.wait_for_verdict(0.2) is None
     line.close()
@@ -130,3 +131,43 @@ def test_a_verdict_can_interrupt_the_main_thread(exits: queue.Queue[int]) -> Non
     theirs.close()
     assert called.wait(5)
     line.close()
+
+
+class Deaf:
+    """A lifeline over which nothing comes."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def wait_for_verdict(self, seconds: float) -> None:
+        assert seconds >= 0
+
+    def failed(self, reason: str) -> None:
+        self.told.append(reason)
+
+    def close(self) -> None:
+        self.told.append("closed")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out\nwaiting 660000ms"),
+         r"rank 1 of 2 has lost the others \(\[gloo.* Timed out waiting 660000ms\); this rank ends with it"),
+        (DataError("image 'x' is damaged"), r"^image 'x' is damaged$"),
+        (ZeroDivisionError("a fault of ours"), r"^a fault of ours$"),
+    ],
+)  # fmt: skip
+def test_errors_of_collectives_are_one_line_and_others_stay_what_they_are(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Deaf()
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(distributed, "connect", lambda *_, **__: line)
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(Exception, match=message) as caught, distributed.beside_others():
+        raise error
+    assert "\n" not in str(caught.value)
+    assert line.told == [" ".join(str(error).split()), "closed"]
