@@ -145,7 +145,7 @@ def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, wor
     listed in FOLDER/quarantine.jsonl.
     """
     from bowstore.data.index import build_index
-    from bowstore.data.index_build import known_classes
+    from bowstore.data.records import known_classes
     from bowstore.data.scan import ScanSettings
     from bowstore.remote import local_only
 

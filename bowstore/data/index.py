@@ -7,6 +7,7 @@ what does not match is refused by name. DALI's own `v1.2` index files are writte
 Legend: N samples.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bowstore.config import StorageConfig
-from bowstore.data.index_build import ShardEntry, shard_entries, write_index
+from bowstore.data.index_build import write_index
+from bowstore.data.records import IndexMeta, ShardEntry, checked
 from bowstore.data.scan import ScanSettings
-from bowstore.data.table import INDEX_FILE, INDEX_VERSION, digest_columns, map_columns, read_header
+from bowstore.data.table import (
+    COLUMNS,
+    INDEX_FILE,
+    INDEX_VERSION,
+    check_values,
+    digest_columns,
+    map_columns,
+    read_header,
+)
 from bowstore.errors import CorruptError, MismatchError, MissingError
 
 
@@ -153,19 +163,19 @@ def read_index(root: Path, remote: Any = None, storage: StorageConfig | None = N
     path = root / INDEX_FILE
     try:
         header = read_header(path)
-        meta = header.meta
-        if meta.get("version") != INDEX_VERSION:
+        version = header.meta.get("version")
+        if version != INDEX_VERSION:
             raise MismatchError(
-                f"{path} has format {meta.get('version')}, this bowstore reads {INDEX_VERSION}; "
-                f"run `bowstore index {root}`"
+                f"{path} has format {version}, this bowstore reads {INDEX_VERSION}; run `bowstore index {root}`"
             )
+        meta = checked(IndexMeta, json.dumps(header.meta))
         return Index(
             root=root,
-            shards=shard_entries(meta["shards"]),
-            classes=tuple(meta["classes"]),
-            fingerprint=meta["fingerprint"],
-            settings=ScanSettings(tuple(meta["image_ext"]), meta["label_field"]),
-            columns_digest=meta["columns"],
+            shards=tuple(meta.shards),
+            classes=tuple(meta.classes),
+            fingerprint=meta.fingerprint,
+            settings=ScanSettings(tuple(meta.image_ext), meta.label_field),
+            columns_digest=meta.columns,
             **map_columns(path, header),
             remote=remote,
             storage=storage or StorageConfig(),
@@ -178,7 +188,7 @@ def read_index(root: Path, remote: Any = None, storage: StorageConfig | None = N
         raise MissingError(f"no index in {root}{hint}") from error
     except (MismatchError, CorruptError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise CorruptError(f"{path} is damaged ({error}); run `bowstore index {root}` again") from error
 
 
@@ -200,14 +210,20 @@ def check_sizes(index: Index) -> None:
 
 
 def check_columns(index: Index) -> Index:
-    """The same index, once all its columns are compared with their recorded digest.
+    """The same index, once all its columns are compared with their recorded digest, and with each other.
 
     Raises:
-        CorruptError: they differ.
+        CorruptError: they differ, or somebody wrote them who did not know what they mean.
     """
     if digest_columns(lambda name: getattr(index, name)) != index.columns_digest:
         raise CorruptError(
             f"{index.root / INDEX_FILE} is damaged (its columns differ from their digest); "
             f"run `bowstore index {index.root}` again"
         )
+    try:
+        check_values({name: getattr(index, name) for name in COLUMNS}, [entry.size_bytes for entry in index.shards])
+    except ValueError as error:
+        raise CorruptError(
+            f"{index.root / INDEX_FILE} is damaged ({error}); run `bowstore index {index.root}` again"
+        ) from error
     return index

@@ -9,7 +9,7 @@ Legend: N samples.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,46 +18,20 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from bowstore.data.records import QUARANTINE_FILE, ShardEntry, known_undecodable, read_manifest, written_here
 from bowstore.data.scan import ScanSettings, ShardTable, scan_shard
 from bowstore.data.sources.base import NO_LABEL_FIELD
 from bowstore.data.sources.labels import text_is_label
 from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, ForeignTable, read_header, write_table
 from bowstore.data.tar import TARS
 from bowstore.data.workers import Report, run_jobs, worker_count
-from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
-from bowstore.files import atomic_file, check_plain_file, read_json
+from bowstore.errors import DataError, MismatchError, MissingError
+from bowstore.files import atomic_file, check_plain_file
 from bowstore.progress import Progress, say
 
-MANIFEST_FILE = "manifest.json"
-MANIFEST_FORMAT = "bowstore-shards"
-PARTS_FOLDER = ".parts"
-QUARANTINE_FILE = "quarantine.jsonl"
 _PACKED = re.compile(r"\.(tar\.\w+|t[gbxz]z2?|tzst)$")
 _WORTH_BYTES = 1 << 28  # of shards, for one more process
 _EXAMPLES = 5
-
-
-class ShardEntry(NamedTuple):
-    """One tar: file name, number of samples, size in bytes, xxh3-128 digest as hex."""
-
-    name: str
-    samples: int
-    size_bytes: int
-    digest: str
-
-
-def shard_entries(values: Iterable[Iterable[Any]]) -> tuple[ShardEntry, ...]:
-    """Entries from a file that may be anybody's.
-
-    Raises:
-        ValueError: a name that may lead out of the folder.
-        TypeError: not four values each.
-    """
-    entries = tuple(ShardEntry(*value) for value in values)
-    for entry in entries:
-        if not entry.name.endswith(".tar") or "/" in entry.name or "\0" in entry.name:
-            raise ValueError(f"shard name {entry.name!r} is not that of a *.tar in the folder")
-    return entries
 
 
 def write_index(root: Path, classes: tuple[str, ...], settings: ScanSettings, workers: int | None) -> None:
@@ -121,76 +95,6 @@ def find_tars(root: Path) -> list[Path]:
         if not path.exists():
             raise MissingError(f"{path} is a link to a file that does not exist; restore the file, or remove the link")
     return paths
-
-
-class Manifest(NamedTuple):
-    """What `bowstore shards` recorded of a folder when it was complete.
-
-    Attributes:
-        shards: the tars.
-        classes: class names in label order.
-        written: images in all tars.
-    """
-
-    shards: tuple[ShardEntry, ...]
-    classes: tuple[str, ...]
-    written: int
-
-
-def read_manifest(root: Path) -> Manifest | None:
-    """The manifest of a folder that `bowstore shards` wrote; None where there is none.
-
-    Raises:
-        CorruptError: a manifest that cannot be read.
-    """
-    path = root / MANIFEST_FILE
-    try:
-        values = read_json(path)
-        if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:
-            return None
-        shards = shard_entries([shard[name] for name in ShardEntry._fields] for shard in values["shards"])
-        return Manifest(shards, tuple(values["classes"]), values["counts"]["written"])
-    except MissingError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # CorruptError, too
-        raise CorruptError(f"{path} is damaged ({error}); `bowstore verify {root} --repair` sets it aside") from error
-
-
-def known_classes(root: Path) -> tuple[str, ...]:
-    """Class names of a folder that bowstore wrote (its manifest), or none."""
-    manifest = read_manifest(root)
-    return manifest.classes if manifest else ()
-
-
-def written_here(root: Path) -> bool:
-    """Whether `bowstore shards` wrote the tars of a folder (or is just writing them)."""
-    return (root / PARTS_FOLDER / "plan.json").exists() or read_manifest(root) is not None
-
-
-def known_undecodable(root: Path) -> dict[str, dict[str, tuple[int, str]]]:
-    """Images that a deep check left out of shards that others made: tar, member, (digest of its bytes, reason).
-
-    Raises:
-        CorruptError: the list cannot be read.
-    """
-    path = root / QUARANTINE_FILE
-    found: dict[str, dict[str, tuple[int, str]]] = {}
-    try:
-        check_plain_file(path)
-        for line in path.read_text().splitlines():
-            values = json.loads(line)
-            if not {"path", "reason"} <= values.keys() <= {"path", "reason", "digest"}:
-                raise ValueError(f"a line with {sorted(values)}")
-            if "digest" in values:
-                tar, _, member = values["path"].partition("/")
-                found.setdefault(tar, {})[member] = int(values["digest"], 16), values["reason"]
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(
-            f"{path} is no list of bowstore's, or a damaged one ({error}); move it away and run `bowstore index {root}`"
-        ) from error
-    return found
 
 
 def _refuse_foreign_index(root: Path) -> None:

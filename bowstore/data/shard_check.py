@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bowstore.data.image_header import ImageSize, UnusableImage
 from bowstore.data.images import prepare
-from bowstore.data.index_build import ShardEntry, may_hold_dali_index
+from bowstore.data.index_build import may_hold_dali_index
+from bowstore.data.records import ShardEntry
 from bowstore.data.scan import Fault, Refused, ScanSettings, ShardTable, scan_shard
 from bowstore.data.sources.base import NO_LABEL
 from bowstore.data.table import image_digest

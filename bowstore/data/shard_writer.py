@@ -15,11 +15,10 @@ import xxhash
 
 from bowstore.data.image_header import MAX_IMAGE_BYTES, UnusableImage
 from bowstore.data.images import Prepared, prepare
-from bowstore.data.index_build import PARTS_FOLDER
+from bowstore.data.records import PARTS_FOLDER, LeftOut, read_checked
 from bowstore.data.sources import DANGLING, NO_LABEL, ImageFile, Reader, Source, open_source
 from bowstore.data.workers import Report, run_jobs
-from bowstore.errors import CorruptError
-from bowstore.files import atomic_file, file_digest, read_json, write_json
+from bowstore.files import atomic_file, file_digest, write_json
 from bowstore.progress import say
 
 _REPORT_EVERY_IMAGES = 50
@@ -67,15 +66,15 @@ class Record:
     size_bytes: int
     digest: str
     changed: dict[str, int] = field(default_factory=dict)
-    quarantined: list[dict[str, str]] = field(default_factory=list)
+    quarantined: list[LeftOut] = field(default_factory=list)
 
 
 def read_record(job: ShardJob) -> Record | None:
     """The record of a finished shard, if it is this job's and the tar still has its length."""
     try:
-        record = Record(**read_json(job.record_path))
+        record = read_checked(Record, job.record_path)
         size_bytes = (job.folder / job.name).stat().st_size if record.samples else 0
-    except (FileNotFoundError, CorruptError, TypeError):
+    except (FileNotFoundError, ValueError):  # CorruptError, too
         return None
     return record if record.plan == job.plan and size_bytes == record.size_bytes else None
 
@@ -138,7 +137,7 @@ def _write_shard(read: Reader, job: ShardJob, report: Report) -> Record:
 
     path = job.folder / job.name
     changed: Counter[str] = Counter()
-    quarantined: list[dict[str, str]] = []
+    quarantined: list[LeftOut] = []
     with atomic_file(path) as file:
         target = _DigestingFile(file)
         with TarWriter(target, encoder=False, mtime=0) as tar:

@@ -31,18 +31,17 @@ from PIL import __version__ as pillow_version
 
 from bowstore import __version__
 from bowstore.data.index import build_index, open_index
-from bowstore.data.index_build import MANIFEST_FILE, PARTS_FOLDER, QUARANTINE_FILE, ShardEntry
+from bowstore.data.records import MANIFEST_FILE, PARTS_FOLDER, PLAN_FILE, QUARANTINE_FILE, read_identity, read_manifest
 from bowstore.data.shard_writer import Record, ShardJob, read_record, write_shards
 from bowstore.data.shards_report import ShardsReport
 from bowstore.data.sources import FOLDER, Folders, PassedOver, Source, Split, list_source
 from bowstore.data.table import INDEX_FILE
 from bowstore.data.tar import TARS
-from bowstore.errors import BowstoreError, DataError, MismatchError, MissingError, UsageError
-from bowstore.files import atomic_file, exclusive_lock, make_folder, read_json, sweep_temporary, write_json
+from bowstore.errors import BowstoreError, DataError, MismatchError, UsageError
+from bowstore.files import atomic_file, exclusive_lock, make_folder, sweep_temporary, write_json
 from bowstore.progress import Progress, say
 
 FORMAT_VERSION = 1
-_PLAN_FILE = "plan.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -186,7 +185,7 @@ def _refuse_other_content(plan: _Plan) -> None:
     tars = sorted(path.name for path in plan.folder.glob(TARS))
     recorded = _recorded_identity(plan.folder)
     if not tars:
-        written = (MANIFEST_FILE, QUARANTINE_FILE, INDEX_FILE, f"{PARTS_FOLDER}/{_PLAN_FILE}")
+        written = (MANIFEST_FILE, QUARANTINE_FILE, INDEX_FILE, f"{PARTS_FOLDER}/{PLAN_FILE}")
         others = [name for name in written if os.path.lexists(plan.folder / name)]
         if others and (recorded is None or recorded.get("format") != plan.identity["format"]):
             raise MismatchError(
@@ -205,13 +204,8 @@ def _refuse_other_content(plan: _Plan) -> None:
 
 
 def _recorded_identity(folder: Path) -> dict[str, Any] | None:
-    for path in (folder / MANIFEST_FILE, folder / PARTS_FOLDER / _PLAN_FILE):
-        try:
-            recorded = read_json(path)
-        except MissingError:
-            continue
-        return recorded if isinstance(recorded, dict) else {}
-    return None
+    paths = (folder / MANIFEST_FILE, folder / PARTS_FOLDER / PLAN_FILE)
+    return next((found for path in paths if (found := read_identity(path, FORMAT_VERSION)) is not None), None)
 
 
 def _difference(recorded: dict[str, Any], plan: _Plan) -> str:
@@ -271,25 +265,26 @@ def _prepare_folder(plan: _Plan) -> None:
     make_folder(folder)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     make_folder(folder / PARTS_FOLDER)
-    if not any(folder.glob(TARS)) and (folder / PARTS_FOLDER / _PLAN_FILE).exists():
+    if not any(folder.glob(TARS)) and (folder / PARTS_FOLDER / PLAN_FILE).exists():
         for record in (folder / PARTS_FOLDER).glob(f"{plan.split.name}-{'[0-9]' * 6}.json"):
             record.unlink()
     sweep_temporary(folder)
     sweep_temporary(folder / PARTS_FOLDER)
-    write_json(folder / PARTS_FOLDER / _PLAN_FILE, plan.identity)
+    write_json(folder / PARTS_FOLDER / PLAN_FILE, plan.identity)
 
 
 def _complete_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest, if index and shards are there as it says, and no shard was written to after it."""
-    manifest: dict[str, Any]
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
     try:
-        manifest, written = read_json(folder / MANIFEST_FILE), (folder / MANIFEST_FILE).stat().st_mtime_ns
-        recorded = [shard[name] for shard in manifest["shards"] for name in ShardEntry._fields]
+        written = (folder / MANIFEST_FILE).stat().st_mtime_ns
         found = open_index(folder).shards  # compares sizes
         later = any((folder / entry.name).stat().st_mtime_ns > written for entry in found)
     except (FileNotFoundError, DataError):  # MissingError, too
         return None
-    return None if later or recorded != [value for entry in found for value in entry] else manifest
+    return None if later or found != manifest.shards else manifest.values
 
 
 def _write_missing(plan: _Plan, workers: int) -> list[Record]:

@@ -7,7 +7,7 @@ ranks of one machine share the pages.
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from bowstore.data.sources.base import NO_LABEL
+from bowstore.data.tar import BLOCK_BYTES
 from bowstore.files import atomic_file, check_plain_file
 
 INDEX_FILE = "index.safetensors"
@@ -33,6 +35,7 @@ COLUMNS: dict[str, Any] = {  # in the order of the file: wide types first, so th
 }
 _TYPE_NAMES = {np.int64: "I64", np.uint64: "U64", np.int32: "I32", np.uint8: "U8"}
 _ALIGNMENT_BYTES = 8
+_LAST_ASCII = 127
 _LENGTH = struct.Struct("<Q")
 Pieces = Callable[[str], Iterator[NDArray[Any]]]
 
@@ -98,6 +101,8 @@ def read_header(path: Path) -> TableHeader:
         meta = json.loads(entries["__metadata__"]["bowstore"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"a header without {error}") from error
+    except RecursionError as error:
+        raise ValueError("a header of many levels") from error
     if not isinstance(meta, dict):
         raise ValueError(f"a header that holds a {type(meta).__name__}")
     return TableHeader(meta, raw, size_bytes)
@@ -111,9 +116,11 @@ def map_columns(path: Path, header: TableHeader) -> dict[str, NDArray[Any]]:
     """
     try:
         entries = json.loads(header.raw[_LENGTH.size :])
-        lengths = {name: int(entries[name]["shape"][0]) for name in COLUMNS}
+        lengths = {name: entries[name]["shape"][0] for name in COLUMNS}
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"a header without {error}") from error
+    if wrong := [name for name, length in lengths.items() if type(length) is not int or length < 0]:
+        raise ValueError(f"a header with a length of {lengths[wrong[0]]!r} for column {wrong[0]!r}")
     if header.raw != _header(header.meta, lengths):
         raise ValueError("its header is not the one that was written")
     blob = np.memmap(path, dtype=np.uint8, mode="r")
@@ -126,6 +133,45 @@ def map_columns(path: Path, header: TableHeader) -> dict[str, NDArray[Any]]:
     if start != header.size_bytes:
         raise ValueError(f"its columns end at byte {start} of {header.size_bytes}")
     return columns
+
+
+def check_values(columns: dict[str, NDArray[Any]], tar_bytes: Sequence[int]) -> None:
+    """Refuse columns that contradict each other or the tars, so that nobody reads at places that are none.
+
+    Their digest says that they are those that were written; this is for whoever wrote them by another program.
+
+    Args:
+        columns: all of a table.
+        tar_bytes: lengths of the tars that `shard` counts.
+
+    Raises:
+        ValueError: the column, and a row of it where it is about one.
+    """
+    rows = len(columns["shard"])
+    lengths = dict.fromkeys(COLUMNS, rows) | {"key_start": rows + 1, "key_bytes": len(columns["key_bytes"])}
+    for name, length in lengths.items():
+        if len(columns[name]) != length or not length:
+            raise ValueError(f"column {name!r} has {len(columns[name])} values, not {length or 'some'}")
+    shard, starts = columns["shard"], columns["key_start"]
+    if shard[0] < 0 or shard[-1] >= len(tar_bytes) or (shard[1:] < shard[:-1]).any():
+        raise ValueError(f"column 'shard' does not count {len(tar_bytes)} tars in order")
+    if starts[0] != 0 or starts[-1] != lengths["key_bytes"] or (starts[1:] <= starts[:-1]).any():
+        raise ValueError("column 'key_start' does not cut 'key_bytes' into keys")
+    if columns["key_bytes"].max() > _LAST_ASCII:
+        raise ValueError("column 'key_bytes' holds more than ASCII")
+    offset, size = columns["offset"], columns["size"]
+    ends = np.asarray(tar_bytes, np.int64)[shard]
+    bounds = {
+        "offset": (offset < BLOCK_BYTES) | (offset > ends),
+        "size": (size < 1) | (size > ends - offset),
+        "height": columns["height"] < 1,
+        "width": columns["width"] < 1,
+        "label": columns["label"] < NO_LABEL,
+    }
+    for name, wrong in bounds.items():
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(f"column {name!r} has {columns[name][row]} for row {row}")
 
 
 def image_digest(data: bytes | memoryview) -> int:

@@ -16,13 +16,13 @@ import numpy as np
 
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, build_index, check_columns, read_index
-from bowstore.data.index_build import (
+from bowstore.data.index_build import may_hold_dali_index
+from bowstore.data.records import (
     MANIFEST_FILE,
     PARTS_FOLDER,
     QUARANTINE_FILE,
     Manifest,
     known_undecodable,
-    may_hold_dali_index,
     read_manifest,
     written_here,
 )

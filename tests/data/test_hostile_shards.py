@@ -272,7 +272,8 @@ def test_hostile_shard_names_in_an_index(tmp_path: Path, name: str) -> None:
     lengths = {column: len(getattr(index, column)) for column in COLUMNS}
     columns = {column: getattr(index, column).copy() for column in COLUMNS}
     write_table(tmp_path / INDEX_FILE, meta, lengths, lambda column: iter([columns[column]]))
-    with pytest.raises(CorruptError, match=r"is damaged \(shard name '.*' is not that of a \*\.tar in the folder\)"):
+    message = r"is damaged \(shards\.0\.0: shard name '.*' is not that of a \*\.tar in the folder\)"
+    with pytest.raises(CorruptError, match=message):
         open_index(tmp_path)
 
 

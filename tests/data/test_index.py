@@ -248,7 +248,7 @@ def write_large_index(root: Path, rows: int, shards: int, size_bytes: int) -> No
         "shard": (np.arange(rows) * shards // rows).astype(np.int32),
         "key_bytes": np.zeros(19 * rows, np.uint8),
     }
-    columns = {name: pieces.get(name, np.arange(rows).astype(dtype)) for name, dtype in COLUMNS.items()}
+    columns = {name: pieces.get(name, np.arange(512, rows + 512).astype(dtype)) for name, dtype in COLUMNS.items()}
     meta = {
         "version": 2,
         "fingerprint": "f" * 32,
