@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bowstore.data.index_build import QUARANTINE_FILE
+from bowstore.data.records import QUARANTINE_FILE
 from bowstore.data.sources import PassedOver
 from bowstore.data.sources.base import some
 
