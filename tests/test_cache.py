@@ -124,6 +124,20 @@ def test_a_store_s_copy_that_holds_something_else_stays(tmp_path: Path) -> None:
     assert (folder / "0123.zarr" / "zarr.json").exists()
 
 
+def test_a_link_in_the_place_of_a_store_s_copy_is_not_removed(tmp_path: Path) -> None:
+    storage, folder = settings(tmp_path, copies=0.5), tmp_path / "home" / "remote" / "x"
+    moved = tmp_path / "elsewhere"
+    for place in (moved, folder):
+        place.mkdir(parents=True)
+    (moved / "zarr.json").write_bytes(bytes(COPY_BYTES))
+    (folder / "0123.zarr").symlink_to(moved)
+    cache.write_store_record(folder / "0123.zarr", ["zarr.json"])
+    assert not list(cache._copies(tmp_path / "home"))
+    cache.make_room(COPY_BYTES // 2, "x", storage)
+    assert (folder / "0123.zarr").is_symlink()
+    assert (moved / "zarr.json").exists()
+
+
 def test_the_part_of_a_store_s_copy_is_removed_only_if_it_is_all_the_cache_s(tmp_path: Path) -> None:
     storage, folder = settings(tmp_path, copies=0.8), tmp_path / "home" / "remote" / "x"
     for name in ("0123.zarr", "4567.zarr"):

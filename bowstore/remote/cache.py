@@ -18,7 +18,6 @@ the record says, or holds a file that the record does not name; none of that cou
 import fcntl
 import os
 import shutil
-import stat
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -208,7 +207,7 @@ def _is_ours(path: Path) -> bool:
     if final != path or path.name.endswith(STORE_SUFFIX):
         names = read_record(final).get("files")
         return isinstance(names, list) and not path.is_symlink() and names_below(path) <= set(names)
-    return stat.S_ISREG(path.lstat().st_mode) and is_as_recorded(path)
+    return is_as_recorded(path)
 
 
 def _final(path: Path) -> Path:

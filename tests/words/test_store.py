@@ -14,6 +14,7 @@ from left_behind import left_behind
 from numpy.typing import NDArray
 
 from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, UsageError
+from bowstore.words.arrays import array_digest, remove
 from bowstore.words.claims import Board
 from bowstore.words.layer import LayerSpec, chunk_rows
 from bowstore.words.nearest import NearestSearch
@@ -314,6 +315,20 @@ def test_missing_metadata_is_found(path: Path) -> None:
     (path / "conv4/chunk_digest/zarr.json").unlink()
     with pytest.raises(CorruptError, match=r"layer 'conv4' .* \(array conv4/chunk_digest is missing\)"):
         open_store(path)
+
+
+def test_no_digest_is_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda data: 0)
+    assert array_digest(np.zeros(3, np.uint16)) == 1
+
+
+def test_a_link_is_removed_and_not_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    remove(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "file").exists()
 
 
 def test_words_outside_the_vocabulary_are_found(path: Path) -> None:
