@@ -219,9 +219,7 @@ def test_kill_9_in_training_and_again(workspace: Path) -> None:
         wait_for_lines(workspace / "runs/cut/metrics.jsonl", lines)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    process = bowstore(*BOWNET, "--name", "cut")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    call(*BOWNET, "--name", "cut")  # a process of its own has gone on after the first kill
     whole, cut = newest_checkpoint(Path("runs/whole")), newest_checkpoint(Path("runs/cut"))
     assert whole is not None
     assert cut is not None
