@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bowstore.config import StorageConfig, Strict, ViewConfig, dump
-from bowstore.data.pipeline import clean_view
+from bowstore.data.pipeline import CleanView, clean_view
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import choose_device
 from bowstore.errors import DataError
 from bowstore.evaluate.features import POOLED, extract, variation
 from bowstore.evaluate.protocol import Result, new_result, write_result
-from bowstore.evaluate.splits import check_classes, check_labels, open_splits
+from bowstore.evaluate.splits import Split, check_classes, check_labels, open_splits
 from bowstore.models.registry import Backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.progress import Progress
@@ -198,20 +198,9 @@ def evaluate_linear(
     config, device, start = config or LinearConfig(), device or choose_device("auto"), time.monotonic()
     assert config.held_out == (test is None), "the protocol's id says what was tested on"
     splits = open_splits(train, test, storage)
-    clean = clean_view(view)
+    clean, how = clean_view(view), {"batch": batch, "device": device, "threads": threads}
     features = {
-        split: extract(
-            backbone,
-            ShardReader(fetched(part.index)),
-            clean,
-            part.rows,
-            taps=POOLED,
-            batch=batch,
-            device=device,
-            threads=threads,
-            what=f"{split} features",
-        )["pooled"]
-        for split, part in splits.items()
+        split: _pooled(backbone, part, clean, what=f"{split} features", **how) for split, part in splits.items()
     }
     probe = linear_probe(
         features["train"],
@@ -241,6 +230,12 @@ def evaluate_linear(
     )
     write_result(out, result)
     return result
+
+
+def _pooled(backbone: Backbone, split: Split, clean: CleanView, *, what: str, **how: Any) -> NDArray[np.float32]:
+    """The pooled features of a split, (N, d)."""
+    reader = ShardReader(fetched(split.index))
+    return extract(backbone, reader, clean, split.rows, taps=POOLED, what=what, **how)["pooled"]
 
 
 def standardised(train_Nd: Tensor, test_Md: Tensor) -> tuple[Tensor, Tensor]:

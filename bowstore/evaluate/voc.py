@@ -203,9 +203,7 @@ def evaluate_voc07(
         for name, split in splits.items()
     ]
     dims = {layer: values_Nd.shape[1] for layer, values_Nd in features[0].items()}
-    varied = {
-        layer: {name: variation(part[layer]) for name, part in zip(splits, features, strict=True)} for layer in dims
-    }
+    varied = _variation(features)
     scores = _score_layers(features, train, test, costs=COSTS[costs], seed=seed, jobs=jobs)
     result = new_result(
         f"voc07-svm/{costs}",
@@ -221,14 +219,21 @@ def evaluate_voc07(
         },
         inputs={"train": train.fingerprint, "test": test.fingerprint, "dataset": _dataset(train, test)}
         | {"weights_sha256": weights_sha256(backbone.state_dict()), "run": run},
-        details={
-            layer: _details(score, train.classes) | {"variation": varied[layer]} for layer, score in scores.items()
-        },
+        details={layer: _details(score, train.classes) | varied[layer] for layer, score in scores.items()},
         device=device,
         seconds=time.monotonic() - start,
     )
     write_result(out, result)
     return result
+
+
+def _variation(features: Sequence[dict[str, NDArray[np.float32]]]) -> dict[str, dict[str, Any]]:
+    """How much the features of a layer vary, by split (`features.variation`), as a part of the layer's details."""
+    names = ("trainval", "test")
+    return {
+        layer: {"variation": {name: variation(part[layer]) for name, part in zip(names, features, strict=True)}}
+        for layer in features[0]
+    }
 
 
 def _dataset(train: VocSplit, test: VocSplit) -> str | None:
