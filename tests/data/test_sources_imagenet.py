@@ -376,6 +376,27 @@ def test_a_split_that_is_there_twice(images: ImageNet, tmp_path: Path) -> None:
     assert keys[0] == keys[1]
 
 
+def test_class_tars_beside_the_folders_they_were_extracted_to(images: ImageNet, tmp_path: Path) -> None:
+    for wnid, found in images.train.items():
+        write_file(tmp_path / "train" / f"{wnid}.tar", tar_bytes(found))
+        (tmp_path / "train" / wnid).mkdir()
+    assert len(list_splits(tmp_path)[0].images) == 11  # the folders are empty
+    write_file(tmp_path / "train/n01440764/n01440764_0.JPEG", tiny_image(0))
+    with pytest.raises(DataError, match=r"holds train more than once: train, train/WNID\.tar; take the archives with"):
+        list_splits(tmp_path)
+    assert [len(list_splits(tmp_path, kind)[0].images) for kind in ("imagenet", "folder")] == [11, 1]
+
+
+def test_train_without_class_folders(images: ImageNet, tmp_path: Path) -> None:
+    for name, write in (("k/ILSVRC/Data/CLS-LOC", write_kaggle), ("t", write_tiny), ("a", write_archives)):
+        write(tmp_path / name[0], images)
+        (tmp_path / "a/ILSVRC2012_img_train.tar").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / name / "train", ignore_errors=True)
+        write_file(tmp_path / name / "train/n01440764_0.JPEG", tiny_image(0))
+        with pytest.raises(DataError, match=r"/train holds no class folders called by WNIDs such as n01440764, so its"):
+            list_splits(tmp_path / name[0])
+
+
 def test_an_archive_that_changes_after_listing(images: ImageNet, tmp_path: Path) -> None:
     from bowstore.data.sources import open_source
 

@@ -18,7 +18,7 @@ from bowstore.data.sources.names import SIGNATURE_BYTES, has_image_suffix, is_im
 from bowstore.data.sources.nested import NestedTar, open_tar
 from bowstore.data.sources.synsets import WNID, Synsets, Truth, read_devkit, read_solution
 from bowstore.data.sources.tars import read_file_or_member, total_bytes
-from bowstore.data.sources.walk import SYSTEM, look
+from bowstore.data.sources.walk import SYSTEM, holds_image, look
 from bowstore.data.sources.wnids import Drafts, add_folder, finish, lies_flat
 from bowstore.data.tar import Member
 from bowstore.errors import DataError, MissingError, UsageError
@@ -73,10 +73,9 @@ def _look(source: Path) -> _Layout:
     for name in level.folders:
         found = _FOLDER.fullmatch(name.lower())
         if split := found[1] if found else split_of(name):
-            inside = look(source / name)
-            if _class_tars(inside.others):
+            if _class_tars(look(source / name).others):
                 layout.class_tars[split] = name
-            elif inside.folders or inside.images:
+            if holds_image(source, name):
                 layout.folders[split] = name
     if _class_tars(level.others) and "train" not in layout.class_tars:
         layout.class_tars["train"] = ""
@@ -142,6 +141,9 @@ def _refuse_nothing(source: Path, layout: _Layout) -> None:
 def _refuse_twice(source: Path, layout: _Layout) -> None:
     for split in SPLIT_NAMES:
         ways = layout.ways(split)
+        if split in layout.class_tars:
+            ways = [*ways, f"{layout.class_tars[split] or '.'}/WNID.tar"]
+            ways.remove(layout.class_tars[split])
         if len(ways) > 1:
             raise DataError(
                 f"{source} holds {split} more than once: {', '.join(ways)}; take the archives with --source imagenet, "

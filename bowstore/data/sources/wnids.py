@@ -86,11 +86,16 @@ def add_folder(drafts: Drafts, source: Path, below: str, truth: Truth | None) ->
     """Take the images of a folder: of class folders named by WNIDs, or flat with the truth (None: without labels).
 
     Raises:
-        DataError: other images beside class folders; as `Drafts`.
+        DataError: other images beside class folders; train without class folders; as `Drafts`.
     """
     folder = source / below
     level = look(folder)
     classes = [name for name in level.folders if WNID.fullmatch(name)]
+    if not classes and drafts.split == "train":
+        raise DataError(
+            f"{folder} holds no class folders called by WNIDs such as n01440764, so its images have no labels; extract "
+            "it again, or take --source folder"
+        )
     if not classes:
         drafts.add_flat(folder, [_draft(file, below) for file in image_files(source, below)], truth)
         return
