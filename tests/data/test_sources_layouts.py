@@ -217,6 +217,26 @@ def test_the_report_ends_with_what_became_no_image(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("passed over: nothing else than what the lists name was looked at;")
 
 
+def test_names_that_no_terminal_shows(tmp_path: Path) -> None:
+    """A name that is not UTF-8 ended the report of hours of work with a traceback; a line break makes two lines."""
+    source = _fill(tmp_path / "source", "ant\nbee/1.jpg", "train/1.jpg")
+    for name in (b"\xff.jpg", b"empty-\xfe"):
+        os.makedirs(os.fsencode(source / "cow") + b"/" + name)
+    os.makedirs(os.fsencode(source) + b"/cow-\xfd")
+    (source / "train/1.jpg").rename(os.fsdecode(os.fsencode(source / "train") + b"/\xff.jpg"))
+    done = CliRunner().invoke(
+        main, ["shards", str(source), str(tmp_path / "out"), "--workers", "1", "--folders", "classes"]
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1].endswith("classes without images: 2 in train (cow, cow-\\udcfd)")
+    done = CliRunner().invoke(
+        main, ["shards", str(source), str(tmp_path / "b"), "--workers", "1", "--folders", "splits"]
+    )
+    assert done.stdout.splitlines()[-1].startswith("passed over: 1 images (for example ant\\nbee/1.jpg); ")
+    done = CliRunner().invoke(main, ["shards", str(source), str(tmp_path / "c")])
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+
+
 @pytest.mark.parametrize("below", ["", "train/", "Train/ant/", "deep/er/"])
 def test_a_folder_around_any_layout(tmp_path: Path, below: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_file(tmp_path / "README.md", "x")

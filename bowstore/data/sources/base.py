@@ -164,9 +164,14 @@ class Source:
     kind: str
 
 
+def shown(name: str) -> str:
+    """A name as a terminal can show it in one line: line breaks, and bytes that are not UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def some(cases: Sequence[object]) -> str:
     """The first few cases, for a message."""
-    return ", ".join(str(case) for case in cases[:EXAMPLES]) + (", ..." if len(cases) > EXAMPLES else "")
+    return ", ".join(shown(str(case)) for case in cases[:EXAMPLES]) + (", ..." if len(cases) > EXAMPLES else "")
 
 
 def read_file(source: Path, image: ImageFile) -> bytes:

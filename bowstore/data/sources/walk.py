@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bowstore.data.sources.base import DANGLING
+from bowstore.data.sources.base import DANGLING, shown
 from bowstore.data.sources.names import SIGNATURE_BYTES, has_image_suffix, is_image, is_system
 from bowstore.errors import DataError
 
@@ -145,7 +145,8 @@ class PassedOver:
             return "nothing else than what the lists name was looked at"
         told = (IMAGES, SYSTEM, *sorted(what for what in self.counts if what[0] != "." and what != _NO_EXTENSION))
         parts = [
-            f"{self.counts[what]} {what}" + (f" (for example {self.examples[what]})" if self.examples[what] else "")
+            f"{self.counts[what]} {what}"
+            + (f" (for example {shown(self.examples[what])})" if self.examples[what] else "")
             for what in dict.fromkeys(told)
             if self.counts[what]
         ]
