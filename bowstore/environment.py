@@ -50,11 +50,6 @@ def local_ranks() -> int:
     return ranks().local_size
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the first of those that torchrun started, or was started without it."""
-    return ranks().first
-
-
 def cores_per_rank() -> int:
     """This process's share of the machine's cores, among the ranks that torchrun started on it."""
     return max(1, cores() // local_ranks())

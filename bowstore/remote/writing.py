@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from bowstore.config import StorageConfig
-from bowstore.environment import is_first_rank
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
 from bowstore.files import TEMPORARY_MARK, exclusive_lock, file_digest, fsync_path, stagings, waiting_lock
 from bowstore.progress import say
@@ -25,6 +24,7 @@ from bowstore.remote.push import check_unchanged, metadata_of, plan_of, push, re
 from bowstore.remote.record import Record
 from bowstore.remote.store import METADATA, attributes_of, check_settled, copy_place, layer_names, whole_copy
 from bowstore.remote.urls import WEB, folder_name, is_remote, protocol, shown, url_of
+from bowstore.torchrun import ranks
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 _OPEN: dict[Path, "_WorkingCopy"] = {}  # of this process
@@ -131,7 +131,7 @@ class _WorkingCopy:
 
     def _locked(self, *, wait: bool = True) -> AbstractContextManager[None]:
         lock, what = cache.lock_file(self.place), f"word store {self.url}"
-        return waiting_lock(lock, what, shown=is_first_rank()) if wait else exclusive_lock(lock, what)
+        return waiting_lock(lock, what, shown=ranks().first) if wait else exclusive_lock(lock, what)
 
     def _record(self) -> Record:
         return Record(self.place / ".uploaded")
@@ -150,7 +150,7 @@ class _WorkingCopy:
                 self._fetch(there)
         else:
             check_unchanged(self.folder, there, self._record(), self.place)
-        if is_first_rank():
+        if ranks().first:
             say(f"word store {self.url} is written in {self.store}, and uploaded when it is complete")
 
     def _is_begun(self) -> bool:
@@ -169,7 +169,7 @@ class _WorkingCopy:
                     f"it there again, or name another --store"
                 )
         arriving = self.store.with_name(f".{self.store.name}{TEMPORARY_MARK}fetched")
-        with whole_copy(self.folder, there, display=is_first_rank()) as copy:
+        with whole_copy(self.folder, there, display=ranks().first) as copy:
             files = [path.relative_to(copy) for path in sorted(copy.rglob("*")) if path.is_file()]
             for name in files:
                 _link(copy / name, arriving / name)

@@ -22,10 +22,10 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.data.index import Index
-from bowstore.environment import is_first_rank
 from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.files import STAGING_DIGITS, TEMPORARY_MARK, fsync_path, stagings
 from bowstore.progress import Progress, say
+from bowstore.torchrun import ranks
 from bowstore.words.arrays import create, open_group, subgroup
 from bowstore.words.claims import Board
 from bowstore.words.job import Job, Rows
@@ -106,7 +106,7 @@ def begin_append(job: Job, board: Board) -> Job:
         if not begun:
             added = sum(bytes_per_image(layer.grid) for layer in base.every_layer()) * len(fresh_M)
             check_room(job.store, added + 8 * (len(base) + len(fresh_M)))
-        if not begun or is_first_rank():
+        if not begun or ranks().first:
             _check_whole(base)
         if not begun:
             check_same_images(job, base.every_layer(), place_N)

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from bowstore.config import EncodeConfig, StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.reader import fetched
-from bowstore.environment import is_first_rank
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import stagings
 from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store, is_remote, url_of, writable_store
+from bowstore.torchrun import ranks
 from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
 from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name
 from bowstore.words.claims import Board
@@ -111,7 +111,7 @@ def _encode(
 
 def _encode_rows(job: Job, store: Path, board: Board) -> AssignPass:
     """Encode what is missing of the job's rows, with all others that do, and finish their layers."""
-    work = AssignPass(job, StoreWriter(job.store), board, shown=is_first_rank())
+    work = AssignPass(job, StoreWriter(job.store), board, shown=ranks().first)
     if job.rows.ends:
         check_held(job, work.rows_left())
     with timed(job.seconds, "assign"):
@@ -227,7 +227,7 @@ def _report(job: Job, store: Path, before: dict[str, int], works: list[AssignPas
         seconds=job.seconds,
         stages=work.clock.shares(),
         binds=work.clock.binds(),
-        first=is_first_rank(),
+        first=ranks().first,
     )
     if report.first:
         for line in report.warnings:
