@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from left_behind import left_behind
 from safetensors.numpy import save
 from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
 
@@ -162,8 +164,13 @@ def test_a_new_store_sweeps_only_what_is_proven(tmp_path: Path) -> None:
     mine = tmp_path / ".s.tmp-backup" / "notes.txt"
     mine.parent.mkdir()
     mine.write_bytes(PRECIOUS)
+    dead, alive = left_behind(tmp_path / "s"), left_behind(tmp_path / "s", process=os.getppid())
+    for left in (dead, alive):
+        left.unlink()
+        (left / "key_hash").mkdir(parents=True)
     create_store(tmp_path / "s", fingerprint="f", **HASHES)
     assert mine.read_bytes() == PRECIOUS
+    assert (dead.exists(), alive.exists()) == (False, True)
 
 
 def test_a_page_over_a_thesis_is_refused_before_any_work(make_shard_set: ShardMaker, tmp_path: Path) -> None:
