@@ -11,9 +11,10 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from shard_sets import textured_image
+from shard_sets import textured_image, write_words
 from source_sets import shards_of
 from tar_files import BLOCK, JPEG, encode, write_members
 
@@ -24,6 +25,7 @@ from bowstore.data.table import INDEX_FILE
 from bowstore.data.verify import verify_folder
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError
 from bowstore.files import check_plain_file, read_json
+from bowstore.words.verify import verify as verify_store
 
 PIXELS = textured_image(1, 20, 30)
 ZSTD = b"\x28\xb5\x2f\xfd\x04\x88" + bytes(600)
@@ -248,6 +250,15 @@ def test_a_source_with_pipes_is_never_waited_for(tmp_path: Path) -> None:
     (tmp_path / "files/a.jpg").write_bytes(JPEG)
     os.mkfifo(tmp_path / "files/b.jpg")
     assert [report.written for report in make_shards(tmp_path / "files", tmp_path / "out", workers=1)] == [1]
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "block3/zarr.json", "block3/words/c/0/0/0", "key_hash/c/0"])
+def test_a_store_with_pipes_is_never_waited_for(tmp_path: Path, name: str) -> None:
+    store = write_words(tmp_path / "words.zarr", np.zeros((6, 4, 4), np.uint16))
+    (store / name).unlink()
+    os.mkfifo(store / name)
+    problems = " ".join(verify_store(store).problems)
+    assert f"{store / name} is a named pipe and not a file" in problems
 
 
 def test_check_plain_file(tmp_path: Path) -> None:
