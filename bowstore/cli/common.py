@@ -104,6 +104,9 @@ _REMEDIES = {
     errno.EROFS: "; name a path on a disk that can be written",
     errno.EACCES: "; give yourself the permission, or name another path",
     errno.EPERM: "; give yourself the permission, or name another path",
+    errno.EMFILE: "; too many files are open at once: raise the limit with ulimit -n",
+    errno.EIO: "; the disk or the network behind it fails: check it, then run the command again",
+    errno.ESTALE: "; the network file system lost the file: mount it anew, then run the command again",
 }
 
 

@@ -137,8 +137,6 @@ def _prepare(image: Image.Image, data: bytes) -> Prepared:
         check_tiff(image)
     if isinstance(image, BmpImageFile):
         _check_bmp(image, data)
-    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
-        raise UnusableImage("a CMYK JPEG without Adobe's mark: nothing says whether 0 is ink or paper")
     image.load()
     orientation = _orientation(image)
     change = _change_needed(image, data, orientation)

@@ -124,7 +124,7 @@ def make_shards(
         _Plan(found.source, out / split.name, split, _identity(found.source.kind, split, settings))
         for split in found.splits
     ]
-    with _one_line_errors(out), exclusive_lock(out / ".lock", str(out)):
+    with _full_disk(out), exclusive_lock(out / ".lock", str(out)):
         for plan in plans:  # refuse before the first hour of work, not after it
             _refuse_other_content(plan)
         reports = []
@@ -163,20 +163,16 @@ def _check_places(source: Path, out: Path, splits: Sequence[Split]) -> None:
 
 
 @contextmanager
-def _one_line_errors(out: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one line with a remedy."""
+def _full_disk(out: Path) -> Iterator[None]:
+    """A full disk as one line that says what is kept; what else the machine could not do has its own remedy."""
     try:
         yield
-    except BowstoreError:
-        raise
     except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise BowstoreError(
-                f"no space left for {out} ({error.strerror}); finished shards are kept: "
-                "free some space and run the same command again"
-            ) from error
+        if isinstance(error, BowstoreError) or error.errno not in _NO_SPACE:
+            raise
         raise BowstoreError(
-            f"cannot write {error.filename or out}: {error.strerror or error}; name a folder that you may write to"
+            f"no space left for {out} ({error.strerror}); finished shards are kept: free some space and run the same "
+            "command again"
         ) from error
 
 

@@ -305,6 +305,7 @@ def test_values_of_one_bit() -> None:
 def test_values_of_jpegs_in_inks() -> None:
     """Adobe's files hold CMYK as its negative, and YCCK is YCbCr of that negative, with black as it is."""
     assert np.abs(_decoded(prepare(_CMYK).data).astype(int) - np.asarray(_RGB)).max() < 16
+    assert prepare(_without_segment(_CMYK, 0xEE)).data == prepare(_CMYK).data  # without a mark it is read like Adobe's
     ycc = np.asarray(Image.fromarray(255 - np.asarray(_RGB)).convert("YCbCr"))
     stored = np.concatenate([ycc, np.full((40, 56, 1), 255, np.uint8)], -1)
     # Pillow stores the negative of what it is given.
@@ -385,7 +386,6 @@ def test_cut_images_are_refused(kind: str, percent: int) -> None:
             _encode(Image.fromarray(np.zeros((4, 4), np.int32)), "TIFF"),
             "signed pixels .SampleFormat 2. have no known range",
         ),
-        (_without_segment(_CMYK, 0xEE), "a CMYK JPEG without Adobe's mark: nothing says whether 0 is ink or paper"),
         (_JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "does not read: cannot handle 12-bit layers"),
         (_with_wrong_checksum(_encode(_RGB, "PNG")), "damaged: the checksum of a PNG chunk with pixels is wrong"),
         (_png([], (20_000, 20_000), depth=8, colour=0), f"more than {MAX_PIXELS}"),

@@ -416,9 +416,7 @@ def test_arguments_and_places(source: Path, tmp_path: Path) -> None:
     _write(tmp_path / "file", b"")
     with pytest.raises(UsageError, match="file is a file, not a folder; take another name"):
         make_shards(source, tmp_path / "file")
-    with pytest.raises(
-        BowstoreError, match=r"cannot write .*file.*: Not a directory; name a folder that you may write"
-    ):
+    with pytest.raises(NotADirectoryError, match=r"file"):  # the command line knows the remedy
         make_shards(source, tmp_path / "file/out")
     assert not (tmp_path / "out").exists()
 
