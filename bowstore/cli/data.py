@@ -66,7 +66,10 @@ def download(name: str, folder: Path, as_json: bool) -> None:
     "--list", "lists", type=TEXT, multiple=True, metavar="[SPLIT=]FILE", help="List or CSV of the images below SRC."
 )
 @click.option(
-    "--label-field", type=TEXT, metavar="NAME", help="CSV column, JSON key or extension of the label; `none` for none."
+    "--label-field",
+    type=TEXT,
+    metavar="NAME",
+    help="CSV column, JSON key or extension of the label; `none` takes all without labels, class folders too.",
 )
 @click.option(
     "--folders", type=click.Choice([CLASSES, SPLITS]), help="What folders of SRC are that could be classes or splits."

@@ -72,7 +72,8 @@ def test_sources_of_no_kind_and_of_several(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
         match=r"no images in .*empty \(looked for class folders or images, \*\.tar, the archives of ImageNet and "
-        r"CIFAR, the lists of MiniImageNet and Places, a VOC devkit\); name another folder, or its kind with ",
+        r"CIFAR, the lists of MiniImageNet and Places, a VOC devkit\), which holds 1 files of other kinds \(\.txt 1\); "
+        r"unpack what is packed, name the folder that images or tars lie in, or its kind with --source; ",
     ):
         list_splits(tmp_path / "empty")
     write_file(tmp_path / "mixed/ant/1.jpg", tiny_image(1))
@@ -97,7 +98,7 @@ def test_options_of_other_kinds_are_refused(tmp_path: Path) -> None:
     _folder(tmp_path)
     with pytest.raises(UsageError, match=r"source folder takes no --list; leave it out, or take --source list"):
         list_splits(tmp_path, "folder", lists=["a.txt"])
-    with pytest.raises(UsageError, match=r"source folder takes no --label-field; list and webdataset do"):
+    with pytest.raises(UsageError, match=r"--label-field is 'class'; class folders tell labels, so give none \(all"):
         list_splits(tmp_path, label_field="class")
 
 

@@ -100,11 +100,11 @@ def test_a_class_with_a_splits_word_in_its_name(tmp_path: Path) -> None:
 
 def test_two_folders_for_one_split(tmp_path: Path) -> None:
     _fill(tmp_path, "train/ant/1.jpg", "val/ant/1.jpg", "valid/ant/1.jpg")
-    with pytest.raises(DataError, match=r"holds val and valid, which both name the split val; rename one, or move it"):
+    with pytest.raises(DataError, match=r"holds val and valid, which by name are the same split, val; put what"):
         list_splits(tmp_path)
     for name in ("train", "test", "testing"):
         write_members(tmp_path / f"tars/{name}/0.tar", [("a.jpg", JPEG)])
-    with pytest.raises(DataError, match=r"holds test and testing, which both name the split test; rename one"):
+    with pytest.raises(DataError, match=r"holds test and testing, which by name are the same split, test; put"):
         list_splits(tmp_path / "tars")
 
 
@@ -284,7 +284,8 @@ def test_a_folder_of_all_images_beside_others(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
         match=r"a holds images beside 1 other folders of images \(annotations\), so it may hold all images, or be a "
-        r"class; name .*a/images, or take all for classes with --folders classes",
+        r"class; name .*a/images, take all for classes with --folders classes, or all images without labels with "
+        r"--label-field none",
     ):
         list_splits(tmp_path / "a")
     assert list_splits(tmp_path / "a", folders="classes")[0].classes == ("annotations", "images")

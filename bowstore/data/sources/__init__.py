@@ -33,7 +33,7 @@ from bowstore.data.sources.base import (
     Split,
 )
 from bowstore.data.sources.keys import MAX_KEY_BYTES, make_keys
-from bowstore.data.sources.walk import PassedOver, passed_over
+from bowstore.data.sources.walk import PassedOver, look, passed_over
 from bowstore.errors import BowstoreError, DataError, MissingError, UsageError
 from bowstore.progress import say
 
@@ -74,6 +74,7 @@ KINDS: dict[str, Kind] = {
     )
 }
 FOLDER = folder.KIND.name
+_MAX_DATA_SETS = 20
 _HELP = "`bowstore data` shows what each kind expects"
 
 
@@ -100,16 +101,33 @@ def find_source(
     if name and name not in KINDS:
         raise UsageError(f"no kind of source {name!r}; there are {', '.join(KINDS)}")
     kinds = [KINDS[name]] if name else list(KINDS.values())
-    levels = [source] if name == lists.KIND.name or folders == CLASSES else wrapped(source)
+    levels = [source] if name == lists.KIND.name or folders == CLASSES else wrapped(source, folders)
     # Marks of its own count wherever they are; class folders and tars are whatever lies innermost.
     for level, general in [*((level, False) for level in levels), *((level, True) for level in levels[::-1])]:
         if found := [kind for kind in kinds if kind.general == general and kind.recognise(level)]:
+            if general and not name and folders is None:
+                _refuse_data_sets(level)
             if level != source:
                 say(f"note: {source} holds all in one folder, {level}, which is taken as the source")
             return Source(level, _only(level, found).name)
     if name:
         return Source(source, name)
     raise _unknown(source)
+
+
+def _refuse_data_sets(source: Path) -> None:
+    """Refuse a folder of several data sets, of which one has marks of its own: it would be a class of the others.
+
+    Classes are many and data sets few, so no more than a few folders are looked into.
+    """
+    names = look(source).folders if source.is_dir() else []
+    marked = [kind for kind in KINDS.values() if not kind.general]
+    for inner in [source / name for name in names] if len(names) <= _MAX_DATA_SETS else []:
+        if found := [kind.name for kind in marked if kind.recognise(inner)]:
+            raise DataError(
+                f"{source} holds {inner.name}, a data set of kind {found[0]}, beside other images; name {inner}, or "
+                f"take {source} as it is with --source {FOLDER}"
+            )
 
 
 def _only(source: Path, found: Sequence[Kind]) -> Kind:
@@ -128,8 +146,10 @@ def _unknown(source: Path) -> BowstoreError:
     )
     if source.is_file():
         return UsageError(f"{source} is a file, not a folder of images; unpack it and name the folder; {_HELP}")
+    held = passed_over(source, (), ()).summary()
     return DataError(
-        f"no images in {source} (looked for {looked}); name another folder, or its kind with --source; {_HELP}"
+        f"no images in {source} (looked for {looked}), which holds {held}; unpack what is packed, name the folder that "
+        f"images or tars lie in, or its kind with --source; {_HELP}"
     )
 
 

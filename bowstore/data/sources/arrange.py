@@ -49,7 +49,8 @@ def split_folders(
     for split, same in found.items():
         if len(same) > 1:
             raise DataError(
-                f"{source} holds {' and '.join(same)}, which both name the split {split}; rename one, or move it away"
+                f"{source} holds {' and '.join(same)}, which by name are the same split, {split}; put what they hold "
+                "into one, or move the others away"
             )
     splits = {split: found[split][0] for split in SPLIT_NAMES if split in found}
     if folders != SPLITS:
@@ -69,20 +70,26 @@ def _by_parts(
     """Folders that tell a split by a part of their name, as train2017 or test_set do: splits where the user says so.
 
     Raises:
-        DataError: several splits would be told so, and the user did not say it. (A bullet_train alone is a class.)
+        DataError: several splits would be told so, or one by a number (train2017), and the user did not say it. (A
+            bullet_train among others is a class.)
     """
     found: dict[str, list[str]] = {}
     for name in names:
         splits = splits_in(name)
         if len(splits) == 1 and holds(source, name):
             found.setdefault(splits.pop(), []).append(name)
-    if folders != SPLITS and len(found) > 1:
-        told = [name for same in found.values() for name in same]
+    told = [name for same in found.values() for name in same]
+    numbered = len(names) > 1 and any(split_of(_unnumbered(name)) for name in told)
+    if folders != SPLITS and (len(found) > 1 or numbered):
         raise DataError(
             f"{source} holds {', '.join(told)}, which may be classes or splits by their names; say which with "
             f"--folders {CLASSES} or --folders {SPLITS}"
         )
     return found if folders == SPLITS else {}
+
+
+def _unnumbered(name: str) -> str:
+    return name.rstrip("0123456789 _-.")
 
 
 def _refuse_others(source: Path, what: str, splits: list[str], others: list[str]) -> None:
@@ -104,19 +111,20 @@ def check_folders(folders: str | None) -> None:
         raise UsageError(f"folders is {folders!r}; it must be {CLASSES} or {SPLITS}")
 
 
-def wrapped(source: Path) -> list[Path]:
+def wrapped(source: Path, folders: Folders | None) -> list[Path]:
     """The source, and the folders that wrap each other in it: each is alone in the one before.
 
     A folder wraps something if nothing but it holds images, and it is neither called like a split nor a class: a class
-    holds images itself, or is called otherwise than images, data and the like.
+    holds images itself, or is called otherwise than images, data and the like. A name that tells a split by a part
+    (imagenetv2-val) is a split's where the user says so.
     """
     levels = [source]
-    while len(levels) <= _MAX_WRAPPINGS and (inner := _wrapping(levels[-1])):
+    while len(levels) <= _MAX_WRAPPINGS and (inner := _wrapping(levels[-1], folders)):
         levels.append(inner)
     return levels
 
 
-def _wrapping(source: Path) -> Path | None:
+def _wrapping(source: Path, said: Folders | None) -> Path | None:
     if not source.is_dir():
         return None
     folders, images, others = look(source)
@@ -124,7 +132,7 @@ def _wrapping(source: Path) -> Path | None:
         return None
     if len(folders) > 1:  # images/ beside labels/; it is enough to know of two
         folders = list(islice((name for name in folders if holds_image(source, name)), 2))
-    if len(folders) != 1 or splits_in(folders[0]):
+    if len(folders) != 1 or split_of(folders[0]) or (said == SPLITS and splits_in(folders[0])):
         return None
     inside = look(source / folders[0])
     return None if inside.images and not is_container(folders[0]) else source / folders[0]

@@ -5,16 +5,26 @@ Reads names, sizes and times; of files whose names tell nothing, the first bytes
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from bowstore.data.sources.arrange import CLASSES, SPLITS, is_container, split_folders
-from bowstore.data.sources.base import NO_LABEL, ImageFile, Kind, Listing, Options, Split, read_file, some
+from bowstore.data.sources.base import (
+    NO_LABEL,
+    NO_LABEL_FIELD,
+    ImageFile,
+    Kind,
+    Listing,
+    Options,
+    Split,
+    read_file,
+    some,
+)
 from bowstore.data.sources.keys import make_keys
 from bowstore.data.sources.labels import same_classes
-from bowstore.data.sources.names import IMAGE_SUFFIXES, split_of
+from bowstore.data.sources.names import IMAGE_SUFFIXES, split_of, splits_in
 from bowstore.data.sources.walk import FoundFile, holds_image, image_files, look
-from bowstore.errors import DataError
+from bowstore.errors import DataError, UsageError
 from bowstore.progress import say
 
 
@@ -37,12 +47,19 @@ def _list_splits(source: Path, options: Options) -> Listing:
 
     `source` holds splits, or class folders, or images; the latter two are then the split train. Below a split lie
     class folders, of any depth inside, or images alone, which then have no labels. Labels count the class names of
-    train (without train: of the first split with classes) in sorted order.
+    train (without train: of the first split with classes) in sorted order. Where the user wants no labels, folders
+    below a split tell nothing.
 
     Raises:
+        UsageError: a place for labels.
         DataError: no images; images beside class folders; folders that may be classes or splits; classes that train
             does not have; a folder that cannot be read.
     """
+    if options.label_field and not options.unlabelled:
+        raise UsageError(
+            f"--label-field is {options.label_field!r}; class folders tell labels, so give {NO_LABEL_FIELD} (all "
+            "images without labels), or leave it out"
+        )
     loose = look(source).images
     found = split_folders(source, "images", options.folders, holds_image, loose)
     splits: list[Split] = []
@@ -50,11 +67,14 @@ def _list_splits(source: Path, options: Options) -> Listing:
         labelled = next((split for split in splits if split.classes), None)
         place = _unwrap(source, _place(source, below), labelled)
         if options.folders != CLASSES:
-            _refuse_containers(source, place)
+            if not options.unlabelled:
+                _refuse_containers(source, place)
             if not found:
                 _refuse_splits_inside(source, place)
-        splits.append(_make_split(name, source, place, labelled))
-    _tell(source, splits)
+        splits.append(_make_split(name, source, place, labelled, options))
+        if splits[-1].classes and not labelled:
+            _tell_classes(source, place, splits[-1].classes)
+    _tell(source, splits, options)
     return Listing(splits)
 
 
@@ -65,12 +85,13 @@ def _place(source: Path, below: str) -> _Place:
 
 
 def _unwrap(source: Path, place: _Place, labelled: Split | None) -> _Place:
-    """Go into a folder that is called by what it holds, or as a split, and is alone: train/images, train/train."""
+    """Go into a folder that is alone and called by what it holds, or as a split: train/images, seg_train/seg_train."""
     while place.files and place.below:
         tops = {path.partition("/")[0] if "/" in path else "" for path, _ in place.files}
         top = tops.pop()
         known = labelled.classes if labelled else ()
-        if tops or not (is_container(top) or split_of(top)) or top in known:
+        again = top == PurePosixPath(place.below).name and bool(splits_in(top))
+        if tops or not (is_container(top) or split_of(top) or again) or top in known:
             break
         inner = f"{place.below}/{top}"
         say(f"note: the images of {place.folder(source)} lie in {source / inner}, which is not taken for a class")
@@ -86,7 +107,8 @@ def _refuse_containers(source: Path, place: _Place) -> None:
         raise DataError(
             f"{place.folder(source)} holds {called[0]} beside {len(tops) - 1} other folders of images "
             f"({some([top for top in tops if top not in called[:1]])}), so it may hold all images, or be a class; name "
-            f"{place.folder(source) / called[0]}, or take all for classes with --folders {CLASSES}"
+            f"{place.folder(source) / called[0]}, take all for classes with --folders {CLASSES}, or all images without "
+            f"labels with --label-field {NO_LABEL_FIELD}"
         )
 
 
@@ -101,19 +123,19 @@ def _refuse_splits_inside(source: Path, place: _Place) -> None:
         )
 
 
-def _make_split(name: str, source: Path, place: _Place, labelled: Split | None) -> Split:
+def _make_split(name: str, source: Path, place: _Place, labelled: Split | None, options: Options) -> Split:
     """Label and name the files of one split; `labelled` is an earlier split whose classes bind, if any."""
     folder, files = place.folder(source), place.files
     if not files:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"no images in {folder} (looked for {suffixes}); fill it, or name another folder")
-    names = [path.partition("/")[0] if "/" in path else "" for path, _ in files]
+    names = [path.partition("/")[0] if "/" in path and not options.unlabelled else "" for path, _ in files]
     found = sorted(set(names) - {""})
     if found and "" in names:
         beside = [path for path, _ in files if "/" not in path]
         raise DataError(
             f"{len(beside)} images lie beside the class folders of {folder}, for example {beside[0]}; "
-            "move them into a class folder or away"
+            f"move them into a class folder or away, or take all without labels with --label-field {NO_LABEL_FIELD}"
         )
     known = (labelled.name, labelled.classes) if labelled else ("", ())
     classes, label_of = same_classes(str(folder), found, *known) if found else ((), {})
@@ -126,20 +148,43 @@ def _make_split(name: str, source: Path, place: _Place, labelled: Split | None) 
     return Split(name, classes, images, tuple(bare))
 
 
-def _tell(source: Path, splits: Sequence[Split]) -> None:
+def _tell_classes(source: Path, place: _Place, classes: Sequence[str]) -> None:
+    """What may be other classes, or another order, than the user thinks of."""
+    folder = place.folder(source)
+    if len(classes) == 1:
+        say(
+            f"note: all images of {folder} lie in one folder, {classes[0]}, which is taken for their class; "
+            f"--label-field {NO_LABEL_FIELD} takes them without labels"
+        )
+    elif all(path.count("/") > 1 for path, _ in place.files):
+        say(
+            f"note: no image of {folder} lies in a class folder itself ({place.files[0][0]}); the {len(classes)} outer "
+            f"folders are taken for the classes ({some(classes)}), so name another folder if they are not"
+        )
+    if all(name.isascii() and name.isdecimal() for name in classes) and sorted(classes, key=int) != list(classes):
+        label, name = next((n, name) for n, name in enumerate(classes) if int(name) != n)
+        say(
+            f"note: the classes of {folder} are called by numbers, and labels count their names in sorted order, as "
+            f"torchvision does: class {name} has label {label}"
+        )
+
+
+def _tell(source: Path, splits: Sequence[Split], options: Options) -> None:
     bare = [split.name for split in splits if not split.classes]
-    if bare and len(bare) < len(splits):
+    if bare and len(bare) < len(splits) and not options.unlabelled:
         say(f"note: the images of {', '.join(bare)} in {source} lie in no class folders, and have no labels")
 
 
 KIND = Kind(
     name="folder",
     expects="train/CLASS/..., val/CLASS/... or test/CLASS/...; or CLASS/... alone; or images alone, without labels; "
-    f"--folders {CLASSES} or --folders {SPLITS} says what folders are that could be both",
+    f"--folders {CLASSES} or --folders {SPLITS} says what folders are that could be both, --label-field "
+    f"{NO_LABEL_FIELD} that they are neither",
     example="bowstore shards imagenet data/shards",
     recognise=_recognise,
     list_splits=_list_splits,
     open=lambda source: partial(read_file, source),
     general=True,
     folders=True,
+    label_field=True,
 )

@@ -19,7 +19,7 @@ from bowstore.data.sources.nested import NestedTar, open_tar
 from bowstore.data.sources.synsets import WNID, Synsets, Truth, read_devkit, read_solution
 from bowstore.data.sources.tars import read_file_or_member, total_bytes
 from bowstore.data.sources.walk import SYSTEM, holds_image, look
-from bowstore.data.sources.wnids import Drafts, add_folder, finish, lies_flat
+from bowstore.data.sources.wnids import Drafts, above, add_folder, finish, lies_flat
 from bowstore.data.tar import Member
 from bowstore.errors import DataError, MissingError, UsageError
 from bowstore.progress import Progress, say
@@ -46,6 +46,7 @@ class _Layout:
         folders: folder of class folders, or of images, by split.
         devkit: its archive, or the folder that it extracts to.
         solution: whether Kaggle's table of val's labels is there.
+        loose_val: how many images of val lie in the source itself.
     """
 
     archives: dict[str, str] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class _Layout:
     folders: dict[str, str] = field(default_factory=dict)
     devkit: str | None = None
     solution: bool = False
+    loose_val: int = 0
 
     def ways(self, split: str) -> list[str]:
         """Where the images of a split lie: what is extracted comes last."""
@@ -80,6 +82,7 @@ def _look(source: Path) -> _Layout:
     if _class_tars(level.others) and "train" not in layout.class_tars:
         layout.class_tars["train"] = ""
     layout.solution = SOLUTION in level.others
+    layout.loose_val = sum(bool(_VAL_IMAGE.match(name)) for name in level.images)
     return layout
 
 
@@ -94,7 +97,7 @@ def _recognise(source: Path) -> bool:
     layout = _look(source)
     if layout.archives or layout.class_tars:
         return True
-    if layout.devkit and layout.folders:
+    if layout.devkit and (layout.folders or layout.loose_val):
         return True
     val = layout.folders.get("val")
     return val is not None and any(_VAL_IMAGE.match(name) for name in look(source / val).images)
@@ -113,6 +116,7 @@ def _list_splits(source: Path, options: Options) -> Listing:
         raise UsageError(f"{source} is one of ImageNet's archives; name the folder that holds them all")
     layout = _look(source)
     _refuse_nothing(source, layout)
+    _refuse_loose_val(source, layout)
     if not options.named:
         _refuse_twice(source, layout)
     synsets, truth = _labels(source, layout)
@@ -134,11 +138,22 @@ def _list_splits(source: Path, options: Options) -> Listing:
 
 
 def _refuse_nothing(source: Path, layout: _Layout) -> None:
-    if not any(layout.ways(split) for split in SPLIT_NAMES):
+    if not layout.loose_val and not any(layout.ways(split) for split in SPLIT_NAMES):
         raise MissingError(f"{source} has no {' and no '.join(ARCHIVES.values())}; fetch them from image-net.org")
 
 
+def _refuse_loose_val(source: Path, layout: _Layout) -> None:
+    """The tar of val, extracted as it is, scatters its images over the folder."""
+    if layout.loose_val and not layout.ways("val"):
+        raise DataError(
+            f"{source} holds {layout.loose_val} images of val beside all else; move them (ILSVRC2012_val_*) into "
+            f"{source / 'val'}"
+        )
+
+
 def _refuse_twice(source: Path, layout: _Layout) -> None:
+    if "train" in layout.class_tars and "train" in layout.folders:
+        _refuse_partly_extracted(source / layout.class_tars["train"], source / layout.folders["train"])
     for split in SPLIT_NAMES:
         ways = layout.ways(split)
         if split in layout.class_tars:
@@ -151,6 +166,18 @@ def _refuse_twice(source: Path, layout: _Layout) -> None:
             )
 
 
+def _refuse_partly_extracted(tars: Path, folders: Path) -> None:
+    """Class tars and class folders of which neither are all."""
+    packed = {name.removesuffix(".tar") for name in _class_tars(look(tars).others)}
+    extracted = {name for name in look(folders).folders if WNID.fullmatch(name)}
+    if packed - extracted and extracted - packed:
+        raise DataError(
+            f"train is extracted in part: {tars} has {len(packed - extracted)} class tars without a folder in "
+            f"{folders} ({some(sorted(packed - extracted))}), which has {len(extracted - packed)} classes without a "
+            "tar; extract these tars, too, and take the folders with --source folder"
+        )
+
+
 def _labels(source: Path, layout: _Layout) -> tuple[Synsets | None, Truth | None]:
     if layout.devkit:
         return read_devkit(source / layout.devkit)
@@ -160,9 +187,10 @@ def _labels(source: Path, layout: _Layout) -> tuple[Synsets | None, Truth | None
 def _refuse_without_truth(source: Path, layout: _Layout) -> None:
     (where, *_) = layout.ways("val")
     if "val" in layout.archives or lies_flat(source, where):
+        fetch = f"fetch it from image-net.org (or {SOLUTION} from Kaggle), or move {where} away"
         raise MissingError(
-            f"the images of {source / where} have no labels without {DEVKIT}, which is not in {source}; fetch it from "
-            f"image-net.org (or {SOLUTION} from Kaggle), or move {where} away"
+            f"the images of {source / where} have no labels without {DEVKIT}, which is not in {source}; "
+            + (above(source, DEVKIT, SOLUTION) or fetch)
         )
 
 

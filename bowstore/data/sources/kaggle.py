@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file
 from bowstore.data.sources.synsets import read_names, read_solution
-from bowstore.data.sources.wnids import Drafts, add_folder, finish, lies_flat
+from bowstore.data.sources.wnids import Drafts, above, add_folder, finish, lies_flat
 from bowstore.errors import MissingError
 from bowstore.progress import say
 
@@ -42,8 +42,8 @@ def _list_splits(source: Path, _options: Options) -> Listing:
             continue
         if split == "val" and truth is None and lies_flat(source, inside):
             raise MissingError(
-                f"the images of {source / inside} have no labels without {SOLUTION}, which is not in {source}; fetch "
-                "it from Kaggle (imagenet-object-localization-challenge)"
+                f"the images of {source / inside} have no labels without {SOLUTION}, which is not in {source}; "
+                + (above(source, SOLUTION) or "fetch it from Kaggle (imagenet-object-localization-challenge)")
             )
         found.append(Drafts(split))
         add_folder(found[-1], source, inside, truth if split == "val" else None)

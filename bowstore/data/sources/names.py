@@ -13,7 +13,10 @@ IMAGE_SUFFIXES = frozenset(
 _OTHER_SUFFIXES = frozenset(
     ".txt .cls .json .jsonl .csv .tsv .xml .yaml .yml .md .rst .log .html .htm .pdf .py .ipynb .sh .m .db .ini"
     " .npy .npz .mat .h5 .hdf5 .pkl .pickle .pth .pt .pyd .safetensors .parquet .lmdb .md5 .sha256"
-    " .zip .tar .gz .tgz .bz2 .xz .zst .7z .rar .mp4 .avi .mov .mkv .webm .mp3 .wav .flac".split()
+    " .zip .tar .gz .tgz .bz2 .xz .zst .7z .rar .mp4 .avi .mov .mkv .webm .mp3 .wav .flac"
+    # What cameras call raw begins as a TIFF does, and the TIFF in it is a thumbnail.
+    " .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw .erf .3fr .fff .iiq .kdc .dcr .mef .mos"
+    " .mrw .rwl .x3f .gpr".split()
 )
 _WORD = re.compile(r"[a-z]+")
 SIGNATURE_BYTES = 32

@@ -158,9 +158,11 @@ def _drafts(source: Path, found: Sequence[_Found], options: Options, *, as_text:
 
 
 def _refuse_class_folders(source: Path, found: Sequence[_Found]) -> None:
-    """A tar of train/CLASS and val/CLASS would become one split without labels."""
-    tops = {image.sample.partition("/")[0] for _, _, image in found if "/" in image.sample}
-    splits = sorted(top for top in tops if split_of(top))
+    """A tar of train/CLASS and val/CLASS, or of SET/train and SET/val, would become one split without labels."""
+    folders = [image.sample.split("/")[:-1] for _, _, image in found]
+    shared = [len(set(names)) == 1 for names in zip(*folders, strict=False)]
+    around = (*shared, False).index(False)
+    splits = sorted({path[around] for path in folders if len(path) > around and split_of(path[around])})
     if len(splits) > 1:
         raise DataError(
             f"{found[0].tar} is an archive of the folders {', '.join(splits)}, not a shard; "
@@ -174,9 +176,12 @@ def _tell(source: Path, drafts: dict[str, list[Draft]], empty: Sequence[str], op
         say(f"note: {len(empty)} samples of {source} hold no image and are passed over, for example {some(empty)}")
     bare = [split for split, images in drafts.items() if not images[0].label]
     if bare and not options.unlabelled:
+        names = [draft.name for split in bare for draft in drafts[split]]
+        in_folders = all("/" in draft.path[len(draft.container) + 1 :] for split in bare for draft in drafts[split])
         say(
             f"note: the images of {', '.join(bare)} in {source} have no labels (looked for .cls, for "
             f"{', '.join(LABEL_FIELDS)} in JSON, for numbers in .txt); --label-field names another place"
+            + (f", and if their folders are classes ({names[0]}), extract the tars" if in_folders else "")
         )
 
 

@@ -15,6 +15,7 @@ from bowstore.data.sources.synsets import WNID, Synsets, Truth
 from bowstore.data.sources.walk import FoundFile, holds_image, image_files, look
 from bowstore.errors import DataError
 
+_MAX_ABOVE = 3  # CLS-LOC in Data in ILSVRC
 _OF_A_CLASS = re.compile(r"(n\d{8})_")
 
 
@@ -77,9 +78,24 @@ def _refuse_twice(where: object, names: Sequence[str]) -> None:
         raise DataError(f"{where} holds {len(twice)} images twice: {some(twice)}; fetch it anew")
 
 
+def _in_container(source: Path, below: str) -> str:
+    """The folder, or the one in it that alone is called by what it holds and has class folders: val/images/WNID."""
+    folders, images, _ = look(source / below)
+    inside = f"{below}/{folders[0]}" if len(folders) == 1 and not images and is_container(folders[0]) else below
+    return inside if any(WNID.fullmatch(name) for name in look(source / inside).folders) else below
+
+
 def lies_flat(source: Path, below: str) -> bool:
     """Whether a folder's images lie in no class folders."""
+    below = _in_container(source, below)
     return not any(WNID.fullmatch(name) for name in look(source / below).folders) and holds_image(source, below)
+
+
+def above(source: Path, *names: str) -> str:
+    """What to do where one of these files is not in the source but in a folder around it; empty where none is."""
+    around = source.absolute().parents[:_MAX_ABOVE]
+    found = ((folder, name) for folder in around for name in names if (folder / name).is_file())
+    return next((f"{name} is in {folder}, so name that folder" for folder, name in found), "")
 
 
 def add_folder(drafts: Drafts, source: Path, below: str, truth: Truth | None) -> None:
@@ -88,6 +104,7 @@ def add_folder(drafts: Drafts, source: Path, below: str, truth: Truth | None) ->
     Raises:
         DataError: other images beside class folders; train without class folders; as `Drafts`.
     """
+    below = _in_container(source, below)
     folder = source / below
     level = look(folder)
     classes = [name for name in level.folders if WNID.fullmatch(name)]
