@@ -1,7 +1,7 @@
 """Files that are whole or absent: atomic writes, digests, locks.
 
-The one place that knows how bytes get safely under a final name: a temporary name beside it, fsync, rename,
-fsync of the folder. `kill -9` leaves at most a temporary file, which `sweep_temporary` removes.
+Bytes get safely under a final name by a temporary name beside it, fsync, rename, fsync of the folder. `kill -9` leaves
+at most a temporary file, which `sweep_temporary` removes.
 
 A temporary name says who made it and proves it: the final name, then machine, process, the process's start, random
 digits, and a digest over all of that. So nothing that a user named is ever taken for a leftover, however much it looks
@@ -11,6 +11,7 @@ like one, and nobody can lay a link where the next temporary file will be.
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import re
@@ -39,10 +40,10 @@ _TEMPORARY = re.compile(
 _STEM_BYTES = 180  # of the final name in a temporary one: names have 255 at most
 # Of another machine nobody can tell whether a process lives; none goes on after a week without a byte.
 _SILENT_SECONDS = 7 * 24 * 3600
-_DIGEST_BLOCK_BYTES = 1 << 22
 _WAIT_SECONDS = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _OWNER = re.compile(rb"process [0-9]+ on [^\n]*")
+_MOVE_AWAY = "move it away, or name another folder"
 _WITHOUT_LOCKS: set[int] = set()  # devices of which the user was told
 
 
@@ -86,25 +87,33 @@ def open_end(path: Path) -> IO[bytes]:
     return os.fdopen(_open_own(path, os.O_WRONLY | os.O_APPEND), "ab")
 
 
-def _open_own(path: Path, flags: int) -> int:
+def _open_lock(path: Path) -> tuple[int, bool]:
+    """A lock's file, and whether it may be written: a lock needs no more than to be open."""
+    try:
+        descriptor = _open_own(path, os.O_RDWR, any_names=True)
+        return descriptor, os.fstat(descriptor).st_nlink <= 1
+    except PermissionError:
+        if path.exists():
+            return _open_own(path, os.O_RDONLY, any_names=True), False
+        raise
+
+
+def _open_own(path: Path, flags: int, *, any_names: bool = False) -> int:
     """Open a file of bowstore's at a name that is known beforehand, so that anything may lie there."""
     try:
         # Without O_NONBLOCK a named pipe would be waited for.
         descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):
+        what = {errno.ELOOP: "a link", errno.ENXIO: "no plain file"}.get(error.errno or 0)
+        if what is None:
             raise
-        what = "a link" if error.errno == errno.ELOOP else "no plain file"
         raise BowstoreError(f"{path} is {what}, and bowstore writes there; {_MOVE_AWAY}") from error
     found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+    if stat.S_ISREG(found.st_mode) and (any_names or found.st_nlink <= 1):
         return descriptor
     os.close(descriptor)
     what = f"a file with {found.st_nlink} names" if stat.S_ISREG(found.st_mode) else "no plain file"
     raise BowstoreError(f"{path} is {what}, and bowstore writes there; {_MOVE_AWAY}")
-
-
-_MOVE_AWAY = "move it away, or name another folder"
 
 
 @contextmanager
@@ -132,8 +141,8 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        if error.filename == str(temporary):
-            error.filename = str(path)  # the name that the user knows
+        if error.filename == str(temporary):  # which no user knows
+            error.filename = str(path)
         raise
     if durable:
         fsync_path(path.parent)
@@ -182,7 +191,7 @@ def check_plain_file(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -198,9 +207,8 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise MissingError(f"no file {path}") from error
     except (ValueError, RecursionError) as error:
-        raise CorruptError(
-            f"{path} is not valid JSON ({error}); move it away and run the command that writes it"
-        ) from error
+        what = f"{path} is not valid JSON ({error}); move it away and run the command that writes it"
+        raise CorruptError(what) from error
 
 
 def temporary_path(path: Path) -> Path:
@@ -264,12 +272,12 @@ def temporary_stem(path: Path) -> str | None:
 
 def is_leftover(path: Path) -> bool:
     """Whether something is a temporary file or folder of `temporary_path` whose writer is dead."""
-    match = _parsed(path.name)
     try:
         found = path.lstat()
     except FileNotFoundError:
         return False
-    if match is None or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+    match = _parsed(path.name)
+    if not match or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
         return False
     if match["machine"] != _machine():
         return time.time() - found.st_mtime > _SILENT_SECONDS
@@ -305,25 +313,23 @@ def sweep_temporary(folder: Path) -> int:
 
 def file_digest(path: Path) -> str:
     """xxh3-128 of a file's bytes, as 32 hex digits (against corruption, not against an adversary)."""
-    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(_DIGEST_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 @contextmanager
 def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     """Hold an advisory lock on `path` for the length of the block; the kernel frees it if the process dies.
 
-    The file is told who holds it, unless it holds anything else: then it is somebody's, and stays as it is.
+    The file is told who holds it, unless it holds anything else, has a second name (in a copy of `cp -al`), or may only
+    be read: then it is somebody's, and stays as it is.
 
     Raises:
         BusyError: another live process holds it; the message names its host and process.
-        BowstoreError: a link, or no plain file, lies at `path`.
+        BowstoreError: a symbolic link, or no plain file, lies at `path`.
     """
     make_folder(path.parent)
-    descriptor = _open_own(path, os.O_RDWR)
+    descriptor, writable = _open_lock(path)
     try:
         locked = try_lock(descriptor, path.parent)
         found = os.pread(descriptor, 4096, 0)
@@ -331,7 +337,7 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
         if not locked:
             owner = found.decode(errors="replace") if ours else "another process"
             raise BusyError(f"{what} is in use by {owner}; wait for it to end, or take another name")
-        if ours or not found:
+        if writable and (ours or not found):
             with suppress(OSError):  # on a full disk, where room is to be made under this very lock
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

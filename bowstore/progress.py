@@ -3,6 +3,7 @@
 Everything goes to stderr; stdout is for results alone.
 """
 
+import errno
 import select
 import sys
 import time
@@ -14,8 +15,14 @@ _LOG_EVERY_SECONDS = 10.0
 
 
 def say(message: str) -> None:
-    """Print one line for the user, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line for the user, on stderr; where it cannot be written (a log on a full disk), the work goes on."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # nobody reads on
+            raise
+        # What is still in the old one's buffer would turn the exit code of the whole command into 120.
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def reader_is_gone() -> bool:

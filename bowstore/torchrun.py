@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from bowstore.errors import UsageError
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 _REMEDY = "start the command with torchrun, which sets them, or unset them"
 
 
@@ -31,18 +31,19 @@ class Ranks(NamedTuple):
 
 
 def ranks() -> Ranks:
-    """What torchrun's variables say; without any of them this process is alone.
+    """What torchrun's variables say; without any of them, or where they say so, this process is alone.
 
     Raises:
         UsageError: some of them are missing, no whole numbers, or contradict each other.
     """
-    given = [name for name in _VARIABLES if name in os.environ]
-    if not given:
+    given = [name for name in _ALONE if name in os.environ]
+    # Schedulers of containers set a part of them for a job of one process, too.
+    if not given or ("WORLD_SIZE" in given and all(os.environ[name] == _ALONE[name] for name in given)):
         return Ranks(0, 1, 0, 1)
-    missing = [name for name in _VARIABLES if name not in os.environ]
+    missing = [name for name in _ALONE if name not in os.environ]
     if missing:
         raise UsageError(f"{' and '.join(given)} is set without {', '.join(missing)}; {_REMEDY}")
-    values = Ranks(*(_whole(name) for name in _VARIABLES))
+    values = Ranks(*(_whole(name) for name in _ALONE))
     for name, value, bound_name, bound in (
         ("RANK", values.rank, "WORLD_SIZE", values.size),
         ("LOCAL_RANK", values.local_rank, "LOCAL_WORLD_SIZE", values.local_size),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -182,3 +183,34 @@ def test_a_worker_s_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("bowstore.cli.common.reader_is_gone", lambda: False)
     result = CliRunner().invoke(main, ["init"])
     assert (result.exit_code, result.stderr) == (1, "Error: Broken pipe\n")
+
+
+@pytest.mark.parametrize("closed", [[2], [0, 1, 2]])
+def test_closed_streams_get_no_file_of_the_user_s(tmp_path: Path, closed: list[int]) -> None:
+    """With descriptor 2 free, the next file opened would get it, and messages would be written into that file."""
+    code = (
+        f"import os, sys; [os.close(number) for number in {closed}]; sys.stderr = sys.__stderr__ = None; "
+        "from bowstore.cli import main; from bowstore import workspace; "
+        "workspace.init_workspace = lambda *_: [os.write(2, b'noise'), open('result', 'x'), os.open('other', 64)] "
+        "and exit(os.open('.', 0)); main(['init'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode > 2, "the first number that a file gets"
+    assert (done.stdout, done.stderr) == (b"", b"")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.stat().st_size == 0) == ["other", "result"]
+
+
+def test_messages_that_cannot_be_written_end_no_work() -> None:
+    code = "from bowstore.progress import say; [say('a'), say('b')]; print('done')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, check=False)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
+
+
+def test_help_that_cannot_be_written_is_one_line() -> None:
+    code = "from bowstore.cli import main; main(['--version'])"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"Error: the disk is full; free some space")
+    assert done.stderr.count(b"\n") == 1

@@ -144,17 +144,46 @@ def hard(path: Path, target: Path) -> None:
     path.hardlink_to(target)
 
 
-@pytest.mark.parametrize("link", [symbolic, hard])
-@pytest.mark.parametrize("opened", [lambda path: exclusive_lock(path, "it"), open_end])
+@pytest.mark.parametrize(
+    ("link", "opened"), [(symbolic, lambda path: exclusive_lock(path, "it")), (symbolic, open_end), (hard, open_end)]
+)
 def test_locks_and_logs_write_through_no_link(
     tmp_path: Path, thesis: Path, link: Callable[[Path, Path], None], opened: Callable[[Path], object]
 ) -> None:
-    link(tmp_path / ".lock", thesis)
+    link(tmp_path / "it", thesis)
     kind = "a link" if link is symbolic else "a file with 2 names"
-    with pytest.raises(BowstoreError, match=rf"\.lock is {kind}, and bowstore writes there; move it away, or name"):
-        with opened(tmp_path / ".lock"):  # type: ignore[attr-defined]
+    with pytest.raises(BowstoreError, match=rf"it is {kind}, and bowstore writes there; move it away, or name"):
+        with opened(tmp_path / "it"):  # type: ignore[attr-defined]
             pass
     assert thesis.read_bytes() == PRECIOUS
+
+
+@pytest.mark.parametrize("content", [PRECIOUS, b"", b"process 1 on a machine"])
+def test_a_lock_with_a_second_name_is_locked_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    """A copy that `cp -al` made of shards, a store or a run shares the file with the original."""
+    other, path = tmp_path / "other", tmp_path / ".lock"
+    other.write_bytes(content)
+    path.hardlink_to(other)
+    with exclusive_lock(path, "it"):
+        with pytest.raises(BusyError, match="it is in use by "), exclusive_lock(path, "it"):
+            pass
+    assert other.read_bytes() == content
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of other users")
+def test_a_lock_file_that_may_only_be_read_is_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of a group, the lock file is whose process came first."""
+    monkeypatch.chdir(tmp_path)  # above it lie folders that only root may enter
+    tmp_path.chmod(0o777)
+    path, nobody = Path(".lock"), 65534
+    path.write_bytes(b"process 1 on a machine")
+    os.seteuid(nobody)
+    try:
+        with exclusive_lock(path, "it"), pytest.raises(BusyError, match="process 1"), exclusive_lock(path, "it"):
+            pass
+    finally:
+        os.seteuid(0)
+    assert path.read_bytes() == b"process 1 on a machine"
 
 
 def test_a_dangling_link_makes_no_file(tmp_path: Path) -> None:

@@ -25,10 +25,19 @@ def test_alone_and_one_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ranks().first
 
 
+@pytest.mark.parametrize("others", [{}, {"RANK": "0"}, {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}])
+def test_a_job_of_one_process_needs_no_more(monkeypatch: pytest.MonkeyPatch, others: dict[str, str]) -> None:
+    for name, value in {"WORLD_SIZE": "1", **others}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks() == Ranks(rank=0, size=1, local_rank=0, local_size=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"RANK": "3"}, r"RANK is set without WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; start the command with"),
+        ({"RANK": "0"}, r"RANK is set without WORLD_SIZE"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, r"RANK and WORLD_SIZE is set without LOCAL_RANK, LOCAL_WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, r"WORLD_SIZE is set without RANK, LOCAL_RANK, LOCAL_WORLD_SIZE"),
         ({"LOCAL_RANK": ""}, r"LOCAL_RANK is set without RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"),
         ({**WHOLE, "LOCAL_RANK": ""}, r"LOCAL_RANK is '', not a whole number; .*, or unset them"),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from math import isnan
 from pathlib import Path
@@ -57,6 +58,14 @@ DEVICES = click.Choice(["auto", "cpu", "cuda"])
 class Group(click.Group):
     """Turns errors that users can meet into one line and an exit code; `--debug` shows the traceback."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse and run; what cannot be printed of --help and --version ends here."""
+        _open_closed_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            _fail(_os_error(error), 1)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; errors that users can meet end here."""
         try:
@@ -82,6 +91,20 @@ class Group(click.Group):
             _fail(f"the {whose} memory is full ({first}); lower the batch, or end what else uses it", 1)
         except KeyboardInterrupt as error:
             _fail(str(error) or "interrupted; the same command goes on from what is finished", 130)
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null in the place of standard streams that the caller closed.
+
+    The next file to be opened would get their number, and what C libraries print would be written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest free number is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    # Python has None there, which `print` takes for stdout.
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def _fail(message: str, code: int) -> None:

@@ -29,7 +29,7 @@ from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.files import atomic_file, check_plain_file
 from bowstore.progress import Progress, say
 
-_PACKED = re.compile(r"\.(tar\.\w+|t[gbxz]z2?|tzst)$")
+_ALMOST_TAR = re.compile(r"[^.].*\.(tar|tar\.(gz|bz2|xz|zst|lz4|lzma|Z)|t[gbxz]z2?|tzst)", re.IGNORECASE)
 _WORTH_BYTES = 1 << 28  # of shards, for one more process
 _EXAMPLES = 5
 
@@ -84,17 +84,26 @@ def find_tars(root: Path) -> list[Path]:
     if not root.is_dir():
         raise MissingError(f"no folder {root}; `bowstore shards SRC OUT` makes shards")
     paths = sorted(root.glob(TARS))
+    others = sorted(path.name for path in root.iterdir() if path not in paths and _ALMOST_TAR.fullmatch(path.name))
     if not paths:
-        packed = sorted(path.name for path in root.glob("*") if _PACKED.search(path.name.lower()))
-        hint = (
-            f"unpack {packed[0]} and its like first" if packed else "name the folder that holds the shards themselves"
-        )
-        raise MissingError(f"no *.tar file in {root}; {hint}")
+        raise MissingError(f"no *.tar file in {root}; {_remedy(others)}")
+    if others:
+        say(f"{root}: {len(others)} files like {others[0]} are no *.tar and are passed over; {_remedy(others)}")
     for path in paths:
         check_plain_file(path)
         if not path.exists():
             raise MissingError(f"{path} is a link to a file that does not exist; restore the file, or remove the link")
     return paths
+
+
+def _remedy(others: Sequence[str]) -> str:
+    """What to do about files that are shards but for their names or a packing."""
+    if not others:
+        return "name the folder that holds the shards themselves"
+    first = others[0]
+    if first.lower().endswith(".tar"):
+        return f"rename {first} to {first[:-4]}.tar, and its like, to have them read"
+    return f"unpack {first} and its like first, to have them read"
 
 
 def _refuse_foreign_index(root: Path) -> None:

@@ -84,6 +84,18 @@ def test_packed_tars_are_named_where_there_is_no_other(tmp_path: Path, name: str
         build_index(tmp_path)
 
 
+def test_files_that_are_almost_shards_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_members(tmp_path / "B.TAR", [("b.jpg", JPEG)])
+    with pytest.raises(MissingError, match=r"no \*\.tar file in .*; rename B\.TAR to B\.tar, and its like"):
+        build_index(tmp_path)
+    write_members(tmp_path / "a.tar", [("a.jpg", JPEG)])
+    (tmp_path / "c.tar.zst").write_bytes(ZSTD)
+    for other in ("._a.TAR", "a.tar.txt", "a.tar.json"):
+        (tmp_path / other).write_bytes(b"")
+    assert len(build_index(tmp_path)) == 1
+    assert "2 files like B.TAR are no *.tar and are passed over; rename B.TAR to B.tar" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("members", [[], [("a.jpg", b"<html>")]])
 @pytest.mark.parametrize("deep", [False, True])
 def test_verify_accepts_a_tar_without_a_row(tmp_path: Path, members: list[tuple[str, bytes]], deep: bool) -> None:
