@@ -659,7 +659,7 @@ def test_remote_write_leaves_out_layers_that_are_not_complete(
         made(place)
         add_layer(place, "block1", chunks=2)
     assert open_store(there).layers == ("block3",)
-    assert {name.split("/")[0] for name in files(there)} == {"block3", "key_hash", "zarr.json"}
+    assert {name.split("/")[0] for name in files(there)} == {"block3", "image_digest", "key_hash", "zarr.json"}
     assert verify(there).sound
     assert len(left(tmp_path)) == 1  # to be gone on with
     with writable_store(url, storage(tmp_path)) as place:

@@ -301,10 +301,10 @@ def test_a_damaged_chunk_leaves_the_old_page(store: Path, shards: Path, tmp_path
     copy, out = tmp_path / "words.zarr", tmp_path / "words.html"
     shutil.copytree(store, copy)
     (copy / "block3/words/c/2/0/0").unlink()
-    out.write_text("the old page")
+    out.write_text("the old page. Made by bowstore 0.1.0")
     with pytest.raises(CorruptError, match=r"chunk block3/words/c/2/0/0 \(rows 40-59\)"):
         write_words_page(copy, shards, out, Wish(layer="block3"))
-    assert out.read_text() == "the old page"
+    assert out.read_text() == "the old page. Made by bowstore 0.1.0"
     assert {path.name for path in tmp_path.iterdir()} == {"words.zarr", "words.html"}
 
 
