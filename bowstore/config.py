@@ -337,6 +337,22 @@ def _known_keys(model: type[Strict], folders: Sequence[int | str]) -> list[str]:
     return sorted(model.model_fields)
 
 
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """In what two runs differ that decides what is learned, a phrase each; how they are run may change within one."""
+    return _differences(dump(old), dump(new), free=("runtime", "student"))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], *, free: Sequence[str] = (), prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted((old.keys() | new.keys()).difference(free)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, prefix=f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} is {before} there, {after} here")
+    return found
+
+
 def dump(config: Strict) -> dict[str, Any]:
     """Plain values (paths as text) of a configuration, for YAML and JSON files."""
     return config.model_dump(mode="json")

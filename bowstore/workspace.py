@@ -13,8 +13,9 @@ from bowstore.config import (
     bundled_configs,
     load_train_config,
 )
-from bowstore.errors import MissingError, UsageError
+from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.files import atomic_file
+from bowstore.progress import say
 from bowstore.remote import RemoteFolder, fetch_store, is_remote
 
 RECIPES = {
@@ -84,8 +85,11 @@ def newest_run(workspace: Workspace, *, task: str | None = None) -> Path:
         workspace.runs.glob(f"[!.]*/{BACKBONE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True
     )
     for path in finished:
-        if task is None or read_run_config(path.parent).task == task:
-            return path.parent
+        try:
+            if task is None or read_run_config(path.parent).task == task:
+                return path.parent
+        except BowstoreError as error:  # perhaps of another task; and nobody asked for this one
+            say(f"warning: {error}; the run is passed over")
     kind = f"finished {task} run" if task else "finished run"
     raise MissingError(f"no {kind} in {workspace.runs}; `bowstore train --config ...` makes one, or name it by flag")
 

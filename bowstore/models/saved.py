@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, validate
+from bowstore.config import ModelConfig, TrainConfig, ViewConfig, differences, dump, validate
 from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
@@ -182,15 +182,17 @@ def load_backbone(path: Path) -> LoadedBackbone:
     Raises:
         MissingError: nothing there, or a run without a checkpoint yet.
         CorruptError: a damaged file.
-        MismatchError: weights that do not fit the network; the message names the first keys.
+        MismatchError: weights that do not fit the network (the message names the first keys), or a run with another
+            run's export.
     """
-    if path.is_dir() and not is_finished(path):
-        checkpoint = newest_checkpoint(path)
+    run, checkpoint = path if path.is_dir() else None, None
+    if run and not is_finished(run):
+        checkpoint = newest_checkpoint(run)
         if checkpoint is None:
             raise MissingError(f"run {path} holds no checkpoint yet; let `bowstore train` reach its first one")
         state, values = checkpoint["backbone"], checkpoint["config"]
     else:
-        path = path / BACKBONE_FILE if path.is_dir() else path
+        path = run / BACKBONE_FILE if run else path
         data = _file_bytes(path, "file" if path.suffix == ".safetensors" else "checkpoint")
         if is_safetensors(data[:64]) or (path.suffix == ".safetensors" and not is_torch(data[:64])):
             state, values = _export(data, path)
@@ -198,11 +200,27 @@ def load_backbone(path: Path) -> LoadedBackbone:
             checkpoint = _checkpoint(data, path)
             state, values = checkpoint["backbone"], checkpoint["config"]
     config = validate(TrainConfig, values, str(path))
+    if run is not None:
+        _check_own(run, config, finished=checkpoint is None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # what a network draws when it is built, and does not save, is that of the run
         backbone = build_backbone(config.model)
     load_weights(backbone, state, str(path))
     return LoadedBackbone(backbone.eval(), config.model, config.view, config.name, values)
+
+
+def _check_own(run: Path, config: TrainConfig, *, finished: bool) -> None:
+    """Compare the configuration in a run's export or checkpoint with the run's: another run's file is whole, too."""
+    if not (run / CONFIG_FILE).exists() or not (found := differences(read_run_config(run), config)):
+        return
+    if finished:
+        raise MismatchError(
+            f"{run / BACKBONE_FILE} is of another run than {run / CONFIG_FILE} ({found[0]}); restore both from one copy"
+        )
+    say(  # no error: so it is after a --resume that has not reached a checkpoint yet
+        f"warning: the newest checkpoint of {run} was written under another configuration than its {CONFIG_FILE} holds "
+        f"({found[0]})"
+    )
 
 
 def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:

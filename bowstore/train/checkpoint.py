@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bowstore.files import atomic_file, make_folder
+from bowstore.files import aside, atomic_file, make_folder
 from bowstore.models.saved import checkpoint_bytes, checkpoint_path, checkpoints
 
 _DAMAGED, _DIVERGED = "damaged", "diverged"
@@ -33,7 +33,7 @@ class Checkpoints:
         if writes and start is not None:
             for path in checkpoints(run):
                 if path > checkpoint_path(run, start):
-                    _set_aside(path)
+                    path.rename(aside(path, _DAMAGED))
 
     def save(self, state: dict[str, Any]) -> None:
         """Write one of a step; no other takes its place yet."""
@@ -59,14 +59,14 @@ class Checkpoints:
         Of one step, the last one that was set aside so is kept: a job that is started again and again fills no disk.
         Only for the process that writes.
         """
-        aside = ""
+        lost = ""
         if (self.unproven or self._doubtful) and self._newest is not None:
             path = checkpoint_path(self._run, self._newest)
             name = f"{path.name}.{_DIVERGED}"
             path.replace(path.with_name(name))
-            aside = f" ({path.name} leads here again: it is now {name})"
+            lost = f" ({path.name} leads here again: it is now {name})"
         left = checkpoints(self._run)
-        return f"to go on from {left[0].name}{aside}" if left else f"to begin anew{aside}"
+        return f"to go on from {left[0].name}{lost}" if left else f"to begin anew{lost}"
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> Path:
@@ -84,12 +84,3 @@ def prune(run: Path, *, keep: int) -> None:
     """Delete all checkpoints but the newest `keep`; those that were set aside stay."""
     for path in checkpoints(run)[keep:]:
         path.unlink(missing_ok=True)
-
-
-def _set_aside(path: Path) -> None:
-    """Give a damaged checkpoint a name of its own, under which nothing reads, replaces or deletes it."""
-    number, aside = 1, path.with_name(f"{path.name}.{_DAMAGED}")
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.{_DAMAGED}-{number}")
-    path.rename(aside)

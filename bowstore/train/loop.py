@@ -29,9 +29,9 @@ from bowstore.remote import fetch_store
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.distributed import World, joined
 from bowstore.train.health import diverged, unsound
-from bowstore.train.metrics import Meter, RunLog
-from bowstore.train.rundir import check_run, write_config, write_environment
-from bowstore.train.schedule import images_in_use, learning_rate, step_seed, total_steps
+from bowstore.train.metrics import Meter, RunLog, last_logged
+from bowstore.train.rundir import check_run, check_start, write_config, write_environment
+from bowstore.train.schedule import images_in_use, learning_rate, step_seed, total_steps, without_effect
 from bowstore.train.tasks import Network, Task, build_task
 
 _STOPPED_EXIT_CODE = 143
@@ -110,8 +110,10 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         optimizer = build_optimizer(network, config)
         meter = Meter(world.device)
         state = saved.newest_checkpoint(run, shown=world.first)
+        check_start(run, state, config, steps, resume=resume, shown=world.first)
         start = _restore(state, network, optimizer, meter, task, run) if state else None
         slower = state is not None and state["config"]["optim"]["lr"] > config.optim.lr
+        logged = last_logged(state) if state else None
         del state  # its memory, for the length of the run
         first = start or 0
         _same_start(first, task, config, world)
@@ -119,6 +121,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
         model = wrap_network(network, config, world)
         if world.first:
+            for line in without_effect(config.optim):
+                say(f"warning: {line}")
             write_config(run, config)
             write_environment(run, world, task.inputs)
             sweep_temporary(run / saved.CHECKPOINT_FOLDER)
@@ -137,7 +141,9 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         )
         log = None
         if world.first:
-            log = RunLog(config, run, task.constants, first=first, steps_per_pass=schedule.steps_per_pass)
+            log = RunLog(
+                config, run, task.constants, first=first, logged=logged, steps_per_pass=schedule.steps_per_pass
+            )
             stack.callback(log.close)
         stop_requested = stack.enter_context(_stop_signal())
         keep = config.runtime.keep_checkpoints

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bowstore.config import TrainConfig
 from bowstore.data.pipeline import Batch
-from bowstore.files import atomic_file, open_end
+from bowstore.files import aside, atomic_file, open_end
 from bowstore.progress import Progress, say
 from bowstore.train.distributed import World
 from bowstore.train.schedule import steps_per_epoch, total_steps
@@ -31,10 +31,10 @@ class MetricsLog:
         path = run / METRICS_FILE
         lines, unread = _read_lines(path)
         if unread:
-            aside = path.with_name(f"{path.name}.damaged")
-            with atomic_file(aside) as file:
+            copy = aside(path, "damaged")
+            with atomic_file(copy) as file:
                 file.write(path.read_bytes())
-            say(f"warning: {_told(path, unread)}; the file as it was is kept as {aside.name}")
+            say(f"warning: {_told(path, unread)}; the file as it was is kept as {copy.name}")
         with atomic_file(path) as file:
             file.writelines((json.dumps(line) + "\n").encode() for line in lines if line["step"] <= step)
         self._file = io.TextIOWrapper(open_end(path), encoding="utf-8", line_buffering=True)
@@ -77,6 +77,27 @@ def unreadable_lines(run: Path) -> list[str]:
     return [_told(path, unread)] if unread else []
 
 
+def lost_lines(run: Path, logged: int | None) -> list[str]:
+    """Whether the metrics lack what was logged before a checkpoint, in lines for people.
+
+    Args:
+        run: the run directory.
+        logged: `last_logged` of the checkpoint.
+    """
+    path = run / METRICS_FILE
+    steps = [line["step"] for line in _read_lines(path)[0]]
+    if not logged or logged in steps:
+        return []
+    have = f"holds no line before step {min(steps)}" if steps and min(steps) > logged else "lacks that line"
+    have = have if steps else "holds no line" if path.exists() else "is not there"
+    return [f"step {logged} was logged before the newest checkpoint, and {path} {have}; restore it from a copy"]
+
+
+def last_logged(state: dict[str, Any]) -> int | None:
+    """The step of the last line that was logged before a checkpoint; 0 for none, None if it does not say."""
+    return state["step"] - state["meter"]["steps"] if "meter" in state else None
+
+
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The lines that are objects with a step, and the numbers (from 1) of the others."""
     try:
@@ -99,6 +120,18 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 def _told(path: Path, unread: list[int]) -> str:
     some = ", ".join(map(str, unread[:3])) + (", ..." if len(unread) > 3 else "")
     return f"{len(unread)} lines of {path} are no JSON objects with a step (line {some}) and are left out"
+
+
+def _keep_log_of_lost(run: Path, checkpoint_every_steps: int) -> None:
+    """Before a run begins anew: keep the log of one that had checkpoints, which are gone."""
+    path = run / METRICS_FILE
+    last = max((line["step"] for line in _read_lines(path)[0]), default=0)
+    if last >= checkpoint_every_steps:
+        copy = path.rename(aside(path, "before"))
+        say(
+            f"warning: {run} has no checkpoint, though it was trained to step {last}: it begins anew, and the log of "
+            f"then is kept as {copy.name}"
+        )
 
 
 class Meter:
@@ -190,8 +223,19 @@ class RunLog:
     """Metrics files and progress of rank 0."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, constants: dict[str, float], *, first: int, steps_per_pass: int
+        self,
+        config: TrainConfig,
+        run: Path,
+        constants: dict[str, float],
+        *,
+        first: int,
+        logged: int | None,
+        steps_per_pass: int,
     ) -> None:
+        for line in lost_lines(run, logged):
+            say(f"warning: {line}")
+        if not first:
+            _keep_log_of_lost(run, config.runtime.checkpoint_every_steps)
         self._metrics = MetricsLog(run, first)
         self._constants = constants
         self._epoch_steps = steps_per_epoch(config.optim, steps_per_pass)

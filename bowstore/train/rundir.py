@@ -7,18 +7,26 @@ from typing import Any
 
 import torch
 
-from bowstore.config import TrainConfig, dump
+from bowstore.config import TrainConfig, differences, dump, validate
 from bowstore.environment import device_name, library_versions
 from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import atomic_file, write_json
-from bowstore.models.saved import CONFIG_FILE, checkpoints, is_finished, read_run_config
+from bowstore.models.saved import (
+    BACKBONE_FILE,
+    CONFIG_FILE,
+    checkpoint_path,
+    checkpoints,
+    is_finished,
+    load_export,
+    read_run_config,
+)
+from bowstore.models.weights import content_digest
 from bowstore.progress import say
 from bowstore.train.distributed import World
 from bowstore.train.metrics import METRICS_FILE
 from bowstore.yaml_file import write_yaml
 
 _ENVIRONMENT_FILE = "environment.json"
-_FREE_KEYS = ("runtime", "student")  # these may change between a run's sittings
 
 
 def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
@@ -31,14 +39,66 @@ def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
     if not (checkpoints(run) or is_finished(run)):
         _refuse_foreign(run)
         return
-    differences = _differences(dump(read_run_config(run)), dump(config))
-    if differences and not resume:
+    if not (run / CONFIG_FILE).exists():
+        return  # lost: what the checkpoints say is compared
+    found = differences(read_run_config(run), config)
+    if found and not resume:
         raise MismatchError(
-            f"run directory {run} holds another configuration ({differences[0]}); take another --name, or "
+            f"run directory {run} holds another configuration ({found[0]}); take another --name, or "
             f"--resume to go on from its checkpoint with the new values"
         )
-    for difference in differences:
-        say(f"resumed with {difference}")
+
+
+def check_start(
+    run: Path, state: dict[str, Any] | None, config: TrainConfig, steps: int, *, resume: bool, shown: bool
+) -> None:
+    """Check that what a run goes on from, or is finished with, is its own: a file of another run is whole, too.
+
+    Args:
+        run: its directory.
+        state: its newest checkpoint, or None.
+        config: that of this sitting.
+        steps: where the run ends by it.
+        resume: whether the configuration may be another than that of the checkpoint.
+        shown: whether to say what is another (False on ranks other than 0).
+
+    Raises:
+        MismatchError: a checkpoint or export of another configuration, a checkpoint from beyond the end, or an export
+            that is not of the last checkpoint.
+    """
+    if state is None:
+        if is_finished(run):
+            _check_lone_export(run, config)
+        return
+    path = checkpoint_path(run, state["step"])
+    found = differences(validate(TrainConfig, state["config"], str(path)), config)
+    if found and not resume:
+        raise MismatchError(
+            f"{path} was written under another configuration ({found[0]}): it is of another run, or of before a "
+            f"--resume; restore the run's own, take another --name, or --resume to go on from it with the new values"
+        )
+    if state["step"] > steps:
+        raise MismatchError(
+            f"{path} lies behind the end of this configuration, which is step {steps}; raise optim.epochs, or take "
+            f"another --name"
+        )
+    if state["step"] < steps:
+        for difference in found if shown else ():
+            say(f"resumed with {difference}")
+    elif is_finished(run) and content_digest(load_export(run / BACKBONE_FILE)[0]) != content_digest(state["backbone"]):
+        raise MismatchError(
+            f"{run / BACKBONE_FILE} holds other weights than {path.name}: it is of another run or time; move it away, "
+            f"and the same command writes it anew"
+        )
+
+
+def _check_lone_export(run: Path, config: TrainConfig) -> None:
+    path = run / BACKBONE_FILE
+    if found := differences(validate(TrainConfig, load_export(path)[1], str(path)), config):
+        raise MismatchError(
+            f"{path} is of another configuration ({found[0]}), and there is no checkpoint to go on from; take another "
+            f"--name"
+        )
 
 
 def _refuse_foreign(run: Path) -> None:
@@ -59,19 +119,6 @@ def write_config(run: Path, config: TrainConfig) -> None:
     """Record the resolved configuration, once everything it names has been found usable."""
     with atomic_file(run / CONFIG_FILE) as file:
         file.write(write_yaml(dump(config)))
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        if not prefix and key in _FREE_KEYS:
-            continue
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} is {before} there, {after} here")
-    return found
 
 
 def write_environment(run: Path, world: World, inputs: dict[str, str]) -> None:

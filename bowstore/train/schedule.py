@@ -28,6 +28,25 @@ def learning_rate(step: int, optim: OptimConfig, steps_per_pass: int) -> float:
     return float(optim.lr * optim.factor ** sum(epoch >= milestone for milestone in optim.milestones))
 
 
+def without_effect(optim: OptimConfig) -> list[str]:
+    """What of a schedule never comes to pass within its epochs, in lines for people."""
+    lines = []
+    if late := [milestone for milestone in optim.milestones if milestone >= optim.epochs]:
+        lines.append(
+            f"optim.milestones {late} lie at or behind the end of {optim.epochs} epochs: lr does not fall there"
+        )
+    if early := [milestone for milestone in optim.milestones if milestone < optim.warmup_epochs]:
+        lines.append(
+            f"optim.milestones {early} lie within the {optim.warmup_epochs:g} epochs of warm-up: lr falls only after it"
+        )
+    if optim.warmup_epochs > optim.epochs:
+        lines.append(
+            f"optim.warmup_epochs {optim.warmup_epochs:g} are more than the {optim.epochs} epochs of the run: its rate "
+            f"never reaches optim.lr"
+        )
+    return lines
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed, 64 bits, of what the network draws in one step on one rank (dropout, stochastic depth).
 

@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from bowstore.config import TrainConfig, differences, validate
 from bowstore.errors import BowstoreError
 from bowstore.files import read_json
 from bowstore.models import saved
 from bowstore.models.weights import content_digest
-from bowstore.train.metrics import unreadable_lines
+from bowstore.train.metrics import last_logged, lost_lines, unreadable_lines
+
+# What nobody changes within a run; other values may be those of before a --resume.
+_IDENTITY = ("name ", "task ", "seed ", "model.")
 
 
 @dataclass
@@ -48,20 +53,20 @@ def verify_run(path: Path) -> RunFindings:
         found.checkpoints = int(not found.exported)
         (_export if found.exported else _checkpoint)(found, path)
         return found
-    try:
-        saved.read_run_config(path)
-    except BowstoreError as error:
-        found.problems.append(str(error))
-    newest = _checkpoints(found)
+    config = _config(found)
+    newest = _checkpoints(found, config)
     if saved.is_finished(path):
         found.exported = True
-        tensors = _export(found, path / saved.BACKBONE_FILE)
-        if tensors and newest and content_digest(tensors) != content_digest(newest):
+        tensors, values = _export(found, path / saved.BACKBONE_FILE)
+        weights = newest.get("backbone")
+        if tensors and weights and content_digest(tensors) != content_digest(weights):
             found.problems.append(
                 f"{path / saved.BACKBONE_FILE} holds other weights than the newest checkpoint: one of them is of "
                 f"another run or time; restore both from one copy"
             )
-    found.problems += unreadable_lines(path)
+        elif values and config:
+            _check_config(found, path / saved.BACKBONE_FILE, values, config, keys=None)
+    found.problems += unreadable_lines(path) or (lost_lines(path, last_logged(newest)) if newest else [])
     for file in (path / "environment.json", *sorted((path / "eval").glob("*.json"))):
         try:
             if file.exists():
@@ -71,33 +76,59 @@ def verify_run(path: Path) -> RunFindings:
     return found
 
 
-def _checkpoints(found: RunFindings) -> dict[str, Tensor]:
-    """Check all; the backbone's weights of the newest, if it is sound."""
+def _config(found: RunFindings) -> TrainConfig | None:
+    try:
+        return saved.read_run_config(found.path)
+    except BowstoreError as error:
+        found.problems.append(str(error))
+        return None
+
+
+def _checkpoints(found: RunFindings, config: TrainConfig | None) -> dict[str, Any]:
+    """Check all; what the newest holds, if it is sound."""
     paths = saved.checkpoints(found.path)
     found.checkpoints = len(paths)
     found.aside = sum(1 for _ in (found.path / saved.CHECKPOINT_FOLDER).glob("step-*.pt.*"))
-    weights = [_checkpoint(found, path) for path in paths]
-    return weights[0] if weights else {}
+    states = [_checkpoint(found, path) for path in paths]
+    newest = states[0] if states else {}
+    if newest and config:  # older ones may be of before a --resume
+        _check_config(found, paths[0], newest["config"], config, keys=_IDENTITY)
+    return newest
 
 
-def _checkpoint(found: RunFindings, path: Path) -> dict[str, Tensor]:
+def _checkpoint(found: RunFindings, path: Path) -> dict[str, Any]:
     try:
         state = saved.load_checkpoint(path)
     except BowstoreError as error:
         found.problems.append(str(error))
         return {}
     _check_finite(found, path, {**state["backbone"], **state["head"]})
-    return dict(state["backbone"])
+    return state
 
 
-def _export(found: RunFindings, path: Path) -> dict[str, Tensor]:
+def _export(found: RunFindings, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        tensors, _ = saved.load_export(path)
+        tensors, values = saved.load_export(path)
     except BowstoreError as error:
         found.problems.append(str(error))
-        return {}
+        return {}, {}
     _check_finite(found, path, tensors)
-    return tensors
+    return tensors, values
+
+
+def _check_config(
+    found: RunFindings, path: Path, values: dict[str, Any], config: TrainConfig, *, keys: tuple[str, ...] | None
+) -> None:
+    """Compare the configuration in a file with the run's; only what begins with one of the keys, if given."""
+    try:
+        other = differences(validate(TrainConfig, values, str(path)), config)
+    except BowstoreError as error:
+        found.problems.append(str(error))
+        return
+    if other := [line for line in other if keys is None or line.startswith(keys)]:
+        found.problems.append(
+            f"{path} is of another run than {found.path / saved.CONFIG_FILE} ({other[0]}); restore both from one copy"
+        )
 
 
 def _check_finite(found: RunFindings, path: Path, tensors: dict[str, Tensor]) -> None:

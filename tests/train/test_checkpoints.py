@@ -337,9 +337,9 @@ def test_a_checkpoint_that_was_passed_over_is_set_aside_and_never_deleted(
 ) -> None:
     config = make_config("rotation", runtime={"keep_checkpoints": 1})
     run = tmp_path / "runs" / config.name
-    loop.train(make_config("rotation", name="whole"), tmp_path / "runs")
+    loop.train(make_config("rotation"), tmp_path / "whole")
     (run / "checkpoints").mkdir(parents=True)
-    sound = tmp_path / "runs" / "whole" / "checkpoints" / "step-000000010.pt"
+    sound = tmp_path / "whole" / config.name / "checkpoints" / "step-000000010.pt"
     for step, data in ((10, sound.read_bytes()), (11, b"damaged"), (12, b"damaged too")):
         (run / "checkpoints" / f"step-{step:09d}.pt").write_bytes(data)
     (run / "config.yaml").write_text(json.dumps(json.loads(config.model_dump_json())))
