@@ -121,8 +121,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
         model = wrap_network(network, config, world)
         if world.first:
-            for line in without_effect(config.optim):
-                say(f"warning: {line}")
+            for line in without_effect(config):
+                say(f"warning: of the configuration without effect: {line}")
             write_config(run, config)
             write_environment(run, world, task.inputs)
             sweep_temporary(run / saved.CHECKPOINT_FOLDER)

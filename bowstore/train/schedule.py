@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bowstore.config import OptimConfig, TrainConfig
+from bowstore.config import ModelConfig, OptimConfig, RotationConfig, TrainConfig, WordsConfig
 
 
 def images_in_use(config: TrainConfig, rows: int) -> int:
@@ -28,9 +28,9 @@ def learning_rate(step: int, optim: OptimConfig, steps_per_pass: int) -> float:
     return float(optim.lr * optim.factor ** sum(epoch >= milestone for milestone in optim.milestones))
 
 
-def without_effect(optim: OptimConfig) -> list[str]:
-    """What of a schedule never comes to pass within its epochs, in lines for people."""
-    lines = []
+def without_effect(config: TrainConfig) -> list[str]:
+    """What a configuration says and its run never does, in lines for people."""
+    optim, lines = config.optim, []
     if late := [milestone for milestone in optim.milestones if milestone >= optim.epochs]:
         lines.append(
             f"optim.milestones {late} lie at or behind the end of {optim.epochs} epochs: lr does not fall there"
@@ -44,6 +44,12 @@ def without_effect(optim: OptimConfig) -> list[str]:
             f"optim.warmup_epochs {optim.warmup_epochs:g} are more than the {optim.epochs} epochs of the run: its rate "
             f"never reaches optim.lr"
         )
+    if config.model.strides != ModelConfig().strides and not config.model.arch.startswith("wrn-"):
+        lines.append(f"model.strides are those of a wide ResNet: {config.model.arch} has its own")
+    if config.task == "rotation" and config.words != WordsConfig():
+        lines.append("words: task rotation has none")
+    if config.task == "words" and config.rotation != RotationConfig():
+        lines.append("rotation: task words has no rotation head")
     return lines
 
 

@@ -179,6 +179,12 @@ def test_which_list_for_which_split(photos: Path, tmp_path: Path, monkeypatch: p
         list_splits(photos, "list")
     with pytest.raises(MissingError, match=r"no list .*gone\.txt; name a file with a line an image"):
         list_splits(photos, lists=[str(tmp_path / "gone.txt")])
+    with pytest.raises(
+        UsageError, match=r"^--list trian=.*a\.txt: 'trian' is no split, and there is no file trian=.*; write"
+    ):
+        list_splits(photos, lists=[f"trian={one}"])
+    odd = str(write_file(tmp_path / "a=b.txt", "p0.jpg\n"))
+    assert [split.name for split in list_splits(photos, lists=[odd])] == ["train"]
     write_file(photos / "inside.txt", "p0.jpg\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

@@ -28,7 +28,7 @@ def make_config(make_shard_set: ShardMaker, tmp_path: Path) -> Make:
             "runtime": {"log_every_steps": 2, "checkpoint_every_steps": 5, "threads": 1},
         }
         for key, value in changes.items():
-            values[key] = {**values[key], **value} if isinstance(value, dict) else value
+            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
         return validate(TrainConfig, values, "test")
 
     return make

@@ -169,20 +169,23 @@ def test_a_run_that_cannot_be_read_hides_no_other(runs: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("optim", "lines"),
+    ("task", "changes", "lines"),
     [
-        ({"epochs": 3, "milestones": [1, 2], "warmup_epochs": 1.0}, []),
-        ({"epochs": 2, "milestones": [1, 2, 5]}, ["optim.milestones [2, 5] lie at or behind the end of 2 epochs: lr"]),
-        ({"epochs": 4, "milestones": [1], "warmup_epochs": 2.5}, ["optim.milestones [1] lie within the 2.5 epochs of"]),
-        (
-            {"epochs": 2, "warmup_epochs": 3.0, "milestones": []},
-            ["optim.warmup_epochs 3 are more than the 2 epochs of"],
-        ),
+        ("words", {"optim": {"epochs": 3, "milestones": [1, 2], "warmup_epochs": 1.0}}, []),
+        ("rotation", {"rotation": {"blocks": 2}, "optim": {"epochs": 3, "warmup_epochs": 3.0, "milestones": []}},
+         []),
+        ("words", {"optim": {"epochs": 2, "milestones": [1, 2, 5]}}, ["optim.milestones [2, 5] lie at or"]),
+        ("words", {"optim": {"epochs": 4, "milestones": [1], "warmup_epochs": 2.5}}, ["optim.milestones [1] lie"]),
+        ("words", {"optim": {"epochs": 2, "warmup_epochs": 3.0, "milestones": []}}, ["optim.warmup_epochs 3 are more"]),
+        ("words", {"model": {"arch": "resnet18"}}, ["model.strides are those of a wide ResNet: resnet18 has its own"]),
+        ("words", {"model": {"arch": "resnet18", "strides": [1, 2, 2]}}, []),
+        ("words", {"rotation": {"blocks": 2}}, ["rotation: task words has no rotation head"]),
+        ("rotation", {"words": {"form": "binary"}}, ["words: task rotation has none"]),
     ],
-)
-def test_what_of_a_schedule_never_happens_is_told(
-    make_config: Make, optim: dict[str, object], lines: list[str]
+)  # fmt: skip
+def test_what_a_configuration_says_in_vain_is_told(
+    make_config: Make, task: str, changes: dict[str, Any], lines: list[str]
 ) -> None:
-    found = without_effect(make_config("rotation", optim=optim).optim)
+    found = without_effect(make_config(task, **changes))
     assert len(found) == len(lines)
     assert all(line.startswith(start) for line, start in zip(found, lines, strict=True))

@@ -45,6 +45,11 @@ def _split_lists(source: Path, options: Options) -> list[tuple[Path, str]]:
         path = Path(rest) if split else Path(text)
         if not path.exists() and (source / path).exists():
             raise MissingError(f"no list {path} in the current directory; did you mean {source / path}?")
+        if equals and not split and not path.exists() and Path(rest).is_file():
+            raise UsageError(
+                f"--list {text}: {word!r} is no split, and there is no file {text}; write {', '.join(SPLIT_NAMES)} "
+                f"before the ="
+            )
         lists.append((path, split or ""))
     names = [split for _, split in lists]
     if len(lists) > 1 and ("" in names or len(set(names)) < len(names)):
