@@ -224,8 +224,9 @@ def _difference(recorded: dict[str, Any], plan: _Plan) -> str:
             f"of {before['images']} images in {before['size_bytes']} bytes (listing {before['listing'][:8]}), "
             f"but {plan.source.path} now has {now['images']} in {now['size_bytes']} bytes ({now['listing'][:8]})"
         )
+    had, has = len(recorded["classes"]), len(wanted["classes"])
     if recorded["classes"] != wanted["classes"]:
-        return f"of {len(recorded['classes'])} other classes, not of these {len(wanted['classes'])}"
+        return f"of {had} other classes, not of these {has}" if had and has else f"of {had} classes, not of {has}"
     return ""
 
 

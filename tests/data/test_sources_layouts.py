@@ -214,7 +214,7 @@ def test_the_report_ends_with_what_became_no_image(tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text("train/ant/1.jpg\n")
     done = CliRunner().invoke(main, ["shards", str(source), str(tmp_path / "b"), "--list", str(listed)])
-    assert done.stdout.splitlines()[-1].startswith("passed over: nothing else than what the lists name was looked at;")
+    assert done.stdout.splitlines()[-1].startswith("passed over: only what the lists name was looked at;")
 
 
 def test_names_that_no_terminal_shows(tmp_path: Path) -> None:

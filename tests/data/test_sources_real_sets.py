@@ -13,10 +13,10 @@ from imagenet_sets import (
     write_kaggle,
     write_tiny,
 )
-from source_sets import shards_of, tiny_image, write_file, write_members
+from source_sets import classes_of, shards_of, tiny_image, write_file, write_members
 
 from bowstore.data.sources import Folders, list_source, list_splits
-from bowstore.errors import DataError, MissingError
+from bowstore.errors import DataError, MismatchError, MissingError
 
 JPEG = tiny_image(1)
 
@@ -207,3 +207,11 @@ def test_val_extracted_over_everything(tmp_path: Path) -> None:
         list_splits(tmp_path)
     write_archives(tmp_path, images, "val")
     assert list_source(tmp_path).passed_over.counts == {"images": 5}
+
+
+def test_shards_with_labels_and_without_are_told_apart(tmp_path: Path) -> None:
+    source = _fill(tmp_path / "source", "ant/1.jpg", "bee/1.jpg")
+    assert set(shards_of(source, tmp_path / "out", label_field="none")["train"]) == {"ant/1", "bee/1"}
+    assert classes_of(tmp_path / "out/train") == ()
+    with pytest.raises(MismatchError, match=r"holds shards of 0 classes, not of 2; take another OUT"):
+        shards_of(source, tmp_path / "out")

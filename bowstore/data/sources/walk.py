@@ -142,7 +142,7 @@ class PassedOver:
     def summary(self) -> str:
         """The counts in a few words, the most important first."""
         if not self.complete:
-            return "nothing else than what the lists name was looked at"
+            return "only what the lists name was looked at"
         told = (IMAGES, SYSTEM, *sorted(what for what in self.counts if what[0] != "." and what != _NO_EXTENSION))
         parts = [
             f"{self.counts[what]} {what}"
@@ -162,7 +162,7 @@ def passed_over(source: Path, taken: Collection[str], used: Sequence[str]) -> Pa
     """Count what lies in a folder and is neither an image that was taken nor a file that was read for them.
 
     Args:
-        source: the folder; a file holds nothing else than itself.
+        source: the folder; a file holds nothing but itself.
         taken: paths of images and their containers, relative to the folder.
         used: further files and folders that were read.
     """
