@@ -1,9 +1,12 @@
 """Layouts of data sets that many people have: what is a class there, what is a split, and what is said of it."""
 
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 from imagenet_sets import (
+    DEVKIT,
     IDS,
     small_imagenet,
     tar_bytes,
@@ -104,6 +107,12 @@ def test_a_split_inside_of_itself(tmp_path: Path) -> None:
     )
     expected = {"ice/1": 0, "sea/1": 1}
     assert _labels(tmp_path, "splits") == {"train": expected, "test": expected}
+    _fill(tmp_path / "cats", "train/cat.jpg", "test1/1.jpg", "more/1.jpg")
+    with pytest.raises(
+        DataError, match=r"train beside 2 other folders .*--folders splits \(test1 is then test, more left"
+    ):
+        list_splits(tmp_path / "cats")
+    assert _labels(tmp_path / "cats", "splits") == {"train": {"cat": -1}, "test": {"1": -1}}
     _fill(tmp_path / "parts", "train.X1/ant/1.jpg", "train.X2/bee/1.jpg", "val.X/ant/2.jpg")
     with pytest.raises(
         DataError, match=r"train\.X1 and train\.X2, which by name are the same split, train; put what they"
@@ -215,3 +224,38 @@ def test_shards_with_labels_and_without_are_told_apart(tmp_path: Path) -> None:
     assert classes_of(tmp_path / "out/train") == ()
     with pytest.raises(MismatchError, match=r"holds shards of 0 classes, not of 2; take another OUT"):
         shards_of(source, tmp_path / "out")
+
+
+def test_a_class_called_images_below_splits(tmp_path: Path) -> None:
+    """Neither option took images/ and drawings/ below train/ and val/ for classes."""
+    _fill(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in ("images", "drawings")))
+    with pytest.raises(DataError, match=r"train holds images beside .* take all for classes with --folders splits, or"):
+        list_splits(tmp_path)
+    expected = {"drawings/1": 0, "images/1": 1}
+    assert _labels(tmp_path, "splits") == {"train": expected, "val": expected}
+
+
+def test_imagenet_with_two_folders_of_one_split(tmp_path: Path) -> None:
+    """The last was taken, and the images of the other passed over."""
+    images = small_imagenet()
+    write_archives(write_folders(tmp_path, images), images, "devkit")
+    shutil.copytree(tmp_path / "val", tmp_path / "valid")
+    with pytest.raises(DataError, match=r"holds val and valid, which are both val; move one of them away$"):
+        list_splits(tmp_path)
+    shutil.rmtree(tmp_path / "valid")
+    for name in ("test", "test_v10102019"):
+        write_members(tmp_path / f"ILSVRC2012_img_{name}.tar", [(val_name(0, "test"), JPEG)])
+    with pytest.raises(
+        DataError, match=r"holds ILSVRC2012_img_test\.tar and ILSVRC2012_img_test_v10102019\.tar, which"
+    ):
+        list_splits(tmp_path)
+
+
+def test_a_devkit_in_a_folder_of_its_own_name(tmp_path: Path) -> None:
+    """As desktop unpackers leave it."""
+    write_archives(tmp_path, small_imagenet())
+    expected = _labels(tmp_path)
+    with tarfile.open(tmp_path / f"{DEVKIT}.tar.gz") as archive:
+        archive.extractall(tmp_path / DEVKIT, filter="data")
+    (tmp_path / f"{DEVKIT}.tar.gz").unlink()
+    assert _labels(tmp_path) == expected

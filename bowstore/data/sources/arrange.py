@@ -42,8 +42,11 @@ def split_folders(
     for name in names:
         if split := split_of(name):
             found.setdefault(split, []).append(name)
-    if not found:
-        found = _by_parts(source, names, folders, holds)
+    parts = {split: told for split, told in _by_parts(source, names, holds).items() if split not in found}
+    if folders == SPLITS:
+        found |= parts
+    elif not found:
+        _refuse_parts(source, names, parts)
     if not found:
         return {}
     for split, same in found.items():
@@ -55,7 +58,7 @@ def split_folders(
     splits = {split: found[split][0] for split in SPLIT_NAMES if split in found}
     if folders != SPLITS:
         others = [name for name in names if name not in splits.values() and holds(source, name)]
-        _refuse_others(source, what, list(splits.values()), others)
+        _refuse_others(source, what, list(splits.values()), others, parts)
         if loose:
             raise DataError(
                 f"{len(loose)} {what} lie beside the folders {', '.join(splits.values())} of {source}, for example "
@@ -64,41 +67,38 @@ def split_folders(
     return splits
 
 
-def _by_parts(
-    source: Path, names: list[str], folders: Folders | None, holds: Callable[[Path, str], bool]
-) -> dict[str, list[str]]:
-    """Folders that tell a split by a part of their name, as train2017 or test_set do: splits where the user says so.
-
-    Raises:
-        DataError: several splits would be told so, or one by a number (train2017), and the user did not say it. (A
-            bullet_train among others is a class.)
-    """
+def _by_parts(source: Path, names: list[str], holds: Callable[[Path, str], bool]) -> dict[str, list[str]]:
+    """Folders that tell a split by a part of their name, as train2017 or test_set do, by split."""
     found: dict[str, list[str]] = {}
     for name in names:
         splits = splits_in(name)
-        if len(splits) == 1 and holds(source, name):
+        if len(splits) == 1 and not split_of(name) and holds(source, name):
             found.setdefault(splits.pop(), []).append(name)
-    told = [name for same in found.values() for name in same]
-    numbered = len(names) > 1 and any(split_of(_unnumbered(name)) for name in told)
-    if folders != SPLITS and (len(found) > 1 or numbered):
+    return found
+
+
+def _refuse_parts(source: Path, names: list[str], parts: dict[str, list[str]]) -> None:
+    """Refuse folders that tell several splits, or one by a number (train2017); bullet_train alone is a class."""
+    told = [name for same in parts.values() for name in same]
+    numbered = len(names) > 1 and any(split_of(name.rstrip("0123456789 _-.")) for name in told)
+    if len(parts) > 1 or numbered:
         raise DataError(
             f"{source} holds {', '.join(told)}, which may be classes or splits by their names; say which with "
             f"--folders {CLASSES} or --folders {SPLITS}"
         )
-    return found if folders == SPLITS else {}
 
 
-def _unnumbered(name: str) -> str:
-    return name.rstrip("0123456789 _-.")
-
-
-def _refuse_others(source: Path, what: str, splits: list[str], others: list[str]) -> None:
-    if others:
-        raise DataError(
-            f"{source} holds {', '.join(splits)} beside {len(others)} other folders of {what} ({some(others)}), so they"
-            f" may be classes or splits; say which with --folders {CLASSES} or --folders {SPLITS} (the others are then "
-            "left out)"
-        )
+def _refuse_others(source: Path, what: str, splits: list[str], others: list[str], parts: dict[str, list[str]]) -> None:
+    """Refuse folders beside the splits; where they tell a split that is not there by a part, they may become it."""
+    if not others:
+        return
+    then = [f"{name} is then {split}" for split, told in parts.items() for name in told]
+    rest = [name for name in others if not any(name in told for told in parts.values())]
+    then += ["the others are then left out"] if len(rest) == len(others) else [f"{some(rest)} left out"] if rest else []
+    raise DataError(
+        f"{source} holds {', '.join(splits)} beside {len(others)} other folders of {what} ({some(others)}), so they "
+        f"may be classes or splits; say which with --folders {CLASSES} or --folders {SPLITS} ({', '.join(then)})"
+    )
 
 
 def check_folders(folders: str | None) -> None:

@@ -12,6 +12,7 @@ from bowstore.data.sources.arrange import CLASSES, SPLITS, is_container, split_f
 from bowstore.data.sources.base import (
     NO_LABEL,
     NO_LABEL_FIELD,
+    Folders,
     ImageFile,
     Kind,
     Listing,
@@ -67,8 +68,8 @@ def _list_splits(source: Path, options: Options) -> Listing:
         labelled = next((split for split in splits if split.classes), None)
         place = _unwrap(source, _place(source, below), labelled)
         if options.folders != CLASSES:
-            if not options.unlabelled:
-                _refuse_containers(source, place)
+            if not options.unlabelled and not (found and options.folders):
+                _refuse_containers(source, place, SPLITS if found else CLASSES)
             if not found:
                 _refuse_splits_inside(source, place)
         splits.append(_make_split(name, source, place, labelled, options))
@@ -99,15 +100,18 @@ def _unwrap(source: Path, place: _Place, labelled: Split | None) -> _Place:
     return place
 
 
-def _refuse_containers(source: Path, place: _Place) -> None:
-    """Refuse a class called images beside others: what lies there are masks, or views of the same images."""
+def _refuse_containers(source: Path, place: _Place, said: Folders) -> None:
+    """Refuse a class called images beside others: what lies there are masks, or views of the same images.
+
+    `said` is what the user would say if it is a class.
+    """
     tops = sorted({path.partition("/")[0] for path, _ in place.files if "/" in path})
     called = [top for top in tops if is_container(top)]
     if called and len(tops) > 1:
         raise DataError(
             f"{place.folder(source)} holds {called[0]} beside {len(tops) - 1} other folders of images "
             f"({some([top for top in tops if top not in called[:1]])}), so it may hold all images, or be a class; name "
-            f"{place.folder(source) / called[0]}, take all for classes with --folders {CLASSES}, or all images without "
+            f"{place.folder(source) / called[0]}, take all for classes with --folders {said}, or all images without "
             f"labels with --label-field {NO_LABEL_FIELD}"
         )
 
@@ -156,7 +160,7 @@ def _tell_classes(source: Path, place: _Place, classes: Sequence[str]) -> None:
             f"note: all images of {folder} lie in one folder, {classes[0]}, which is taken for their class; "
             f"--label-field {NO_LABEL_FIELD} takes them without labels"
         )
-    elif all(path.count("/") > 1 for path, _ in place.files):
+    elif all(path.count("/") > 1 and not is_container(path.split("/")[1]) for path, _ in place.files):
         say(
             f"note: no image of {folder} lies in a class folder itself ({place.files[0][0]}); the {len(classes)} outer "
             f"folders are taken for the classes ({some(classes)}), so name another folder if they are not"

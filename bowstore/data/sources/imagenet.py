@@ -47,6 +47,7 @@ class _Layout:
         devkit: its archive, or the folder that it extracts to.
         solution: whether Kaggle's table of val's labels is there.
         loose_val: how many images of val lie in the source itself.
+        same: two names for one split, and the split.
     """
 
     archives: dict[str, str] = field(default_factory=dict)
@@ -55,6 +56,12 @@ class _Layout:
     devkit: str | None = None
     solution: bool = False
     loose_val: int = 0
+    same: tuple[str, str, str] | None = None
+
+    def put(self, found: dict[str, str], split: str, name: str) -> None:
+        """Take the first name of a split, and keep in mind that there is another."""
+        if found.setdefault(split, name) != name:
+            self.same = self.same or (found[split], name or "class tars", split)
 
     def ways(self, split: str) -> list[str]:
         """Where the images of a split lie: what is extracted comes last."""
@@ -68,7 +75,7 @@ def _look(source: Path) -> _Layout:
     level = look(source)
     for name in level.others:
         if found := _ARCHIVE.fullmatch(name.lower()):
-            layout.archives.setdefault(found[1], name)
+            layout.put(layout.archives, found[1], name)
     for name in [*level.folders, *level.others]:
         if _DEVKIT.fullmatch(name.lower()):
             layout.devkit = layout.devkit or name
@@ -76,11 +83,11 @@ def _look(source: Path) -> _Layout:
         found = _FOLDER.fullmatch(name.lower())
         if split := found[1] if found else split_of(name):
             if _class_tars(look(source / name).others):
-                layout.class_tars[split] = name
+                layout.put(layout.class_tars, split, name)
             if holds_image(source, name):
-                layout.folders[split] = name
-    if _class_tars(level.others) and "train" not in layout.class_tars:
-        layout.class_tars["train"] = ""
+                layout.put(layout.folders, split, name)
+    if _class_tars(level.others):
+        layout.put(layout.class_tars, "train", "")
     layout.solution = SOLUTION in level.others
     layout.loose_val = sum(bool(_VAL_IMAGE.match(name)) for name in level.images)
     return layout
@@ -117,6 +124,9 @@ def _list_splits(source: Path, options: Options) -> Listing:
     layout = _look(source)
     _refuse_nothing(source, layout)
     _refuse_loose_val(source, layout)
+    if layout.same:
+        one, other, split = layout.same
+        raise DataError(f"{source} holds {one} and {other}, which are both {split}; move one of them away")
     if not options.named:
         _refuse_twice(source, layout)
     synsets, truth = _labels(source, layout)

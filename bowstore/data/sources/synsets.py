@@ -79,7 +79,9 @@ def _devkit_files(path: Path) -> dict[str, bytes]:
         check_plain_file(path)
     try:
         if path.is_dir():
-            found = [path / "data" / name for name in (_META, _TRUTH)]
+            # Some unpackers make a folder of the archive's name around the folder in it.
+            inner = path / path.name if (path / path.name).is_dir() else path
+            found = [inner / "data" / name for name in (_META, _TRUTH)]
             return {file.name: file.read_bytes() for file in found if file.is_file()}
         with tarfile.open(path) as tar:
             return dict(_members(tar, path))
