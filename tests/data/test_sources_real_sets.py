@@ -259,3 +259,27 @@ def test_a_devkit_in_a_folder_of_its_own_name(tmp_path: Path) -> None:
         archive.extractall(tmp_path / DEVKIT, filter="data")
     (tmp_path / f"{DEVKIT}.tar.gz").unlink()
     assert _labels(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        (r"ant\1.jpg ant", r"write / for \\$"),  # written on Windows
+        ("ant/1 ant", r"write names with their extension, \.jpg$"),  # Food-101
+        ("17 ant/1.jpg", r"put the path first in a line, and the label behind it$"),  # CUB
+        ("ant/2.jpg ant", r"bring them there, or remove the lines$"),
+    ],
+)
+def test_lists_of_another_form(tmp_path: Path, line: str, remedy: str) -> None:
+    _fill(tmp_path, "ant/1.jpg", "bee/2.jpg")
+    listed = write_file(tmp_path / "list.txt", f"bee/2.jpg bee\n{line}\n")
+    with pytest.raises(DataError, match=r"1 of 2 files are not in .* in line 2; " + remedy):
+        list_splits(tmp_path, lists=[str(listed)])
+
+
+def test_tables_of_classes_that_are_empty(tmp_path: Path) -> None:
+    kaggle, tiny = (write(tmp_path / write.__name__, small_imagenet()) for write in (write_kaggle, write_tiny))
+    for path in (kaggle / "LOC_synset_mapping.txt", tiny / "wnids.txt"):
+        path.write_text("\n")
+        with pytest.raises(DataError, match=rf"{path.name} names no class; fetch it anew, or take it away$"):
+            list_splits(path.parent)

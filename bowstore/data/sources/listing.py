@@ -172,7 +172,7 @@ def find_files(
     if missing:
         raise DataError(
             f"list {listed_in}: {len(missing)} of {len(entries)} files are not in {root}: {some(missing)}; "
-            "bring them there, or remove the lines"
+            + (_meant(root, entries) or "bring them there, or remove the lines")
         )
     if other_code_points:
         say(
@@ -181,6 +181,17 @@ def find_files(
         )
     _refuse_twice(drafts, entries, listed_in)
     return drafts
+
+
+def _meant(root: Path, entries: Sequence[Entry]) -> str:
+    """What to change where the first file that is not there would be by another reading of its line."""
+    line = next(entry for entry in entries if not os.path.isfile(root / entry.path))
+    ways = {
+        "write / for \\": line.path.replace("\\", "/"),
+        "put the path first in a line, and the label behind it": line.label.strip(),
+    }
+    ways |= {f"write names with their extension, {suffix}": line.path + suffix for suffix in (".jpg", ".JPEG", ".png")}
+    return next((what for what, path in ways.items() if path and os.path.isfile(root / path)), "")
 
 
 def _inside(path: str, root: Path) -> str:

@@ -155,12 +155,13 @@ def read_names(path: Path, only: Path | None = None) -> Synsets:
         only: a file that lists the WNIDs which count (wnids.txt); None: all do.
 
     Raises:
-        DataError: a file that cannot be read, a line without a WNID.
+        DataError: a file that cannot be read, a line without a WNID, no line.
     """
     names = dict(_wnid_lines(path)) if path.is_file() else {}
-    if only is None:
-        return Synsets(str(path), dict(sorted(names.items())))
-    return Synsets(str(only), {wnid: names.get(wnid, "") for wnid in sorted(dict(_wnid_lines(only)))})
+    where, wnids = (path, names) if only is None else (only, dict(_wnid_lines(only)))
+    if not wnids:
+        raise DataError(f"{where} names no class; fetch it anew, or take it away")
+    return Synsets(str(where), {wnid: names.get(wnid, "") for wnid in sorted(wnids)})
 
 
 def _wnid_lines(path: Path) -> Iterator[tuple[str, str]]:
