@@ -31,7 +31,7 @@ _VP8_START = b"\x9d\x01\x2a"
 _VP8L_SIGNATURE = 0x2F
 _VP8_MACROBLOCK_BITS = 2  # at least, for the modes that even a skipped one has (RFC 6386, 11)
 _MAX_DENSE_PIXELS = 1 << 24  # up to here, whatever a header claims costs no more than a large photograph
-MAX_PIXELS_PER_BYTE = 8192
+MAX_PIXELS_PER_BYTE = 32_768  # an empty image as libwebp writes it without loss has 26,000
 
 
 class UnusableImage(DataError):
@@ -112,8 +112,14 @@ def check_before_decoding(data: bytes | memoryview, name: str) -> None:
         ) from error
 
 
-def check_pixels(height: int, width: int, size_bytes: int) -> None:
+def check_pixels(height: int, width: int, size_bytes: int, *, per_byte: int = MAX_PIXELS_PER_BYTE) -> None:
     """Refuse sizes that no format may claim: more than `MAX_PIXELS`, or large images in next to no bytes.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        size_bytes: of the file.
+        per_byte: pixels that a byte may hold.
 
     Raises:
         FalseSize: with the value and the bound.
@@ -121,9 +127,9 @@ def check_pixels(height: int, width: int, size_bytes: int) -> None:
     pixels = height * width
     if pixels > MAX_PIXELS:
         raise FalseSize(f"{height} x {width} pixels, more than {MAX_PIXELS}")
-    if pixels > max(_MAX_DENSE_PIXELS, MAX_PIXELS_PER_BYTE * size_bytes):
+    if pixels > max(_MAX_DENSE_PIXELS, per_byte * size_bytes):
         raise FalseSize(
-            f"{height} x {width} pixels in {size_bytes} bytes, more than {MAX_PIXELS_PER_BYTE} a byte: the header is "
+            f"{height} x {width} pixels in {size_bytes} bytes, more than {per_byte} a byte: the header is "
             "wrong, or the image empty"
         )
 
@@ -201,10 +207,10 @@ def _jpeg_end(data: bytes | memoryview, header: JpegHeader) -> int:
     if data[frame + 1] in _JPEG_PROGRESSIVE and data[scan + 4] == data[frame + 9]:
         next_mark = _JPEG_NEXT_MARK.search(data, scan + 2)
         return next_mark.start() if next_mark else len(data)
-    tail = max(0, len(data) - _TAIL_BYTES)
+    tail = max(scan, len(data) - _TAIL_BYTES)  # a thumbnail in the header has an end mark of its own
     place = bytes(data[tail:]).rfind(_JPEG_END)
-    if place < 0 and tail:
-        tail, place = 0, bytes(data).rfind(_JPEG_END)
+    if place < 0 and tail > scan:
+        tail, place = scan, bytes(data[scan:]).rfind(_JPEG_END)
     return tail + place if place >= 0 else len(data)
 
 

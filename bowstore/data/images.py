@@ -19,6 +19,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from bowstore.data.image_header import (
     MAX_PIXELS,
+    MAX_PIXELS_PER_BYTE,
     UnusableImage,
     check_pixels,
     jpeg_header,
@@ -52,6 +53,7 @@ _JPEG_NO_FRAME = frozenset({0xC4, 0xC8, 0xCC})  # in the range of the frame mark
 _JPEG_SCAN = 0xDA
 _LUMA_SAMPLING = frozenset({(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)})
 _PNG_SIGNATURE_BYTES = 8
+_FAX = ("group3", "group4", "tiff_ccitt")  # of TIFF, as Pillow calls them
 _BMP_FILE_HEADER_BYTES, _BMP_CORE_HEADER_BYTES = 14, 12
 _PNG_GREY, _PNG_RGB, _PNG_PALETTE = 0, 2, 3
 
@@ -96,9 +98,9 @@ def prepare(data: bytes) -> Prepared:
         warnings.simplefilter("ignore")
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                check_pixels(image.height, image.width, len(data))
                 if image.format in EXTENSIONS:
                     refuse_false_size(data)
+                check_pixels(image.height, image.width, len(data), per_byte=_pixels_per_byte(image))
                 if image.format != "JPEG":
                     return _prepare(image, data)
                 with Image.open(io.BytesIO(jpeg_without_end(data)), formats=("JPEG",)) as whole:
@@ -114,6 +116,11 @@ def prepare(data: bytes) -> Prepared:
             if is_machine_error(error):
                 raise
             raise UnusableImage(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _pixels_per_byte(image: Image.Image) -> int:
+    """How many pixels a byte may hold; a blank row of a fax takes a single bit."""
+    return 8 * image.width if image.info.get("compression") in _FAX else MAX_PIXELS_PER_BYTE
 
 
 def _why_unread(data: bytes) -> str:

@@ -21,6 +21,7 @@ from bowstore.torchrun import Ranks, ranks
 from bowstore.train.lifeline import REMEDY, Lifeline, connect
 
 _HANG_SECONDS = 600.0
+_INTERRUPTED = "it was interrupted"
 _TIMEOUT = timedelta(seconds=_HANG_SECONDS + 60)  # of a collective; the lifeline is first, and names the rank
 
 
@@ -156,9 +157,12 @@ def _lifeline(place: Ranks, on_verdict: Callable[[], None] | None = None) -> Ite
     except SystemExit:  # agreed upon
         raise
     except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
         if (seconds := _verdict_seconds(error)) and (verdict := lifeline.wait_for_verdict(seconds)):
+            if interrupted and _INTERRUPTED in verdict:  # Ctrl-C reaches all ranks, and each knows best what is kept
+                raise
             raise BowstoreError(f"{verdict}; {REMEDY}") from error
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = _INTERRUPTED if interrupted else " ".join(str(error).split()) or type(error).__name__
         lifeline.failed(text)
         if isinstance(error, dist.DistError) or "gloo" in text:
             raise BowstoreError(

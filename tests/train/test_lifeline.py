@@ -134,19 +134,44 @@ def test_a_verdict_can_interrupt_the_main_thread(exits: queue.Queue[int]) -> Non
 
 
 class Deaf:
-    """A lifeline over which nothing comes."""
+    """A lifeline over which nothing comes but one verdict."""
 
-    def __init__(self) -> None:
+    def __init__(self, verdict: str | None = None) -> None:
         self.told: list[str] = []
+        self.verdict = verdict
 
-    def wait_for_verdict(self, seconds: float) -> None:
+    def wait_for_verdict(self, seconds: float) -> str | None:
         assert seconds >= 0
+        return self.verdict
 
     def failed(self, reason: str) -> None:
         self.told.append(reason)
 
     def close(self) -> None:
         self.told.append("closed")
+
+
+def rank_1_of_2(monkeypatch: pytest.MonkeyPatch, line: Deaf) -> Deaf:
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(distributed, "connect", lambda *_, **__: line)
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    return line
+
+
+def test_ctrl_c_reaches_all_ranks_and_each_says_what_it_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = rank_1_of_2(monkeypatch, Deaf())
+    with pytest.raises(KeyboardInterrupt, match="go on from step 7"), distributed.beside_others():
+        raise KeyboardInterrupt("go on from step 7")
+    said = line.told[0]
+    assert said == "it was interrupted"
+    rank_1_of_2(monkeypatch, Deaf(f"rank 0 failed: {said}"))
+    with pytest.raises(KeyboardInterrupt, match="go on from step 7"), distributed.beside_others():
+        raise KeyboardInterrupt("go on from step 7")
+    rank_1_of_2(monkeypatch, Deaf("rank 0 has died"))
+    with pytest.raises(BowstoreError, match="rank 0 has died; this rank ends"), distributed.beside_others():
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -161,12 +186,7 @@ class Deaf:
 def test_errors_of_collectives_are_one_line_and_others_stay_what_they_are(
     error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = Deaf()
-    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
-    monkeypatch.setattr(distributed, "connect", lambda *_, **__: line)
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    line = rank_1_of_2(monkeypatch, Deaf())
     with pytest.raises(Exception, match=message) as caught, distributed.beside_others():
         raise error
     assert "\n" not in str(caught.value)
