@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -187,12 +186,6 @@ def check_plain_file(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a device")
         raise CorruptError(f"{path} is {kind} and not a file; move it away, or restore the file that should be there")
-
-
-def aside(path: Path, kind: str) -> Path:
-    """A name beside a file that nothing has yet: `NAME.kind`, `NAME.kind-2` and so on."""
-    names = (path.with_name(f"{path.name}.{kind}" + (f"-{number}" if number > 1 else "")) for number in count(1))
-    return next(name for name in names if not os.path.lexists(name))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,6 +25,7 @@ from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, oth
 from bowstore.models.registry import Backbone, build_backbone
 from bowstore.models.weights import content_digest
 from bowstore.progress import say
+from bowstore.torchrun import ranks
 from bowstore.yaml_file import read_yaml
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -191,6 +192,8 @@ def load_backbone(path: Path) -> LoadedBackbone:
         if checkpoint is None:
             raise MissingError(f"run {path} holds no checkpoint yet; let `bowstore train` reach its first one")
         state, values = checkpoint["backbone"], checkpoint["config"]
+        if ranks().first:
+            say(f"run {run} is not finished: its newest checkpoint is used, of step {checkpoint['step']}")
     else:
         path = run / BACKBONE_FILE if run else path
         data = _file_bytes(path, "file" if path.suffix == ".safetensors" else "checkpoint")

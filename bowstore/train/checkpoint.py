@@ -1,9 +1,11 @@
 """Checkpoints of a run: written to a temporary name, fsynced and renamed; which are kept, and which are set aside."""
 
+import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from bowstore.files import aside, atomic_file, make_folder
+from bowstore.files import atomic_file, make_folder
 from bowstore.models.saved import checkpoint_bytes, checkpoint_path, checkpoints
 
 _DAMAGED, _DIVERGED = "damaged", "diverged"
@@ -84,3 +86,9 @@ def prune(run: Path, *, keep: int) -> None:
     """Delete all checkpoints but the newest `keep`; those that were set aside stay."""
     for path in checkpoints(run)[keep:]:
         path.unlink(missing_ok=True)
+
+
+def aside(path: Path, kind: str) -> Path:
+    """A name beside a file that nothing has yet: `NAME.kind`, `NAME.kind-2` and so on."""
+    names = (path.with_name(f"{path.name}.{kind}" + (f"-{number}" if number > 1 else "")) for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))

@@ -109,12 +109,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         network = task.network.to(world.device).to(memory_format=task.network.memory_format(world.device))
         optimizer = build_optimizer(network, config)
         meter = Meter(world.device)
-        state = saved.newest_checkpoint(run, shown=world.first)
-        check_start(run, state, config, steps, resume=resume, shown=world.first)
-        start = _restore(state, network, optimizer, meter, task, run) if state else None
-        slower = state is not None and state["config"]["optim"]["lr"] > config.optim.lr
-        logged = last_logged(state) if state else None
-        del state  # its memory, for the length of the run
+        start, logged, slower = _start(run, config, steps, network, optimizer, meter, task, world, resume=resume)
         first = start or 0
         _same_start(first, task, config, world)
         if first >= steps or (start is None and saved.is_finished(run)):
@@ -269,6 +264,30 @@ def wrap_network(network: Network, config: TrainConfig, world: World) -> nn.Modu
     if config.runtime.compile and world.device.type == "cuda":
         model = torch.compile(model)
     return model  # type: ignore[no-any-return]
+
+
+def _start(
+    run: Path,
+    config: TrainConfig,
+    steps: int,
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    meter: Meter,
+    task: Task,
+    world: World,
+    *,
+    resume: bool,
+) -> tuple[int | None, int | None, bool]:
+    """Where the run begins: its newest checkpoint's step (None for a new run), which is loaded, once found its own.
+
+    Beside it the last step that was logged by then, and whether the run goes on at a lower rate than it came with.
+    """
+    state = saved.newest_checkpoint(run, shown=world.first)
+    check_start(run, state, config, steps, resume=resume, shown=world.first)
+    if state is None:
+        return None, None, False
+    slower = state["config"]["optim"]["lr"] > config.optim.lr
+    return _restore(state, network, optimizer, meter, task, run), last_logged(state), slower
 
 
 def _restore(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bowstore.config import TrainConfig
 from bowstore.data.pipeline import Batch
-from bowstore.files import aside, atomic_file, open_end
+from bowstore.files import atomic_file, open_end
 from bowstore.progress import Progress, say
+from bowstore.train.checkpoint import aside
 from bowstore.train.distributed import World
 from bowstore.train.schedule import steps_per_epoch, total_steps
 

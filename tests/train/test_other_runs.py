@@ -82,6 +82,7 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_only_by_demand(
     assert [line.split(" than ")[0] for line in problems(run)] == [f"{run}/checkpoints/{other.name} is of another run"]
     assert load_backbone(run).config["seed"] == 1
     said = capsys.readouterr().err
+    assert f"run {run} is not finished: its newest checkpoint is used, of step 6" in said
     assert (
         f"warning: the newest checkpoint of {run} was written under another configuration than its config.yaml" in said
     )
