@@ -17,6 +17,7 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from bowstore.beginnings import foreign_kind
 from bowstore.data.image_header import (
     MAX_PIXELS,
     MAX_PIXELS_PER_BYTE,
@@ -37,6 +38,9 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what a shard may h
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SIGNATURES = (_JPEG_SIGNATURE, b"\x89PNG", b"RIFF", b"GIF8", b"BM", *_TIFF_SIGNATURES)
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
+_BEGINNING_BYTES = 512
 _ORIENTATION_TAG = 0x0112
 _ORIENTATION_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF", b"tiff:Orientation")  # of JPEG, PNG, WebP; of XMP in all
 _UPRIGHT = {
@@ -125,8 +129,12 @@ def _pixels_per_byte(image: Image.Image) -> int:
 
 def _why_unread(data: bytes) -> str:
     """What is wrong with a file that no reader of `FORMATS` opens."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "HEIC or HEIF, which Pillow does not read; convert it to JPEG"
+    if data.startswith(_JXL_SIGNATURES):
+        return "JPEG XL, which Pillow does not read; convert it to JPEG or PNG"
     if not data.startswith(_SIGNATURES):
-        return f"not an image: it starts with {data[:16]!r}"
+        return f"not an image: {foreign_kind(data[:_BEGINNING_BYTES]) or f'it starts with {data[:16]!r}'}"
     layout = unread_tiff(data) if data.startswith(_TIFF_SIGNATURES) else ""
     if data.startswith(_JPEG_SIGNATURE):
         try:

@@ -376,7 +376,16 @@ def test_cut_images_are_refused(kind: str, percent: int) -> None:
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"<!DOCTYPE html><html></html>", r"not an image: it starts with b'<!DOCTYPE html><'"),
+        (
+            b"<!DOCTYPE html><html></html>",
+            r"not an image: a web page \(of a login, an error, or about the file\), not the",
+        ),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            r"not an image: a pointer of git-lfs and not the file itself",
+        ),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC or HEIF, which Pillow does not read; convert it to JPEG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL, which Pillow does not read; convert it to JPEG or PNG"),
         (bytes(range(200, 256)), r"not an image: it starts with b'\\xc8\\xc9"),
         (b"\xff\xd8\xff\xe0\x00", "damaged or cut header"),
         (_JPEG[:-2], r"cannot be decoded: image file is truncated \(\d+ bytes not processed\)"),

@@ -104,7 +104,11 @@ def test_quarantine_names_file_and_reason(source: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "out/train/quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"path": "train/cow/empty.jpg", "reason": "empty file"},
-        {"path": "train/cow/page.jpg", "reason": "not an image: it starts with b'<html>not found<'"},
+        {
+            "path": "train/cow/page.jpg",
+            "reason": "not an image: a web page (of a login, an error, or about the file), not the file itself; "
+            "take its download link",
+        },
     ]
     assert (tmp_path / "out/val/quarantine.jsonl").read_text() == ""
 

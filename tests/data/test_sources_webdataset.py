@@ -57,7 +57,8 @@ def test_img2dataset_layout(tmp_path: Path) -> None:
     )
     assert json.loads((tmp_path / "out/train/quarantine.jsonl").read_text()) == {
         "path": "00000.tar/000000000.jpg",
-        "reason": "not an image: it starts with b'<html>'",
+        "reason": "not an image: a web page (of a login, an error, or about the file), not the file itself; "
+        "take its download link",
     }
 
 
