@@ -283,3 +283,29 @@ def test_tables_of_classes_that_are_empty(tmp_path: Path) -> None:
         path.write_text("\n")
         with pytest.raises(DataError, match=rf"{path.name} names no class; fetch it anew, or take it away$"):
             list_splits(path.parent)
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "kaggle", "tinyimagenet"])
+def test_val_that_was_sorted_by_other_numbers(tmp_path: Path, kind: str) -> None:
+    """Ids are in another order than WNIDs: a script that takes them for labels sorts val into wrong folders."""
+    images = small_imagenet()
+    write = {"imagenet": write_folders, "kaggle": write_kaggle, "tinyimagenet": write_tiny}[kind]
+    source = write(tmp_path, images)
+    if kind == "imagenet":
+        write_archives(source, images, "devkit")
+    val = source / ("ILSVRC/Data/CLS-LOC/val" if kind == "kaggle" else "val")
+    files = sorted(val.rglob("*.JPEG"), key=lambda path: path.name)
+    data = [path.read_bytes() for path in files]
+    for wnids, right in ((images.val_wnids, True), ([sorted(IDS)[number - 1] for number in images.truth], False)):
+        for path in val.rglob("*.JPEG"):
+            path.unlink()
+        for path, wnid, content in zip(files, wnids, data, strict=True):
+            write_file(val / wnid / path.name, content)
+        if right:
+            assert {image.label for image in list_splits(source)[1].images} == {0, 1, 2, 3}
+        else:
+            with pytest.raises(
+                DataError, match=r"val holds 5 of 5 images in class folders that .* contradicts: n.*, wh"
+            ):
+                list_splits(source)
+    assert list_splits(source if kind != "kaggle" else val.parent, "folder")

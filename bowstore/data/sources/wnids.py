@@ -70,6 +70,25 @@ class Drafts:
         for image, stem in zip(images, stems, strict=True):
             self.images.append(image._replace(name=f"{wnid_of[stem]}/{image.name}", label=wnid_of[stem]))
 
+    def compare(self, where: object, truth: Truth) -> None:
+        """Compare the class folders that images were sorted into with what is known of them.
+
+        Raises:
+            DataError: some lie in another class's folder.
+        """
+        wnids = truth.wnids
+        stems = [(image.name.rpartition("/")[2].rpartition(".")[0], image) for image in self.images]
+        wrong = [
+            f"{image.name}, which is of {wnids[stem]}"
+            for stem, image in stems
+            if wnids.get(stem, image.label) != image.label
+        ]
+        if wrong:
+            raise DataError(
+                f"{where} holds {len(wrong)} of {len(stems)} images in class folders that {truth.where} contradicts: "
+                f"{some(wrong)}; sort them anew, or take the folders as they are with --source folder"
+            )
+
 
 def _refuse_twice(where: object, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
@@ -101,6 +120,8 @@ def above(source: Path, *names: str) -> str:
 def add_folder(drafts: Drafts, source: Path, below: str, truth: Truth | None) -> None:
     """Take the images of a folder: of class folders named by WNIDs, or flat with the truth (None: without labels).
 
+    The truth is compared with class folders, too.
+
     Raises:
         DataError: other images beside class folders; train without class folders; as `Drafts`.
     """
@@ -125,6 +146,8 @@ def add_folder(drafts: Drafts, source: Path, below: str, truth: Truth | None) ->
     for wnid in classes:
         inside = f"{below}/{wnid}"
         drafts.add_class(source / inside, wnid, [_draft(file, inside) for file in image_files(source, inside)])
+    if truth:
+        drafts.compare(folder, truth)
 
 
 def _draft(file: FoundFile, below: str) -> Draft:
