@@ -125,7 +125,7 @@ def _checked(state: dict[str, Any], path: Path, *, shown: bool) -> dict[str, Any
             f"{path} has checkpoint format {version}, this bowstore reads {_WITHOUT_DIGEST} and {CHECKPOINT_VERSION}; "
             f"use the bowstore that wrote it, or move it out of its folder to go on without it"
         )
-    if _CHECKPOINT.fullmatch(path.name) and _step_of(path.name) != state["step"]:
+    if _CHECKPOINT.fullmatch(path.name) and step_of(path.name) != state["step"]:
         raise CorruptError(f"{path} holds step {state['step']}: it was renamed, or copied over another one")
     return state
 
@@ -158,6 +158,11 @@ def newest_checkpoint(run: Path, *, shown: bool = True) -> dict[str, Any] | None
             return load_checkpoint(path, shown=shown)
         except CorruptError as found:
             error = found
+        except MissingError:
+            if os.path.lexists(path):
+                raise
+            # Deleted since: the run goes on in another process, and has newer ones.
+            return newest_checkpoint(run, shown=shown)
     if error:
         raise CorruptError(
             f"no checkpoint of {run} is sound, and there are {len(paths)} (the last tried: {error}); restore one from "
@@ -278,10 +283,11 @@ def checkpoints(run: Path) -> list[Path]:
         names = os.listdir(folder)  # Path.glob would find nothing in a folder that it may not read
     except FileNotFoundError:
         return []
-    return [folder / name for name in sorted(names, key=_step_of, reverse=True) if _CHECKPOINT.fullmatch(name)]
+    return [folder / name for name in sorted(names, key=step_of, reverse=True) if _CHECKPOINT.fullmatch(name)]
 
 
-def _step_of(name: str) -> int:
+def step_of(name: str) -> int:
+    """The step in a checkpoint's name; -1 for another name."""
     match = _CHECKPOINT.fullmatch(name)
     return int(match[1]) if match else -1
 
@@ -327,6 +333,10 @@ def _file_bytes(path: Path, what: str) -> bytes:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
+        if path.is_symlink():
+            raise MissingError(
+                f"{path} is a link to {os.readlink(path)}, which is not there; restore that, or remove the link"
+            ) from error
         raise MissingError(f"no {what} {path}") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from bowstore.config import TrainConfig, Workspace
-from bowstore.errors import MismatchError
-from bowstore.models.saved import checkpoints, load_backbone
+from bowstore.errors import MismatchError, MissingError
+from bowstore.models.saved import checkpoints, load_backbone, newest_checkpoint
 from bowstore.train import loop
+from bowstore.train.checkpoint import Checkpoints
 from bowstore.train.metrics import MetricsLog, RunLog
 from bowstore.train.schedule import without_effect
 from bowstore.verify import verify_path
@@ -158,6 +159,34 @@ def test_each_damaged_log_is_kept(tmp_path: Path) -> None:
         MetricsLog(tmp_path, 0).close()
     assert (tmp_path / "metrics.jsonl.damaged").read_text() == "one\n"
     assert (tmp_path / "metrics.jsonl.damaged-2").read_text() == "two\n"
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_looked_for(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runs / "0" / "run"
+    newest, before = checkpoints(run)
+    listed = [[newest, before], [before]]
+    monkeypatch.setattr("bowstore.models.saved.checkpoints", lambda _run: listed.pop(0))
+    newest.unlink()
+    assert newest_checkpoint(run)["step"] == 6  # type: ignore[index]
+    listed.append([newest, before])
+    (run / "backbone.safetensors").unlink()
+    assert verify_path(run).text() == f"{run}: 1 checkpoints and 0 exported networks\nno problem found"
+    newest.symlink_to("elsewhere/8.pt")
+    listed.append([newest, before])
+    with pytest.raises(
+        MissingError, match=r"step-000000008\.pt is a link to elsewhere/8\.pt, which is not there; restore"
+    ):
+        newest_checkpoint(run)
+
+
+def test_checkpoints_are_compared_by_their_steps(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step-999999999.pt", "step-1000000000.pt", "step-5.pt"):
+        (tmp_path / "checkpoints" / name).touch()
+    Checkpoints(tmp_path, keep=3, start=999_999_999, writes=True)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "step-999999999.pt", "step-1000000000.pt.damaged", "step-5.pt",
+    }  # fmt: skip
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
