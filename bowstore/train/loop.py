@@ -73,10 +73,9 @@ class TrainReport:
         if not self.last:
             return f"{self.run}: finished already ({self.steps} steps); take another --name to train again"
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.last.items())
-        return (
-            f"{self.run}: {self.steps} steps, {self.images_per_second:.0f} images/s "
-            f"({100 * self.wait_share:.1f} % of the time waiting for images)\n{metrics}"
-        )
+        rate = f"{self.images_per_second:.0f} images/s ({100 * self.wait_share:.1f} % of the time waiting for images)"
+        measured = self.images_per_second > 0  # not in a sitting of a few steps
+        return f"{self.run}: {self.steps} steps{f', {rate}' if measured else ''}\n{metrics}"
 
 
 def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainReport:

@@ -46,6 +46,8 @@ def test_images_without_labels_wherever_they_lie(tmp_path: Path) -> None:
     assert list_source(tmp_path, label_field="none").passed_over.counts == {".xmp": 1}
     splits = _fill(tmp_path / "splits", "train/ant/1.jpg", "train/2.jpg", "val/bee/3.jpg")
     assert _labels(splits, label_field="none") == {"train": {"ant/1": -1, "2": -1}, "val": {"bee/3": -1}}
+    with pytest.raises(DataError, match=r"so rename or remove them, or take all images without labels with --label-fi"):
+        list_splits(_fill(tmp_path / "mini", "train/ant/1.jpg", "val/bee/3.jpg"))
     inside = _fill(tmp_path / "inside", "nut/train/1.jpg", "nut/test/2.jpg", "bolt/test/2.jpg")
     with pytest.raises(DataError, match=r"3 folders inside of classes that are called as splits"):
         list_splits(inside, label_field="none")

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,10 @@ def test_a_seed_is_of_the_run_the_step_and_the_rank() -> None:
     assert len(seeds) == 5 * 20 * 8
     assert step_seed(0, 0, 0) == 15793235383387715774
     assert step_seed(2**32 - 1, 10**7, 1023) < 2**64
+
+
+def test_a_rate_that_was_not_measured_is_not_told(tmp_path: Path) -> None:
+    """Runs of a few steps said 0 images/s."""
+    report = loop.TrainReport(tmp_path, 2, 0.0, 0.0, last={"loss": 1.5})
+    assert report.text() == f"{tmp_path}: 2 steps\nloss 1.5"
+    assert ": 2 steps, 7 images/s (50.0 % of the time" in replace(report, images_per_second=7.2, wait_share=0.5).text()

@@ -142,7 +142,8 @@ def _make_split(name: str, source: Path, place: _Place, labelled: Split | None, 
             f"move them into a class folder or away, or take all without labels with --label-field {NO_LABEL_FIELD}"
         )
     known = (labelled.name, labelled.classes) if labelled else ("", ())
-    classes, label_of = same_classes(str(folder), found, *known) if found else ((), {})
+    otherwise = f", or take all images without labels with --label-field {NO_LABEL_FIELD}"
+    classes, label_of = same_classes(str(folder), found, *known, otherwise=otherwise) if found else ((), {})
     keys = make_keys([path for path, _ in files])
     images = [
         ImageFile(file.path, key, label_of.get(name, NO_LABEL), file.size_bytes, file.mtime_ns)

@@ -156,7 +156,7 @@ def _are_numbers(texts: set[str], where: object) -> bool:
 
 
 def same_classes(
-    what: str, found: Sequence[str], reference: str, known: Sequence[str]
+    what: str, found: Sequence[str], reference: str, known: Sequence[str], *, otherwise: str = ""
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """The class list of a split, and the label of each name found in it.
 
@@ -168,6 +168,7 @@ def same_classes(
         found: its names, sorted.
         reference: the split whose classes bind; empty for none.
         known: its classes.
+        otherwise: what else to do about other classes than those.
 
     Raises:
         DataError: two names in a split that look the same; up to five classes that the reference does not have.
@@ -186,6 +187,6 @@ def same_classes(
         more = ", ..." if len(unknown) > 5 else ""
         raise DataError(
             f"{what} has {len(unknown)} classes that {reference} does not have: {', '.join(unknown[:5])}{more}; "
-            "all splits must share one class list, so rename or remove them"
+            f"all splits must share one class list, so rename or remove them{otherwise}"
         )
     return classes, {name: labels[look] for look, name in looks.items()}
