@@ -195,6 +195,7 @@ def load_backbone(path: Path) -> LoadedBackbone:
     if run and not is_finished(run):
         checkpoint = newest_checkpoint(run)
         if checkpoint is None:
+            read_run_config(run)  # which says so of a folder that is no run
             raise MissingError(f"run {path} holds no checkpoint yet; let `bowstore train` reach its first one")
         state, values = checkpoint["backbone"], checkpoint["config"]
         if ranks().first:

@@ -179,6 +179,17 @@ def test_a_checkpoint_that_is_pruned_while_it_is_looked_for(runs: Path, monkeypa
         newest_checkpoint(run)
 
 
+def test_a_run_without_a_checkpoint_yet_and_a_folder_that_is_no_run(runs: Path) -> None:
+    (runs / "0" / "begun").mkdir()
+    shutil.copy(runs / "0" / "run" / "config.yaml", runs / "0" / "begun")
+    with pytest.raises(
+        MissingError, match=r"run .*begun holds no checkpoint yet; let `bowstore train` reach its first"
+    ):
+        load_backbone(runs / "0" / "begun")
+    with pytest.raises(MissingError, match=r"checkpoints is not a run directory \(it has no config\.yaml\)"):
+        load_backbone(runs / "0" / "run" / "checkpoints")
+
+
 def test_checkpoints_are_compared_by_their_steps(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for name in ("step-999999999.pt", "step-1000000000.pt", "step-5.pt"):

@@ -280,7 +280,7 @@ def test_a_run_resumes_in_another_target_tier(
 
 def test_loading_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MissingError, match=r"run .*empty holds no checkpoint yet"):
+    with pytest.raises(MissingError, match=r"empty is not a run directory \(it has no config\.yaml\)"):
         load_backbone(tmp_path / "empty")
     with pytest.raises(MissingError, match=r"no checkpoint .*gone\.pt"):
         load_backbone(tmp_path / "gone.pt")
