@@ -136,12 +136,23 @@ class RemoteFolder:
 
     def parallel(self, jobs: Iterable[Callable[[], T]], done: Callable[[T], None]) -> None:
         """Run transfers side by side and hand on each result; the first error ends them all."""
-        pool = ThreadPoolExecutor(PARALLEL, "fetch")
+        pool, errors = ThreadPoolExecutor(PARALLEL, "fetch"), list[BaseException]()
+
+        def guarded(job: Callable[[], T]) -> T:
+            try:
+                return job()
+            except BaseException as error:
+                errors.append(error)
+                self.remote.stop.set()  # here, before this thread takes its next job
+                raise
+
         try:
-            for future in as_completed([pool.submit(job) for job in jobs]):
+            for future in as_completed([pool.submit(guarded, job) for job in jobs]):
                 done(future.result())
         except BaseException:
             self.remote.stop.set()
+            if errors:
+                raise errors[0] from None  # the cause; those behind it were only stopped
             raise
         finally:
             pool.shutdown(cancel_futures=True)
