@@ -5,9 +5,8 @@ from pathlib import Path
 
 from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file
 from bowstore.data.sources.synsets import read_names, read_solution
-from bowstore.data.sources.wnids import Drafts, above, add_folder, finish, lies_flat
+from bowstore.data.sources.wnids import above, add_splits, finish
 from bowstore.errors import MissingError
-from bowstore.progress import say
 
 SOLUTION, MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 _IMAGES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
@@ -33,20 +32,8 @@ def _list_splits(source: Path, _options: Options) -> Listing:
     used = [name for name in (SOLUTION, MAPPING) if (source / name).is_file()]
     truth = read_solution(source / SOLUTION) if SOLUTION in used else None
     synsets = read_names(source / MAPPING) if MAPPING in used else None
-    found = []
-    for split in SPLIT_NAMES:
-        inside = f"{below}/{split}"
-        if not (source / inside).is_dir():
-            if split != "test":
-                say(f"note: there is no {source / inside}, so no split {split}")
-            continue
-        if split == "val" and truth is None and lies_flat(source, inside):
-            raise MissingError(
-                f"the images of {source / inside} have no labels without {SOLUTION}, which is not in {source}; "
-                + (above(source, SOLUTION) or "fetch it from Kaggle (imagenet-object-localization-challenge)")
-            )
-        found.append(Drafts(split))
-        add_folder(found[-1], source, inside, truth if split == "val" else None)
+    remedy = above(source, SOLUTION) or "fetch it from Kaggle (imagenet-object-localization-challenge)"
+    found = add_splits(source, f"{below}/", truth, no_truth=f"{SOLUTION}, which is not in {source}; {remedy}")
     return Listing(finish(found, synsets, source), tuple(used))
 
 

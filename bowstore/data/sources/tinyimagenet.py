@@ -5,9 +5,8 @@ from pathlib import Path
 
 from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file
 from bowstore.data.sources.synsets import read_annotations, read_names
-from bowstore.data.sources.wnids import Drafts, add_folder, finish, lies_flat
+from bowstore.data.sources.wnids import add_splits, finish
 from bowstore.errors import MissingError
-from bowstore.progress import say
 
 _ANNOTATIONS, _WNIDS, _WORDS = "val/val_annotations.txt", "wnids.txt", "words.txt"
 
@@ -29,18 +28,8 @@ def _list_splits(source: Path, _options: Options) -> Listing:
     synsets = read_names(source / _WORDS, source / _WNIDS) if _WNIDS in used else None
     if not any((source / split).is_dir() for split in SPLIT_NAMES):
         raise MissingError(f"{source} has no train, val or test; extract tiny-imagenet-200.zip again")
-    found = []
-    for split in SPLIT_NAMES:
-        if not (source / split).is_dir():
-            say(f"note: there is no {source / split}, so no split {split}")
-            continue
-        if split == "val" and truth is None and lies_flat(source, split):
-            raise MissingError(
-                f"the images of {source / split} have no labels without {_ANNOTATIONS}, which is not in {source}; "
-                "extract tiny-imagenet-200.zip again"
-            )
-        found.append(Drafts(split))
-        add_folder(found[-1], source, split, truth if split == "val" else None)
+    no_truth = f"{_ANNOTATIONS}, which is not in {source}; extract tiny-imagenet-200.zip again"
+    found = add_splits(source, "", truth, no_truth=no_truth)
     return Listing(finish(found, synsets, source), tuple(used))
 
 

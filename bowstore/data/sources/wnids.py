@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from bowstore.data.sources.arrange import is_container
-from bowstore.data.sources.base import Split, some
+from bowstore.data.sources.base import SPLIT_NAMES, Split, some
 from bowstore.data.sources.labels import Draft, finish_splits
 from bowstore.data.sources.synsets import WNID, Synsets, Truth
 from bowstore.data.sources.walk import FoundFile, holds_image, image_files, look
-from bowstore.errors import DataError
+from bowstore.errors import DataError, MissingError
+from bowstore.progress import say
 
 _MAX_ABOVE = 3  # CLS-LOC in Data in ILSVRC
 _OF_A_CLASS = re.compile(r"(n\d{8})_")
@@ -148,6 +149,33 @@ def add_folder(drafts: Drafts, source: Path, below: str, truth: Truth | None) ->
         drafts.add_class(source / inside, wnid, [_draft(file, inside) for file in image_files(source, inside)])
     if truth:
         drafts.compare(folder, truth)
+
+
+def add_splits(source: Path, below: str, truth: Truth | None, *, no_truth: str) -> list[Drafts]:
+    """Take train, val and test of a folder, as far as they are there; the truth labels val, and test has no labels.
+
+    Args:
+        source: the folder that was named.
+        below: path in it of the folder of train/ and val/, with a slash behind it, or "".
+        truth: classes of the images of a flat val; None where it is not at hand.
+        no_truth: what is missing then, and where to get it; for the message.
+
+    Raises:
+        MissingError: a flat val without its truth.
+        DataError: as `add_folder`.
+    """
+    found = []
+    for split in SPLIT_NAMES:
+        inside = f"{below}{split}"
+        if not (source / inside).is_dir():
+            if split != "test":
+                say(f"note: there is no {source / inside}, so no split {split}")
+            continue
+        if split == "val" and truth is None and lies_flat(source, inside):
+            raise MissingError(f"the images of {source / inside} have no labels without {no_truth}")
+        found.append(Drafts(split))
+        add_folder(found[-1], source, inside, truth if split == "val" else None)
+    return found
 
 
 def _draft(file: FoundFile, below: str) -> Draft:
