@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import EncodeConfig, StorageConfig
+from bowstore.data.feed import PREFETCH
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import PREFETCH, clean_batches
+from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import cores, device_name
 from bowstore.errors import UsageError

@@ -17,8 +17,9 @@ import torch
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import StorageConfig, ViewConfig
+from bowstore.data.feed import PREFETCH
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import HW_LOAD, PREFETCH, STAGES, Stage, train_batches, train_pipeline
+from bowstore.data.pipeline import HW_LOAD, STAGES, Stage, train_batches, train_pipeline
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.environment import cores, device_name

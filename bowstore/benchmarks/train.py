@@ -11,10 +11,12 @@ import torch
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import TrainConfig
+from bowstore.data.feed import PREFETCH
 from bowstore.data.index import open_index
-from bowstore.data.pipeline import PREFETCH, Batch, train_batches
+from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import plans
 from bowstore.data.reader import ShardReader, fetched
+from bowstore.data.views import Batch
 from bowstore.environment import device_name
 from bowstore.progress import Progress
 from bowstore.train.distributed import joined

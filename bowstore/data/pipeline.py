@@ -6,89 +6,33 @@ Everything random comes from the plan through `external_source`; DALI itself dra
 Legend: B batch, C channels, H W pixels of the network input.
 """
 
-import io
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, math, types
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from bowstore.config import Triple, ViewConfig
+from bowstore.config import ViewConfig
 from bowstore.data.batches import TrainingPixels, bounded
 from bowstore.data.colour import colour_matrices
 from bowstore.data.colour import jitter as matrix_jitter
 from bowstore.data.cutmix import paste, paste_inputs
+from bowstore.data.feed import Feed, new_pipeline, run, undecodable
 from bowstore.data.plan import Plan
-from bowstore.data.reader import ImageSource, prefetched
-from bowstore.environment import cores_per_rank
-from bowstore.errors import DataError, is_machine_error
+from bowstore.data.reader import ImageSource
+from bowstore.data.views import Batch, CleanView
 
-PREFETCH = 2
 _FILTER_MARGIN = 2.0  # beyond the antialiased filter's support, for rounding
 HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
 Stage = Literal["decode", "resize", "flip", "jitter", "cutmix", "normalise"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-T = TypeVar("T")
 _WINDOW, _MIRROR = ("encoded", "start", "shape"), ("mirror",)
 _TWIST, _MATRIX = ("brightness", "contrast", "saturation", "hue"), ("colour",)
 _MIX = ("in_ids", "anchors", "shapes")
-_INPUTS: dict[str, tuple[Any, int]] = {  # element type and dimensions of every external input
-    "encoded": (types.UINT8, 1),
-    "start": (types.INT32, 1),
-    "shape": (types.INT32, 1),
-    "mirror": (types.INT32, 0),
-    **{name: (types.FLOAT, 0) for name in _TWIST},
-    "colour": (types.FLOAT, 2),
-    "in_ids": (types.INT32, 1),
-    "anchors": (types.INT32, 2),
-    "shapes": (types.INT32, 2),
-}
-
-
-@dataclass(frozen=True)
-class CleanView:
-    """The un-augmented image as the network sees it.
-
-    Attributes:
-        size: side of the square output, pixels.
-        resize: short side before cropping, pixels; None resizes the whole image to size x size.
-        squash: True squashes the resized image to size x size instead of cropping its centre (VOC07 protocol).
-        mean: RGB mean on the scale 0 to 1.
-        std: RGB deviation on the scale 0 to 1.
-    """
-
-    size: int
-    resize: int | None
-    squash: bool
-    mean: Triple
-    std: Triple
-
-
-def clean_view(view: ViewConfig, *, squash: bool = False) -> CleanView:
-    """The clean view that goes with a training view."""
-    return CleanView(size=view.size, resize=view.resize, squash=squash, mean=view.mean, std=view.std)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One training batch of this rank.
-
-    Attributes:
-        images_BCHW: normalised; channels_last in memory; float32 on CPU, float16 on a GPU.
-        plan: the rows and numbers behind it.
-        ahead: what `ahead(plan)` gave in the reading thread.
-    """
-
-    images_BCHW: Tensor
-    plan: Plan
-    ahead: Any = None
 
 
 def train_batches(
@@ -120,7 +64,7 @@ def train_batches(
     pipe, feed = train_pipeline(
         source, view, plans, batch=batch, device=device, threads=threads, hw_load=hw_load, ahead=ahead
     )
-    for (plan, found), images_BCHW in _run(pipe, feed, lambda what: _undecodable(source, what[0].rows)):
+    for (plan, found), images_BCHW in run(pipe, feed, lambda what: undecodable(source, what[0].rows)):
         yield Batch(images_BCHW, plan, found)
 
 
@@ -135,7 +79,7 @@ def train_pipeline(
     hw_load: float = HW_LOAD,
     ahead: Callable[[Plan], Any] | None = None,
     until: Stage = "normalise",
-) -> tuple[Pipeline, "Feed[tuple[Plan, Any]]"]:
+) -> tuple[Pipeline, Feed[tuple[Plan, Any]]]:
     """The pipeline behind `train_batches` and what feeds it; `until` ends the graph after an earlier stage.
 
     Only benchmarks ask for less than the whole graph: the difference between two ends is what a stage costs.
@@ -153,7 +97,7 @@ def train_pipeline(
     names = [name for stage in STAGES[: last + 1] for name in takes.get(stage, ())]
     seen = TrainingPixels()
     feed = Feed((partial(_train_feed, source, plan, view, ahead, seen) for plan in plans), names)
-    pipe = _pipeline(batch, device, threads)
+    pipe = new_pipeline(batch, device, threads)
     with pipe:
         inputs = feed.declare()
         graph: dict[Stage, Callable[[Any], Any]] = {
@@ -202,23 +146,12 @@ def clean_batches(
     if isinstance(rows, np.ndarray):
         rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     feed = Feed((partial(_clean_feed, source, part) for part in bounded(source, rows)), ("encoded",))
-    pipe = _pipeline(batch, device, threads)
+    pipe = new_pipeline(batch, device, threads)
     with pipe:
         encoded = feed.declare()["encoded"]
         images = _clean(encoded, view, device, hw_load)
         pipe.set_outputs(_normalise(images, view))
-    yield from _run(pipe, feed, lambda part: _undecodable(source, part))
-
-
-def _pipeline(batch: int, device: torch.device, threads: int | None) -> Pipeline:
-    gpu = device.type == "cuda"
-    return Pipeline(
-        batch_size=batch,
-        num_threads=threads or cores_per_rank(),
-        device_id=(device.index or 0) if gpu else None,
-        prefetch_queue_depth=PREFETCH,
-        seed=0,
-    )
+    yield from run(pipe, feed, lambda part: undecodable(source, part))
 
 
 def _decoder(device: torch.device) -> str:
@@ -332,57 +265,3 @@ def _train_feed(
 def _clean_feed(source: ImageSource, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, Any]]:
     encoded = source.read(rows)
     return rows, {"encoded": encoded}
-
-
-class Feed(Generic[T]):
-    """Feeds a graph from jobs that run ahead in a thread; remembers what each batch in flight was."""
-
-    def __init__(self, jobs: Iterable[Callable[[], tuple[T, dict[str, Any]]]], names: Sequence[str]) -> None:
-        self._names = names
-        self._ready = prefetched(jobs, PREFETCH)
-        self.in_flight: deque[T] = deque()
-
-    def declare(self) -> dict[str, Any]:
-        """The graph's external inputs by name (call inside the pipeline's context)."""
-        nodes = fn.external_source(
-            source=self._next,
-            num_outputs=len(self._names),
-            dtype=[_INPUTS[name][0] for name in self._names],
-            ndim=[_INPUTS[name][1] for name in self._names],
-            batch=True,
-        )
-        return dict(zip(self._names, nodes, strict=True))
-
-    def _next(self) -> list[Any]:
-        what, values = next(self._ready)  # StopIteration is how DALI learns of the end
-        self.in_flight.append(what)
-        return [values[name] for name in self._names]
-
-
-def _run(pipe: Pipeline, feed: Feed[T], blame: Callable[[T], str]) -> Iterator[tuple[T, Tensor]]:
-    """Run to the end of the feed and hand out in order; `blame` names the bad image of a batch that failed."""
-    gpu = pipe.device_id is not None
-    while True:
-        try:
-            # On a GPU, outputs and the reuse of their memory are ordered on the stream that reads them.
-            (output,) = pipe.run(torch.cuda.current_stream(pipe.device_id) if gpu else None)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "Critical error in pipeline" not in str(error) or not feed.in_flight or is_machine_error(error):
-                raise
-            raise DataError(blame(feed.in_flight[0])) from error
-        yield feed.in_flight.popleft(), torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
-
-
-def _undecodable(source: ImageSource, rows: NDArray[np.int64]) -> str:
-    """Say which of `rows` cannot be decoded, by trying each with Pillow (DALI does not tell)."""
-    for row, data in zip(rows.tolist(), source.read(rows), strict=True):
-        try:
-            with Image.open(io.BytesIO(data.tobytes())) as image:
-                image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # Pillow names the buffer, an address, of what it does not know.
-            why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            return f"image {source.name(row)!r} cannot be decoded ({why}); remove it, or make the shards again"
-    return f"an image among {source.name(int(rows[0]))!r} and the {len(rows) - 1} after it cannot be decoded by DALI"

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bowstore.data.pipeline import CleanView, clean_batches
+from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ImageSource
+from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.models.registry import Backbone
 from bowstore.progress import Progress, say

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bowstore.config import StorageConfig, Strict, ViewConfig, dump
-from bowstore.data.pipeline import CleanView, clean_view
 from bowstore.data.reader import ShardReader, fetched
+from bowstore.data.views import CleanView, clean_view
 from bowstore.environment import choose_device
 from bowstore.errors import DataError
 from bowstore.evaluate.features import POOLED, extract, variation

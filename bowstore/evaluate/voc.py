@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bowstore.config import ViewConfig
 from bowstore.data.file_reader import FileReader
-from bowstore.data.pipeline import clean_view
+from bowstore.data.views import clean_view
 from bowstore.environment import choose_device
 from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.evaluate.features import Tap, extract, layer_taps, variation

@@ -23,8 +23,9 @@ from PIL import Image
 import bowstore
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import CleanView, clean_batches
+from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
+from bowstore.data.views import CleanView
 from bowstore.errors import MissingError
 from bowstore.files import atomic_file, check_free
 from bowstore.progress import Progress

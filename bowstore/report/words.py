@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from bowstore.data.index import Index
-from bowstore.data.pipeline import CleanView
+from bowstore.data.views import CleanView
 from bowstore.errors import MissingError, UsageError
 from bowstore.progress import Progress, say
 from bowstore.words.arrays import reading

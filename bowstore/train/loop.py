@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bowstore.config import RuntimeConfig, TrainConfig, dump
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import Batch, train_batches
+from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader, fetched
+from bowstore.data.views import Batch
 from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import exclusive_lock, sweep_temporary
 from bowstore.models import saved

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bowstore.config import TrainConfig
-from bowstore.data.pipeline import Batch
+from bowstore.data.views import Batch
 from bowstore.files import atomic_file, open_end
 from bowstore.progress import Progress, say
 from bowstore.train.checkpoint import aside

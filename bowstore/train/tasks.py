@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bowstore.config import StorageConfig, TrainConfig
 from bowstore.data.index import Index
-from bowstore.data.pipeline import Batch
 from bowstore.data.plan import Plan
+from bowstore.data.views import Batch
 from bowstore.models.heads import CosineHead, RotationHead
 from bowstore.models.memory import training_format
 from bowstore.models.registry import Backbone, build_backbone

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bowstore.config import ModelConfig, ViewConfig, validate
-from bowstore.data.pipeline import CleanView, clean_view
+from bowstore.data.views import CleanView, clean_view
 from bowstore.errors import DataError, UsageError
 from bowstore.models.registry import Backbone, build_backbone, is_arch
 from bowstore.models.weights import weights_sha256

@@ -22,10 +22,11 @@ from coloured_keys import (
 
 from bowstore.config import TrainConfig
 from bowstore.data.index import Index, build_index, open_index
-from bowstore.data.pipeline import Batch, train_batches
+from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import Plan, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.verify import verify_folder
+from bowstore.data.views import Batch
 from bowstore.errors import CorruptError, DataError, MismatchError
 from bowstore.train.distributed import World
 from bowstore.train.loop import data_schedule

@@ -12,8 +12,9 @@ from bowstore.config import ViewConfig
 from bowstore.data import batches
 from bowstore.data.batches import TrainingPixels, bounded
 from bowstore.data.file_reader import FileReader
-from bowstore.data.pipeline import clean_batches, clean_view
+from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
+from bowstore.data.views import clean_view
 
 
 class Sizes:

@@ -14,9 +14,10 @@ from torchvision.transforms.v2 import functional as tvf
 from bowstore.config import ViewConfig
 from bowstore.data.file_reader import FileReader
 from bowstore.data.index import open_index
-from bowstore.data.pipeline import CleanView, clean_batches, clean_view, train_batches, train_pipeline
+from bowstore.data.pipeline import clean_batches, train_batches, train_pipeline
 from bowstore.data.plan import Plan, Schedule, generator, perturb, plans
 from bowstore.data.reader import ShardReader
+from bowstore.data.views import CleanView, clean_view
 from bowstore.errors import DataError
 
 CPU = torch.device("cpu")

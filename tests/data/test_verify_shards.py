@@ -415,7 +415,8 @@ def test_images_that_cannot_be_decoded_are_left_out(zoo: Path) -> None:
 
 
 def check_dali_decodes(index: Index) -> None:
-    from bowstore.data.pipeline import CleanView, clean_batches
+    from bowstore.data.pipeline import clean_batches
+    from bowstore.data.views import CleanView
 
     view = CleanView(size=32, resize=None, squash=False, mean=(0, 0, 0), std=(1, 1, 1))
     rows = np.arange(len(index))

@@ -15,10 +15,11 @@ from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import EncodeConfig, ModelConfig, TrainConfig, ViewConfig, validate
 from bowstore.data.index import open_index
-from bowstore.data.pipeline import clean_batches, clean_view, train_batches
+from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.shards import make_shards
+from bowstore.data.views import clean_view
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import save_backbone
 from bowstore.words.encode import encode

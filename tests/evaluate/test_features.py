@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bowstore.config import ModelConfig
-from bowstore.data.pipeline import CleanView
+from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.evaluate.features import (
     POOLED,

@@ -12,9 +12,10 @@ from bowstore.benchmarks.assign import bench_assign
 from bowstore.benchmarks.encode import bench_encode
 from bowstore.benchmarks.kmeans import bench_kmeans
 from bowstore.config import EncodeConfig, TrainConfig, ViewConfig, validate
-from bowstore.data.pipeline import clean_batches, clean_view, train_batches
+from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
+from bowstore.data.views import clean_view
 from bowstore.train.loop import train
 from bowstore.train.metrics import read_metrics
 from bowstore.words import assign_triton

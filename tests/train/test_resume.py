@@ -14,7 +14,7 @@ from coloured_keys import distinct_keys, training_config, write_coloured_store, 
 from recorded_training import Record, exit_codes, read_record, recorded_train, start_ranks
 
 from bowstore.config import TrainConfig
-from bowstore.data import pipeline
+from bowstore.data import feed
 from bowstore.data.index import build_index
 from bowstore.data.reader import ShardReader
 from bowstore.errors import MismatchError
@@ -99,7 +99,7 @@ def test_resume_drops_what_was_read_ahead(
     depth: int,
 ) -> None:
     """Batches of the next epoch are on their way when the run stops in the last step of this one."""
-    monkeypatch.setattr(pipeline, "PREFETCH", depth)
+    monkeypatch.setattr(feed, "PREFETCH", depth)
     read: list[int] = []
 
     class Spy(ShardReader):

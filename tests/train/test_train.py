@@ -12,7 +12,7 @@ from shard_sets import write_store, write_words
 
 from bowstore.config import OptimConfig, TrainConfig
 from bowstore.data.index import open_index
-from bowstore.data.pipeline import Batch
+from bowstore.data.views import Batch
 from bowstore.environment import choose_device
 from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, TrainingError, UsageError
 from bowstore.files import exclusive_lock

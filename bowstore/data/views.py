@@ -1,0 +1,51 @@
+"""What the graphs give: the clean view's geometry, and a batch of the train view. Loads no DALI.
+
+Legend: B batch, C channels, H W pixels of the network input.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bowstore.config import Triple, ViewConfig
+from bowstore.data.plan import Plan
+
+
+@dataclass(frozen=True)
+class CleanView:
+    """The un-augmented image as the network sees it.
+
+    Attributes:
+        size: side of the square output, pixels.
+        resize: short side before cropping, pixels; None resizes the whole image to size x size.
+        squash: True squashes the resized image to size x size instead of cropping its centre (VOC07 protocol).
+        mean: RGB mean on the scale 0 to 1.
+        std: RGB deviation on the scale 0 to 1.
+    """
+
+    size: int
+    resize: int | None
+    squash: bool
+    mean: Triple
+    std: Triple
+
+
+def clean_view(view: ViewConfig, *, squash: bool = False) -> CleanView:
+    """The clean view that goes with a training view."""
+    return CleanView(size=view.size, resize=view.resize, squash=squash, mean=view.mean, std=view.std)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch of this rank.
+
+    Attributes:
+        images_BCHW: normalised; channels_last in memory; float32 on CPU, float16 on a GPU.
+        plan: the rows and numbers behind it.
+        ahead: what `ahead(plan)` gave in the reading thread.
+    """
+
+    images_BCHW: Tensor
+    plan: Plan
+    ahead: Any = None
