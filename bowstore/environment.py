@@ -2,14 +2,17 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import bowstore
+from bowstore import gpu
 from bowstore.errors import UsageError
+from bowstore.progress import say
 from bowstore.torchrun import ranks
 
 # Names in result files and the distributions that may provide each.
@@ -23,21 +26,43 @@ _DISTRIBUTIONS = {
 
 
 def choose_device(setting: str, local_rank: int = 0) -> torch.device:
-    """The device of a setting (auto, cpu, cuda).
+    """The device of a setting (auto, cpu, cuda); one line on stderr on what a GPU lacks that is there.
 
     Raises:
-        UsageError: cuda was asked for and there is none.
+        UsageError: cuda was asked for and cannot be used.
     """
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda was asked for, but torch sees no GPU; check the driver, or ask for cpu")
-    if setting == "cpu" or not torch.cuda.is_available():
+    if setting == "cpu":
+        return torch.device("cpu")
+    if trouble := gpu.trouble(local_rank):
+        if setting == "cuda":
+            raise UsageError(f"device cuda was asked for, but {trouble.what}; {trouble.cure}, or ask for cpu")
+        if not trouble.expected and local_rank == 0:
+            _warn(f"no GPU is used: {trouble.what}; {trouble.cure}; continuing on the CPU")
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UsageError(
             f"rank {local_rank} of this machine needs GPU {local_rank}, and torch sees {torch.cuda.device_count()}; "
             f"lower --nproc-per-node"
         )
-    return torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank)
+    if note := gpu.memory_note(device):
+        _warn(note)
+    job = ranks()
+    if job.size == job.local_size and job.first:  # those of several machines find out when they have joined
+        warn_of_kinds([torch.cuda.get_device_name(rank) for rank in range(min(job.size, torch.cuda.device_count()))])
+    return device
+
+
+def warn_of_kinds(names: Sequence[str]) -> None:
+    """Say in one line that the ranks' GPUs, named in the ranks' order, are of different kinds, if they are."""
+    if note := gpu.kinds_note(names):
+        _warn(note)
+
+
+@cache
+def _warn(note: str) -> None:
+    """Say it once: commands ask for a device more than once."""
+    say(f"warning: {note}")
 
 
 def cores() -> int:

@@ -8,13 +8,13 @@ Legend: N vectors, D dimensions (the layer's channels), K words.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bowstore.errors import UsageError
+from bowstore.gpu import runs_triton
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords
@@ -56,7 +56,7 @@ def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
         raise UsageError(f"{len(vocabulary_KD)} words: a vocabulary holds from 1 to {MAX_WORDS}")
     half_norm_K = (vocabulary_KD.double().square().sum(dim=1) / 2).float()
     fast = None
-    if _has_fast_path(vocabulary_KD.device):
+    if runs_triton(vocabulary_KD.device):
         from bowstore.words.assign_triton import prepare_fast
 
         fast = prepare_fast(vocabulary_KD)
@@ -65,13 +65,6 @@ def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
     words_DK = torch.nn.functional.pad(vocabulary_KD.T, (0, padding)).contiguous()
     half_norm_K = torch.nn.functional.pad(half_norm_K, (0, padding), value=torch.inf)
     return PreparedWords(words_DK, half_norm_K, group, fast)
-
-
-def _has_fast_path(device: torch.device) -> bool:
-    """Whether there are tensor cores, and Triton to program them."""
-    return (
-        device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from bowstore.config import EncodeConfig, StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.reader import fetched
+from bowstore.environment import choose_device
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import stagings
 from bowstore.progress import Progress, say, timed
@@ -86,7 +87,7 @@ def _encode(
 ) -> EncodeReport:
     if not store.name:
         raise UsageError(f"--store {store} has no name of its own; name a folder in it, {store / 'words.zarr'}")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or choose_device("auto")
     index = fetched(open_index(shards, storage))
     with _disk_errors(store), Board(store) as board:
         with board.lead("looks for an interrupted --append"):
