@@ -65,6 +65,29 @@ def test_training_loads_neither_faiss_nor_the_teacher() -> None:
     assert run(code).strip() == "[]"
 
 
+def test_training_needs_dali_faiss_and_zarr_only_where_they_are_used() -> None:
+    """A step on data that is there already runs where none of them is installed."""
+    code = """
+import importlib, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("faiss", "numcodecs", "numba", "tensorboard", "timm", "webdataset", "zarr"):
+            raise ModuleNotFoundError(name)
+        if name == "nvidia.dali" or name.startswith("nvidia.dali."):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hidden())
+for name in ("data.views", "data.plan", "models.registry", "models.heads", "models.saved", "words.bags",
+             "words.targets", "train.tasks", "train.metrics", "train.loop"):
+    importlib.import_module("bowstore." + name)
+from bowstore.config import ModelConfig
+from bowstore.models.registry import build_backbone
+print(build_backbone(ModelConfig(arch="wrn-10-1")).features)
+"""
+    assert run(code).strip() == "64"
+
+
 def test_help_needs_nothing_heavy() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from bowstore.cli import main;"

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bowstore.config import RuntimeConfig, TrainConfig, dump
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.data.views import Batch
@@ -124,6 +123,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             (run / saved.BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
 
         # --- the loop
+        from bowstore.data.pipeline import train_batches  # DALI: steps on data that is there already go without
+
         batches = train_batches(
             ShardReader(fetched(index, images=schedule.images, whole=True, display=world.first)),
             config.view,

@@ -25,7 +25,6 @@ from bowstore.progress import say
 from bowstore.train.distributed import World
 from bowstore.train.schedule import images_in_use
 from bowstore.words.bags import Bag, MeanBag, bag_entropy, bow_cross_entropy, mix_bags
-from bowstore.words.store import join_rows, open_store
 from bowstore.words.targets import (
     TIERS,
     Targets,
@@ -160,6 +159,8 @@ def _weight_at(bag: Bag, word_B: Tensor) -> Tensor:
 
 def _open_words(config: TrainConfig, index: Index, world: World) -> tuple[Targets, int]:
     """The targets of the index's rows, in the tier that fits, and the vocabulary's size."""
+    from bowstore.words.store import join_rows, open_store
+
     assert config.words.store is not None, "the command line resolves words.store"
     store = open_store(config.words.store)
     layer = store.layer(config.words.layer)

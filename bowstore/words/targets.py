@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,10 @@ from bowstore.environment import available_memory, local_ranks
 from bowstore.errors import UsageError
 from bowstore.progress import Progress
 from bowstore.words.bags import Bag, Form, MeanBag, binary_bag, count_bag
-from bowstore.words.flat import FlatWords, open_flat
-from bowstore.words.layer import Layer
+
+if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in memory train without it
+    from bowstore.words.flat import FlatWords
+    from bowstore.words.layer import Layer
 
 Tier = Literal["resident", "host", "streamed"]
 TIERS: tuple[Tier, ...] = ("resident", "host", "streamed")  # from the most room needed to the least
@@ -83,7 +85,7 @@ def choose_tier(setting: Tier | Literal["auto"], size_bytes: int, device: torch.
     return TierChoice("streamed", f"more than half of {memory}")
 
 
-def words_bytes(layer: Layer, rows: int) -> int:
+def words_bytes(layer: "Layer", rows: int) -> int:
     """Size of the words of so many rows, bytes."""
     return 2 * rows * layer.grid[0] * layer.grid[1]
 
@@ -106,7 +108,7 @@ class Targets(ABC):
 
     tier: ClassVar[Tier]
 
-    def __init__(self, layer: Layer, rows: int, form: Form, device: torch.device) -> None:
+    def __init__(self, layer: "Layer", rows: int, form: Form, device: torch.device) -> None:
         self.form, self.device = form, device
         self.slots = layer.grid[0] * layer.grid[1]
         self.waited_s = 0.0
@@ -155,7 +157,7 @@ class ResidentTargets(Targets):
     tier = "resident"
 
     def __init__(
-        self, layer: Layer, store_row_N: NDArray[np.int64], form: Form, device: torch.device, *, shown: bool = True
+        self, layer: "Layer", store_row_N: NDArray[np.int64], form: Form, device: torch.device, *, shown: bool = True
     ) -> None:
         super().__init__(layer, len(store_row_N), form, device)
         self._words_NM = _load(layer, store_row_N, device, shown=shown)
@@ -176,7 +178,7 @@ class HostTargets(Targets):
     tier = "host"
 
     def __init__(
-        self, layer: Layer, store_row_N: NDArray[np.int64], form: Form, device: torch.device, *, shown: bool = True
+        self, layer: "Layer", store_row_N: NDArray[np.int64], form: Form, device: torch.device, *, shown: bool = True
     ) -> None:
         super().__init__(layer, len(store_row_N), form, device)
         self._words_NM = _load(layer, store_row_N, torch.device("cpu"), shown=shown)
@@ -206,7 +208,7 @@ class StreamedTargets(Targets):
     tier = "streamed"
 
     def __init__(
-        self, layer: Layer, store_row_N: NDArray[np.int64], form: Form, device: torch.device, flat: FlatWords
+        self, layer: "Layer", store_row_N: NDArray[np.int64], form: Form, device: torch.device, flat: "FlatWords"
     ) -> None:
         super().__init__(layer, len(store_row_N), form, device)
         identity = len(store_row_N) == layer.images and bool((np.diff(store_row_N, prepend=-1) == 1).all())
@@ -254,7 +256,7 @@ class StreamedTargets(Targets):
 
 def open_targets(
     tier: Tier,
-    layer: Layer,
+    layer: "Layer",
     store_row_N: NDArray[np.int64],
     form: Form,
     device: torch.device,
@@ -278,6 +280,8 @@ def open_targets(
         BowstoreError: streamed, and no room on the disk.
     """
     if tier == "streamed":
+        from bowstore.words.flat import open_flat
+
         return StreamedTargets(layer, store_row_N, form, device, open_flat(layer, storage, shown=shown))
     kind = ResidentTargets if tier == "resident" else HostTargets
     return kind(layer, store_row_N, form, device, shown=shown)
@@ -342,7 +346,7 @@ def time_batches(targets: Targets, *, batch: int, batches: int, seed: int = 0) -
     return times
 
 
-def _load(layer: Layer, store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool) -> Tensor:
+def _load(layer: "Layer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool) -> Tensor:
     """Words of an index's rows, int16 (N, M), read chunk by chunk into their places."""
     slots = layer.grid[0] * layer.grid[1]
     words_NM = torch.empty((len(store_row_N), slots), dtype=torch.int16, device=device)
