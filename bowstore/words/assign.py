@@ -46,6 +46,8 @@ class PreparedWords(NamedTuple):
 def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
     """Lay out a float32 vocabulary (K, D) for `assign`, on the device where it lies.
 
+    On a GPU the first one of its width takes some seconds more: the search is compiled here, not in mid-run.
+
     Raises:
         UsageError: not a float32 matrix, or a number of words outside 1..65535.
     """
@@ -57,9 +59,10 @@ def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
     half_norm_K = (vocabulary_KD.double().square().sum(dim=1) / 2).float()
     fast = None
     if runs_triton(vocabulary_KD.device):
-        from bowstore.words.assign_triton import prepare_fast
+        from bowstore.words.assign_triton import prepare_fast, warm_up
 
         fast = prepare_fast(vocabulary_KD)
+        warm_up(fast)
     group = min(_GROUPS, key=lambda size: -len(vocabulary_KD) % size)  # padding costs products
     padding = -len(vocabulary_KD) % group
     words_DK = torch.nn.functional.pad(vocabulary_KD.T, (0, padding)).contiguous()

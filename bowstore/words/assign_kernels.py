@@ -5,13 +5,17 @@
 Legend: n vectors, d dimensions, k words; x_tiles and word_tiles are descriptors of half-precision matrices (n, d) and
 (k, d) that read zeros past their ends. Offsets into features are 64-bit. Kernels carry no annotations: Triton would
 try to compile them. 65535 stands for no word.
+
+Triton compiles a kernel anew for an integer that is 1, a multiple of 16 or neither, and for a pointer that is aligned
+or not. What differs from call to call of one run is therefore kept out of that (`do_not_specialize`): one kernel
+for all of them. What stays the same for a vocabulary may have a kernel of its own where it makes loads wider.
 """
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "d", "row_step"], do_not_specialize_on_alignment=["x_ptr", "dim_step"])
 def round_rows(
     x_ptr, middle_ptr, rounded_ptr, alpha_ptr, n, d, width, row_step, dim_step, scale, norm_share, rest_share, floor,
     ROWS: tl.constexpr, DIMS: tl.constexpr,
@@ -51,7 +55,7 @@ def _low(
     return half_norm[None, :] - alpha[:, None] * reach[None, :] - products, words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "k", "d", "ranges"])
 def search(
     x_tiles, word_tiles, alpha_ptr, half_norm_ptr, reach_ptr, low_ptr, ids_ptr, others_ptr, n, k, d, ranges,
     ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr,
@@ -89,7 +93,7 @@ def search(
     tl.store(others_ptr + part.to(tl.int64) * n + rows, others, mask=rows < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "k", "d", "ranges"])
 def list_below(
     x_tiles, word_tiles, alpha_ptr, half_norm_ptr, reach_ptr, limit_ptr, listed_ptr, count_ptr, n, k, d, ranges,
     LISTED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr,
@@ -113,7 +117,7 @@ def list_below(
             hit = hit & (words[None, :] != word[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_step", "listed"], do_not_specialize_on_alignment=["x_ptr", "dim_step"])
 def compare(
     x_ptr, words_ptr, rows_ptr, listed_ptr, ids_ptr, d, row_step, dim_step, listed,
     LANES: tl.constexpr, DIMS: tl.constexpr,

@@ -31,6 +31,7 @@ and 0.6 %, of which all are caught; 37 % and 16 % need the comparison, 4 % and 1
 """
 
 import math
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[impo
 from bowstore.words import assign_kernels as kernels
 
 _NO_WORD = 65535
-_LONG_LIST = 128  # words that the second search can list for a vector
+_LONG_LIST = 128  # words that the second search can list for a vector, and all ranges of the first together
+_SHORT_LIST = 16  # of eight ranges; there are kernels for these two lengths and no others
 _ROUNDED_ELEMENTS = 1 << 28  # of the half-precision copy of the features that exists at a time: 512 MiB
 _PROGRAMS_PER_PROCESSOR = 12  # so that the last, partly filled wave of programs costs at most 8 %
 _RANGES = 4, 64  # at least, so that the row blocks in flight stay in the L2 cache; at most, so that lists stay short
@@ -163,6 +165,41 @@ def tiles_for(device: torch.device) -> Tiles:
 
 
 @torch.no_grad()
+def warm_up(words: FastWords) -> None:
+    """Compile every kernel that `nearest` needs for words on this device, and launch each once.
+
+    A kernel takes Triton seconds, so this belongs before the work, and into the thread that starts it: two threads
+    that come upon a new kernel at the same time compile it twice. What was compiled before costs nothing here.
+
+    Args:
+        words: from `prepare_fast`; others of the same width, number type and device are ready, too.
+    """
+    device, dims = words.words_KD.device, words.words_KD.shape[1]
+    kind = device, dims, words.rounded_KD.dtype
+    with _compiling:
+        if kind in _compiled:
+            return
+        with _on(device):
+            features_ND, row_U = torch.zeros(1, dims, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+            rounded_ND, alpha_N = _round(features_ND, words)
+            _search(rounded_ND, alpha_N, words, tiles_for(device))
+            _list_all(rounded_ND, alpha_N, torch.full_like(alpha_N, -torch.inf), words, tiles_for(device))
+            for listed in (_SHORT_LIST, _LONG_LIST):
+                none_UM = torch.full((1, listed), _NO_WORD, dtype=torch.int32, device=device)
+                _compare(features_ND, words, row_U, none_UM)
+        _compiled.add(kind)
+
+
+_compiling = threading.Lock()
+_compiled: set[tuple[torch.device, int, torch.dtype]] = set()
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """Launches inside the block go to this device; nothing for a CPU."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+@torch.no_grad()
 def nearest(features_ND: Tensor, words: FastWords, tiles: Tiles | None = None) -> Nearest:
     """The nearest word of each vector, proven (see the module's docstring), but for the vectors named open.
 
@@ -175,7 +212,7 @@ def nearest(features_ND: Tensor, words: FastWords, tiles: Tiles | None = None) -
     step = max(1, _ROUNDED_ELEMENTS // words.rounded_KD.shape[1])
     ids_N = torch.empty(len(features_ND), dtype=torch.int32, device=features_ND.device)
     open_U, compared, searched_twice = [ids_N.new_empty(0, dtype=torch.int64)], 0, 0
-    with torch.cuda.device(features_ND.device if features_ND.is_cuda else -1):
+    with _on(features_ND.device):
         for start in range(0, len(features_ND), step):
             part = _nearest(features_ND[start : start + step], words, tiles)
             ids_N[start : start + step] = part.ids_N
@@ -252,7 +289,7 @@ def _compare(features_ND: Tensor, words: FastWords, rows_U: Tensor, listed_UM: T
     """Of each row's listed words the nearest in float64, of equals the lowest id, int32 (U,)."""
     (rows, listed), dims = listed_UM.shape, features_ND.shape[1]
     ids_U = torch.empty(rows, dtype=torch.int32, device=rows_U.device)
-    lanes = triton.next_power_of_2(listed)
+    lanes = _SHORT_LIST if listed <= _SHORT_LIST else _LONG_LIST
     kernels.compare[(rows,)](
         features_ND, words.words_KD, rows_U, listed_UM, ids_U, dims, *features_ND.stride(), listed,
         LANES=lanes, DIMS=4096 // lanes,

@@ -10,9 +10,12 @@ from feature_sets import KINDS, make_vectors, real_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from bowstore.words import assign_triton
+from bowstore.words import assign_kernels, assign_triton
 from bowstore.words.assign import assign, assign_reference, prepare_words
 from bowstore.words.assign_triton import FastWords, Nearest, Tiles, nearest, prepare_fast
 
@@ -244,3 +247,51 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     found = nearest(features, prepare_fast(words), TILES)
     assert found.compared == 3  # which reads the features a second time
     assert torch.equal(found.ids_N, nearest(few, prepare_fast(words), TILES).ids_N)
+
+
+class Launches:
+    """What Triton would compile for a GPU: one kernel for each of these keys."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.keys: set[str] = set()
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        for name in ("round_rows", "search", "list_below", "compare"):
+            kernel = getattr(assign_kernels, name)
+            compiled = JITFunction(kernel.fn, **kernel.kwargs)
+            binder = create_function_from_signature(compiled.signature, compiled.params, backend)
+            monkeypatch.setattr(kernel, "run", self._recorded(name, kernel.run, binder))
+
+    def _recorded(self, name: str, run: Any, binder: Any) -> Any:
+        def recorded(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            _, specialization, options = binder(*args, **kwargs)
+            constants = [kwargs[key] for key in sorted(kwargs)]
+            self.keys.add(f"{name} {specialization} {constants} {options}")
+            return run(*args, grid=grid, warmup=warmup, **kwargs)
+
+        return recorded
+
+
+@far
+@pytest.mark.parametrize("d", [1, 16])
+def test_nothing_is_compiled_after_the_warm_up(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch)
+    monkeypatch.setattr(assign_triton, "_compiled", set())
+    monkeypatch.setattr(assign_triton, "OTHER", TILES)
+    monkeypatch.setattr(assign_triton, "_PROGRAMS_PER_PROCESSOR", 24)  # so that few rows give many ranges
+    assign_triton.warm_up(prepare_fast(make_vectors("normal", 1, d, 130, seed=0)[1]))
+    warm = set(launches.keys)
+    assert len(warm) == 5  # two for the comparison: of short lists and long ones
+    used = set()
+    for n, k, kind in (
+        (1, 1, "normal"),
+        (1, 640, "near duplicates"),
+        (16, 250, "whole numbers"),
+        (33, 90, "duplicates"),
+    ):
+        features, words = make_vectors(kind, n + 1, d, k, seed=n)
+        launches.keys.clear()
+        fast = prepare_fast(words)
+        assign_triton.warm_up(fast)
+        nearest(features[1:], fast)  # whose address is no multiple of 16
+        used |= launches.keys
+    assert used == warm
