@@ -119,7 +119,7 @@ def _ended(
 
     def step() -> None:
         pipe.run()
-        feed.in_flight.popleft()
+        feed.take()
 
     return step
 

@@ -6,12 +6,14 @@ Legend: B batch, C channels, H W pixels of the network input.
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -50,11 +52,19 @@ def new_pipeline(batch: int, device: torch.device, threads: int | None) -> Pipel
 
 
 class Feed(Generic[T]):
-    """Feeds a graph from jobs that run ahead in a thread; remembers what each batch in flight was."""
+    """Feeds a graph from jobs that run ahead in a thread; remembers what each batch in flight was.
+
+    Nothing is copied (`no_copy`): the graph reads the jobs' own arrays, and DALI keeps no reference to them. So they
+    are kept here, from before the graph is given them until the batch that was made of them is taken, or, on a GPU,
+    made: decoding may still read them from there when `Pipeline.run` returns. A pipeline that is dropped in mid-run
+    stops its threads first (`Pipeline.__del__`, and an exit handler of DALI's); it owns this object by its callback.
+    """
 
     def __init__(self, jobs: Iterable[Callable[[], tuple[T, dict[str, Any]]]], names: Sequence[str]) -> None:
         self._names = names
-        self._ready = prefetched(jobs, PREFETCH)
+        self._ready = prefetched((partial(self._made, job) for job in jobs), PREFETCH)
+        self._kept: deque[list[Any]] = deque()  # what the batches in flight are read from
+        self._read: deque[tuple[Callable[[], bool], list[Any]]] = deque()  # the same of batches that a GPU still makes
         self.in_flight: deque[T] = deque()
 
     def declare(self) -> dict[str, Any]:
@@ -65,13 +75,37 @@ class Feed(Generic[T]):
             dtype=[_INPUTS[name][0] for name in self._names],
             ndim=[_INPUTS[name][1] for name in self._names],
             batch=True,
+            no_copy=True,
         )
         return dict(zip(self._names, nodes, strict=True))
 
-    def _next(self) -> list[Any]:
-        what, values = next(self._ready)  # StopIteration is how DALI learns of the end
+    def take(self, made: Callable[[], bool] = lambda: True) -> T:
+        """What the batch was that the graph has just given; `made` tells when the device is through with it."""
+        self._read.append((made, self._kept.popleft()))
+        while self._read and self._read[0][0]():
+            self._read.popleft()
+        return self.in_flight.popleft()
+
+    def _made(self, job: Callable[[], tuple[T, dict[str, Any]]]) -> tuple[T, list[Any], list[TensorListCPU]]:
+        """What a job says, its arrays, and these as DALI takes them without a look at each (in the reading thread)."""
+        what, values = job()
+        arrays = [values[name] for name in self._names]
+        return what, arrays, [_tensors(array) for array in arrays]
+
+    def _next(self) -> list[TensorListCPU]:
+        what, arrays, tensors = next(self._ready)  # StopIteration is how DALI learns of the end
+        self._kept.append(arrays)
         self.in_flight.append(what)
-        return [values[name] for name in self._names]
+        return tensors
+
+
+def _tensors(values: NDArray[Any] | list[NDArray[np.uint8]]) -> TensorListCPU:
+    """A batch over the memory of an array (B, ...), or of one array a sample; neither copies nor owns it."""
+    if isinstance(values, list):
+        # (DALI's stubs lack `contiguous`; without it the images are copied into one piece.)
+        made: TensorListCPU = TensorListCPU([TensorCPU(value) for value in values], contiguous=False)  # type: ignore[call-overload]
+        return made
+    return TensorListCPU(values)
 
 
 def run(pipe: Pipeline, feed: Feed[T], blame: Callable[[T], str]) -> Iterator[tuple[T, Tensor]]:
@@ -87,7 +121,15 @@ def run(pipe: Pipeline, feed: Feed[T], blame: Callable[[T], str]) -> Iterator[tu
             if "Critical error in pipeline" not in str(error) or not feed.in_flight or is_machine_error(error):
                 raise
             raise DataError(blame(feed.in_flight[0])) from error
-        yield feed.in_flight.popleft(), torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+        what = feed.take(_passed(pipe.device_id)) if gpu else feed.take()
+        yield what, torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+
+
+def _passed(device: int) -> Callable[[], bool]:
+    """Tells when the GPU has done what its current stream waits for now."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event.query
 
 
 def undecodable(source: ImageSource, rows: NDArray[np.int64]) -> str:
