@@ -32,6 +32,7 @@ class PathReport:
         sound: whether nothing is wrong (any more).
         odd: images of a deep check that every decoder reads, but not as plain RGB: how many of each kind.
         digest: a store's digest over vocabulary and words, where asked for.
+        arithmetic: by which the words of a store's layers are made, by layer.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class PathReport:
     sound: bool = True
     odd: dict[str, int] = field(default_factory=dict)
     digest: str | None = None
+    arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -54,6 +56,7 @@ class PathReport:
             "repairs": self.repairs,
             "odd": self.odd,
             "digest": self.digest,
+            "arithmetic": self.arithmetic,
         }
 
     def text(self) -> str:
@@ -141,9 +144,11 @@ def _verify_store(
     path: Path, shards: Path | None, storage: StorageConfig, *, reencoded: bool, digest: bool, repair: bool
 ) -> PathReport:
     from bowstore.words import verify
+    from bowstore.words.arithmetic import in_words
 
     report = verify.verify(path, shards, storage, reencoded=reencoded)
-    checked = f"{report.images} images, {report.chunks} chunks, layers {', '.join(report.layers) or 'none'}"
+    layers = [f"{name} ({in_words(report.arithmetic[name])})" for name in report.layers]
+    checked = f"{report.images} images, {report.chunks} chunks, layers {', '.join(layers) or 'none'}"
     problems = [Problem(message, "store") for message in report.problems]
     repairs = []
     if repair and report.damaged:
@@ -157,7 +162,9 @@ def _verify_store(
             what = f"{count} damaged chunks were" if count else "what is counted over all words was"
             repairs.append(f"{what} taken back; {report.way_on}, to write just that")
     words_digest = verify.digest(path) if digest and report.sound else None
-    return PathReport(path, "store", checked, problems, repairs, not problems, digest=words_digest)
+    return PathReport(
+        path, "store", checked, problems, repairs, not problems, digest=words_digest, arithmetic=report.arithmetic
+    )
 
 
 def _verify_runs(path: Path, below: list[Path], *, repair: bool) -> PathReport:

@@ -21,11 +21,11 @@ import xxhash
 import zarr
 from numpy.typing import NDArray
 
-from bowstore.data.index import Index
 from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.files import STAGING_DIGITS, TEMPORARY_MARK, fsync_path, stagings
 from bowstore.progress import Progress, say
 from bowstore.torchrun import ranks
+from bowstore.words.arithmetic import in_words, tell_difference
 from bowstore.words.arrays import create, open_group, subgroup
 from bowstore.words.claims import Board
 from bowstore.words.job import Job, Rows
@@ -110,7 +110,12 @@ def begin_append(job: Job, board: Board) -> Job:
             _check_whole(base)
         if not begun:
             check_same_images(job, base.every_layer(), place_N)
-            _make_grown(base, index, fresh_M, staging, fingerprint)
+            _make_grown(job, base, fresh_M, staging, fingerprint)
+        elif (then := Store(staging).parts[-1].get("arithmetic")) not in (None, dict(job.arithmetic)):
+            raise MismatchError(
+                f"{staging} is an unfinished --append with {in_words(then)}, now it would be "
+                f"{in_words(job.arithmetic)}; remove it, and the append begins anew"
+            )
     return replace(job, store=staging, rows=Rows(len(base), fresh_M))
 
 
@@ -122,6 +127,7 @@ def _check_layers(job: Job, base: Store) -> None:
                 f"{', '.join(each.name for each in base.every_layer())}; leave --layer out"
             )
         job.check_settings(layer)
+        tell_difference(layer, job.arithmetic)
 
 
 def _check_whole(base: Store) -> None:
@@ -186,11 +192,12 @@ def _old(store: Path) -> Path:
     return store.with_name(f".{store.name}.old")
 
 
-def _make_grown(base: Store, index: Index, fresh_M: NDArray[np.int64], staging: Path, fingerprint: str) -> None:
+def _make_grown(job: Job, base: Store, fresh_M: NDArray[np.int64], staging: Path, fingerprint: str) -> None:
     """A store of N + M images with all that stays as it is; whole or not at all."""
+    index, arithmetic = job.index, dict(job.arithmetic)
     making = base.path.with_name(f".{base.path.name}{TEMPORARY_MARK}grown")
     shutil.rmtree(making, ignore_errors=True)
-    parts = [*base.parts, {"fingerprint": index.fingerprint, "images": len(fresh_M)}]
+    parts = [*base.parts, {"fingerprint": index.fingerprint, "images": len(fresh_M), "arithmetic": arithmetic}]
     held = base.image_digest()
     if held is None:
         raise MismatchError(

@@ -28,6 +28,7 @@ from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store, is_remote, url_of, writable_store
 from bowstore.torchrun import ranks
 from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
+from bowstore.words.arithmetic import tell_difference
 from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name
 from bowstore.words.claims import Board
 from bowstore.words.encode_report import EncodeReport, report_layer
@@ -159,7 +160,9 @@ def _resolve(
     job = Job(config, index, teacher, store, plans, device, base=base, source=source)
     for plan in plans:
         if source:
-            job.check_settings(source.layer(plan.name))
+            layer = source.layer(plan.name)
+            job.check_settings(layer)
+            tell_difference(layer, job.arithmetic)
         elif base is None:
             grid = plan.grid
             plan_sample(len(index), grid[0] * grid[1], plan.words, sample_per_word=config.sample_per_word, seed=0)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bowstore.config import EncodeConfig
 from bowstore.data.index import Index
 from bowstore.errors import MismatchError, UsageError
+from bowstore.words.arithmetic import Arithmetic
 from bowstore.words.layer import Layer
 from bowstore.words.store import Store
 from bowstore.words.teacher import Teacher, TeacherLayer
@@ -104,6 +105,11 @@ class Job:
     def names(self) -> tuple[str, ...]:
         """Names of the layers."""
         return tuple(layer.name for layer in self.layers)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """By which the words are made, as layers record it."""
+        return {"trunk": self.teacher.trunk}
 
     @property
     def part(self) -> str:

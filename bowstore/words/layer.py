@@ -48,6 +48,7 @@ class LayerSpec:
         border: cells left out at each side of the map.
         projection: kind, dimensions and whiten of what comes between map and words; None for nothing.
         receptive_field: pixels of the clean view that a cell sees (`bowstore.words.receptive`).
+        arithmetic: by which the words are made (`bowstore.words.arithmetic`).
     """
 
     teacher: dict[str, Any]
@@ -59,6 +60,7 @@ class LayerSpec:
     border: int = 0
     projection: dict[str, Any] | None = None
     receptive_field: dict[str, Any] | None = None
+    arithmetic: dict[str, str] | None = None
 
 
 def chunk_rows(images: int, grid: tuple[int, int]) -> int:

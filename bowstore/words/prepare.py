@@ -10,6 +10,7 @@ from torch import Tensor
 from bowstore.environment import available_memory
 from bowstore.errors import MismatchError, UsageError
 from bowstore.progress import Progress, say, timed
+from bowstore.words.arithmetic import check_same
 from bowstore.words.assign_pass import without_border
 from bowstore.words.claims import Board
 from bowstore.words.forward import Clock, Maps, compute_workers, forward
@@ -43,7 +44,10 @@ def has_layers(job: Job) -> bool:
         )
     for name in job.names:
         if name in writer.layers:
-            job.check_settings(writer.layer(name))
+            layer = writer.layer(name)
+            job.check_settings(layer)
+            if not layer.complete:
+                check_same(layer, job.arithmetic)
     return set(job.names) <= set(writer.layers)
 
 
@@ -147,6 +151,7 @@ def _spec(job: Job, plan: LayerPlan, vocabulary: Vocabulary) -> LayerSpec:
         border=config.border,
         projection=projection,
         receptive_field=field._asdict(),
+        arithmetic=dict(job.arithmetic),
     )
 
 

@@ -64,6 +64,11 @@ class Teacher:
     weights_layout: str
     precision: Precision = "float32"
 
+    @property
+    def trunk(self) -> str:
+        """How the network is run, as word stores record it."""
+        return "eager"
+
     @torch.no_grad()
     def maps(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Feature maps (B, c, h, w) by layer of normalised images, float32, in one pass no deeper than needed.

@@ -16,6 +16,7 @@ from bowstore.data.index import Index, open_index
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.progress import Progress, say
 from bowstore.words.append import drop_append
+from bowstore.words.arithmetic import recorded
 from bowstore.words.claims import Board
 from bowstore.words.layer import FOUND, Layer
 from bowstore.words.store import Store, check_images, open_store, rows_of
@@ -39,6 +40,7 @@ class VerifyReport:
         lost: layers whose vocabulary or projection is damaged.
         unseen: layers whose nearest images are damaged.
         way_on: what encodes them, for messages.
+        arithmetic: by which each layer's words are made.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class VerifyReport:
     lost: set[str] = field(default_factory=set)
     unseen: set[str] = field(default_factory=set)
     way_on: str = ""
+    arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def sound(self) -> bool:
@@ -97,6 +100,7 @@ def _verify(path: Path, index: Index | None, *, reencoded: bool) -> VerifyReport
         return report
     layers, report.way_on, report.fingerprint = store.every_layer(), store.way_on, store.fingerprint
     report.images, report.layers = len(store), tuple(layer.name for layer in layers)
+    report.arithmetic = {layer.name: dict(recorded(layer)) for layer in layers}
     if not layers:
         report.problems.append(f"word store {path} has no layer; run `bowstore encode` again")
     with Progress("verify", sum(layer.chunks for layer in layers), "chunks") as progress:

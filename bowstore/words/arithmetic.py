@@ -1,0 +1,51 @@
+"""By which arithmetic words are made: a layer records it, and an unfinished one is gone on with by the same.
+
+The words of two ways differ only where two centres are all but equally near, so that complete layers, vocabularies and
+grown stores of any way are as good as each other. But what a layer holds must not depend on who was interrupted when.
+"""
+
+from collections.abc import Mapping
+
+from bowstore.errors import MismatchError
+from bowstore.progress import say
+from bowstore.torchrun import ranks
+from bowstore.words.layer import Layer
+
+Arithmetic = Mapping[str, str]
+_BEFORE: Arithmetic = {"trunk": "eager"}  # of layers that were written before anything was recorded
+
+
+def recorded(layer: Layer) -> Arithmetic:
+    """By which arithmetic a layer's words are made."""
+    return {**_BEFORE, **(layer.attributes.get("arithmetic") or {})}
+
+
+def in_words(arithmetic: Arithmetic) -> str:
+    """For messages."""
+    return ", ".join(f"{what} {way}" for what, way in arithmetic.items())
+
+
+def check_same(layer: Layer, now: Arithmetic) -> None:
+    """Refuse to go on with an unfinished layer by another arithmetic.
+
+    Raises:
+        MismatchError: names the first way that differs.
+    """
+    then = recorded(layer)
+    for what in then.keys() | now.keys():
+        if then.get(what) != now.get(what):
+            raise MismatchError(
+                f"layer {layer.name!r} of word store {layer.path} is not complete and was begun with {what} "
+                f"{then.get(what)!r}, now it would be {now.get(what)!r}; encode into a new store, or go on with the "
+                f"bowstore that began it ({layer.attributes.get('bowstore_version')})"
+            )
+
+
+def tell_difference(layer: Layer, now: Arithmetic) -> None:
+    """Say that images get words of a complete layer's vocabulary by another arithmetic than its own images did."""
+    then = recorded(layer)
+    if dict(then) != dict(now) and ranks().first:
+        say(
+            f"layer {layer.name!r} of word store {layer.path} was made with {in_words(then)}; these images are encoded "
+            f"with {in_words(now)}: their words differ from its way's only where two words are all but equally near"
+        )
