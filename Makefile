@@ -2,6 +2,7 @@
 # make test     install and run the tests
 # make check    ruff and mypy
 # make bench    the demo, then training with its loader over the same step on resident data
+# make gpu-check   what the GPU of this machine does, and how fast (docs/gpu.md)
 # make shards SRC=... OUT=...   images to WebDataset shards
 VENV ?= .venv
 PYTHON ?= python3.11
@@ -10,8 +11,9 @@ TORCH := torch==2.14.1 torchvision==0.29.1
 # FAISS comes for CPU or GPU; a driver that answers decides.
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 SHARDS_FLAGS ?=
+GPU_CHECK_FLAGS ?=
 
-.PHONY: install demo shards test check bench clean
+.PHONY: install demo shards test check bench gpu-check clean
 
 install: $(VENV)/.installed-$(EXTRA)
 
@@ -38,6 +40,9 @@ check: install
 
 bench: demo
 	$(BIN)/bowstore bench train --config configs/demo_bownet.yaml --set shards=demo/shards/train --store demo/seed-0/words.zarr
+
+gpu-check: install
+	$(BIN)/python tools/gpu_check.py --out gpu-check $(GPU_CHECK_FLAGS)
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache

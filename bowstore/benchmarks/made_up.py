@@ -1,0 +1,46 @@
+"""Shards and words of nothing, for benchmarks of what does not depend on the images."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bowstore.data.index import Index, build_index
+from bowstore.words.layer import LayerSpec
+from bowstore.words.nearest import NearestSearch
+from bowstore.words.statistics import word_statistics
+from bowstore.words.store_writer import create_store
+
+LAYER = "conv4"
+
+
+def made_up_index(folder: Path, images: int, side: int = 16) -> Index:
+    """Indexed shards of so many JPEGs of one colour, `side` pixels wide and high."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (90, 120, 150)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    with tarfile.open(folder / "made-up-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(images):
+            member = tarfile.TarInfo(f"{number:06d}.jpg")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return build_index(folder, workers=1)
+
+
+def made_up_store(path: Path, index: Index, *, words: int, grid: int, channels: int = 1) -> Path:
+    """A complete store of one layer, whose words are random, but frequent ones are so as in real stores (Zipf)."""
+    draw = np.random.default_rng(0)
+    share_K = 1 / np.arange(10, words + 10)
+    maps = draw.choice(words, (len(index), grid, grid), p=share_K / share_K.sum()).astype(np.uint16)
+    hashes, digests = np.asarray(index.key_hash), np.asarray(index.digest)
+    writer = create_store(path, fingerprint=index.fingerprint, key_hash_N=hashes, image_digest_N=digests)
+    teacher = {"arch": "made up", "layer": LAYER, "weights_sha256": "0", "name": "made up", "student": None}
+    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=(grid, grid), channels=channels)
+    layer = writer.add_layer(LAYER, spec, np.zeros((words, channels), np.float32))
+    for chunk in range(layer.chunks):
+        writer.write_chunk(LAYER, chunk, maps[layer.rows(chunk)])
+    writer.mark_complete(LAYER, word_statistics([maps], words), NearestSearch(words).result())
+    return path

@@ -1,0 +1,260 @@
+"""The sections of a GPU check that decode images.
+
+Each is a function of a `Check`, whose name is the section's (gpu_plan.py says what it proves).
+"""
+
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_photographs import made_up_jpeg, photographs
+from gpu_process import Check
+from PIL import Image
+
+from bowstore import gpu
+from bowstore.config import EncodeConfig, TrainConfig, ViewConfig, validate
+from bowstore.data.pipeline import clean_batches, train_batches
+from bowstore.data.plan import Schedule, plans
+from bowstore.data.reader import ShardReader
+from bowstore.data.views import clean_view
+from bowstore.environment import cores
+
+_LEVELS = 255 * torch.tensor(ViewConfig().std)[:, None, None]  # of grey, in a normalised pixel's unit
+
+
+def decode(check: Check) -> None:
+    """Whole JPEGs with chroma of half the resolution, by the GPU's decoder and its CUDA cores, against Pillow."""
+    from nvidia.dali import Pipeline, fn, types
+
+    gpu_there = check.device.type == "cuda"
+    note = gpu.decoder_note() if gpu_there else None
+    check.claim("the GPU's JPEG decoder", None, note or "its library is there" if gpu_there else "of a CPU: none")
+    encoded = [made_up_jpeg(number, *check.size((375, 500), (375, 500), (61, 83))) for number in range(8)]
+    expected = [np.asarray(Image.open(io.BytesIO(data)), np.int16) for data in encoded]
+    for load in (0.0, 1.0) if gpu_there else (0.0,):
+        for fancy in (True, False):
+            pipe = Pipeline(batch_size=len(encoded), num_threads=2, device_id=0 if gpu_there else None, seed=0)
+            with pipe:
+                source = fn.external_source(
+                    lambda: [np.frombuffer(data, np.uint8) for data in encoded], dtype=types.UINT8, ndim=1
+                )
+                images = fn.decoders.image(
+                    source, device="mixed" if gpu_there else "cpu", output_type=types.RGB,
+                    jpeg_fancy_upsampling=fancy, hw_decoder_load=load,
+                )  # fmt: skip
+                pipe.set_outputs(images)
+            (output,) = pipe.run()
+            found = output.as_cpu() if gpu_there else output
+            off = [np.abs(np.asarray(found[i], np.int16) - expected[i]) for i in range(len(encoded))]
+            name = f"{'fancy' if fancy else 'plain'} chroma, {'decoder' if load else 'cores'}"
+            check.figure(name, *(float(each.mean()) for each in off), unit="levels", note="mean difference from Pillow")
+
+
+_SLICE = """
+import io, sys
+import numpy as np
+from nvidia.dali import Pipeline, fn, types
+from gpu_photographs import made_up_jpeg
+from PIL import Image
+gpu, load = sys.argv[1] == "cuda", float(sys.argv[2])
+encoded = [made_up_jpeg(number, 375, 500) for number in range(16)]
+pipe = Pipeline(batch_size=16, num_threads=2, device_id=0 if gpu else None, seed=0)
+with pipe:
+    source = fn.external_source(lambda: [np.frombuffer(data, np.uint8) for data in encoded], dtype=types.UINT8, ndim=1)
+    images = fn.decoders.image_slice(
+        source, device="mixed" if gpu else "cpu", start=[40, 30], shape=[224, 300], axes=[0, 1],
+        output_type=types.RGB, hw_decoder_load=load,
+    )
+    pipe.set_outputs(images)
+for _ in range(20):
+    (output,) = pipe.run()
+found = output.as_cpu() if gpu else output
+windows = [np.asarray(Image.open(io.BytesIO(data)))[40:264, 30:330].astype(np.int16) for data in encoded]
+off = [np.abs(np.asarray(found[number], np.int16) - window) for number, window in enumerate(windows)]
+print(f"{np.mean(off):.2f} levels from Pillow on average, {np.max(off)} at most")
+"""
+
+
+def slice(check: Check) -> None:
+    """Windows decoded in processes of their own; bowstore itself asks in the same way which decoder it may use."""
+    for load in (0.0, 0.65, 1.0) if check.device.type == "cuda" else (0.0,):
+        done = subprocess.run(
+            [sys.executable, "-c", _SLICE, check.device.type, str(load)], capture_output=True, text=True
+        )
+        print(done.stdout, done.stderr)
+        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        why = f"exit code {done.returncode}; " if done.returncode else ""
+        check.claim(f"windows, decoder's share {load:g}", None, why + (said[-1][:150] if said else ""))
+
+
+def graph(check: Check) -> None:
+    """Train and clean view against the CPU's; and batches that are kept while others are made, compared again."""
+    index, view = photographs(check), ViewConfig(**check.size({}, {}, {"size": 32, "resize": 40}), cutmix=True)
+    batch, count = check.size((64, 6), (64, 6), (4, 6))
+    schedule = Schedule(len(index), batch, 0)
+
+    def batches(device: torch.device) -> Any:
+        steps = plans(schedule, index, view, start=0, stop=count)
+        return train_batches(ShardReader(index), view, steps, batch=batch, device=device)
+
+    kept, copies = [], []
+    for made in batches(check.device):
+        kept.append(made.images_BCHW)
+        copies.append(made.images_BCHW.clone())
+        torch.randn(256, 256, device=check.device) @ torch.randn(256, 256, device=check.device)
+    intact = sum(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))
+    check.claim("batches that are held stay", intact == count, f"{intact} of {count} were as they came")
+    differences = [
+        float((ours.float().cpu() - oracle.images_BCHW.float()).mul(_LEVELS).abs().mean())
+        for ours, oracle in zip(copies, batches(torch.device("cpu")), strict=True)
+    ]
+    check.figure("train view, from the CPU's", *differences, unit="levels")
+    check.claim("train view as on the CPU", max(differences) < 3, f"{max(differences):.2f} levels, bound 3")
+    rows = np.arange(min(len(index), 2 * batch))
+    ours, oracle = (
+        list(clean_batches(ShardReader(index), clean_view(view), rows, batch=batch, device=device))
+        for device in (check.device, torch.device("cpu"))
+    )
+    differences = [
+        float((a.cpu() - b.cpu()).mul(_LEVELS).abs().mean()) for (_, a), (_, b) in zip(ours, oracle, strict=True)
+    ]
+    check.figure("clean view, from the CPU's", *differences, unit="levels")
+    check.claim("clean view as on the CPU", max(differences) < 2, f"{max(differences):.2f} levels, bound 2")
+
+
+def loader(check: Check) -> None:
+    """`bowstore bench loader`, over shares of the GPU's decoder."""
+    from bowstore.benchmarks.loader import LoaderSettings, bench_loader
+
+    view = ViewConfig(**check.size({}, {}, {"size": 32, "resize": 40}), cutmix=True)
+    loads = (0.0, 0.3, 0.5, 0.65, 0.8, 1.0) if check.device.type == "cuda" else ()
+    result = bench_loader(
+        photographs(check).root,
+        LoaderSettings(
+            view, check.size(256, 256, 8), cores(), check.device, check.size(12, 6, 2), check.size(3, 2, 1), loads
+        ),
+    )
+    check.bench(result)
+    whole = [timing for timing in result.timings if timing.name.startswith("loader")]
+    best = max(whole, key=lambda timing: timing.median)
+    check.figure("loader images/s", *best.rates, unit="images/s", note=best.name)
+    check.claim("what binds", None, result.binds or "")
+
+
+def train(check: Check) -> None:
+    """`bowstore bench train` at the paper's size."""
+    from bowstore.benchmarks.made_up import LAYER, made_up_store
+    from bowstore.benchmarks.train import bench_training
+
+    index = photographs(check)
+    with tempfile.TemporaryDirectory(dir=check.scratch) as folder:
+        store = made_up_store(
+            Path(folder) / "words.zarr", index, words=check.size(20_000, 20_000, 30), grid=check.size(14, 14, 4)
+        )
+        config = validate(
+            TrainConfig,
+            {
+                "name": "check",
+                "task": "words",
+                "shards": str(index.root),
+                "view": {**check.size({}, {}, {"size": 32, "resize": 40}), "cutmix": True},
+                "model": {"arch": check.size("resnet50", "resnet50", "wrn-10-1")},
+                "words": {"store": str(store), "layer": LAYER},
+                "optim": {"batch": check.size(256, 256, 8), "epochs": 1, "milestones": [], "warmup_epochs": 0},
+                "runtime": {"device": check.device.type},
+            },
+            "check",
+        )
+        result = bench_training(config, steps=check.size(40, 25, 5), rounds=check.size(5, 3, 2))
+    assert result is not None, "this is the only rank"
+    check.bench(result)
+    rates = {timing.name: timing.rates for timing in result.timings}
+    ratios = [ours / theirs for ours, theirs in zip(*(rates[name] for name in list(rates)[:2]), strict=True)]
+    check.figure("with the loader over resident", *ratios)
+
+
+def encode(check: Check) -> None:
+    """`bowstore bench encode` in both precisions: over the slower of view and trunk, and over the view."""
+    from bowstore.benchmarks.encode import bench_encode
+
+    index = photographs(check)
+    for precision in ("float32", "bfloat16"):
+        config = validate(
+            EncodeConfig,
+            check.size(
+                {"teacher": "torchvision:resnet50", "layers": ["conv4"], "k": [20_000]},
+                {"teacher": "torchvision:resnet50", "layers": ["conv4"], "k": [20_000]},
+                {"teacher": "wrn-10-1", "layers": ["block3"], "k": [20], "size": 32, "resize": 40, "batch": 4},
+            )
+            | {"precision": precision},
+            "check",
+        )
+        result = bench_encode(
+            index.root, config, images=check.size(20_000, 10_000, 12), rounds=check.size(3, 2, 1), device=check.device
+        )
+        check.bench(result, f"{precision}, ")
+        rates = {timing.name: timing.rates for timing in result.timings}
+        for other, name in (("clean view alone", "decoding"), ("teacher alone", "the trunk")):
+            ratios = [whole / part for whole, part in zip(rates["encode"], rates[other], strict=True)]
+            check.figure(f"encode over {name}, {precision}", *ratios)
+
+
+def imagenette(check: Check) -> None:
+    """A RotNet, its words, a BoWNet, and linear probes of both, with the commands of the guide."""
+    from bowstore.data.synthetic import write_images
+    from bowstore.environment import library_versions
+
+    teacher, student, epochs, k = check.size(
+        ("imagenette_rotnet", "imagenette_bownet", (12, 40), 2048),
+        ("imagenette_rotnet", "imagenette_bownet", (4, 12), 2048),
+        ("demo_rotnet", "demo_bownet", (1, 1), 16),
+    )
+    print(library_versions())
+    with tempfile.TemporaryDirectory(dir=check.scratch) as name, chdir(name):
+        source = check.data
+        if check.toy:
+            source = Path("images")
+            write_images(source, train=64, val=20, size=32, workers=1)
+        assert source is not None, "skipped without"
+        _command("shards", str(source), "data/shards")
+        for config, length in ((teacher, epochs[0]), (student, epochs[1])):
+            steps = [max(1, round(share * length)) for share in (0.6, 0.87)]
+            _command(
+                "train", "--config", f"{config}.yaml", "--set", f"optim.epochs={length}", "--set",
+                f"optim.milestones={sorted(set(steps)) if length > 2 else []}", "--set", "optim.warmup_epochs=0",
+            )  # fmt: skip
+            _learned(check, Path("runs") / config)
+            if config == teacher:
+                layer = "conv4" if not check.toy else "block3"
+                _command("encode", "--layer", layer, "--K", str(k))
+        for config in (teacher, student):
+            _command("eval", "linear", "--run", f"runs/{config}")
+            for file in Path("runs", config, "eval").glob("*.json"):
+                value = json.loads(file.read_text())
+                check.claim(f"linear probe, {config}", None, json.dumps(value.get("metrics"))[:150])
+
+
+def _learned(check: Check, run: Path) -> None:
+    """The first and the last logged loss of a run, which has to have fallen, but in a dry run."""
+    from bowstore.train.metrics import read_metrics
+
+    lines = read_metrics(run)
+    first, last = lines[0]["loss"], lines[-1]["loss"]
+    check.claim(f"{run.name} learns", None if check.toy else last < first, f"loss {first:.4g}, then {last:.4g}")
+    if rate := lines[-1].get("images_per_second"):
+        check.figure(f"{run.name}", rate, unit="images/s")
+
+
+def _command(*arguments: str) -> None:
+    """One command of bowstore, in this process."""
+    from bowstore.cli import main
+
+    print("bowstore", *arguments, flush=True)
+    main(list(arguments), standalone_mode=False)
