@@ -9,10 +9,18 @@ try to compile them. 65535 stands for no word.
 Triton compiles a kernel anew for an integer that is 1, a multiple of 16 or neither, and for a pointer that is aligned
 or not. What differs from call to call of one run is therefore kept out of that (`do_not_specialize`): one kernel
 for all of them. What stays the same for a vocabulary may have a kernel of its own where it makes loads wider.
+
+The search looks at a block of words as four columns: of eight words in a row, two go to each. So lie the scores that
+a thread gets from a product on tensor cores, and what a thread has of a row is one column: all of the search happens
+within threads, and only the end of a range brings the columns together. A score carries its place in its column in
+its lowest bits, so that the least score names its word: three comparisons a score find the two least.
 """
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
+
+PLACES = tl.constexpr(32)  # of a column, at most; a score gives up so many of its steps
+FAR = tl.constexpr(2.0**100)  # the half norm of what is no word; finite, because place bits make infinity no number
 
 
 @triton.jit(do_not_specialize=["n", "d", "row_step"], do_not_specialize_on_alignment=["x_ptr", "dim_step"])
@@ -42,55 +50,99 @@ def round_rows(
 
 @triton.jit
 def _low(
-    x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, k, d,
+    x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, d,
     ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """low_k of a block of rows and a block of words, infinite past the last word; and the words' ids."""
+    """low_k of a block of rows and a block of words; half norms and reach go on to the end of the last block."""
     products = tl.zeros((ROWS, WORDS), tl.float32)
     for dim in range(0, d, DIMS):
         products = tl.dot(x_tiles.load([row, dim]), word_tiles.load([block * WORDS, dim]).T, products)
     words = block * WORDS + tl.arange(0, WORDS)
-    half_norm = tl.load(half_norm_ptr + words, mask=words < k, other=float("inf"))
-    reach = tl.load(reach_ptr + words, mask=words < k, other=0.0)
-    return half_norm[None, :] - alpha[:, None] * reach[None, :] - products, words
+    return tl.load(half_norm_ptr + words)[None, :] - alpha[:, None] * tl.load(reach_ptr + words)[None, :] - products
 
 
-@triton.jit(do_not_specialize=["n", "k", "d", "ranges"])
+@triton.jit
+def _two_least(low, keep, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Of each column the least score and the next, (ROWS, 4) each; both with their places in their lowest bits."""
+    place = 2 * tl.arange(0, WORDS // 8)[:, None] + tl.arange(0, 2)[None, :]
+    bits = tl.reshape(low, (ROWS, WORDS // 8, 4, 2)).to(tl.int32, bitcast=True)
+    # `keep` is an argument because one instruction packs a constant with what a register holds; two constants take two.
+    left, right = tl.split(((bits & keep) | place[None, :, None, :]).to(tl.float32, bitcast=True))
+    least = tl.permute(tl.minimum(left, right), (0, 2, 1))
+    other = tl.permute(tl.maximum(left, right), (0, 2, 1))
+    for step in tl.static_range(4):  # halves, as often as there are two
+        if WORDS >> step >= 16:
+            left, right = tl.split(tl.reshape(least, (ROWS, 4, WORDS // 16 >> step, 2)))
+            left_other, right_other = tl.split(tl.reshape(other, (ROWS, 4, WORDS // 16 >> step, 2)))
+            least = tl.minimum(left, right)
+            other = tl.minimum(tl.maximum(left, right), tl.minimum(left_other, right_other))
+    return tl.reshape(least, (ROWS, 4)), tl.reshape(other, (ROWS, 4))
+
+
+@triton.jit
+def _word(packed, block, keep, WORDS: tl.constexpr):
+    """The word of a packed score (ROWS, 4) of a block; 65535 for none."""
+    place = packed.to(tl.int32, bitcast=True) & ~keep
+    word = block * WORDS + 8 * (place // 2) + 2 * tl.arange(0, 4)[None, :] + place % 2
+    return tl.where(packed < FAR, word, 65535)
+
+
+@triton.jit
+def _unpacked(packed, keep):
+    """The score without its place."""
+    return (packed.to(tl.int32, bitcast=True) & keep).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["n", "k", "d", "ranges", "keep"])
 def search(
-    x_tiles, word_tiles, alpha_ptr, half_norm_ptr, reach_ptr, low_ptr, ids_ptr, others_ptr, n, k, d, ranges,
+    x_tiles, word_tiles, alpha_ptr, half_norm_ptr, reach_ptr, low_ptr, ids_ptr, others_ptr, n, k, d, ranges, keep,
     ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """The best words of the two best blocks of a range, and the least low_k of the range's other words."""
+    """The two best of a range's words that are the best of a column of a block, and the least low_k of all its others.
+
+    `keep` is -PLACES.
+    """
     # The ranges of a block of rows run side by side and share its rows in the L2 cache.
     part = tl.program_id(0) % ranges
     row = tl.program_id(0) // ranges * ROWS
     rows = row + tl.arange(0, ROWS)
     alpha = tl.load(alpha_ptr + rows, mask=rows < n, other=0.0)
-    first = tl.full((ROWS,), float("inf"), tl.float32)
-    second = tl.full((ROWS,), float("inf"), tl.float32)
-    others = tl.full((ROWS,), float("inf"), tl.float32)
-    first_id = tl.full((ROWS,), 65535, tl.int32)
-    second_id = tl.full((ROWS,), 65535, tl.int32)
+    first = tl.full((ROWS, 4), FAR, tl.float32)
+    second = tl.full((ROWS, 4), FAR, tl.float32)
+    others = tl.full((ROWS, 4), FAR, tl.float32)
+    first_block = tl.zeros((ROWS, 4), tl.int32)
+    second_block = tl.zeros((ROWS, 4), tl.int32)
     blocks = tl.cdiv(k, WORDS)
     # Flattened with the loop over dimensions: the next block's tiles are fetched while this one's least is sought.
     for block in tl.range(part * blocks // ranges, (part + 1) * blocks // ranges, flatten=True):
-        low, words = _low(x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, k, d, ROWS, WORDS, DIMS)
-        best = tl.min(low, axis=1)
-        best_id = tl.min(tl.where(low == best[:, None], words[None, :], 65535), axis=1)
-        runner_up = tl.min(tl.where(words[None, :] == best_id[:, None], float("inf"), low), axis=1)
+        low = _low(x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, d, ROWS, WORDS, DIMS)
+        best, runner_up = _two_least(low, keep, ROWS, WORDS)
+        others = tl.minimum(others, tl.minimum(runner_up, tl.maximum(second, best)))
         is_first = best < first
-        is_second = best < second
-        others = tl.minimum(others, tl.minimum(runner_up, tl.where(is_second, second, best)))
-        second = tl.where(is_first, first, tl.where(is_second, best, second))
-        second_id = tl.where(is_first, first_id, tl.where(is_second, best_id, second_id))
-        first = tl.where(is_first, best, first)
-        first_id = tl.where(is_first, best_id, first_id)
+        second_block = tl.where(is_first, first_block, tl.where(best < second, block, second_block))
+        first_block = tl.where(is_first, block, first_block)
+        second = tl.minimum(second, tl.maximum(first, best))
+        first = tl.minimum(first, best)
+    first_id, second_id = _word(first, first_block, keep, WORDS), _word(second, second_block, keep, WORDS)
+    for step in tl.static_range(2):  # four columns to two to one
+        a, b = tl.split(tl.reshape(first, (ROWS, 2 >> step, 2)))
+        a_id, b_id = tl.split(tl.reshape(first_id, (ROWS, 2 >> step, 2)))
+        a2, b2 = tl.split(tl.reshape(second, (ROWS, 2 >> step, 2)))
+        a2_id, b2_id = tl.split(tl.reshape(second_id, (ROWS, 2 >> step, 2)))
+        a_others, b_others = tl.split(tl.reshape(others, (ROWS, 2 >> step, 2)))
+        ahead = b < a  # then b is the first, and a or b2 the second
+        next_a, next_a_id = tl.where(ahead, a, a2), tl.where(ahead, a_id, a2_id)
+        next_b, next_b_id = tl.where(ahead, b2, b), tl.where(ahead, b2_id, b_id)
+        others = tl.minimum(tl.minimum(a_others, b_others), tl.maximum(next_a, next_b))
+        others = tl.minimum(others, tl.where(ahead, a2, b2))
+        first, first_id = tl.where(ahead, b, a), tl.where(ahead, b_id, a_id)
+        second, second_id = tl.minimum(next_a, next_b), tl.where(next_b < next_a, next_b_id, next_a_id)
     to_first = (2 * part).to(tl.int64) * n + rows
-    tl.store(low_ptr + to_first, first, mask=rows < n)
-    tl.store(low_ptr + to_first + n, second, mask=rows < n)
-    tl.store(ids_ptr + to_first, first_id, mask=rows < n)
-    tl.store(ids_ptr + to_first + n, second_id, mask=rows < n)
-    tl.store(others_ptr + part.to(tl.int64) * n + rows, others, mask=rows < n)
+    tl.store(low_ptr + to_first, _unpacked(tl.reshape(first, (ROWS,)), keep), mask=rows < n)
+    tl.store(low_ptr + to_first + n, _unpacked(tl.reshape(second, (ROWS,)), keep), mask=rows < n)
+    tl.store(ids_ptr + to_first, tl.reshape(first_id, (ROWS,)), mask=rows < n)
+    tl.store(ids_ptr + to_first + n, tl.reshape(second_id, (ROWS,)), mask=rows < n)
+    tl.store(others_ptr + part.to(tl.int64) * n + rows, _unpacked(tl.reshape(others, (ROWS,)), keep), mask=rows < n)
 
 
 @triton.jit(do_not_specialize=["n", "k", "d", "ranges"])
@@ -106,8 +158,9 @@ def list_below(
     limit = tl.load(limit_ptr + rows, mask=rows < n, other=float("-inf"))
     blocks = tl.cdiv(k, WORDS)
     for block in range(part * blocks // ranges, (part + 1) * blocks // ranges):
-        low, words = _low(x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, k, d, ROWS, WORDS, DIMS)
-        hit = low <= limit[:, None]
+        low = _low(x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, d, ROWS, WORDS, DIMS)
+        words = block * WORDS + tl.arange(0, WORDS)
+        hit = (low <= limit[:, None]) & (words < k)[None, :]
         # The lowest of every row at a time: there are few, and most blocks hold none.
         while tl.max(tl.max(hit.to(tl.int32), axis=1), axis=0) > 0:
             word = tl.min(tl.where(hit, words[None, :], 65535), axis=1)

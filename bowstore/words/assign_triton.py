@@ -1,6 +1,7 @@
 """The nearest word on a GPU's tensor cores: half-precision products, exact answers, no matrix of distances.
 
-Legend: N vectors, D dimensions, K words, R ranges of words, M listed words of a vector, U vectors looked at again.
+Legend: N vectors, D dimensions, K words, J words and more to whole blocks, R ranges of words, M listed words of a
+vector, U vectors looked at again.
 
 Let mu be the words' median in each dimension, X = S (x - mu) and C_k = S (c_k - mu) with S a power of two. Neither
 changes which word is nearest. The shift makes the products, and with them their rounding, smaller; a median, because
@@ -12,17 +13,27 @@ in float32, and holds half norms and scores in float32. With
     X.C_k - X'.C'_k = (X - X').C'_k + X.(C_k - C'_k)      at most r p_k + |X| q_k
     gamma = (5/4 (D + 2) + 8) 2^-23                       float32 sums in any order, in groups of four terms or more,
                                                           each truncated, as tensor cores do
-a computed score is off by at most e_k = alpha reach_k, where
+    tau = 2^-18                                           of a score, what its place in the lowest 5 bits changes
+
+a computed score is off by at most alpha' reach_k, where
 
     reach_k = max(p_k, q_k / t),  t = max q / max p
-    alpha = r + t |X| + gamma (|X| + r) + 2^-21 max |C|   the last for half norms and the score's own rounding
+    alpha' = r + t |X| + gamma (|X| + r) + 2^-21 max |C|  the last for half norms and the score's own rounding
+    alpha = (1 + 4 tau) (alpha' + tau (1 + t) (|X| + max |C| / 2))
 
-So low_k <= s_k <= low_k + 2 e_k for low_k = computed score - e_k, and only a word whose low_k is at most the least
+and low_k = computed score - alpha reach_k, whose 5 lowest bits give way to the word's place. Before that, low_k is at
+least s_k - (alpha + alpha') reach_k and at most s_k - (alpha - alpha') reach_k; so it is no larger than |s_k| +
+2 alpha reach_k, which is at most ((1 + t) (|X| + max |C| / 2) + 2 alpha) reach_k since |C_k| <= p_k + q_k <=
+(1 + t) reach_k. Cutting its bits off changes it by tau of that, no more than (alpha - alpha') reach_k. (reach_k is no
+less than 2^-40 of the largest, so that numbers too small for all their bits do not matter.)
+
+So low_k <= s_k <= low_k + 2 e_k with e_k = alpha reach_k, and only a word whose low_k is at most the least
 low_j + 2 e_j can be nearest. If there is one such word, it is the nearest, proven. If there are several, they are
-compared in float64, and of equal distances the lower id wins. The search lists the best words of the two best blocks
-of each range of words, and keeps the least low_k of the others; where that cannot exclude them, a second search of
-those vectors lists every word below the bound. Vectors that are open even then (more such words than the list holds,
-or a vector too far off for half precision) are named to the caller.
+compared in float64, and of equal distances the lower id wins. The search cuts each range of words into blocks and a
+block into four columns, lists the two best of the words that are the best of their column of their block, and keeps
+the least low_k of all the others; where that cannot exclude them, a second search of those vectors lists every word
+below the bound. Vectors that are open even then (more such words than the list holds, or a vector too far off for half
+precision) are named to the caller.
 
 Shift and float16 are measured choices. On ImageNet photographs, K = 20000 (conv4 of a ResNet-50, D = 1024, and of a
 ResNet-18, D = 256): bfloat16 without the shift gives 9 % and 7 % of the vectors a word that is not the nearest, and
@@ -45,8 +56,10 @@ _NO_WORD = 65535
 _LONG_LIST = 128  # words that the second search can list for a vector, and all ranges of the first together
 _SHORT_LIST = 16  # of eight ranges; there are kernels for these two lengths and no others
 _ROUNDED_ELEMENTS = 1 << 28  # of the half-precision copy of the features that exists at a time: 512 MiB
-_PROGRAMS_PER_PROCESSOR = 12  # so that the last, partly filled wave of programs costs at most 8 %
+_PROGRAMS_PER_PROCESSOR = 12  # so that the last, partly filled wave of programs should cost at most 8 %
 _RANGES = 4, 64  # at least, so that the row blocks in flight stay in the L2 cache; at most, so that lists stay short
+_TAU = kernels.PLACES.value * 2.0**-23
+_MOST_WORDS = 4 * kernels.PLACES.value  # of a tile
 _LARGEST = 6  # log2 of the largest component of a scaled word: features may be 1000 times larger in float16
 
 
@@ -55,7 +68,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows: vectors of a program.
-        words: words scored at a time.
+        words: words scored at a time, a power of two from 16 to 128.
         dims: dimensions multiplied at a time.
         warps: of a program.
         stages: tiles in flight.
@@ -75,9 +88,11 @@ class Tiles(NamedTuple):
         return 2 * self.stages * (self.rows + self.words) * self.dims
 
 
-# The accumulators of 256 x 128 scores fill half of a Hopper processor's registers, and every byte that its tiles draw
-# from the L2 cache serves 85 operations; 128 x 256 would do as well, but spills registers in the search for the least.
-# Before Hopper, Triton does not fetch tiles ahead, so small ones, several programs to a processor, hide the waiting.
+# No tiling has been timed on a GPU. What is known comes from compiling: for 9.0 the larger one takes 245 of a thread's
+# 255 registers and spills none; of the 1121 instructions for a block of scores in its loop 719 seek the least (1325 of
+# 1741 when ids were sought beside the scores); 128 x 256, which would draw no more from the L2 cache (a byte for 85
+# operations), spills. That these two belong where they are, and that small tiles, several programs to a processor, hide
+# the waiting before Hopper, where Triton does not fetch tiles ahead, are estimates.
 HOPPER = Tiles(rows=256, words=128, dims=64, warps=8, stages=4)
 OTHER = Tiles(rows=128, words=64, dims=32, warps=8, stages=2)
 
@@ -89,8 +104,8 @@ class FastWords(NamedTuple):
         words_KD: float32, as they are.
         rounded_KD: C', half precision, columns padded with zeros to a multiple of 8.
         middle_D: float32, mu.
-        half_norm_K: float32, |C_k|^2 / 2.
-        reach_K: float32.
+        half_norm_J: float32, |C_k|^2 / 2, to the end of the last block of words; beyond the words `FAR`.
+        reach_J: float32, to the same length.
         scale: S.
         norm_share: of alpha, for each unit of |X|.
         rest_share: of alpha, for each unit of r.
@@ -100,8 +115,8 @@ class FastWords(NamedTuple):
     words_KD: Tensor
     rounded_KD: Tensor
     middle_D: Tensor
-    half_norm_K: Tensor
-    reach_K: Tensor
+    half_norm_J: Tensor
+    reach_J: Tensor
     scale: float
     norm_share: float
     rest_share: float
@@ -140,16 +155,19 @@ def prepare_fast(vocabulary_KD: Tensor, half: torch.dtype = torch.float16) -> Fa
     share = float(rest_K.max() / torch.maximum(norm_K, rest_K).max()) if rest_K.any() else 0.0
     gamma = (1.25 * (dims + 2) + 8) * 2.0**-23
     slack = 1 + gamma  # of the norms' own float32 sums
+    more = 1 + 4 * _TAU
+    reach_K = (torch.maximum(norm_K, rest_K / share) if share else norm_K).float() * (1 + 2.0**-20)
+    beyond, pad = -len(exact_KD) % _MOST_WORDS, torch.nn.functional.pad
     return FastWords(
         words_KD=vocabulary_KD.contiguous(),
         rounded_KD=rounded_KD,
         middle_D=middle_D,
-        half_norm_K=(exact_KD.square().sum(dim=1) / 2).float(),
-        reach_K=(torch.maximum(norm_K, rest_K / share) if share else norm_K).float() * (1 + 2.0**-20),
+        half_norm_J=pad((exact_KD.square().sum(dim=1) / 2).float(), (0, beyond), value=kernels.FAR.value),
+        reach_J=pad(reach_K.clamp(min=2.0**-40 * float(reach_K.max())), (0, beyond)),
         scale=scale,
-        norm_share=slack * (share + gamma + 2.0**-23),
-        rest_share=slack * (1 + gamma),
-        floor=2.0**-21 * float(exact_KD.norm(dim=1).max()),
+        norm_share=more * slack * (share + gamma + 2.0**-23 + _TAU * (1 + share)),
+        rest_share=more * slack * (1 + gamma),
+        floor=more * (2.0**-21 + _TAU * (1 + share) / 2) * float(exact_KD.norm(dim=1).max()),
     )
 
 
@@ -224,9 +242,10 @@ def nearest(features_ND: Tensor, words: FastWords, tiles: Tiles | None = None) -
 def _nearest(features_ND: Tensor, words: FastWords, tiles: Tiles) -> Nearest:
     rounded_ND, alpha_N = _round(features_ND, words)
     low_MN, ids_MN, others_RN = _search(rounded_ND, alpha_N, words, tiles)
-    # Also where nothing was listed, or a bound is no number: an infinite or undefined limit excludes nothing.
-    reach_MN = words.reach_K[ids_MN.clamp(max=len(words.words_KD) - 1).long()]
+    reach_MN = words.reach_J[ids_MN.clamp(max=len(words.words_KD) - 1).long()]
     limit_N = (low_MN + 2 * alpha_N * reach_MN).amin(dim=0)
+    # Too far off for half precision, scores are no numbers: such a limit excludes nothing, and nothing is below it.
+    limit_N = torch.where(alpha_N < torch.inf, limit_N, torch.nan)
     possible_MN = low_MN <= limit_N
     count_N = possible_MN.sum(dim=0)
     excluded_N = (others_RN > limit_N).all(dim=0)
@@ -265,7 +284,7 @@ def _search(rounded_ND: Tensor, alpha_N: Tensor, words: FastWords, tiles: Tiles)
     others_RN = torch.empty(ranges, rows, device=device)
     kernels.search[(triton.cdiv(rows, tiles.rows) * ranges,)](
         *_operands(rounded_ND, alpha_N, words, tiles), low_MN, ids_MN, others_RN,
-        rows, *words.rounded_KD.shape, ranges, **_launch(tiles),
+        rows, *words.rounded_KD.shape, ranges, -kernels.PLACES.value, **_launch(tiles),
     )  # fmt: skip
     return low_MN, ids_MN, others_RN
 
@@ -302,8 +321,8 @@ def _operands(rounded_ND: Tensor, alpha_N: Tensor, words: FastWords, tiles: Tile
         TensorDescriptor.from_tensor(rounded_ND, [tiles.rows, tiles.dims]),
         TensorDescriptor.from_tensor(words.rounded_KD, [tiles.words, tiles.dims]),
         alpha_N,
-        words.half_norm_K,
-        words.reach_K,
+        words.half_norm_J,
+        words.reach_J,
     )
 
 

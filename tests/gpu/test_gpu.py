@@ -122,7 +122,7 @@ def test_scores_of_tensor_cores_lie_within_their_bound(tiles: Tiles, half: torch
     fast = prepare_fast(words, half)
     rounded, alpha = assign_triton._round(features, fast)
     low, ids, _ = assign_triton._search(rounded, alpha, fast, tiles._replace(ranges=4))
-    bound = alpha * fast.reach_K[ids.long()]
+    bound = alpha * fast.reach_J[ids.long()]
     exact = fast.scale**2 * exact_scores(features, words).T.gather(0, ids.long())
     error = (low.double() + bound.double() - exact).abs() / bound
     print(f"largest error {float(error.max()):.3f} of the bound")

@@ -70,13 +70,15 @@ def check_proven(features_ND: Tensor, words_KD: Tensor, found: Nearest) -> None:
     ("n", "d", "k", "tiles"),
     [
         (1, 1, 1, TILES),
+        (5, 4, 47, Tiles(16, 16, 16, 4, 2)),
+        (5, 4, 97, Tiles(16, 32, 16, 4, 2)),
         (3, 5, 1, TILES),
         (1, 9, 64, TILES),
         (33, 20, 300, TILES),
         (70, 129, 513, TILES._replace(ranges=3)),
         (32, 64, 128, TILES._replace(ranges=1)),
         (40, 31, 65, TILES._replace(ranges=7)),
-        (6, 3, 65535, Tiles(16, 4096, 16, 4, 2)),
+        (6, 3, 65535, Tiles(16, 128, 16, 4, 2)),
     ],
 )
 def test_the_nearest_word_for_odd_shapes(n: int, d: int, k: int, tiles: Tiles, half: torch.dtype) -> None:
@@ -121,7 +123,7 @@ def bounds(features_ND: Tensor, fast: FastWords, ranges: int) -> tuple[Tensor, T
     tiles = TILES._replace(ranges=ranges)
     low_MN, ids_MN, others_RN = assign_triton._search(rounded_ND, alpha_N, fast, tiles)
     last = len(fast.words_KD) - 1
-    return low_MN, ids_MN, others_RN, alpha_N * fast.reach_K[ids_MN.clamp(max=last).long()]
+    return low_MN, ids_MN, others_RN, alpha_N * fast.reach_J[ids_MN.clamp(max=last).long()]
 
 
 @far
@@ -152,6 +154,31 @@ def test_every_score_lies_within_its_bound(
     assert (listed_MN <= low_MN + 2 * bound_MN + tiny_N)[(ids_MN < k) & finite_N].all()
     exact_KN.scatter_(0, ids_MN.clamp(max=k).long(), torch.inf)
     assert (others_RN.amin(dim=0) <= exact_KN.amin(dim=0) + tiny_N)[finite_N].all()
+
+
+@pytest.mark.parametrize("words_of_a_tile", [16, 32, 64, 128])
+@pytest.mark.parametrize("shift", [0, 40_000])
+def test_the_search_lists_the_best_columns_and_keeps_the_least_other(words_of_a_tile: int, shift: int) -> None:
+    """Exact numbers, scores of both signs: the packed search against the same on a table of all scores."""
+    features, words = make_vectors("whole numbers", 21, 6, 301, seed=shift)
+    fast = prepare_fast(words)
+    fast = fast._replace(half_norm_J=fast.half_norm_J + fast.scale**2 * shift)
+    rounded_ND, alpha_N = assign_triton._round(features, fast)
+    tiles = Tiles(32, words_of_a_tile, 16, 4, 2, ranges=2)
+    low_MN, ids_MN, others_RN = assign_triton._search(rounded_ND, torch.zeros_like(alpha_N), fast, tiles)
+    scores_NK = fast.half_norm_J[:301] - rounded_ND.float() @ fast.rounded_KD.float().T
+    scores_NK = (scores_NK.view(torch.int32) & -32).view(torch.float32)
+    assert torch.equal(low_MN, scores_NK.T.gather(0, ids_MN.long()))
+    blocks = -(-301 // words_of_a_tile)
+    scores_NK = torch.nn.functional.pad(scores_NK, (0, blocks * words_of_a_tile - 301), value=2.0**100)
+    for part in range(2):
+        own = slice(part * blocks // 2 * words_of_a_tile, (part + 1) * blocks // 2 * words_of_a_tile)
+        columns = scores_NK[:, own].view(21, -1, words_of_a_tile // 8, 4, 2).transpose(2, 3).flatten(3).flatten(1, 2)
+        ranked = columns.sort(dim=2).values
+        best = ranked[:, :, 0].sort(dim=1).values
+        assert torch.equal(low_MN[2 * part : 2 * part + 2], best[:, :2].T)
+        assert torch.equal(others_RN[part], torch.cat([best[:, 2:], ranked[:, :, 1]], dim=1).amin(dim=1))
+    assert shift or (scores_NK < 0).any()
 
 
 def test_bounds_are_not_idle() -> None:
@@ -221,6 +248,21 @@ def test_vectors_beyond_half_precision_are_left_open_and_assigned() -> None:
 
 
 @far
+def test_what_is_no_number_gets_some_word() -> None:
+    """The caller finds out; but an id that is none would end every other work on a GPU."""
+    features, words = make_vectors("normal", 12, 16, 100, seed=0)
+    features[0], features[1], features[2, 3], features[3, 3] = torch.nan, -torch.inf, torch.inf, torch.nan
+    features[4, :2] = torch.tensor([torch.inf, -torch.inf])
+    words[:50, 3] = 0
+    found = nearest(features, prepare_fast(words), TILES)
+    assert found.open_U.tolist() == [0, 1, 2, 3, 4]
+    prepared = prepare_words(words)
+    ids = assign(features, prepared._replace(fast=prepare_fast(words))).long()
+    assert (ids < 100).all()
+    assert torch.equal(ids[5:], scores(features[5:], words).argmin(dim=1))
+
+
+@far
 def test_rows_are_taken_in_blocks_of_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     features, words = make_vectors("duplicates", 50, 12, 90, seed=4)
     features[33] *= 1e8
@@ -285,7 +327,7 @@ def test_nothing_is_compiled_after_the_warm_up(d: int, monkeypatch: pytest.Monke
     for n, k, kind in (
         (1, 1, "normal"),
         (1, 640, "near duplicates"),
-        (16, 250, "whole numbers"),
+        (16, 250, "zeros"),
         (33, 90, "duplicates"),
     ):
         features, words = make_vectors(kind, n + 1, d, k, seed=n)

@@ -1,8 +1,11 @@
 """The search on tensor cores, without any: in Triton's interpreter, and compiled for GPUs that are not here."""
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,7 +40,7 @@ def compiled(kernel: triton.JITFunction, tiles: Tiles, capability: int, half: st
         "rounded_ptr": f"*{half}",
         "rows_ptr": "*i64",
         **dict.fromkeys(("ids_ptr", "listed_ptr", "count_ptr"), "*i32"),
-        **dict.fromkeys(("n", "k", "d", "width", "ranges", "row_step", "listed"), "i32"),
+        **dict.fromkeys(("n", "k", "d", "width", "ranges", "keep", "row_step", "listed"), "i32"),
         **dict.fromkeys(("scale", "norm_share", "rest_share", "floor"), "fp32"),
         "dim_step": "i64",
         **dict.fromkeys(sizes, "constexpr"),
@@ -90,6 +93,32 @@ def test_sizes_of_one_compile() -> None:
     ones = {"d": 1, "row_step": 1, "dim_step": 1}
     assert compiled(kernels.round_rows, tiles, 90, "fp16", ROWS=16, DIMS=128, n=1, **ones).asm["cubin"]
     assert compiled(kernels.compare, tiles, 90, "fp16", LANES=2, DIMS=2048, **ones).asm["cubin"]
+
+
+def test_the_least_score_is_sought_within_threads_and_registers() -> None:
+    """Three comparisons a score, none of which chooses an id; the ends of ranges are few."""
+    blocks = {"ROWS": HOPPER.rows, "WORDS": HOPPER.words, "DIMS": HOPPER.dims}
+    made = compiled(kernels.search, HOPPER, 90, "fp16", **blocks)
+    scores = (
+        HOPPER.rows * HOPPER.words // (32 * HOPPER.warps)
+    )  # of a thread, of a block; the compiler writes them twice
+    used = Counter(re.findall(r"^\s+(?:@\S+ )?([a-z]+)\.\S*", made.asm["ptx"], re.MULTILINE))
+    assert used["min"] + used["max"] <= 2 * 3.2 * scores
+    assert used["selp"] + used["setp"] < scores
+    assert ".ftz" not in made.asm["ptx"]  # places are kept in numbers that are nearly zero, too
+    assert stack_bytes(made) == 0
+
+
+def stack_bytes(made: CompiledKernel) -> int:
+    """Of memory that a thread of a kernel takes for what its registers do not hold."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1])
 
 
 def test_tiles_without_a_gpu_are_small() -> None:
