@@ -20,6 +20,8 @@ _DISTRIBUTIONS = {
     "torch": ("torch",),
     "torchvision": ("torchvision",),
     "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    "nvimgcodec": ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
+    "nvjpeg": ("nvidia-nvjpeg", "nvidia-nvjpeg-cu12"),
     "sklearn": ("scikit-learn",),
     "numpy": ("numpy",),
 }

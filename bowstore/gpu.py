@@ -7,6 +7,7 @@ first batch. So the driver is asked here, through its C library, and nothing of 
 import csv
 import ctypes
 import os
+import re
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
@@ -86,6 +87,17 @@ def ask_driver(load: Callable[[str], Any] = ctypes.CDLL) -> Driver:
         library.cuGetErrorName(code, ctypes.byref(name))
         return Driver(found, name.value.decode() if name.value else f"CUDA error {code}")
     return Driver(found)
+
+
+def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The driver's version as the kernel's module tells it, or else the newest CUDA that it runs."""
+    try:
+        if found := re.search(r"\d+\.\d+(\.\d+)*", file.read_text()):
+            return found[0]
+    except OSError:
+        pass
+    cuda = ask_driver().cuda
+    return f"for CUDA {_dotted(cuda)}" if cuda else "none"
 
 
 @cache

@@ -22,6 +22,7 @@ EVERYWHERE = {
     "environment",
     "errors",
     "files",
+    "gpu",
     "limits",
     "progress",
     "remote",

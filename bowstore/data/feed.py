@@ -3,7 +3,6 @@
 Legend: B batch, C channels, H W pixels of the network input.
 """
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -14,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from bowstore.data.dali_errors import explained, is_of_graph
 from bowstore.data.reader import ImageSource, prefetched
 from bowstore.environment import cores_per_rank
-from bowstore.errors import DataError, is_machine_error
 
 PREFETCH = 2
 T = TypeVar("T")
@@ -108,8 +106,21 @@ def _tensors(values: NDArray[Any] | list[NDArray[np.uint8]]) -> TensorListCPU:
     return TensorListCPU(values)
 
 
-def run(pipe: Pipeline, feed: Feed[T], blame: Callable[[T], str]) -> Iterator[tuple[T, Tensor]]:
-    """Run to the end of the feed and hand out in order; `blame` names the bad image of a batch that failed."""
+def run(
+    pipe: Pipeline, feed: Feed[T], source: ImageSource, rows: Callable[[T], NDArray[np.int64]]
+) -> Iterator[tuple[T, Tensor]]:
+    """Run to the end of the feed and hand out in order.
+
+    Args:
+        pipe: the graph.
+        feed: what feeds it.
+        source: where the images come from.
+        rows: those of a batch (B,).
+
+    Raises:
+        DataError: an image that cannot be decoded.
+        BowstoreError: a library, the GPU or memory that failed.
+    """
     gpu = pipe.device_id is not None
     while True:
         try:
@@ -118,9 +129,9 @@ def run(pipe: Pipeline, feed: Feed[T], blame: Callable[[T], str]) -> Iterator[tu
         except StopIteration:
             return
         except RuntimeError as error:
-            if "Critical error in pipeline" not in str(error) or not feed.in_flight or is_machine_error(error):
+            if not is_of_graph(error) or not feed.in_flight:
                 raise
-            raise DataError(blame(feed.in_flight[0])) from error
+            raise explained(error, source, rows(feed.in_flight[0])) from error
         what = feed.take(_passed(pipe.device_id)) if gpu else feed.take()
         yield what, torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
 
@@ -130,16 +141,3 @@ def _passed(device: int) -> Callable[[], bool]:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event.query
-
-
-def undecodable(source: ImageSource, rows: NDArray[np.int64]) -> str:
-    """Say which of `rows` cannot be decoded, by trying each with Pillow (DALI does not tell)."""
-    for row, data in zip(rows.tolist(), source.read(rows), strict=True):
-        try:
-            with Image.open(io.BytesIO(data.tobytes())) as image:
-                image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # Pillow names the buffer, an address, of what it does not know.
-            why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            return f"image {source.name(row)!r} cannot be decoded ({why}); remove it, or make the shards again"
-    return f"an image among {source.name(int(rows[0]))!r} and the {len(rows) - 1} after it cannot be decoded by DALI"

@@ -21,7 +21,9 @@ from bowstore.data.batches import TrainingPixels, bounded
 from bowstore.data.colour import colour_matrices
 from bowstore.data.colour import jitter as matrix_jitter
 from bowstore.data.cutmix import paste, paste_inputs
-from bowstore.data.feed import Feed, new_pipeline, run, undecodable
+from bowstore.data.decode import Decoder
+from bowstore.data.feed import Feed, new_pipeline, run
+from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.plan import Plan
 from bowstore.data.reader import ImageSource
 from bowstore.data.views import Batch, CleanView
@@ -44,6 +46,7 @@ def train_batches(
     device: torch.device,
     threads: int | None = None,
     hw_load: float = HW_LOAD,
+    way: Way | None = None,
     ahead: Callable[[Plan], Any] | None = None,
 ) -> Iterator[Batch]:
     """Yield the perturbed images of `plans`, in order.
@@ -56,15 +59,17 @@ def train_batches(
         device: where the images are wanted.
         threads: decoding threads; None for one a core.
         hw_load: share of the JPEG images that a GPU's hardware decoder takes.
+        way: how windows are decoded; None for the quicker of those that work there.
         ahead: called with each plan in the reading thread, some batches ahead of need (streamed targets).
 
     Raises:
         DataError: an image that cannot be decoded.
+        BowstoreError: a library, the GPU or memory that failed.
     """
     pipe, feed = train_pipeline(
-        source, view, plans, batch=batch, device=device, threads=threads, hw_load=hw_load, ahead=ahead
+        source, view, plans, batch=batch, device=device, threads=threads, hw_load=hw_load, way=way, ahead=ahead
     )
-    for (plan, found), images_BCHW in run(pipe, feed, lambda what: undecodable(source, what[0].rows)):
+    for (plan, found), images_BCHW in run(pipe, feed, source, lambda what: what[0].rows):
         yield Batch(images_BCHW, plan, found)
 
 
@@ -77,6 +82,7 @@ def train_pipeline(
     device: torch.device,
     threads: int | None = None,
     hw_load: float = HW_LOAD,
+    way: Way | None = None,
     ahead: Callable[[Plan], Any] | None = None,
     until: Stage = "normalise",
 ) -> tuple[Pipeline, Feed[tuple[Plan, Any]]]:
@@ -95,13 +101,14 @@ def train_pipeline(
         "cutmix": _MIX if view.cutmix else (),
     }
     names = [name for stage in STAGES[: last + 1] for name in takes.get(stage, ())]
+    decoder = _decoder(device, hw_load, way)
     seen = TrainingPixels()
     feed = Feed((partial(_train_feed, source, plan, view, ahead, seen) for plan in plans), names)
     pipe = new_pipeline(batch, device, threads)
     with pipe:
         inputs = feed.declare()
         graph: dict[Stage, Callable[[Any], Any]] = {
-            "decode": lambda _: _decode_window(inputs, device, hw_load),
+            "decode": lambda _: _decode_window(inputs, decoder),
             "resize": lambda images: fn.resize(images, size=[view.size, view.size], antialias=True),
             # An operator of its own costs nothing that can be measured: the paste needs each image already flipped,
             # and a resize from right to left rounds one value in a few thousand otherwise.
@@ -125,7 +132,8 @@ def clean_batches(
     batch: int,
     device: torch.device,
     threads: int | None = None,
-    hw_load: float = HW_LOAD,
+    hw_load: float | None = None,
+    way: Way | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """Yield (rows (B,), images_BCHW float32, normalised) of the un-augmented images, in order.
 
@@ -138,24 +146,30 @@ def clean_batches(
         batch: largest number of images in a batch.
         device: where the images are wanted.
         threads: decoding threads; None for one a core.
-        hw_load: share of the JPEG images that a GPU's hardware decoder takes.
+        hw_load: share of the JPEG images that a GPU's hardware decoder takes; None for all that it can, so that an
+            image's pixels do not depend on the batch it is in.
+        way: how windows are decoded; None for the quicker of those that work there.
 
     Raises:
         DataError: an image that cannot be decoded.
+        BowstoreError: a library, the GPU or memory that failed.
     """
     if isinstance(rows, np.ndarray):
         rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     feed = Feed((partial(_clean_feed, source, part) for part in bounded(source, rows)), ("encoded",))
+    decoder = _decoder(device, 1.0 if hw_load is None else hw_load, way)
     pipe = new_pipeline(batch, device, threads)
     with pipe:
         encoded = feed.declare()["encoded"]
-        images = _clean(encoded, view, device, hw_load)
+        images = _clean(encoded, view, decoder)
         pipe.set_outputs(_normalise(images, view))
-    yield from run(pipe, feed, lambda part: undecodable(source, part))
+    yield from run(pipe, feed, source, lambda part: part)
 
 
-def _decoder(device: torch.device) -> str:
-    return "mixed" if device.type == "cuda" else "cpu"
+def _decoder(device: torch.device, hw_load: float, way: Way | None) -> Decoder:
+    if device.type != "cuda":
+        return Decoder("cpu", way or "slice", hw_load)
+    return Decoder("mixed", way or gpu_decoding(device).way, hw_load)
 
 
 def _bounds(encoded: Any) -> Any:
@@ -163,13 +177,10 @@ def _bounds(encoded: Any) -> Any:
     return fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[0:2]
 
 
-def _clean(encoded: Any, view: CleanView, device: torch.device, hw_load: float) -> Any:
+def _clean(encoded: Any, view: CleanView, decoder: Decoder) -> Any:
     """The image of the clean view: whole and resized, or the centre of it, of which only what it needs is decoded."""
-    how: dict[str, Any] = {
-        "device": _decoder(device), "output_type": types.RGB, "adjust_orientation": False, "hw_decoder_load": hw_load
-    }  # fmt: skip
     if view.resize is None or view.squash:
-        images = fn.decoders.image(encoded, **how)
+        images = decoder.image(encoded)
         if view.resize is not None:
             images = fn.resize(
                 images, size=fn.cast(_target(_bounds(encoded), view.resize), dtype=types.FLOAT), antialias=True
@@ -187,7 +198,7 @@ def _clean(encoded: Any, view: CleanView, device: torch.device, hw_load: float) 
     reach = scale + _FILTER_MARGIN  # of the filter beyond the centre, source pixels
     low = fn.cast(math.max(math.floor(first - reach), 0.0), dtype=types.INT32)
     high = fn.cast(math.min(math.ceil(last + reach), edge), dtype=types.INT32)
-    images = fn.decoders.image_slice(encoded, start=low, shape=high - low, axes=[0, 1], **how)
+    images = decoder.window(encoded, low, high - low)
     origin = fn.cast(low, dtype=types.FLOAT)
     return fn.resize(
         images, size=[view.size, view.size], roi_start=first - origin, roi_end=last - origin, antialias=True
@@ -199,8 +210,8 @@ def _target(bounds: Any, resize: int) -> Any:
     return (bounds * resize) // math.min(bounds[0], bounds[1])
 
 
-def _decode_window(inputs: dict[str, Any], device: torch.device, hw_load: float) -> Any:
-    """Decode only the planned window, kept inside the image.
+def _decode_window(inputs: dict[str, Any], decoder: Decoder) -> Any:
+    """Decode the planned window, kept inside the image.
 
     A window outside the image ends the process in DALI 2.4's CPU decoder, so the bounds come from the bytes
     themselves (`peek_image_shape`), not from the index.
@@ -211,16 +222,7 @@ def _decode_window(inputs: dict[str, Any], device: torch.device, hw_load: float)
     bounds = _bounds(encoded)
     start = math.min(inputs["start"], bounds - 1)
     shape = math.min(inputs["shape"], bounds - start)
-    return fn.decoders.image_slice(
-        encoded,
-        device=_decoder(device),
-        start=start,
-        shape=shape,
-        axes=[0, 1],
-        output_type=types.RGB,
-        adjust_orientation=False,
-        hw_decoder_load=hw_load,
-    )
+    return decoder.window(encoded, start, shape)
 
 
 def _jitter(inputs: dict[str, Any], images: Any, colour: Sequence[str]) -> Any:

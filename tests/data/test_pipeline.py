@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import ViewConfig
 from bowstore.data.file_reader import FileReader
+from bowstore.data.gpu_decode import Way
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches, train_batches, train_pipeline
 from bowstore.data.plan import Plan, Schedule, generator, perturb, plans
@@ -228,9 +229,12 @@ def test_without_cutmix_the_view_is_that_of_each_image_alone(flip: bool, jitter:
 
 
 @pytest.mark.parametrize(("device", "colour"), [("cpu", "NumbaFunction"), ("cuda", "ColorTwist")])
-def test_both_graphs_flip_and_colour_each_image_before_the_paste(device: str, colour: str) -> None:
+@pytest.mark.parametrize(("way", "decode"), [("slice", ["ImageSlice"]), ("image", ["Image", "Slice"])])
+def test_all_graphs_flip_and_colour_each_image_before_the_paste(
+    device: str, colour: str, way: Way, decode: list[str]
+) -> None:
     """A graph for a GPU can be laid out without one."""
-    pipe, _ = train_pipeline(Memory(images(4)), FULL, [], batch=4, device=torch.device(device), threads=1)
+    pipe, _ = train_pipeline(Memory(images(4)), FULL, [], batch=4, device=torch.device(device), threads=1, way=way)
     (node,) = pipe._graph_out
     names = []
     while node.source.inputs:
@@ -238,7 +242,7 @@ def test_both_graphs_flip_and_colour_each_image_before_the_paste(device: str, co
         assert node.device == ("gpu" if device == "cuda" else "cpu")
         node = node.source.inputs[0]
     order = [name for name in reversed(names) if name != "Reshape"]
-    assert order == ["ImageSlice", "Resize", "Flip", colour, "MultiPaste", "CropMirrorNormalize"]
+    assert order == [*decode, "Resize", "Flip", colour, "MultiPaste", "CropMirrorNormalize"]
 
 
 def test_windows_outside_the_image_are_clamped_not_fatal() -> None:
