@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,19 @@ import torch
 from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
 
 from bowstore.data.index import Index, build_index
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With another PyTorch than the one that the Makefile installs, its warnings are shown, and are no errors."""
+    if not torch.__version__.startswith(pinned_torch()):
+        config.addinivalue_line("filterwarnings", "default")
+
+
+def pinned_torch() -> str:
+    """The version of PyTorch that the tests are free of warnings with."""
+    found = re.search(r"torch==([\d.]+)", (Path(__file__).parents[1] / "Makefile").read_text())
+    assert found, "the Makefile pins PyTorch"
+    return found[1]
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import faiss
 import torch
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.environment import cores, device_name
 from bowstore.progress import Progress
 from bowstore.words.assign import PreparedWords, assign, assign_reference, exact_float32, prepare_words
-from bowstore.words.forward import compute_workers, one_thread_each
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords, Tiles
@@ -91,6 +90,8 @@ def _spread(features_ND: Tensor, make: Callable[[Tensor], Way]) -> Way:
     """A way for all vectors: on a CPU cut up for workers of one thread each, as `bowstore encode` does it."""
     if features_ND.is_cuda:
         return make(features_ND)
+    from bowstore.words.forward import compute_workers, one_thread_each  # pulls in all that encoding needs
+
     ways = [make(part_ND) for part_ND in features_ND.chunk(compute_workers(features_ND.device))]
 
     def all_ways() -> None:
@@ -124,7 +125,11 @@ def _product(left_ND: Tensor, right_DK: Tensor) -> Way:
 
 
 def _faiss(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
-    """FAISS where the features lie; nothing for a GPU that the installed FAISS does not know."""
+    """FAISS where the features lie; nothing without it, and for a GPU that the installed one does not know."""
+    if not find_spec("faiss"):
+        return {}
+    import faiss
+
     index: Any
     if features_ND.is_cuda:
         if not hasattr(faiss, "GpuIndexFlatL2"):
