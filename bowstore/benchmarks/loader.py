@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import StorageConfig, ViewConfig
 from bowstore.data.feed import PREFETCH
+from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import HW_LOAD, STAGES, Stage, train_batches, train_pipeline
 from bowstore.data.plan import Plan, Schedule, plans
@@ -41,6 +42,7 @@ class LoaderSettings:
         batches: timed batches of each stage a round.
         rounds: interleaved rounds.
         hw_loads: shares of the GPU's hardware decoder to try, on a GPU.
+        ways: of decoding windows to try; without any, that which training takes.
     """
 
     view: ViewConfig
@@ -50,6 +52,7 @@ class LoaderSettings:
     batches: int
     rounds: int
     hw_loads: tuple[float, ...] = ()
+    ways: tuple[Way, ...] = ()
 
 
 def bench_loader(shards: Path, settings: LoaderSettings, storage: StorageConfig | None = None) -> BenchResult:
@@ -88,8 +91,8 @@ def _stages(index: Index, schedule: Schedule, settings: LoaderSettings) -> dict[
     }
     for stage in STAGES:
         stages[stage] = _ended(index, settings, schedule.batch, stage, steps())
-    for load in settings.hw_loads or (HW_LOAD,):
-        name = f"{_LOADER}, hw load {load:g}" if settings.hw_loads else _LOADER
+    for load, way in product(settings.hw_loads or (HW_LOAD,), settings.ways or (None,)):
+        parts = [_LOADER, *([f"hw load {load:g}"] if settings.hw_loads else []), *([f"decode {way}"] if way else [])]
         made = train_batches(
             ShardReader(index),
             settings.view,
@@ -98,8 +101,9 @@ def _stages(index: Index, schedule: Schedule, settings: LoaderSettings) -> dict[
             device=settings.device,
             threads=settings.threads,
             hw_load=load,
+            way=way,
         )
-        stages[name] = made.__next__
+        stages[", ".join(parts)] = made.__next__
     return stages
 
 
@@ -152,6 +156,9 @@ def _result(rates: dict[str, list[float]], index: Index, settings: LoaderSetting
         binds = "planning and reading (one thread)"
     else:
         binds = f"the graph, {100 * share:.0f} % of it {graph}"
+    notes = ["a stage's rate is that of the graph up to it; its cost is the difference to the stage before"]
+    if settings.device.type == "cuda":
+        notes.append(f"decoding: {gpu_decoding(settings.device)}")
     return BenchResult(
         protocol="bench/loader",
         device=f"{device_name(settings.device)}, {cores()} cores",
@@ -167,7 +174,7 @@ def _result(rates: dict[str, list[float]], index: Index, settings: LoaderSetting
         timings=[Timing(name, values, details.get(name, "")) for name, values in rates.items()],
         binds=binds,
         figures={"images_per_second_loader": median[whole], "images_per_second_feeding": feeding},
-        notes=["a stage's rate is that of the graph up to it; its cost is the difference to the stage before"],
+        notes=notes,
     )
 
 

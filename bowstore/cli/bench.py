@@ -49,6 +49,13 @@ _LAYER = click.option("--layer", type=TEXT, help="Layer of the store.  [default:
     click.option("--threads", type=THREADS, help="Decoding threads.  [default: one a core]"),
     click.option("--device", type=DEVICES, default="auto", show_default=True),
     click.option("--hw-load", "hw_loads", type=SHARE, multiple=True, help="GPU: sweep these shares."),
+    click.option(
+        "--decode",
+        "ways",
+        type=click.Choice(["slice", "image"]),
+        multiple=True,
+        help="Sweep: windows alone, whole images that are then cut.",
+    ),
 )
 def loader(
     config: Path | None,
@@ -58,6 +65,7 @@ def loader(
     threads: int | None,
     device: str,
     hw_loads: tuple[float, ...],
+    ways: tuple[Any, ...],
     shards_dir: Path | None,
     rounds: int,
     as_json: bool,
@@ -73,7 +81,7 @@ def loader(
         loaded = load_train_config(config)
         view, batch = loaded.view, loaded.optim.batch
     settings = LoaderSettings(
-        view, batch, threads or cores_per_rank(), choose_device(device), batches, rounds, tuple(hw_loads)
+        view, batch, threads or cores_per_rank(), choose_device(device), batches, rounds, hw_loads, ways
     )
     result = bench_loader(shards_dir or workspace.shards, settings, workspace.storage)
     _keep(workspace, "loader", result, as_json)

@@ -91,6 +91,17 @@ def gpu_decoding(device: torch.device) -> Decoding:
     return found
 
 
+def jpeg_decoder(device: torch.device) -> str:
+    """What decodes the JPEG images of the clean view there, where rounding may differ: "CPU", "hardware" or "CUDA".
+
+    Raises:
+        BowstoreError: nothing can be decoded on a GPU.
+    """
+    if device.type != "cuda":
+        return "CPU"
+    return "hardware" if gpu_decoding(device).engines else "CUDA"
+
+
 def kept_or_tried(
     place: Path, machine: dict[str, str], command: Sequence[str], *, seconds: float = _SECONDS, display: bool = True
 ) -> Decoding:

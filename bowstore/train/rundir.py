@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bowstore.config import TrainConfig, differences, dump, validate
+from bowstore.data.gpu_decode import gpu_decoding
 from bowstore.environment import device_name, library_versions
 from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import atomic_file, write_json
@@ -128,6 +129,7 @@ def write_environment(run: Path, world: World, inputs: dict[str, str]) -> None:
         {
             "versions": library_versions(),
             "device": device_name(world.device),
+            "jpeg": str(gpu_decoding(world.device)) if world.device.type == "cuda" else "decoded on the CPU",
             "world_size": world.size,
             "torch_threads": torch.get_num_threads(),
             "command": sys.argv[1:],

@@ -15,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from bowstore.config import EncodeConfig
+from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index
 from bowstore.errors import MismatchError, UsageError
 from bowstore.words.arithmetic import Arithmetic
@@ -109,7 +110,7 @@ class Job:
     @property
     def arithmetic(self) -> Arithmetic:
         """By which the words are made, as layers record it."""
-        return {"trunk": self.teacher.trunk}
+        return {"trunk": self.teacher.trunk, "decoder": jpeg_decoder(self.device)}
 
     @property
     def part(self) -> str:

@@ -209,3 +209,12 @@ def test_one_line_says_how_a_gpu_decodes(
     assert machine["gpu"] == "NVIDIA A100"
     assert set(machine) == set(MACHINE)
     assert capsys.readouterr().err == f"decoding on NVIDIA A100: {line}\n"
+
+
+@pytest.mark.parametrize(("engines", "name"), [(7, "hardware"), (0, "CUDA")])
+def test_what_decodes_jpegs_goes_into_the_words_provenance(
+    monkeypatch: pytest.MonkeyPatch, engines: int, name: str
+) -> None:
+    monkeypatch.setattr(gpu_decode, "gpu_decoding", lambda device: Decoding("slice", "", engines, ""))
+    assert gpu_decode.jpeg_decoder(torch.device("cuda", 0)) == name
+    assert gpu_decode.jpeg_decoder(torch.device("cpu")) == "CPU"

@@ -15,6 +15,8 @@ from bowstore.words.store_writer import StoreWriter
 from bowstore.words.teacher import Teacher
 from bowstore.words.verify import digest, verify
 
+EAGER, OTHER = {"trunk": "eager", "decoder": "CPU"}, {"trunk": "another way", "decoder": "CPU"}
+
 
 @pytest.fixture
 def run(teacher_file: Path, shards: Path, store: Path) -> Any:
@@ -35,17 +37,17 @@ def set_arithmetic(store: Path, layer: str, value: dict[str, str] | None) -> Non
 
 def test_an_unfinished_layer_is_gone_on_with_by_the_same_arithmetic(run: Any, store: Path) -> None:
     before, name = digest(store), LAYERS["layers"][1]
-    assert open_store(store).layer(name).attributes["arithmetic"] == {"trunk": "eager"}
+    assert open_store(store).layer(name).attributes["arithmetic"] == EAGER
     StoreWriter(store).discard_chunks(name, [1])
-    set_arithmetic(store, name, {"trunk": "another way"})
+    set_arithmetic(store, name, OTHER)
     told = r"not complete and was begun with trunk 'another way', now it would be 'eager'; encode into a new store, or"
     with pytest.raises(MismatchError, match=told):
         run()
     set_arithmetic(store, name, None)
     run()
     assert digest(store) == before
-    assert verify(store).arithmetic[name] == {"trunk": "eager"}
-    assert f"{name} (trunk eager)" in verify_path(store).text()
+    assert verify(store).arithmetic[name] == EAGER
+    assert f"{name} (trunk eager, decoder CPU)" in verify_path(store).text()
 
 
 def test_complete_layers_of_another_arithmetic_are_used_and_told_of(
@@ -54,12 +56,12 @@ def test_complete_layers_of_another_arithmetic_are_used_and_told_of(
     monkeypatch.setattr(Teacher, "trunk", "another way")
     assert all(layer.already_complete for layer in run().layers)
     new = run(vocabulary=store, k=(), store=tmp_path / "new.zarr").store
-    told = "was made with trunk eager; these images are encoded with trunk another way: their words differ"
+    told = "was made with trunk eager, decoder CPU; these images are encoded with trunk another way, decoder CPU: "
     assert told in capsys.readouterr().err
-    assert verify(new).arithmetic == {name: {"trunk": "another way"} for name in LAYERS["layers"]}
+    assert verify(new).arithmetic == {name: OTHER for name in LAYERS["layers"]}
     run(shards=more, append=True, layers=(), k=())
     assert told in capsys.readouterr().err
-    assert [part.get("arithmetic") for part in open_store(store).parts] == [None, {"trunk": "another way"}]
+    assert [part.get("arithmetic") for part in open_store(store).parts] == [None, OTHER]
 
 
 def test_an_append_is_gone_on_with_by_the_same_arithmetic(
@@ -69,7 +71,7 @@ def test_an_append_is_gone_on_with_by_the_same_arithmetic(
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "trunk", "another way")
         with pytest.raises(
-            MismatchError, match=r"is an unfinished --append with trunk eager, now it would be trunk an"
+            MismatchError, match="is an unfinished --append with trunk eager, decoder CPU, now it would be trunk an"
         ):
             run(shards=more, append=True, layers=(), k=())
     run(shards=more, append=True, layers=(), k=())
