@@ -19,8 +19,9 @@ from gpu_words import SHAPES, TOY_SHAPES, excess, rectified
 
 from bowstore import gpu
 from bowstore.benchmarks.rounds import seconds_of
+from bowstore.exact import exact_float32
 from bowstore.words.assign import assign as assign_words
-from bowstore.words.assign import assign_reference, exact_float32, prepare_words
+from bowstore.words.assign import assign_reference, prepare_words
 
 _GIB = 1 << 30
 

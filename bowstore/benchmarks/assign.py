@@ -17,8 +17,9 @@ from torch import Tensor
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.environment import cores, device_name
+from bowstore.exact import exact_float32
 from bowstore.progress import Progress
-from bowstore.words.assign import PreparedWords, assign, assign_reference, exact_float32, prepare_words
+from bowstore.words.assign import PreparedWords, assign, assign_reference, prepare_words
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords, Tiles

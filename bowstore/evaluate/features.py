@@ -18,6 +18,8 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ImageSource
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.exact import exact_float32
+from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.registry import Backbone
 from bowstore.progress import Progress, say
 
@@ -167,8 +169,9 @@ def extract(
 ) -> dict[str, NDArray[np.float32]]:
     """Features of `rows` (N,) in their order, float32 (N, d) for each tap by its name.
 
-    The backbone is moved to `device` and runs in eval mode without gradients: its batch-norm statistics stay
-    as they are, and it gets its modes back. Memory: N * d * 4 bytes for each tap, on the host. A tap whose features
+    The backbone is moved to `device`, its weights are laid out as images come, and it runs in eval mode without
+    gradients, in full float32 (no TF32, no autocast): its batch-norm statistics stay as they are, and it gets its modes
+    back. Memory: N * d * 4 bytes for each tap, on the host. A tap whose features
     are (all but) the same for all images is warned of: the network has collapsed, and its scores are chance.
 
     Args:
@@ -186,7 +189,9 @@ def extract(
         DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
     """
     batches = clean_batches(source, view, rows, batch=batch, device=device, threads=threads)
-    return collect(backbone.to(device), batches, rows, taps, name_of=source.name, what=what)
+    return collect(
+        backbone.to(device).to(memory_format=FROZEN_FORMAT), batches, rows, taps, name_of=source.name, what=what
+    )
 
 
 def collect(
@@ -216,7 +221,7 @@ def collect(
         raise DataError(f"{what}: no images to take features of; name shards that hold at least one")
     features: dict[str, NDArray[np.float32]] = {}
     start = 0
-    with evaluating(backbone), torch.no_grad(), Progress(what, len(rows)) as progress:
+    with evaluating(backbone), exact_float32(), torch.no_grad(), Progress(what, len(rows)) as progress:
         for rows_B, images_BCHW in batches:
             stop = start + len(rows_B)
             if not np.array_equal(rows_B, rows[start:stop]):

@@ -1,4 +1,4 @@
-"""How maps lie in memory while a network is trained: the one place that holds this rule."""
+"""How maps and weights lie in memory: the one place that holds this rule."""
 
 import torch
 from torch import nn
@@ -7,6 +7,7 @@ from bowstore.models.registry import Backbone, StagedBackbone
 
 _WIDE_CHANNELS = 64
 _STEM = ("conv1", "pool1")
+FROZEN_FORMAT = torch.channels_last  # of the weights of networks that are only run: as images come
 
 
 def training_format(backbone: Backbone, device: str) -> torch.memory_format:

@@ -6,14 +6,13 @@ words are scored in float32, block by block.
 Legend: N vectors, D dimensions (the layer's channels), K words.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bowstore.errors import UsageError
+from bowstore.exact import exact_float32
 from bowstore.gpu import runs_triton
 
 if TYPE_CHECKING:
@@ -158,23 +157,3 @@ def _nearest(features_BD: Tensor, words: PreparedWords, step_words: int, buffer:
         ids_B[better_U] = first + words.group * group_U + grouped_BGg[better_U, group_U].argmin(dim=1)
         least_B = torch.minimum(least_B, score_B)
     return ids_B
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Full float32 products inside the block: no TF32, no autocast, the same convolution algorithm every time.
-
-    Words are kept for good, so they must not depend on tensor cores' rounding or on the caller's settings.
-    """
-    cudnn: Any = torch.backends.cudnn
-    places = ((torch.backends.cuda.matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee"),
-              (cudnn, "deterministic", True), (cudnn, "benchmark", False))  # fmt: skip
-    before = [getattr(place, name) for place, name, _ in places]
-    try:
-        for place, name, value in places:
-            setattr(place, name, value)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for (place, name, _), value in zip(places, before, strict=True):
-            setattr(place, name, value)

@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bowstore.exact import exact_float32
 from bowstore.progress import Progress, say
-from bowstore.words.assign import PreparedWords, assign, exact_float32, prepare_words
+from bowstore.words.assign import PreparedWords, assign, prepare_words
 from bowstore.words.claims import POLL_SECONDS, Board
 from bowstore.words.forward import Clock, Maps, compute_workers, forward
 from bowstore.words.job import Job

@@ -26,7 +26,7 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.environment import cores, cores_per_rank
 from bowstore.errors import DataError
-from bowstore.words.assign import exact_float32
+from bowstore.exact import exact_float32
 from bowstore.words.teacher import Teacher
 
 T = TypeVar("T")

@@ -16,9 +16,10 @@ from torch import Tensor
 from bowstore.config import ModelConfig, ViewConfig, validate
 from bowstore.data.views import CleanView, clean_view
 from bowstore.errors import DataError, UsageError
+from bowstore.exact import exact_float32
+from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.registry import Backbone, build_backbone, is_arch
 from bowstore.models.weights import weights_sha256
-from bowstore.words.assign import exact_float32
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -203,7 +204,7 @@ def _freeze(source: _Source, layers: Sequence[str], device: torch.device, view: 
             f"({', '.join(bad[:3])}); take another checkpoint"
         )
     sha256 = weights_sha256(state)
-    backbone.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # as the images come
+    backbone.eval().requires_grad_(False).to(device).to(memory_format=FROZEN_FORMAT)
     maps = backbone.feature_maps(torch.zeros(1, 3, view.size, view.size, device=device), names)
     shapes = {name: (c, (h, w)) for name, map_Bchw in maps.items() for _, c, h, w in [map_Bchw.shape]}
     return Teacher(

@@ -2,6 +2,7 @@ import copy
 import io
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +110,22 @@ def test_pooled_output_is_the_networks(backbone: Backbone) -> None:
     assert features.dtype == np.float32
     assert features.shape == (5, backbone.features)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_features_are_exact_whatever_the_callers_settings(backbone: Backbone) -> None:
+    images = torch.randn(4, 3, 16, 16)
+    expected = collect(backbone, batches(images, 4), rows(4), POOLED)["pooled"]
+    seen = []
+    cudnn: Any = torch.backends.cudnn  # not described for type checkers
+
+    def look(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        precisions = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision)
+        seen.append((*precisions, torch.is_autocast_enabled("cuda"), output.dtype))
+
+    with backbone.stages["block3"].register_forward_hook(look), torch.autocast("cpu", torch.bfloat16):
+        features = collect(backbone, batches(images, 4), rows(4), POOLED)["pooled"]
+    assert np.array_equal(features, expected)
+    assert seen == [("ieee", "ieee", False, torch.float32)]
 
 
 def test_layers_are_pooled_maps(backbone: Backbone) -> None:
@@ -271,6 +288,7 @@ class Levels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
+        self.kernel = nn.Parameter(torch.ones(4, 3, 2, 2))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW.mean(dim=(2, 3)) * self.scale
@@ -283,8 +301,9 @@ class Levels(nn.Module):
 def test_extract_through_the_pipeline(squash: bool) -> None:
     view = CleanView(size=8, resize=10, squash=squash, mean=(0, 0, 0), std=(1, 1, 1))
     wanted = np.array([5, 0, 3, 3, 1], np.int64)
+    levels = Levels()
     features = extract(
-        Levels(),  # type: ignore[arg-type]
+        levels,  # type: ignore[arg-type]
         Patches(),
         view,
         wanted,
@@ -294,3 +313,4 @@ def test_extract_through_the_pipeline(squash: bool) -> None:
         threads=1,
     )["pooled"]
     np.testing.assert_allclose(features, np.repeat(40 * wanted[:, None] / 255, 3, axis=1), atol=1e-3)
+    assert levels.kernel.is_contiguous(memory_format=torch.channels_last)  # as the images come

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bowstore.errors import UsageError
-from bowstore.words.assign import assign, assign_reference, exact_float32, prepare_words
+from bowstore.exact import exact_float32
+from bowstore.words.assign import assign, assign_reference, prepare_words
 
 
 def check_nearest(features_ND: Tensor, vocabulary_KD: Tensor, ids_N: Tensor) -> None:
