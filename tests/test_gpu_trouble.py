@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from shard_sets import ShardMaker
 
 from bowstore import environment, gpu
 from bowstore.cli import main
 from bowstore.environment import choose_device
 from bowstore.errors import UsageError
 from bowstore.gpu import Driver, Holder, ask_driver, decoder_note, has_gpu, holders, kinds_note
+from bowstore.torchrun import Ranks
+from bowstore.train import distributed
 
 GPU = torch.device("cuda", 0)
 GIB = 1 << 30
@@ -290,11 +294,60 @@ def test_a_gpu_among_the_devices_of_the_machine(tmp_path: Path) -> None:
     assert has_gpu(tmp_path)
 
 
-@pytest.mark.parametrize("command", ["bench assign", "bench kmeans"])
-def test_commands_say_it_in_one_line(machine: Callable[..., None], command: str) -> None:
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_shard_set: ShardMaker) -> Path:
+    make_shard_set(8, folder="data/shards/train")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+NETWORK = ("--teacher", "wrn-10-1", "--size", "16", "--resize", "16", "--layer", "block3", "--K", "8")
+COMMANDS = {
+    "train": ("train", "--config", "demo_rotnet.yaml", "--set", "optim.batch=4"),
+    "encode": ("encode", *NETWORK),
+    "bench encode": ("bench", "encode", *NETWORK, "--images", "8", "--rounds", "1", "--batch", "4"),
+    "bench assign": ("bench", "assign", "--images", "1", "--positions", "2", "--dimensions", "3", "--K", "4"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_say_it_in_one_line(machine: Callable[..., None], workspace: Path, name: str) -> None:
     machine(Driver((12, 4)))
-    result = CliRunner().invoke(main, [*command.split(), "--device", "cuda"])
+    asked = ("--set", "runtime.device=cuda") if name == "train" else ("--device", "cuda")
+    result = CliRunner().invoke(main, [*COMMANDS[name], *asked])
     assert result.exit_code == 2
-    assert result.output.splitlines() == [
-        f"Error: device cuda was asked for, but {TROUBLES['an old driver'][1]}, or ask for cpu"
-    ]
+    text = f"Error: device cuda was asked for, but {TROUBLES['an old driver'][1]}, or ask for cpu"
+    assert [line for line in result.output.splitlines() if not line.startswith("configuration ")] == [text]
+
+
+def test_a_command_that_may_choose_goes_on_without(machine: Callable[..., None], workspace: Path) -> None:
+    machine(Driver((12, 4)))
+    result = CliRunner().invoke(main, [*COMMANDS["bench assign"], "--rounds", "1"])
+    assert result.exit_code == 0
+    warning = f"warning: no GPU is used: {TROUBLES['an old driver'][1]}; continuing on the CPU"
+    assert result.stderr.splitlines().count(warning) == 1
+
+
+def test_gpus_of_different_kinds_on_several_machines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each rank leaves its GPU's name in the job's store, where rank 0 reads them."""
+    store = torch.distributed.HashStore()
+    store.set("gpu 1", "L4")
+
+    @contextmanager
+    def lifeline(place: object) -> Iterator[Any]:
+        yield store, None
+
+    monkeypatch.setattr(distributed, "_lifeline", lifeline)
+    monkeypatch.setattr(distributed, "ranks", lambda: Ranks(0, 2, 0, 1))
+    monkeypatch.setattr(distributed, "choose_device", lambda setting, local_rank: GPU)
+    monkeypatch.setattr(distributed, "device_name", lambda device: "A100")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *arguments, **how: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with distributed.joined("cuda") as world:
+        assert (world.size, world.device) == (2, GPU)
+    assert capsys.readouterr().err.startswith(
+        "warning: the ranks' GPUs are of different kinds (A100: rank 0; L4: rank 1): the slowest sets the pace"
+    )

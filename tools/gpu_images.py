@@ -5,7 +5,6 @@ Each is a function of a `Check`, whose name is the section's (gpu_plan.py says w
 
 import io
 import json
-import subprocess
 import sys
 import tempfile
 from contextlib import chdir
@@ -57,41 +56,22 @@ def decode(check: Check) -> None:
             check.figure(name, *(float(each.mean()) for each in off), unit="levels", note="mean difference from Pillow")
 
 
-_SLICE = """
-import io, sys
-import numpy as np
-from nvidia.dali import Pipeline, fn, types
-from gpu_photographs import made_up_jpeg
-from PIL import Image
-gpu, load = sys.argv[1] == "cuda", float(sys.argv[2])
-encoded = [made_up_jpeg(number, 375, 500) for number in range(16)]
-pipe = Pipeline(batch_size=16, num_threads=2, device_id=0 if gpu else None, seed=0)
-with pipe:
-    source = fn.external_source(lambda: [np.frombuffer(data, np.uint8) for data in encoded], dtype=types.UINT8, ndim=1)
-    images = fn.decoders.image_slice(
-        source, device="mixed" if gpu else "cpu", start=[40, 30], shape=[224, 300], axes=[0, 1],
-        output_type=types.RGB, hw_decoder_load=load,
-    )
-    pipe.set_outputs(images)
-for _ in range(20):
-    (output,) = pipe.run()
-found = output.as_cpu() if gpu else output
-windows = [np.asarray(Image.open(io.BytesIO(data)))[40:264, 30:330].astype(np.int16) for data in encoded]
-off = [np.abs(np.asarray(found[number], np.int16) - window) for number, window in enumerate(windows)]
-print(f"{np.mean(off):.2f} levels from Pillow on average, {np.max(off)} at most")
-"""
-
-
 def slice(check: Check) -> None:
-    """Windows decoded in processes of their own; bowstore itself asks in the same way which decoder it may use."""
-    for load in (0.0, 0.65, 1.0) if check.device.type == "cuda" else (0.0,):
-        done = subprocess.run(
-            [sys.executable, "-c", _SLICE, check.device.type, str(load)], capture_output=True, text=True
-        )
-        print(done.stdout, done.stderr)
-        said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-        why = f"exit code {done.returncode}; " if done.returncode else ""
-        check.claim(f"windows, decoder's share {load:g}", None, why + (said[-1][:150] if said else ""))
+    """The trial by which bowstore itself finds out how a GPU may decode windows; a crash of it is an answer."""
+    from bowstore.data.gpu_decode import gpu_decoding, tried
+
+    there = check.device.type == "cuda"
+    ended = tried([sys.executable, "-m", "bowstore.data.gpu_probe", "0" if there else "cpu"], check.size(60, 60, 60))
+    answers = ended.answers
+    for name, what in (("image", "whole images, from Pillow's"), ("slice", "windows alone, from the whole")):
+        if name in answers:
+            check.figure(what, answers[name], unit="levels", note="largest mean difference of an image")
+        else:
+            check.claim(what, None, f"the trial {ended.how or 'says nothing'}")
+    check.claim("images are decoded", "image" in answers, ended.how)
+    check.claim("hardware decoders", None, f"{answers.get('engines', 0)} {answers.get('lack', '')}".strip())
+    if there:
+        check.claim("what bowstore takes", None, str(gpu_decoding(check.device)))
 
 
 def graph(check: Check) -> None:

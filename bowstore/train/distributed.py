@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from bowstore.environment import choose_device, cores_per_rank
+from bowstore.environment import choose_device, cores_per_rank, device_name, warn_of_kinds
 from bowstore.errors import BowstoreError
 from bowstore.torchrun import Ranks, ranks
 from bowstore.train.lifeline import REMEDY, Lifeline, connect
@@ -105,8 +105,12 @@ def joined(setting: str) -> Iterator[World]:
         torch.set_num_threads(cores_per_rank())
     with _lifeline(place) as (store, lifeline):
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            store.set(f"gpu {place.rank}", device_name(device))
         with _explained(place, lifeline):
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT)
+        if device.type == "cuda" and place.first:
+            warn_of_kinds([store.get(f"gpu {rank}").decode() for rank in range(place.size)])
         try:
             yield World(place.rank, place.size, device, lifeline)
         finally:
