@@ -20,6 +20,7 @@ from bowstore.environment import cores, device_name
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 from bowstore.words.assign import PreparedWords, assign, assign_reference, prepare_words
+from bowstore.words.lanes import compute_workers, one_thread_each
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords, Tiles
@@ -91,8 +92,6 @@ def _spread(features_ND: Tensor, make: Callable[[Tensor], Way]) -> Way:
     """A way for all vectors: on a CPU cut up for workers of one thread each, as `bowstore encode` does it."""
     if features_ND.is_cuda:
         return make(features_ND)
-    from bowstore.words.forward import compute_workers, one_thread_each  # pulls in all that encoding needs
-
     ways = [make(part_ND) for part_ND in features_ND.chunk(compute_workers(features_ND.device))]
 
     def all_ways() -> None:

@@ -25,8 +25,8 @@ from bowstore.errors import UsageError
 from bowstore.progress import Progress
 from bowstore.words.assign_pass import AssignPass
 from bowstore.words.claims import Board
-from bowstore.words.forward import compute_workers, one_thread_each
 from bowstore.words.job import Job, Rows, plan_layers, view_values
+from bowstore.words.lanes import compute_workers, one_thread_each
 from bowstore.words.layer import LayerSpec
 from bowstore.words.store_writer import StoreWriter, create_store
 from bowstore.words.teacher import load_teacher

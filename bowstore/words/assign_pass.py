@@ -27,8 +27,9 @@ from bowstore.exact import exact_float32
 from bowstore.progress import Progress, say
 from bowstore.words.assign import PreparedWords, assign, prepare_words
 from bowstore.words.claims import POLL_SECONDS, Board
-from bowstore.words.forward import Clock, Maps, compute_workers, forward
+from bowstore.words.forward import Clock, forward
 from bowstore.words.job import Job
+from bowstore.words.lanes import Maps, compute_workers, to_host
 from bowstore.words.layer import Layer
 from bowstore.words.nearest import NearestImages, NearestSearch, save_nearest
 from bowstore.words.projection import PreparedProjection, Projection, prepare_projection, project
@@ -63,7 +64,8 @@ class Quantizer:
                 vectors = project(vectors, self.projection)
             ids = assign(vectors, self.words)
             distance = torch.linalg.vector_norm(vectors - self.centroids_Kp[ids.long()], dim=1)
-        return ids.view(batch, h, w).cpu().numpy(), distance.view(batch, -1).cpu().numpy()
+        words_Bhw, distance_BM = to_host(ids.view(batch, h, w), distance.view(batch, -1))
+        return words_Bhw, distance_BM
 
 
 def quantizer(layer: Layer, device: torch.device) -> Quantizer:

@@ -1,8 +1,6 @@
 """Images through the teacher: decoding, network and use of its maps side by side, in order, in bounded memory.
 
-On a CPU every worker runs whole batches on one thread. That is as fast as spreading each operation over all cores, and
-its results do not depend on the number of cores: how a convolution is cut up for threads changes its rounding, and
-words are kept for good. On a GPU two workers take turns, so that one launches while the other waits for its results.
+What runs where is up to lanes.py.
 
 Legend: B batch, C channels, H W pixels, c channels of a map, h w its cells.
 """
@@ -10,11 +8,12 @@ Legend: B batch, C channels, H W pixels, c channels of a map, h w its cells.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,14 +23,12 @@ from torch import Tensor
 from bowstore.data.index import Index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
-from bowstore.environment import cores, cores_per_rank
 from bowstore.errors import DataError
 from bowstore.exact import exact_float32
+from bowstore.words.lanes import GpuLanes, Maps, one_thread_each
 from bowstore.words.teacher import Teacher
 
 T = TypeVar("T")
-Maps = Mapping[str, Tensor]
-GPU_WORKERS = 2
 
 
 @dataclass
@@ -40,12 +37,15 @@ class Clock:
 
     Attributes:
         workers: threads that compute.
-        seconds: by stage. `teacher` and what the maps are used for are the workers' own time; `start`, `images` and
-            `write` are the time that the pass waited for the first images, for further ones, or for the disk.
+        seconds: by stage. `teacher` and what the maps are used for are the workers' own time, on a GPU the GPU's;
+            `start`, `images` and `write` are the time that the pass waited for the first images, for further ones, or
+            for the disk.
+        one_at_a_time: stages that the workers take turns in.
     """
 
     workers: int
     seconds: dict[str, float] = field(default_factory=dict)
+    one_at_a_time: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _begun: float = field(default_factory=time.perf_counter)
 
@@ -56,17 +56,21 @@ class Clock:
         try:
             yield
         finally:
-            with self._lock:
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+            self.add(stage, time.perf_counter() - begun)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add seconds to a stage."""
+        with self._lock:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def shares(self) -> dict[str, float]:
         """Share of the time that each stage took, 0 to 1: computing of the workers' time, waiting of the pass's."""
         elapsed = max(time.perf_counter() - self._begun, 1e-9)
         with self._lock:
             found = dict(self.seconds)
-        waits = ("start", "images", "write")
+        alone = {"start", "images", "write", *self.one_at_a_time}
         return {
-            stage: min(1.0, spent / elapsed / (1 if stage in waits else self.workers)) for stage, spent in found.items()
+            stage: min(1.0, spent / elapsed / (1 if stage in alone else self.workers)) for stage, spent in found.items()
         }
 
     def binds(self) -> str:
@@ -81,13 +85,6 @@ class Clock:
 
 
 _SAID = {"images": "decoding", "write": "the disk"}
-
-
-def compute_workers(device: torch.device, *, alone: bool = False) -> int:
-    """Threads that run the teacher; `alone`: the other processes of this machine have nothing to do meanwhile."""
-    if device.type == "cuda":
-        return GPU_WORKERS
-    return cores() if alone else cores_per_rank()
 
 
 def forward(
@@ -108,7 +105,8 @@ def forward(
         teacher: gives the maps.
         index: the images.
         batches: rows of each batch; asked for a few batches ahead, in another thread.
-        use: called with rows and maps (B, c, h, w) by layer, finite, in a worker's thread.
+        use: called with rows and maps (B, c, h, w) by layer, in a worker's thread. On a CPU maps are finite; on a GPU,
+            which nothing waits for meanwhile, what was made of others is found out and dropped.
         batch: largest number of images in a batch; those of very large images are cut further, by the index alone.
         device: where the teacher runs.
         clock: counts the time.
@@ -119,13 +117,26 @@ def forward(
         DataError: an image that does not decode, or maps that are not finite; names the images.
     """
     own = threading.local()
+    lanes = GpuLanes(device) if device.type == "cuda" else None
+    clock.one_at_a_time = {"teacher"} if lanes else set()
 
-    def work(rows_B: NDArray[np.int64], images_BCHW: Tensor) -> T:
+    def maps_of(images_BCHW: Tensor) -> Maps:
         if not hasattr(own, "teacher"):
             own.teacher = teacher.replica()
+        maps: Maps = own.teacher.maps(images_BCHW)
+        return maps
+
+    def work(rows_B: NDArray[np.int64], images_BCHW: Tensor, ready: Any) -> T:
+        if lanes:
+            done = lanes.run(images_BCHW, ready, maps_of, partial(use, rows_B))
+            if not done.finite:
+                _check_finite(index, rows_B, done.maps)
+            clock.add("teacher", done.trunk_seconds)
+            clock.add(stage, done.use_seconds)
+            return done.result
         with clock.time("teacher"):
-            maps = own.teacher.maps(images_BCHW)
-            _check_finite(index, rows_B, maps)  # waits for the device
+            maps = maps_of(images_BCHW)
+            _check_finite(index, rows_B, maps)
         with clock.time(stage):
             return use(rows_B, maps)
 
@@ -141,8 +152,9 @@ def forward(
                 if found is None:
                     break
                 rows_B, images_BCHW = found
-                # A copy: the pipeline fills its buffer again while workers still read.
-                waiting.append((rows_B, pool.submit(work, rows_B, images_BCHW.clone())))
+                # A copy, on the stream that the pipeline goes by: it fills its buffer again while workers still read.
+                copy_BCHW = images_BCHW.clone()
+                waiting.append((rows_B, pool.submit(work, rows_B, copy_BCHW, lanes.mark() if lanes else None)))
                 if len(waiting) > clock.workers:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -163,17 +175,3 @@ def _check_finite(index: Index, rows_B: NDArray[np.int64], maps: Maps) -> None:
                 f"layer {layer!r} of the teacher gives NaN or infinity for {len(bad)} images of a batch, "
                 f"for example {', '.join(bad[:5])}; check the teacher's weights and these images"
             )
-
-
-@contextmanager
-def one_thread_each(device: torch.device) -> Iterator[None]:
-    """On a CPU every operation runs on the thread that calls it."""
-    if device.type != "cpu":
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -13,8 +13,9 @@ from bowstore.progress import Progress, say, timed
 from bowstore.words.arithmetic import check_same
 from bowstore.words.assign_pass import without_border
 from bowstore.words.claims import Board
-from bowstore.words.forward import Clock, Maps, compute_workers, forward
+from bowstore.words.forward import Clock, forward
 from bowstore.words.job import Job, LayerPlan, view_values
+from bowstore.words.lanes import Maps, compute_workers
 from bowstore.words.layer import LayerSpec, bytes_per_image
 from bowstore.words.projection import Projection
 from bowstore.words.receptive import receptive_field

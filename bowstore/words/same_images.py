@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from bowstore.errors import MismatchError
 from bowstore.progress import say
 from bowstore.words.assign_pass import quantizer
-from bowstore.words.forward import Clock, Maps, compute_workers, forward
+from bowstore.words.forward import Clock, forward
 from bowstore.words.job import Job
+from bowstore.words.lanes import Maps, compute_workers
 from bowstore.words.layer import Layer
 
 _LOOKED_AT = 16

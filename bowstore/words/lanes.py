@@ -1,0 +1,165 @@
+"""Where the work on batches runs: threads on a CPU, threads and streams on a GPU; and results on their way back.
+
+On a CPU every worker runs whole batches on one thread. That is as fast as spreading each operation over all cores, and
+its results do not depend on the number of cores: how a convolution is cut up for threads changes its rounding, and
+words are kept for good.
+
+On a GPU two workers launch. The trunks of all batches run on one stream, in the order in which they are launched, so
+that the memory of one serves the next. What is made of the maps runs on a stream of each worker, beside the trunk of
+the next batch:
+
+    the caller's stream   copy 1, copy 2,  ..., each when it is decoded
+    the trunk's stream    trunk 1,        trunk 2,        trunk 3, ...
+    a worker's stream                     words 1,        ...
+    another worker's                                      words 2, ...
+
+At each change of streams one waits for an event of the other, on the GPU. A worker waits for nothing but its own
+results. Images and maps are made on one stream and read on another, which the allocator is told (`record_stream`), so
+that their memory is not used again too early. (No GPU has run this yet: what the overlap gains is not known.)
+
+Legend: B batch, C channels, H W pixels.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bowstore.environment import cores, cores_per_rank
+
+T = TypeVar("T")
+Maps = Mapping[str, Tensor]
+GPU_WORKERS = 2
+_FIRST = -1  # priority: words are short, and a worker that has them launches the trunk after the next
+
+
+def compute_workers(device: torch.device, *, alone: bool = False) -> int:
+    """Threads that run the teacher; `alone`: the other processes of this machine have nothing to do meanwhile."""
+    if device.type == "cuda":
+        return GPU_WORKERS
+    return cores() if alone else cores_per_rank()
+
+
+@contextmanager
+def one_thread_each(device: torch.device) -> Iterator[None]:
+    """On a CPU every operation runs on the thread that calls it."""
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def to_host(*tensors: Tensor) -> list[NDArray[Any]]:
+    """Arrays of tensors of one device; from a GPU through pinned memory, with one wait for the current stream."""
+    if not tensors[0].is_cuda:
+        return [tensor.numpy() for tensor in tensors]
+    arrived = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # which PyTorch pins
+    _event(torch.cuda.current_stream(tensors[0].device)).synchronize()
+    return [tensor.numpy() for tensor in arrived]
+
+
+class Done(NamedTuple, Generic[T]):
+    """A batch that came through `GpuLanes`.
+
+    Attributes:
+        result: what was made of the maps.
+        maps: themselves.
+        finite: False if the maps may hold NaN or infinity.
+        trunk_seconds: between the trunk's first and last operation on the GPU.
+        use_seconds: the same of what was made of the maps.
+    """
+
+    result: T
+    maps: Maps
+    finite: bool
+    trunk_seconds: float
+    use_seconds: float
+
+
+class GpuLanes:
+    """The streams of a pass, for any number of workers.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._trunk = _stream(device)
+        self._launching = threading.Lock()
+        self._own = threading.local()
+
+    def mark(self) -> torch.cuda.Event:
+        """An event behind everything that the calling thread has put on its current stream."""
+        return _event(torch.cuda.current_stream(self._device))
+
+    def run(
+        self,
+        images_BCHW: Tensor,
+        ready: torch.cuda.Event,
+        trunk: Callable[[Tensor], Maps],
+        use: Callable[[Maps], T],
+    ) -> Done[T]:
+        """Take a batch through trunk and use, and wait for what is made of it.
+
+        Args:
+            images_BCHW: on the GPU, of any stream.
+            ready: marked when they were whole.
+            trunk: launches the network; workers launch one after the other.
+            use: of the maps, which need not be finite; its result must have left the GPU, or is read by a caller that
+                waits for nothing more.
+        """
+        with self._launching, torch.cuda.stream(self._trunk):
+            self._trunk.wait_event(ready)
+            images_BCHW.record_stream(self._trunk)
+            begun = _event(self._trunk)
+            maps = trunk(images_BCHW)
+            mapped = _event(self._trunk)
+        own = self._stream_of_worker()
+        with torch.cuda.stream(own):
+            own.wait_event(mapped)
+            for map_Bchw in maps.values():
+                map_Bchw.record_stream(own)
+            started = _event(own)
+            # The sum of finite values may overflow, never the other way round; it takes a quarter of the time.
+            sums = torch.stack([map_Bchw.sum() for map_Bchw in maps.values()])
+            finite = sums.isfinite().all().to("cpu", non_blocking=True)
+            result = use(maps)
+            ended = _event(own)
+            ended.synchronize()
+        return Done(
+            result,
+            maps,
+            bool(finite),
+            trunk_seconds=begun.elapsed_time(mapped) / 1e3,
+            use_seconds=started.elapsed_time(ended) / 1e3,
+        )
+
+    def _stream_of_worker(self) -> torch.cuda.Stream:
+        if not hasattr(self._own, "stream"):
+            self._own.stream = _stream(self._device, priority=_FIRST)
+        stream: torch.cuda.Stream = self._own.stream
+        return stream
+
+
+def _stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
+    cuda: Any = torch.cuda
+    stream: torch.cuda.Stream = cuda.Stream(device, priority=priority)
+    return stream
+
+
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event behind everything on a stream; who waits for it sleeps, for the cores have images to decode."""
+    cuda: Any = torch.cuda
+    event: torch.cuda.Event = cuda.Event(enable_timing=True, blocking=True)
+    event.record(stream)
+    return event
