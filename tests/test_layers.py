@@ -21,6 +21,7 @@ EVERYWHERE = {
     "config",
     "environment",
     "errors",
+    "exact",
     "files",
     "gpu",
     "limits",
@@ -87,6 +88,22 @@ from bowstore.models.registry import build_backbone
 print(build_backbone(ModelConfig(arch="wrn-10-1")).features)
 """
     assert run(code).strip() == "64"
+
+
+def test_assignment_and_its_benchmark_need_torch_alone() -> None:
+    code = """
+import importlib, sys
+
+for name in ("faiss", "numcodecs", "nvidia.dali", "pydantic", "torchvision", "webdataset", "zarr"):
+    sys.modules[name] = None  # as if it were not there
+for name in ("words.assign", "words.assign_triton", "words.assign_kernels", "words.lanes", "benchmarks.assign"):
+    importlib.import_module("bowstore." + name)
+import torch
+from bowstore.benchmarks import assign
+result = assign.bench_assign(images=2, positions=9, dimensions=16, words=50, rounds=1, device=torch.device("cpu"))
+print([timing.name for timing in result.timings])
+"""
+    assert run(code).strip() == "['assign', 'matrix product']"
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -4,7 +4,6 @@ All ways run interleaved in one process, because machines are noisy: the median 
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,17 +15,18 @@ import torch
 from torch import Tensor
 
 from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.benchmarks.rounds import Way, interleaved
 from bowstore.environment import cores, device_name
 from bowstore.exact import exact_float32
-from bowstore.progress import Progress
+from bowstore.progress import say
 from bowstore.words.assign import PreparedWords, assign, assign_reference, prepare_words
 from bowstore.words.lanes import compute_workers, one_thread_each
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords, Tiles
 
-Way = Callable[[], Any]
-
+# Ways that bound it, by what the ratio over them is called.
+_BOUNDS = {"matrix product": "matmul", "float16 product": "half_matmul", "FAISS": "faiss"}
 _FACTORS = 16  # that features and words are made of: real ones, too, lie near surfaces of few dimensions
 _SCORES = 1 << 30  # of a matrix product that are held at a time
 
@@ -36,8 +36,8 @@ def bench_assign(
 ) -> BenchResult:
     """Images/s of `assign`, of the float32 matrix product of the same shape, and of FAISS's exhaustive search.
 
-    On a GPU with tensor cores also: the float32 reference, the half-precision product, the search of every tiling
-    that fits the GPU, and the shares of vectors that needed a second look.
+    On a GPU with tensor cores also the float16 product and the shares of vectors that needed a second look; and then,
+    when the figure has been said, the float32 reference and the search in three tilings.
 
     Args:
         images: in a batch.
@@ -53,16 +53,13 @@ def bench_assign(
         "assign": _spread(features_ND, lambda part_ND: partial(assign, part_ND, prepared)),
         "matrix product": _spread(features_ND, partial(_product, right_DK=vocabulary_KD.T.contiguous())),
         **_faiss(features_ND, vocabulary_KD),
-        **(_tensor_cores(features_ND, vocabulary_KD, prepared, prepared.fast) if prepared.fast else {}),
+        **(_half_product(features_ND, vocabulary_KD) if prepared.fast else {}),
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    with Progress("bench assign", (rounds + 1) * len(ways), "timings") as progress:
-        for number in range(rounds + 1):
-            for name, way in ways.items():
-                rate = images / _seconds(way, device)
-                if number:  # the first round warms up caches, allocators and Triton's compiler
-                    rates[name].append(rate)
-                progress.advance(note=f"{name} {rate:.0f} images/s")
+    rates = _rates("bench assign", ways, rounds, images, device)
+    say(", ".join(f"{name} {statistics.median(values):.0f} images/s" for name, values in rates.items()))
+    if prepared.fast:  # last, because compiling takes its time: the figure has been said, whatever becomes of the rest
+        others = _other_searches(features_ND, prepared, prepared.fast)
+        rates |= _rates("bench assign, other searches", others, rounds, images, device)
     operations = 2.0 * positions * dimensions * words
     teraflops = {name: operations * statistics.median(values) / 1e12 for name, values in rates.items()}
     return BenchResult(
@@ -79,13 +76,18 @@ def bench_assign(
         unit="images",
         timings=[Timing(name, values, f"{teraflops[name]:.3g} TFLOP/s") for name, values in rates.items()],
         figures={
-            "ratio_over_matmul": _ratio(rates, "matrix product"),
-            **({"ratio_over_faiss": _ratio(rates, "FAISS")} if "FAISS" in rates else {}),
+            **{f"ratio_over_{name}": _ratio(rates, way) for way, name in _BOUNDS.items() if way in rates},
             "teraflops": teraflops["assign"],
-            **_agreement(features_ND, vocabulary_KD, prepared),
+            **_agreement(features_ND, prepared),
         },
         notes=["of made-up features of 16 factors; the shares of second looks depend on the features"],
     )
+
+
+def _rates(what: str, ways: dict[str, Way], rounds: int, images: int, device: torch.device) -> dict[str, list[float]]:
+    """Images/s of each way in interleaved rounds."""
+    seconds = interleaved(what, ways, rounds, device)
+    return {name: [images / spent for spent in values] for name, values in seconds.items()}
 
 
 def _spread(features_ND: Tensor, make: Callable[[Tensor], Way]) -> Way:
@@ -147,67 +149,48 @@ def _faiss(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
     return {"FAISS": lambda: index.search(features_ND.numpy(), 1)}
 
 
-def _tensor_cores(
-    features_ND: Tensor, vocabulary_KD: Tensor, prepared: PreparedWords, fast: "FastWords"
-) -> dict[str, Way]:
-    """The search on tensor cores in other forms, and the products that bound it."""
-    from bowstore.words.assign_triton import fits, nearest, prepare_fast
+def _half_product(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
+    """What tensor cores do with the same shape, and nothing else."""
+    return {"float16 product": _product(features_ND.half(), vocabulary_KD.T.contiguous().half())}
 
-    tilings = [tiles for tiles in _tilings() if fits(tiles, features_ND.device)]
+
+def _other_searches(features_ND: Tensor, prepared: PreparedWords, fast: "FastWords") -> dict[str, Way]:
+    """The float32 reference, and the search in each of three tilings that fits the GPU.
+
+    Each further tiling is compiled anew, which takes longer than all rounds.
+    """
+    from bowstore.words.assign_triton import HOPPER, OTHER, fits, nearest
+
+    tilings = [HOPPER, HOPPER._replace(rows=128), OTHER]
     return {
         "float32 reference": partial(assign_reference, features_ND, prepared),
-        "float16 product": _product(features_ND.half(), vocabulary_KD.T.contiguous().half()),
-        "bfloat16 search": partial(nearest, features_ND, prepare_fast(vocabulary_KD, torch.bfloat16)),
-        **{_name(tiles): partial(nearest, features_ND, fast, tiles) for tiles in tilings},
+        **{
+            _name(tiles): partial(nearest, features_ND, fast, tiles)
+            for tiles in tilings
+            if fits(tiles, features_ND.device)
+        },
     }
 
 
-def _tilings() -> "list[Tiles]":
-    """The defaults with other numbers of ranges, and their neighbours."""
-    from bowstore.words.assign_triton import HOPPER, OTHER, Tiles
-
-    return [
-        *(HOPPER._replace(ranges=ranges) for ranges in (1, 4, 16, 64)),
-        HOPPER._replace(stages=3),
-        Tiles(rows=256, words=128, dims=128, warps=8, stages=2),
-        Tiles(rows=128, words=128, dims=64, warps=8, stages=4),
-        Tiles(rows=128, words=128, dims=64, warps=8, stages=3),
-        Tiles(rows=64, words=128, dims=64, warps=4, stages=4),
-        OTHER,
-    ]
-
-
 def _name(tiles: "Tiles") -> str:
-    size = f"{tiles.rows}x{tiles.words}x{tiles.dims}"
-    return f"{size} {tiles.warps} warps {tiles.stages} stages" + (f" {tiles.ranges} ranges" if tiles.ranges else "")
+    return f"{tiles.rows}x{tiles.words}x{tiles.dims} {tiles.warps} warps {tiles.stages} stages"
 
 
-def _agreement(features_ND: Tensor, vocabulary_KD: Tensor, prepared: PreparedWords) -> dict[str, float]:
+def _agreement(features_ND: Tensor, prepared: PreparedWords) -> dict[str, float]:
     """Shares of vectors: whose word differs from the float32 reference's; that tensor cores had to look at again."""
-    rows = min(len(features_ND), 1 << 15)
-    some = features_ND[:rows]
-    figures = {}
-    if prepared.fast:
-        from bowstore.words.assign_triton import nearest, prepare_fast
+    if not prepared.fast:
+        return {}
+    from bowstore.words.assign_triton import nearest
 
-        reference = assign_reference(some, prepared)
-        figures["share_unlike_float32"] = float((assign(some, prepared).int() != reference.int()).float().mean())
-        for name, words in (("", prepared.fast), ("_bfloat16", prepare_fast(vocabulary_KD, torch.bfloat16))):
-            found = nearest(some, words)
-            figures[f"share_compared{name}"] = found.compared / rows
-            figures[f"share_searched_twice{name}"] = found.searched_twice / rows
-            figures[f"share_left_to_float32{name}"] = len(found.open_U) / rows
-    return figures
-
-
-def _seconds(way: Way, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begun = time.perf_counter()
-    way()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
+    some = features_ND[: 1 << 15]
+    unlike = assign(some, prepared).int() != assign_reference(some, prepared).int()
+    found = nearest(some, prepared.fast)
+    return {
+        "share_unlike_float32": float(unlike.float().mean()),
+        "share_compared": found.compared / len(some),
+        "share_searched_twice": found.searched_twice / len(some),
+        "share_left_to_float32": len(found.open_U) / len(some),
+    }
 
 
 def _ratio(rates: dict[str, list[float]], other: str) -> float:

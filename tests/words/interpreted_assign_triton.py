@@ -15,6 +15,7 @@ from triton.compiler import make_backend
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from bowstore.benchmarks.assign import bench_assign
 from bowstore.words import assign_kernels, assign_triton
 from bowstore.words.assign import assign, assign_reference, prepare_words
 from bowstore.words.assign_triton import FastWords, Nearest, Tiles, nearest, prepare_fast
@@ -337,3 +338,22 @@ def test_nothing_is_compiled_after_the_warm_up(d: int, monkeypatch: pytest.Monke
         nearest(features[1:], fast)  # whose address is no multiple of 16
         used |= launches.keys
     assert used == warm
+
+
+def test_bench_assign_says_its_figure_before_it_tries_three_tilings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bowstore.words.assign.runs_triton", lambda device: True)
+    monkeypatch.setattr(assign_triton, "fits", lambda tiles, device: True)
+    monkeypatch.setattr("bowstore.benchmarks.assign.compute_workers", lambda device: 1)  # as one stream of a GPU
+    result = bench_assign(images=1, positions=5, dimensions=8, words=40, rounds=1, device=torch.device("cpu"))
+    names = [timing.name for timing in result.timings]
+    assert names == [
+        "assign", "matrix product", "FAISS", "float16 product", "float32 reference", "256x128x64 8 warps 4 stages",
+        "128x128x64 8 warps 4 stages", "128x64x32 8 warps 2 stages",
+    ]  # fmt: skip
+    shares = ("unlike_float32", "compared", "searched_twice", "left_to_float32")
+    assert all(0 <= result.figures[f"share_{share}"] <= 1 for share in shares)
+    assert result.figures["ratio_over_half_matmul"] > 0
+    said = capsys.readouterr().err
+    assert said.index("assign ") < said.index("images/s, matrix product") < said.index("other searches")
