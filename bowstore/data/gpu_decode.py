@@ -38,6 +38,7 @@ _WINDOW_LEVELS, _IMAGE_LEVELS = 2.0, 4.0  # largest mean differences of 255: to 
 _LIBRARIES = ("dali", "nvimgcodec", "nvjpeg")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of nvImageCodec's messages
 _SAID_LETTERS = 300
+_SMOOTH_WINDOWS = 13, 2  # the first nvJPEG that nvImageCodec lets decode windows with smooth chroma
 _MISSING = "missing"
 _NO_VIDEO = "libnvcuvid.so.1 is missing; in a container set NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
 
@@ -124,14 +125,21 @@ def kept_or_tried(
         with waiting_lock(place.with_suffix(".lock"), "the trial of the GPU's decoder", shown=display):
             if found := _kept(place, machine):
                 return found
-            found = judged(tried(command, seconds), machine)
+            found = judged(asked(command, seconds), machine)
             write_json(place, {"machine": machine, **found._asdict()})
             return found
     except OSError as error:
         if isinstance(error, BowstoreError):
             raise
         say(f"warning: {place.parent} cannot be written ({error.strerror}): the GPU's decoder is tried at each start")
-        return judged(tried(command, seconds), machine)
+        return judged(asked(command, seconds), machine)
+
+
+def asked(command: Sequence[str], seconds: float) -> Ended:
+    """A trial's answers, and those on the hardware from a process that is apart from it."""
+    ended = tried(command, seconds)
+    hardware = tried([*command, "hardware"], seconds)
+    return ended._replace(answers={"lack": f"asking for it {hardware.how}", **hardware.answers, **ended.answers})
 
 
 def tried(command: Sequence[str], seconds: float) -> Ended:
@@ -167,6 +175,9 @@ def judged(ended: Ended, machine: dict[str, str]) -> Decoding:
     window, why = answers.get("slice"), ""
     if window is None:
         why = f"decoding windows alone {how or 'was left out'} in a trial of {libraries}"
+    elif (nvjpeg := tuple(answers.get("nvjpeg", _SMOOTH_WINDOWS))) < _SMOOTH_WINDOWS:
+        # nvImageCodec 0.9.0 hands windows over to the CPU then, and says nothing: equal, and slow.
+        why = f"nvJPEG {nvjpeg[0]}.{nvjpeg[1]} does not upsample chroma smoothly at the edges of windows, 13.2 does"
     elif window > _WINDOW_LEVELS:
         why = f"windows alone differ by {window:.1f} of 255 in a trial of {libraries}, bound {_WINDOW_LEVELS:g}"
     engines = answers.get("engines", 0)

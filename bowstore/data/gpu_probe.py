@@ -1,9 +1,9 @@
 """The trial run behind `gpu_decode`: what may end the process is tried here, and what came of it is printed.
 
-    python -m bowstore.data.gpu_probe DEVICE
+    python -m bowstore.data.gpu_probe DEVICE [hardware]
 
-DEVICE is the number of a GPU, or cpu. Each answer is a line of JSON as soon as it is there, the riskiest last: what
-hardware nvJPEG finds, how far whole images are from Pillow's, how far windows are from those of whole images.
+DEVICE is the number of a GPU, or cpu. Each answer is a line of JSON as soon as it is there, the riskiest last: how far
+whole images are from Pillow's, how far windows are from those of whole images; or what hardware nvJPEG finds.
 It is a second's work: torch is not loaded.
 
 Legend: N windows, each with its encoded image; H W C pixels of a window.
@@ -47,10 +47,12 @@ _KINDS: Sequence[tuple[str, str, dict[str, Any]]] = (
 
 def main(arguments: Sequence[str]) -> None:
     """Print the answers."""
-    (device,) = arguments
+    device, *what = arguments
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is an answer, not something to look into
     number = None if device == "cpu" else int(device)
-    print(json.dumps(hardware(number)), flush=True)
+    if what:
+        print(json.dumps(hardware(number)), flush=True)
+        return
     encoded_N, windows_N4 = trials()
     whole = [decoded(encoded_N, windows_N4, number, "image", load) for load in (0.0, 1.0)]
     print(json.dumps({"image": max(differences(found, pillow(encoded_N, windows_N4)) for found in whole)}), flush=True)
@@ -125,15 +127,24 @@ def differences(ours: list[NDArray[np.uint8]], theirs: list[NDArray[np.uint8]]) 
 
 
 def hardware(device: int | None) -> dict[str, Any]:
-    """How many hardware decoders nvJPEG finds on a GPU ("engines"), or why none ("lack")."""
+    """How many hardware decoders nvJPEG finds on a GPU ("engines"), or why none ("lack"); prints its version before."""
     if device is None:
         return {"engines": 0, "lack": "there is no GPU"}
     try:
         library = ctypes.CDLL(_nvjpeg())
+        version = _version(library)
         ask = library.nvjpegGetHardwareDecoderInfo
     except (OSError, AttributeError) as error:
         return {"engines": 0, "lack": f"nvJPEG does not tell: {error}"}
-    _current(device)
+    print(json.dumps({"nvjpeg": version}), flush=True)
+    return _engines(library, ask, device)
+
+
+def _engines(library: ctypes.CDLL, ask: Any, device: int) -> dict[str, Any]:
+    try:
+        _current(device)
+    except OSError:
+        return {"engines": 0, "lack": "there is no driver"}
     handle, engines, cores = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
     status = library.nvjpegCreateEx(_HARDWARE, None, None, 0, ctypes.byref(handle))
     if status == 0:
@@ -143,6 +154,15 @@ def hardware(device: int | None) -> dict[str, Any]:
         return {"engines": engines.value}
     no_engine = status in (0, _NO_HARDWARE)
     return {"engines": 0, "lack": "the GPU has none" if no_engine else f"nvJPEG's error {status} on asking for one"}
+
+
+def _version(library: ctypes.CDLL) -> list[int]:
+    """Major and minor number of nvJPEG."""
+    value, found = ctypes.c_int(), []
+    for part in range(2):  # of libraryPropertyType
+        library.nvjpegGetProperty(part, ctypes.byref(value))
+        found.append(value.value)
+    return found
 
 
 def _nvjpeg() -> str:

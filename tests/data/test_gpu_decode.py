@@ -3,6 +3,7 @@
 What may happen on a GPU happens here to the trial's own program, which decodes on the CPU.
 """
 
+import ctypes
 import json
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from bowstore.data import gpu_decode, gpu_probe
-from bowstore.data.gpu_decode import Decoding, Ended, gpu_decoding, judged, kept_or_tried, tried
+from bowstore.data.gpu_decode import Decoding, Ended, asked, gpu_decoding, judged, kept_or_tried, tried
 from bowstore.errors import BowstoreError
 
 MACHINE = {
@@ -46,7 +47,7 @@ def program(text: str) -> list[str]:
 
 
 def test_a_real_trial_on_the_cpu_finds_both_ways_equal_to_pillow() -> None:
-    ended = tried(CPU_TRIAL, 100)
+    ended = asked(CPU_TRIAL, 100)
     assert ended == Ended({"engines": 0, "lack": "there is no GPU", "image": 0.0, "slice": 0.0}, "")
     assert judged(ended, MACHINE) == Decoding("slice", "", 0, "there is no GPU")
 
@@ -89,6 +90,26 @@ def test_a_trial_sees_windows_of_another_place() -> None:
     assert gpu_probe.differences([image[1:] for image in right[:1]], right[:1]) == 255
 
 
+@pytest.mark.parametrize(
+    ("nvjpeg", "way"), [([13, 3], "slice"), ([13, 2], "slice"), ([13, 1], "image"), ([12, 4], "image")]
+)
+def test_an_nvjpeg_that_leaves_windows_to_the_cpu_decodes_whole_images(nvjpeg: list[int], way: str) -> None:
+    found = judged(Ended({"engines": 7, "nvjpeg": nvjpeg, "image": 0.5, "slice": 0.0}, ""), MACHINE)
+    assert found.way == way
+    assert ("at the edges of windows" in found.why) == (way == "image")
+
+
+def test_the_installed_nvjpeg_tells_its_version() -> None:
+    library = ctypes.CDLL(gpu_probe._nvjpeg())
+    assert gpu_probe._version(library) >= list(gpu_decode._SMOOTH_WINDOWS)
+
+
+def test_a_crash_on_asking_for_the_hardware_costs_no_more_than_its_answer() -> None:
+    text = """import os, sys; os.abort() if sys.argv[1:] else print('{"image": 0, "slice": 0}')"""
+    found = judged(asked(program(text), 60), MACHINE)
+    assert found == Decoding("slice", "", 0, "asking for it ended with SIGABRT")
+
+
 def test_a_missing_video_library_is_told_with_its_cure() -> None:
     found = judged(Ended({"engines": 0, "lack": "nvJPEG's error 6", "image": 0.5, "slice": 0}, ""), NO_VIDEO)
     assert found.lack.startswith("libnvcuvid.so.1 is missing; in a container set NVIDIA_DRIVER_CAPABILITIES=")
@@ -116,7 +137,8 @@ def test_where_nothing_is_decoded_one_line_says_what_to_do(text: str, what: str)
 def answering(tmp_path: Path, **answers: object) -> tuple[list[str], Path]:
     """A trial that answers so, and the file in which it notes each time that it is run."""
     count = tmp_path / "count"
-    text = f"open({str(count)!r}, 'a').write('x'); import time; time.sleep(0.3); print({json.dumps(answers)!r})"
+    text = f"import sys, time; sys.argv[1:] or open({str(count)!r}, 'a').write('x'); time.sleep(0.2)"
+    text += f"; print({json.dumps(answers)!r})"
     return [sys.executable, "-c", text], count
 
 
