@@ -1,6 +1,6 @@
 """One program that says whether a GPU does the job, and how fast.
 
-    python tools/gpu_check.py --out check                   all of it, about half an hour on an H100
+    python tools/gpu_check.py --out check                   all of it, a quarter of an hour on an H100
     python tools/gpu_check.py --out check --minutes 9       what nine minutes hold, the most valuable first
     python tools/gpu_check.py --out check --sections assign,kmeans
     python tools/gpu_check.py --out check --dry-run         every section at toy size, on the CPU
@@ -81,10 +81,11 @@ def _parse(arguments: Sequence[str] | None, sections: Sequence[Section]) -> argp
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {known}")
     if options.minutes is not None and not options.minutes > 0:
         parser.error(f"--minutes {options.minutes:g} is no time; give a number above 0")
-    for name in ("photographs", "data"):
+    for name in ("photographs", "data", "out", "scratch"):
         path = getattr(options, name)
-        if path and not path.exists():
+        if path and not path.exists() and name in ("photographs", "data"):
             parser.error(f"--{name} {path} is not there")
+        setattr(options, name, path and path.resolve())  # a section may work in a folder of its own
     return options
 
 
@@ -164,6 +165,7 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
         _usage(f"torch and the driver did not answer within {_PROBE_SECONDS} s; see whether nvidia-smi does")
     if answer.returncode:
         _usage((answer.stderr.strip() or "the probe says nothing").splitlines()[-1])
+    print(answer.stderr, end="", file=sys.stderr)  # who else holds the GPU's memory
     about: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
     return {**about, "command": f"python tools/gpu_check.py {shlex.join(sys.argv[1:])}"}
 

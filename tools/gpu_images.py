@@ -6,6 +6,7 @@ Each is a function of a `Check`, whose name is the section's (gpu_plan.py says w
 import io
 import json
 import sys
+import tarfile
 import tempfile
 from contextlib import chdir
 from pathlib import Path
@@ -110,15 +111,19 @@ def graph(check: Check) -> None:
 
 
 def loader(check: Check) -> None:
-    """`bowstore bench loader`, over shares of the GPU's decoder."""
+    """`bowstore bench loader`, over shares of the GPU's decoder and, where both work, ways to decode windows."""
     from bowstore.benchmarks.loader import LoaderSettings, bench_loader
+    from bowstore.data.gpu_decode import gpu_decoding
 
     view = ViewConfig(**check.size({}, {}, {"size": 32, "resize": 40}), cutmix=True)
-    loads = (0.0, 0.3, 0.5, 0.65, 0.8, 1.0) if check.device.type == "cuda" else ()
+    loads, ways = (), ()
+    if check.device.type == "cuda":
+        both = gpu_decoding(check.device).way == "slice"
+        loads, ways = ((0.0, 0.65, 1.0), ("slice", "image")) if both else ((0.0, 0.4, 0.65, 0.8, 1.0), ())
     result = bench_loader(
         photographs(check).root,
         LoaderSettings(
-            view, check.size(256, 256, 8), cores(), check.device, check.size(12, 6, 2), check.size(3, 2, 1), loads
+            view, check.size(256, 256, 8), cores(), check.device, check.size(12, 6, 2), check.size(3, 2, 1), loads, ways
         ),
     )
     check.bench(result)
@@ -197,12 +202,16 @@ def imagenette(check: Check) -> None:
         ("demo_rotnet", "demo_bownet", (1, 1), 16),
     )
     print(library_versions())
+    source = check.data and check.data.resolve()
     with tempfile.TemporaryDirectory(dir=check.scratch) as name, chdir(name):
-        source = check.data
         if check.toy:
             source = Path("images")
             write_images(source, train=64, val=20, size=32, workers=1)
         assert source is not None, "skipped without"
+        if source.is_file():
+            with tarfile.open(source) as tar:
+                tar.extractall("images", filter="data")
+            source = Path("images")
         _command("shards", str(source), "data/shards")
         for config, length in ((teacher, epochs[0]), (student, epochs[1])):
             steps = [max(1, round(share * length)) for share in (0.6, 0.87)]

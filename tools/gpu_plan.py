@@ -59,8 +59,8 @@ SECTIONS = (
     Section("loader", "images/s of the loader alone, over shares of the decoder", 60, 40, _DALI, "gpu_images"),
     Section("train", "training with the loader over the same step on resident data", 100, 70, (*_DALI, "zarr"),
             "gpu_images"),
-    Section("encode", "encode over decoding, float32 and bfloat16", 80, 50, _ENCODE, "gpu_images"),
-    Section("imagenette", "a RotNet, its words and a BoWNet, in short", 600, 240, _ENCODE, "gpu_images", on_data=True),
+    Section("encode", "encode over decoding, float32 and bfloat16", 120, 60, _ENCODE, "gpu_images"),
+    Section("imagenette", "a RotNet, its words and a BoWNet, in short", 420, 200, _ENCODE, "gpu_images", on_data=True),
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def machine(check: Check) -> None:
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)
         told = f"compute capability {properties.major}.{properties.minor}, {properties.total_memory / _GIB:.1f} GiB"
-        check.claim("tensor cores", gpu.runs_triton(device), told)
+        check.claim("search on tensor cores", None, f"{'yes' if gpu.runs_triton(device) else 'no'}; {told}")
         check.claim("video library", not (note := gpu.decoder_note()), note or "")
         check.claim("memory is free", not (note := gpu.memory_note(device)), note or "")
     _copies(check, rounds)
@@ -92,9 +92,12 @@ def _tf32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 _COMPILE = """
 import sys, torch
 from gpu_words import rectified
-from bowstore.words.assign_triton import HOPPER, OTHER, nearest, prepare_fast
+from bowstore.words.assign_triton import HOPPER, OTHER, fits, nearest, prepare_fast
 device = torch.device(sys.argv[1])
 tiles, half = {"hopper": HOPPER, "other": OTHER}[sys.argv[2]], getattr(torch, sys.argv[3])
+if device.type == "cuda" and not fits(tiles, device):
+    print("this GPU has less shared memory")
+    raise SystemExit
 features, words = rectified(int(sys.argv[4]), int(sys.argv[5]), 90, device)
 found = nearest(features, prepare_fast(words, half), tiles)
 print(len(found.open_U), "open,", found.searched_twice, "searched twice")
@@ -103,6 +106,9 @@ print(len(found.open_U), "open,", found.searched_twice, "searched twice")
 
 def kernels(check: Check) -> None:
     """Each tiling and precision in a process of its own, so that they compile side by side and one crash is one."""
+    if not check.toy and not gpu.runs_triton(check.device):
+        check.claim("the search", None, "in float32 on this GPU, without Triton")
+        return
     cases = [(tiles, half) for tiles in ("other", "hopper") for half in ("float16", "bfloat16")]
     environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if check.toy else {})}
 

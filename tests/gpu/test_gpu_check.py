@@ -18,6 +18,7 @@ ROOMS = """
 import os, time
 
 def good(check):
+    os.chdir("/")
     check.figure("loader images/s", 7100, 6900, 7300, unit="images/s")
     check.claim("it holds", True, "as it should")
 
@@ -89,12 +90,13 @@ def rooms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_sections_that_crash_hang_or_raise_are_results_and_the_others_go_on(
-    rooms: Path, capsys: pytest.CaptureFixture[str]
+    rooms: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(rooms.parent)
     absent = section("absent", needs=("no_such_module", "nvidia.no_such_module"))
     data = section("data", on_data=True)
     sections = [section(name) for name in ("wrong", "dead", "slow", "good", "false")] + [absent, data]
-    code = gpu_check.main(["--out", str(rooms), "--dry-run", "--scratch", str(rooms / "scratch")], sections[:-1])
+    code = gpu_check.main(["--out", rooms.name, "--dry-run", "--scratch", str(rooms / "scratch")], sections[:-1])
     assert code == 1
     found = lines_of(rooms)
     ends = {name: (own[-1]["status"], own[-1]["why"]) for name, own in found.items()}
@@ -108,7 +110,7 @@ def test_sections_that_crash_hang_or_raise_are_results_and_the_others_go_on(
     }
     assert found["slow"][0]["median"] == 1, "what a section found before is kept"
     assert found["dead"][0]["median"] == 2
-    assert 'rooms_for_a_test.py", line 10 in slow' in (rooms / "slow.log").read_text()
+    assert 'rooms_for_a_test.py", line 11 in slow' in (rooms / "slow.log").read_text()
     assert "Aborted" in (rooms / "dead.log").read_text()
     text = (rooms / "table.txt").read_text()
     assert capsys.readouterr().out == text
