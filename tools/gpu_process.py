@@ -3,6 +3,8 @@
 import faulthandler
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -66,6 +68,14 @@ class Check:
         """Record something that holds or does not; None for what is only told."""
         print(f"{name}: {holds} {note}".rstrip())
         self.results.claim(self.section, name, holds, note)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Record every timing of interleaved rounds in the block at once, in seconds, until the rates replace them."""
+        from bowstore.benchmarks.rounds import heard_by
+
+        with heard_by(lambda name, seconds: self.results.figure(self.section, name, seconds, "s")):
+            yield
 
     def bench(self, result: "BenchResult", prefix: str = "") -> None:
         """Record all rates of a benchmark, and print its table into the log."""

@@ -114,13 +114,15 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def latest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every section what its last run gave; toys are left out where anything else is there."""
+    """Of every section what its last run gave, of every figure the last line; no toys where anything else is there."""
     kept = list(lines)
     if any(not line["toy"] for line in kept):
         kept = [line for line in kept if not line["toy"]]
     ran = {line["section"]: line["run"] for line in kept if line.get("status") not in ("skipped", "dropped")}
     told = {line["section"]: line["run"] for line in kept}
-    return [line for line in kept if line["run"] == ran.get(line["section"], told[line["section"]])]
+    kept = [line for line in kept if line["run"] == ran.get(line["section"], told[line["section"]])]
+    last = {(line["section"], line.get("figure")): line for line in kept}
+    return [line for line in kept if line is last[line["section"], line.get("figure")]]
 
 
 def failures(lines: Iterable[dict[str, Any]]) -> list[str]:

@@ -177,10 +177,11 @@ def assign(check: Check) -> None:
     from bowstore.benchmarks.assign import bench_assign
 
     images, dimensions, k = check.size((256, 1024, 20000), (256, 1024, 20000), (2, 16, 300))
-    result = bench_assign(
-        images=images, positions=check.size(196, 196, 9), dimensions=dimensions, words=k, rounds=check.size(5, 3, 2),
-        device=check.device,
-    )  # fmt: skip
+    with check.heard():
+        result = bench_assign(
+            images=images, positions=check.size(196, 196, 9), dimensions=dimensions, words=k,
+            rounds=check.size(5, 3, 2), device=check.device,
+        )  # fmt: skip
     check.bench(result)
     rates = {timing.name: list(timing.rates) for timing in result.timings}
     check.figure("assign images/s", *rates["assign"], unit="images/s")
@@ -281,7 +282,7 @@ def _bench_step(check: Check, ways: Any, teacher_layer: str | None = None) -> An
         batch=check.size(256, 256, 8), words=check.size(20_000, 20_000, 30), grid=check.size(14, 14, 4),
         steps=check.size(20, 10, 2), rounds=check.size(5, 3, 2), device=check.device,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=check.scratch) as folder:
+    with check.heard(), tempfile.TemporaryDirectory(dir=check.scratch) as folder:
         result = bench_step(settings, ways, Path(folder), teacher_layer=teacher_layer)
     check.bench(result)
     return result
@@ -293,7 +294,8 @@ def trunk(check: Check) -> None:
 
     arch, layer, size, batch = check.size(("resnet50", "conv4", 224, 256), ("resnet50", "conv4", 224, 256),
                                           ("wrn-10-1", "block2", 16, 8))  # fmt: skip
-    result = bench_trunk(arch, layer, size=size, batch=batch, rounds=check.size(7, 3, 2), device=check.device)
+    with check.heard():
+        result = bench_trunk(arch, layer, size=size, batch=batch, rounds=check.size(7, 3, 2), device=check.device)
     check.bench(result)
     for name, value in result.figures.items():
         check.figure(name.replace("_", " "), value, note="of the largest value")

@@ -1,7 +1,9 @@
 """Time of one call on a device, and of several ways in interleaved rounds."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,6 +11,18 @@ import torch
 from bowstore.progress import Progress
 
 Way = Callable[[], Any]
+Listener = Callable[[str, list[float]], None]
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Call it with a way's name and its seconds so far after each timed call: what is killed later has said them."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def seconds_of(way: Way, device: torch.device) -> float:
@@ -34,5 +48,7 @@ def interleaved(what: str, ways: Mapping[str, Way], rounds: int, device: torch.d
                 spent = seconds_of(way, device)
                 if number:
                     seconds[name].append(spent)
+                    if listener := _listener.get():
+                        listener(name, seconds[name])
                 progress.advance(note=f"{name} {1e3 * spent:.1f} ms")
     return seconds

@@ -13,6 +13,8 @@ from gpu_plan import SECTIONS, Section, limit_seconds, plan
 from gpu_process import Check
 from gpu_results import BOUNDS, Results, failures, latest, read_lines, table
 
+from bowstore.benchmarks.rounds import interleaved
+
 TOOL = Path(gpu_check.__file__)
 ROOMS = """
 import os, time
@@ -198,6 +200,24 @@ def test_the_table_shows_the_last_run_of_each_section(tmp_path: Path) -> None:
     assert row.split() == ["a", "of", "2", "3", "2", "66.7%"]
     assert "b          CRASHED in 3 s: why" in text
     assert text.endswith("1 failures\n  b crashed (why)\n")
+
+
+def test_timings_are_recorded_before_their_rates_are(tmp_path: Path) -> None:
+    check = Check("step", "full", "cpu", results(tmp_path), tmp_path)
+    calls: list[int] = []
+
+    def dying() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("killed")
+
+    ways = {"fine": lambda: None, "dying": dying}
+    with check.heard(), pytest.raises(RuntimeError, match="killed"):
+        interleaved("bench", ways, 3, check.device)
+    lines = latest(read_lines(tmp_path))
+    assert [(line["figure"], line["n"], line["unit"]) for line in lines] == [("dying", 1, "s"), ("fine", 2, "s")]
+    check.figure("fine", 70, 80, 90, unit="images/s")
+    assert [(line["figure"], line["median"]) for line in latest(read_lines(tmp_path))][1:] == [("fine", 80)]
 
 
 @pytest.mark.parametrize("name", [each.name for each in SECTIONS])
