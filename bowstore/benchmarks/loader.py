@@ -1,12 +1,13 @@
 """What the loader can do without a network behind it, stage by stage, and which stage binds.
 
-The train graph is run with its end after each stage in turn: the difference between two ends is what a stage costs.
-All ends, and the planning and reading that feed them, are timed in interleaved rounds.
+The train view is made with its end after each stage in turn: the difference between two ends is what a stage costs.
+All ends, and the planning and reading that feed them, are timed in interleaved rounds. On a CPU everything after the
+resize is one pass: its stage is `normalise`, and flip, jitter and CutMix are what they add to it.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise, product
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import StorageConfig, ViewConfig
 from bowstore.data.feed import PREFETCH
+from bowstore.data.finish import AHEAD
 from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import HW_LOAD, STAGES, Stage, train_batches, train_pipeline
+from bowstore.data.pipeline import HW_LOAD, Stage, stages, train_batches, train_images
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.environment import cores, device_name
@@ -65,11 +67,11 @@ def bench_loader(shards: Path, settings: LoaderSettings, storage: StorageConfig 
         raise UsageError("--hw-load sweeps the hardware decoder of a GPU, and there is none; leave it out")
     index = open_index(shards, storage)
     schedule = Schedule(len(index), settings.batch // 4 * 4, seed=0)
-    stages = _stages(index, schedule, settings)
-    rates: dict[str, list[float]] = {name: [] for name in stages}
-    with Progress("bench loader", (settings.rounds + 1) * len(stages), "timings") as progress:
+    steps = _steps(index, schedule, settings)
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    with Progress("bench loader", (settings.rounds + 1) * len(steps), "timings") as progress:
         for number in range(settings.rounds + 1):
-            for name, step in stages.items():
+            for name, step in steps.items():
                 rate = _rate(step, settings, schedule.batch)
                 if number:  # the first round warms the page cache, the allocators and the decoders
                     rates[name].append(rate)
@@ -77,41 +79,41 @@ def bench_loader(shards: Path, settings: LoaderSettings, storage: StorageConfig 
     return _result(rates, index, settings, schedule.batch)
 
 
-def _stages(index: Index, schedule: Schedule, settings: LoaderSettings) -> dict[str, Callable[[], Any]]:
+def _steps(index: Index, schedule: Schedule, settings: LoaderSettings) -> dict[str, Callable[[], Any]]:
     """What is timed, by name: each call makes one batch."""
 
-    def steps() -> Iterator[Plan]:
+    def planned() -> Iterator[Plan]:
         return plans(schedule, index, settings.view, start=0, stop=sys.maxsize)
 
     reader = ShardReader(index)
-    to_plan, to_read = steps(), steps()
-    stages: dict[str, Callable[[], Any]] = {
+    to_plan, to_read = planned(), planned()
+    steps: dict[str, Callable[[], Any]] = {
         "plan": lambda: next(to_plan),
         "read": lambda: reader.read(next(to_read).rows),
     }
-    for stage in STAGES:
-        stages[stage] = _ended(index, settings, schedule.batch, stage, steps())
+    for stage in stages(settings.device):
+        steps[stage] = _ended(index, settings, schedule.batch, stage, planned())
     for load, way in product(settings.hw_loads or (HW_LOAD,), settings.ways or (None,)):
         parts = [_LOADER, *([f"hw load {load:g}"] if settings.hw_loads else []), *([f"decode {way}"] if way else [])]
         made = train_batches(
             ShardReader(index),
             settings.view,
-            steps(),
+            planned(),
             batch=schedule.batch,
             device=settings.device,
             threads=settings.threads,
             hw_load=load,
             way=way,
         )
-        stages[", ".join(parts)] = made.__next__
-    return stages
+        steps[", ".join(parts)] = made.__next__
+    return steps
 
 
 def _ended(
     index: Index, settings: LoaderSettings, batch: int, stage: Stage, steps: Iterator[Plan]
 ) -> Callable[[], Any]:
-    """The graph with its end after `stage`."""
-    pipe, feed = train_pipeline(
+    """The view with its end after `stage`."""
+    made = train_images(
         ShardReader(index),
         settings.view,
         steps,
@@ -120,17 +122,12 @@ def _ended(
         threads=settings.threads,
         until=stage,
     )
-
-    def step() -> None:
-        pipe.run()
-        feed.take()
-
-    return step
+    return made.__next__
 
 
 def _rate(step: Callable[[], Any], settings: LoaderSettings, batch: int) -> float:
     """Images/s of one stage; batches made ahead are drained first, and made again before the next one's turn."""
-    drain = PREFETCH + 2
+    drain = PREFETCH + AHEAD + 2
     for _ in range(drain):
         step()
     begun = time.perf_counter()
@@ -146,17 +143,17 @@ def _rate(step: Callable[[], Any], settings: LoaderSettings, batch: int) -> floa
 def _result(rates: dict[str, list[float]], index: Index, settings: LoaderSettings, batch: int) -> BenchResult:
     median = {name: float(np.median(values)) for name, values in rates.items()}
     whole = max((name for name in median if name.startswith(_LOADER)), key=lambda name: median[name])
-    costs = _costs(median)
+    order = stages(settings.device)
+    costs = _costs(median, order)
     details = {name: f"{1e6 * seconds:.0f} us an image" for name, seconds in costs.items()}
     details["read"] = f"{median['read'] * float(index.size.mean()) / 1e6:.0f} MB/s"
     feeding = 1 / (1 / median["plan"] + 1 / median["read"])
-    graph = max(costs, key=lambda name: costs[name])
-    share = costs[graph] * median[STAGES[-1]]
-    if feeding < median[STAGES[-1]]:
+    dearest = max(costs, key=lambda name: costs[name])
+    if feeding < median[order[-1]]:
         binds = "planning and reading (one thread)"
     else:
-        binds = f"the graph, {100 * share:.0f} % of it {graph}"
-    notes = ["a stage's rate is that of the graph up to it; its cost is the difference to the stage before"]
+        binds = f"the view, {100 * costs[dearest] * median[order[-1]]:.0f} % of it {dearest}"
+    notes = ["a stage's rate is that of the view up to it; its cost is the difference to the stage before"]
     if settings.device.type == "cuda":
         notes.append(f"decoding: {gpu_decoding(settings.device)}")
     return BenchResult(
@@ -178,10 +175,10 @@ def _result(rates: dict[str, list[float]], index: Index, settings: LoaderSetting
     )
 
 
-def _costs(median: dict[str, float]) -> dict[str, float]:
-    """Seconds an image that each stage of the graph adds."""
-    ends = {stage: 1 / median[stage] for stage in STAGES}
-    first = STAGES[0]
+def _costs(median: dict[str, float], order: Sequence[Stage]) -> dict[str, float]:
+    """Seconds an image that each stage of the view adds."""
+    ends = {stage: 1 / median[stage] for stage in order}
+    first = order[0]
     return dict(
-        chain([(first, ends[first])], ((stage, ends[stage] - ends[before]) for before, stage in pairwise(STAGES)))
+        chain([(first, ends[first])], ((stage, ends[stage] - ends[before]) for before, stage in pairwise(order)))
     )

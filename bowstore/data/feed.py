@@ -30,7 +30,6 @@ _INPUTS: dict[str, tuple[Any, int]] = {  # element type and dimensions of every 
     "contrast": (types.FLOAT, 0),
     "saturation": (types.FLOAT, 0),
     "hue": (types.FLOAT, 0),
-    "colour": (types.FLOAT, 2),
     "in_ids": (types.INT32, 1),
     "anchors": (types.INT32, 2),
     "shapes": (types.INT32, 2),
@@ -108,8 +107,8 @@ def _tensors(values: NDArray[Any] | list[NDArray[np.uint8]]) -> TensorListCPU:
 
 def run(
     pipe: Pipeline, feed: Feed[T], source: ImageSource, rows: Callable[[T], NDArray[np.int64]]
-) -> Iterator[tuple[T, Tensor]]:
-    """Run to the end of the feed and hand out in order.
+) -> Iterator[tuple[T, Any]]:
+    """Run to the end of the feed and hand out in order what each batch was and DALI's list of its samples.
 
     Args:
         pipe: the graph.
@@ -132,8 +131,13 @@ def run(
             if not is_of_graph(error) or not feed.in_flight:
                 raise
             raise explained(error, source, rows(feed.in_flight[0])) from error
-        what = feed.take(_passed(pipe.device_id)) if gpu else feed.take()
-        yield what, torch.utils.dlpack.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+        yield feed.take(_passed(pipe.device_id)) if gpu else feed.take(), output
+
+
+def as_images(output: Any) -> Tensor:
+    """What a graph gives, as images_BCHW in the same memory."""
+    images_BHWC: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
+    return images_BHWC.permute(0, 3, 1, 2)
 
 
 def _passed(device: int) -> Callable[[], bool]:

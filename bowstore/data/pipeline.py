@@ -1,14 +1,14 @@
-"""The DALI graphs: the perturbed train view and the clean view, one definition for CPU and GPU.
+"""The views: DALI graphs that decode, and on a GPU do all the rest; on a CPU other threads do it (`finish`).
 
 Everything random comes from the plan through `external_source`; DALI itself draws nothing. On a GPU decoding is
-`mixed` and all that follows runs on the GPU; without one the same graph runs on the CPU (`device_id=None`).
+`mixed`; without one the graph runs on the CPU (`device_id=None`) and ends with the decoded images.
 
 Legend: B batch, C channels, H W pixels of the network input.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,23 +18,29 @@ from torch import Tensor
 
 from bowstore.config import ViewConfig
 from bowstore.data.batches import TrainingPixels, bounded
-from bowstore.data.colour import colour_matrices
-from bowstore.data.colour import jitter as matrix_jitter
 from bowstore.data.cutmix import paste, paste_inputs
 from bowstore.data.decode import Decoder
-from bowstore.data.feed import Feed, new_pipeline, run
+from bowstore.data.feed import Feed, as_images, new_pipeline, run
+from bowstore.data.finish import clean_finish, finished, train_finish
 from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.plan import Plan
 from bowstore.data.reader import ImageSource
-from bowstore.data.views import Batch, CleanView
+from bowstore.data.views import Batch, CleanView, jitters
+from bowstore.environment import cores_per_rank
 
 _FILTER_MARGIN = 2.0  # beyond the antialiased filter's support, for rounding
 HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
 Stage = Literal["decode", "resize", "flip", "jitter", "cutmix", "normalise"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
 _WINDOW, _MIRROR = ("encoded", "start", "shape"), ("mirror",)
-_TWIST, _MATRIX = ("brightness", "contrast", "saturation", "hue"), ("colour",)
+_TWIST = ("brightness", "contrast", "saturation", "hue")
 _MIX = ("in_ids", "anchors", "shapes")
+
+
+def stages(device: torch.device) -> tuple[Stage, ...]:
+    """What is done to an image, in this order; on a CPU all after the resize is one pass, and each adds to it."""
+    if device.type == "cuda":
+        return ("decode", "resize", "flip", "jitter", "cutmix", "normalise")
+    return ("decode", "resize", "normalise", "flip", "jitter", "cutmix")
 
 
 def train_batches(
@@ -66,14 +72,14 @@ def train_batches(
         DataError: an image that cannot be decoded.
         BowstoreError: a library, the GPU or memory that failed.
     """
-    pipe, feed = train_pipeline(
+    images = train_images(
         source, view, plans, batch=batch, device=device, threads=threads, hw_load=hw_load, way=way, ahead=ahead
     )
-    for (plan, found), images_BCHW in run(pipe, feed, source, lambda what: what[0].rows):
+    for (plan, found), images_BCHW in images:
         yield Batch(images_BCHW, plan, found)
 
 
-def train_pipeline(
+def train_images(
     source: ImageSource,
     view: ViewConfig,
     plans: Iterable[Plan],
@@ -84,15 +90,65 @@ def train_pipeline(
     hw_load: float = HW_LOAD,
     way: Way | None = None,
     ahead: Callable[[Plan], Any] | None = None,
-    until: Stage = "normalise",
-) -> tuple[Pipeline, Feed[tuple[Plan, Any]]]:
-    """The pipeline behind `train_batches` and what feeds it; `until` ends the graph after an earlier stage.
+    until: Stage | None = None,
+) -> Iterator[tuple[tuple[Plan, Any], Any]]:
+    """What is behind `train_batches`: plans, what `ahead` gave, and images_BCHW.
 
-    Only benchmarks ask for less than the whole graph: the difference between two ends is what a stage costs.
+    With `until` it ends after an earlier stage, with whatever that makes. Only benchmarks ask for it: the difference
+    between two ends is what a stage costs.
     """
-    jitter = any((view.brightness, view.contrast, view.saturation, view.hue, view.grey))
-    colour = (_TWIST if device.type == "cuda" else _MATRIX) if jitter else ()
-    last = STAGES.index(until)
+    last = until or stages(device)[-1]
+    gpu = device.type == "cuda"
+    pipe, feed = train_graph(
+        source,
+        view,
+        plans,
+        batch=batch,
+        device=device,
+        threads=threads,
+        hw_load=hw_load,
+        way=way,
+        ahead=ahead,
+        until=last if gpu else "decode",
+    )
+    made = run(pipe, feed, source, lambda what: what[0].rows)
+    if last == "decode":
+        return made
+    if gpu:
+        return ((what, as_images(output)) for what, output in made)
+    finish = train_finish(_without(view, last), batch, threads or cores_per_rank(), normalise=last != "resize")
+    return finished(made, finish)
+
+
+def _without(view: ViewConfig, last: Stage) -> ViewConfig:
+    """The view on a CPU without what comes after a stage."""
+    later = stages(torch.device("cpu"))
+    later = later[later.index(last) + 1 :]
+    off: dict[Stage, dict[str, Any]] = {
+        "flip": {"flip": False},
+        "jitter": dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grey"), 0),
+        "cutmix": {"cutmix": False},
+    }
+    return view.model_copy(update={name: value for stage in later for name, value in off.get(stage, {}).items()})
+
+
+def train_graph(
+    source: ImageSource,
+    view: ViewConfig,
+    plans: Iterable[Plan],
+    *,
+    batch: int,
+    device: torch.device,
+    threads: int | None = None,
+    hw_load: float = HW_LOAD,
+    way: Way | None = None,
+    ahead: Callable[[Plan], Any] | None = None,
+    until: Stage,
+) -> tuple[Pipeline, Feed[tuple[Plan, Any]]]:
+    """DALI's part of the train view, up to a stage, and what feeds it."""
+    order = stages(device)
+    order = order[: order.index(until) + 1]
+    colour = _TWIST if jitters(view) else ()
     # DALI warns of inputs that no operator takes.
     takes = {
         "decode": _WINDOW,
@@ -100,10 +156,11 @@ def train_pipeline(
         "jitter": colour,
         "cutmix": _MIX if view.cutmix else (),
     }
-    names = [name for stage in STAGES[: last + 1] for name in takes.get(stage, ())]
+    names = [name for stage in order for name in takes.get(stage, ())]
     decoder = _decoder(device, hw_load, way)
     seen = TrainingPixels()
-    feed = Feed((partial(_train_feed, source, plan, view, ahead, seen) for plan in plans), names)
+    size = view.size if "in_ids" in names else None
+    feed = Feed((partial(_train_feed, source, plan, size, ahead, seen) for plan in plans), names)
     pipe = new_pipeline(batch, device, threads)
     with pipe:
         inputs = feed.declare()
@@ -113,12 +170,12 @@ def train_pipeline(
             # An operator of its own costs nothing that can be measured: the paste needs each image already flipped,
             # and a resize from right to left rounds one value in a few thousand otherwise.
             "flip": lambda images: fn.flip(images, horizontal=inputs["mirror"]) if view.flip else images,
-            "jitter": lambda images: _jitter(inputs, images, colour),
+            "jitter": lambda images: _twist(inputs, images, colour),
             "cutmix": lambda images: paste(images, inputs, view.size) if view.cutmix else images,
             "normalise": lambda images: _normalise(images, view, half=device.type == "cuda"),
         }
         images = None
-        for stage in STAGES[: last + 1]:
+        for stage in order:
             images = graph[stage](images)
         pipe.set_outputs(images)
     return pipe, feed
@@ -161,9 +218,15 @@ def clean_batches(
     pipe = new_pipeline(batch, device, threads)
     with pipe:
         encoded = feed.declare()["encoded"]
-        images = _clean(encoded, view, decoder)
-        pipe.set_outputs(_normalise(images, view))
-    yield from run(pipe, feed, source, lambda part: part)
+        if device.type == "cuda":
+            pipe.set_outputs(_normalise(_clean(encoded, view, decoder), view))
+        else:  # whole: what the centre leaves out is a twentieth of decoding, which operators that cut it cost, too
+            pipe.set_outputs(decoder.image(encoded))
+    made = run(pipe, feed, source, lambda part: part)
+    if device.type == "cuda":
+        yield from ((part, as_images(output)) for part, output in made)
+    else:
+        yield from finished(made, clean_finish(view, batch, threads or cores_per_rank()))
 
 
 def _decoder(device: torch.device, hw_load: float, way: Way | None) -> Decoder:
@@ -225,11 +288,9 @@ def _decode_window(inputs: dict[str, Any], decoder: Decoder) -> Any:
     return decoder.window(encoded, start, shape)
 
 
-def _jitter(inputs: dict[str, Any], images: Any, colour: Sequence[str]) -> Any:
-    """Colour jitter and grey: DALI's operator on a GPU, one matrix an image on the CPU; nothing without inputs."""
-    if colour == _TWIST:
-        return fn.color_twist(images, **{name: inputs[name] for name in _TWIST})
-    return matrix_jitter(images, inputs["colour"]) if colour else images
+def _twist(inputs: dict[str, Any], images: Any, colour: Sequence[str]) -> Any:
+    """Colour jitter and grey; nothing without inputs."""
+    return fn.color_twist(images, **{name: inputs[name] for name in colour}) if colour else images
 
 
 def _normalise(images: Any, view: ViewConfig | CleanView, *, half: bool = False) -> Any:
@@ -245,7 +306,7 @@ def _normalise(images: Any, view: ViewConfig | CleanView, *, half: bool = False)
 
 
 def _train_feed(
-    source: ImageSource, plan: Plan, view: ViewConfig, ahead: Callable[[Plan], Any] | None, seen: TrainingPixels
+    source: ImageSource, plan: Plan, size: int | None, ahead: Callable[[Plan], Any] | None, seen: TrainingPixels
 ) -> tuple[tuple[Plan, Any], dict[str, Any]]:
     """Read a plan's bytes and lay out its numbers by the names of the graph's inputs (runs in a thread)."""
     seen.look(plan.window)
@@ -259,8 +320,7 @@ def _train_feed(
         "contrast": plan.contrast,
         "saturation": plan.saturation,
         "hue": plan.hue,
-        "colour": colour_matrices(plan),
-        **paste_inputs(plan, view.size),
+        **(paste_inputs(plan, size) if size else {}),
     }
 
 

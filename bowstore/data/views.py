@@ -6,6 +6,8 @@ Legend: B batch, C channels, H W pixels of the network input.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bowstore.config import Triple, ViewConfig
@@ -34,6 +36,20 @@ class CleanView:
 def clean_view(view: ViewConfig, *, squash: bool = False) -> CleanView:
     """The clean view that goes with a training view."""
     return CleanView(size=view.size, resize=view.resize, squash=squash, mean=view.mean, std=view.std)
+
+
+def normalisation(view: ViewConfig | CleanView) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and factor of 8-bit values, float32 (3,) each: the network's input is (value - mean) * factor.
+
+    These operations on these numbers are DALI's too, to the bit.
+    """
+    mean, std = (np.array([255 * value for value in values], np.float32) for values in (view.mean, view.std))
+    return mean, np.float32(1) / std
+
+
+def jitters(view: ViewConfig) -> bool:
+    """Whether a view changes colours."""
+    return any((view.brightness, view.contrast, view.saturation, view.hue, view.grey))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from bowstore.torchrun import ranks
 from bowstore.words.layer import Layer
 
 Arithmetic = Mapping[str, str]
-_BEFORE: Arithmetic = {"trunk": "eager", "decoder": "CPU"}  # of layers that were written before anything was recorded
+# Of layers that were written before these were recorded.
+_BEFORE: Arithmetic = {"trunk": "eager", "decoder": "CPU", "resize": "DALI"}
 
 
 def recorded(layer: Layer) -> Arithmetic:

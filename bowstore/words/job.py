@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bowstore.config import EncodeConfig
 from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index
+from bowstore.data.resize import resized_by
 from bowstore.errors import MismatchError, UsageError
 from bowstore.words.arithmetic import Arithmetic
 from bowstore.words.layer import Layer
@@ -110,7 +111,11 @@ class Job:
     @property
     def arithmetic(self) -> Arithmetic:
         """By which the words are made, as layers record it."""
-        return {"trunk": self.teacher.trunk, "decoder": jpeg_decoder(self.device)}
+        return {
+            "trunk": self.teacher.trunk,
+            "decoder": jpeg_decoder(self.device),
+            "resize": resized_by(self.device),
+        }
 
     @property
     def part(self) -> str:

@@ -15,7 +15,8 @@ from bowstore.words.store_writer import StoreWriter
 from bowstore.words.teacher import Teacher
 from bowstore.words.verify import digest, verify
 
-EAGER, OTHER = {"trunk": "eager", "decoder": "CPU"}, {"trunk": "another way", "decoder": "CPU"}
+EAGER = {"trunk": "eager", "decoder": "CPU", "resize": "torch"}
+OTHER = EAGER | {"trunk": "another way"}
 
 
 @pytest.fixture
@@ -44,10 +45,14 @@ def test_an_unfinished_layer_is_gone_on_with_by_the_same_arithmetic(run: Any, st
     with pytest.raises(MismatchError, match=told):
         run()
     set_arithmetic(store, name, None)
+    with pytest.raises(MismatchError, match="was begun with resize 'DALI', now it would be 'torch'; encode into a new"):
+        run()
+    assert verify(store).arithmetic[name] == EAGER | {"resize": "DALI"}
+    set_arithmetic(store, name, {"resize": "torch"})
     run()
     assert digest(store) == before
     assert verify(store).arithmetic[name] == EAGER
-    assert f"{name} (trunk eager, decoder CPU)" in verify_path(store).text()
+    assert f"{name} (trunk eager, decoder CPU, resize torch)" in verify_path(store).text()
 
 
 def test_complete_layers_of_another_arithmetic_are_used_and_told_of(
@@ -56,7 +61,9 @@ def test_complete_layers_of_another_arithmetic_are_used_and_told_of(
     monkeypatch.setattr(Teacher, "trunk", "another way")
     assert all(layer.already_complete for layer in run().layers)
     new = run(vocabulary=store, k=(), store=tmp_path / "new.zarr").store
-    told = "was made with trunk eager, decoder CPU; these images are encoded with trunk another way, decoder CPU: "
+    told = (
+        "trunk eager, decoder CPU, resize torch; these images are encoded with trunk another way, decoder CPU, resize"
+    )
     assert told in capsys.readouterr().err
     assert verify(new).arithmetic == {name: OTHER for name in LAYERS["layers"]}
     run(shards=more, append=True, layers=(), k=())
@@ -71,7 +78,8 @@ def test_an_append_is_gone_on_with_by_the_same_arithmetic(
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "trunk", "another way")
         with pytest.raises(
-            MismatchError, match="is an unfinished --append with trunk eager, decoder CPU, now it would be trunk an"
+            MismatchError,
+            match="is an unfinished --append with trunk eager, decoder CPU, resize torch, now it would be trunk an",
         ):
             run(shards=more, append=True, layers=(), k=())
     run(shards=more, append=True, layers=(), k=())
