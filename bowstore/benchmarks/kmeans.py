@@ -1,50 +1,76 @@
-"""k-means by FAISS and by our own iteration, on the same made-up vectors."""
+"""k-means by each of its ways, on the same made-up vectors."""
 
 import statistics
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import cycle
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.environment import cores, device_name
 from bowstore.errors import UsageError
 from bowstore.progress import Progress
-from bowstore.words.kmeans import FaissLloyd, Lloyd, TorchLloyd, default_backend
+from bowstore.words.kmeans import Backend, default_backend, make_lloyd
+from bowstore.words.lloyd import Lloyd
+from bowstore.words.lloyd_torch import TorchLloyd
 
 _FACTORS = 16  # that vectors are made of: real ones, too, lie near surfaces of few dimensions
+_BLOCK = 1 << 18  # vectors that are made at a time
 
 
 def bench_kmeans(
-    *, vectors: int, dimensions: int, words: int, iterations: int, rounds: int, device: torch.device
+    *,
+    vectors: int,
+    dimensions: int,
+    words: int,
+    iterations: int,
+    rounds: int,
+    device: torch.device,
+    backends: Sequence[Backend] = (),
 ) -> BenchResult:
-    """Iterations/s of every backend, interleaved; a vocabulary's time is `iterations` of them.
+    """Iterations/s of the backends, interleaved; a vocabulary's time is `iterations` of them.
 
     Args:
         vectors: of the sample.
         dimensions: of a vector.
         words: K.
         iterations: of a vocabulary, for the table's remark.
-        rounds: interleaved iterations that are timed, after one to warm up.
+        rounds: interleaved iterations that are timed, after two to warm up: the first is exact in every way.
         device: where k-means runs.
+        backends: what is timed; none for all that are there on a CPU, and on a GPU what `encode` takes there.
+
+    Raises:
+        UsageError: fewer vectors than words, or a backend that does not run here.
     """
     if words > vectors:
         raise UsageError(f"--K {words} words need as many vectors, --vectors {vectors} are fewer; raise it")
-    sample = _vectors(vectors, dimensions)
-    ways: dict[str, Lloyd] = {kind.name: kind(sample, words, 0, device) for kind in (FaissLloyd, TorchLloyd)}
+    there = _there(words, dimensions, device)
+    for backend in backends:
+        if backend not in there:
+            raise UsageError(f"--backend {backend} does not run {_why_not(backend)}; choose one of {', '.join(there)}")
+    default = default_backend((vectors, dimensions), words, device) if "faiss" in there else "torch"
+    chosen = tuple(backends) or (there if device.type == "cpu" else (default,))
+    sample_Sp = _vectors(vectors, dimensions, device if set(chosen) == {"torch"} else torch.device("cpu"))
+    ways: dict[str, Lloyd] = {
+        backend: TorchLloyd(sample_Sp, words, 0, device)
+        if backend == "torch"
+        else make_lloyd(backend, sample_Sp.numpy(), words, 0, device)
+        for backend in chosen
+    }
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    with Progress("bench kmeans", (rounds + 1) * len(ways), "iterations") as progress:
-        for number in range(rounds + 1):
-            for name, lloyd in ways.items():
-                begun = time.perf_counter()
-                lloyd.step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                seconds = time.perf_counter() - begun
-                if number:
-                    rates[name].append(1 / seconds)
-                progress.advance(note=f"{name} {seconds:.2f} s")
+    with Progress("bench kmeans", (rounds + 2) * len(ways), "iterations") as progress:
+        for turn, name in zip(range((rounds + 2) * len(ways)), cycle(ways), strict=False):
+            begun = time.perf_counter()
+            ways[name].step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - begun
+            if turn >= 2 * len(ways):
+                rates[name].append(1 / seconds)
+            progress.advance(note=f"{name} {seconds:.2f} s")
     whole = {name: iterations / statistics.median(values) for name, values in rates.items()}
     return BenchResult(
         protocol="bench/kmeans",
@@ -54,13 +80,32 @@ def bench_kmeans(
         unit="iterations",
         timings=[Timing(name, values, f"{whole[name]:.3g} s a vocabulary") for name, values in rates.items()],
         figures={f"seconds_{name}": value for name, value in whole.items()},
-        notes=[f"the default here is {default_backend(sample, device)}"],
+        notes=[f"the default here is {default}"],
+        version=2,
     )
 
 
-def _vectors(count: int, dimensions: int) -> NDArray[np.float32]:
-    """Rectified mixtures of the same few factors, float32 (S, D)."""
-    generator = np.random.default_rng(0)
-    mixture = generator.standard_normal((_FACTORS, dimensions), np.float32)
-    vectors: NDArray[np.float32] = generator.standard_normal((count, _FACTORS), np.float32) @ mixture
-    return np.maximum(vectors, 0, out=vectors)
+def _there(k: int, dimensions: int, device: torch.device) -> tuple[Backend, ...]:
+    """The backends that run on this machine, on that device, at that size."""
+    if find_spec("faiss") is None:
+        return ("torch",)
+    from bowstore.words.lloyd_faiss import SuperLloyd
+
+    suits = device.type == "cpu" and SuperLloyd.suits(k, dimensions)
+    return ("faiss", "super", "torch") if suits else ("faiss", "torch")
+
+
+def _why_not(backend: Backend) -> str:
+    if backend == "super" and find_spec("faiss") is not None:
+        return "on a GPU, below 1024 words or 128 dimensions, or with a FAISS before 1.15"
+    return "without FAISS"
+
+
+def _vectors(count: int, dimensions: int, device: torch.device) -> Tensor:
+    """Rectified mixtures of the same few factors, float32 (S, D), made on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    mixture = torch.randn(_FACTORS, dimensions, generator=generator, device=device)
+    vectors = torch.empty(count, dimensions, device=device)
+    for part in torch.split(vectors, _BLOCK):
+        torch.mm(torch.randn(len(part), _FACTORS, generator=generator, device=device), mixture, out=part).relu_()
+    return vectors

@@ -259,15 +259,22 @@ def encode(
 @click.option("--K", "words", type=COUNT, default=200, show_default=True, help="Number of words.")
 @click.option("--iterations", type=COUNT, default=25, show_default=True, help="Of a vocabulary.")
 @click.option("--rounds", type=COUNT, default=5, show_default=True, help="Timed iterations.")
+@click.option(
+    "--backend",
+    "backends",
+    type=click.Choice(["faiss", "super", "torch"]),
+    multiple=True,
+    help="Only these.  [default: all on a CPU; on a GPU what encode takes]",
+)
 @click.option("--device", type=DEVICES, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
-def kmeans(device: str, as_json: bool, **values: int) -> None:
-    """k-means by FAISS and by our own iteration over a resident sample."""
+def kmeans(device: str, as_json: bool, backends: tuple[Any, ...], **values: int) -> None:
+    """k-means by FAISS, by the search of its SuperKMeans, and by our own iteration over a resident sample."""
     from bowstore.benchmarks.kmeans import bench_kmeans
     from bowstore.config import load_workspace
     from bowstore.environment import choose_device
 
-    _keep(load_workspace(), "kmeans", bench_kmeans(**values, device=choose_device(device)), as_json)
+    _keep(load_workspace(), "kmeans", bench_kmeans(**values, backends=backends, device=choose_device(device)), as_json)
 
 
 def _keep(workspace: Any, name: str, result: Any, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from bowstore.words.assign_pass import without_border
 from bowstore.words.claims import Board
 from bowstore.words.forward import Clock, forward
 from bowstore.words.job import Job, LayerPlan, view_values
+from bowstore.words.kmeans import default_backend
 from bowstore.words.lanes import Maps, compute_workers
 from bowstore.words.layer import LayerSpec, bytes_per_image
 from bowstore.words.projection import Projection
@@ -107,7 +108,7 @@ def _draw_samples(job: Job) -> dict[str, Sample]:
         )
         for plan in job.layers
     }
-    _check_memory(job, {plan.name: 4 * plans[plan.name].vectors * plan.channels for plan in job.layers})
+    _check_memory(job, {name: plan.vectors for name, plan in plans.items()})
     samples = {plan.name: Sample(plans[plan.name], plan.channels) for plan in job.layers}
     rows = np.unique(np.concatenate([plan.rows for plan in plans.values()]))
     batches = (rows[start : start + job.batch] for start in range(0, len(rows), job.batch))
@@ -166,11 +167,18 @@ def _check_space(job: Job) -> None:
     check_room(job.store, needed)
 
 
-def _check_memory(job: Job, sample_bytes: dict[str, int]) -> None:
-    """Refuse a sample that does not fit: the kernel would end the process without a word."""
-    needed, free = sum(sample_bytes.values()), available_memory()
+def _check_memory(job: Job, vectors: dict[str, int]) -> None:
+    """Refuse samples that do not fit: the kernel would end the process without a word."""
+    needed, copied = 0, 0
+    for plan in job.layers:
+        shape = vectors[plan.name], job.config.pca or plan.channels
+        needed += 4 * vectors[plan.name] * plan.channels
+        # One layer after the other, SuperKMeans has a second copy; components are beside the sample, too.
+        copies = (job.config.pca is not None) + (default_backend(shape, plan.words, job.device) == "super")
+        copied = max(copied, 4 * copies * shape[0] * shape[1])
+    needed, free = needed + copied, available_memory()
     if needed > free:
         raise UsageError(
-            f"the samples of {', '.join(sample_bytes)} take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            f"the samples of {', '.join(vectors)} take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
             f"are free; lower --sample-per-word (now {job.config.sample_per_word}), or encode fewer layers at a time"
         )

@@ -3,6 +3,7 @@
 Legend: N images, B batch, c channels, p dimensions of a word, h w word grid, S sampled vectors, K words.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bowstore.environment import cores
 from bowstore.errors import DataError, UsageError
 from bowstore.words.assign import MAX_WORDS
 from bowstore.words.kmeans import Backend, distinct_rows, kmeans
@@ -19,6 +21,7 @@ from bowstore.words.statistics import perplexity
 
 # An image gives at least so many vectors: fewer would mean passing over all of a large set for no better words.
 _POSITIONS_PER_IMAGE = 16
+_CACHED_BYTES = 1 << 20  # of a part that the search for NaN looks at twice
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def build_vocabulary(
         raise UsageError(f"K = {k} words need as many vectors, the sample has {len(sample_Sc)}; choose a lower --K")
     if iterations < 1:
         raise UsageError(f"iterations = {iterations} must be at least 1")
-    if not np.isfinite([sample_Sc.min(), sample_Sc.max()]).all():
+    if not _all_finite(sample_Sc):
         raise DataError("the sample of feature vectors holds NaN or infinity; is the teacher trained?")
     projection, about = None, {}
     if pca is not None:
@@ -192,3 +195,15 @@ def build_vocabulary(
         "largest_share": float(found.counts_K.max() / found.counts_K.sum()),
         "kmeans": found.backend,
     })  # fmt: skip
+
+
+def _all_finite(sample_Sc: NDArray[np.float32]) -> bool:
+    """Whether a sample holds numbers alone; on all cores, each part looked at while it is in their cache."""
+    rows = max(1, _CACHED_BYTES // max(1, sample_Sc[:1].nbytes))
+
+    def finite(start: int) -> bool:
+        part = sample_Sc[start : start + rows]
+        return bool(np.isfinite([part.min(), part.max()]).all())
+
+    with ThreadPoolExecutor(cores()) as pool:
+        return all(pool.map(finite, range(0, len(sample_Sc), rows)))

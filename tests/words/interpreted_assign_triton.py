@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,9 +17,12 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bowstore.benchmarks.assign import bench_assign
-from bowstore.words import assign_kernels, assign_triton
+from bowstore.words import assign as assign_module
+from bowstore.words import assign_kernels, assign_likely, assign_triton
 from bowstore.words.assign import assign, assign_reference, prepare_words
+from bowstore.words.assign_likely import likely
 from bowstore.words.assign_triton import FastWords, Nearest, Tiles, nearest, prepare_fast
+from bowstore.words.lloyd_torch import TorchLloyd
 
 HALVES = torch.float16, torch.bfloat16
 TILES = Tiles(rows=64, words=64, dims=32, warps=4, stages=2)
@@ -107,6 +111,33 @@ def test_the_nearest_word_of_any_kind(kind: str, n: int, d: int, k: int, half: t
     assert len(found.open_U) == 0 or kind in ("far", "zeros") or k == 1
     prepared = prepare_words(words)._replace(fast=fast)
     check_contract(features, words, assign(features, prepared))
+
+
+def test_the_likely_word_is_nearly_always_the_nearest() -> None:
+    features, words = real_vectors(4, 150)
+    features[5] *= 1e6  # infinite in half precision, were it not moved to its edge
+    found = likely(features, prepare_fast(words), largest=float(features.abs().max()), tiles=TILES)
+    scores_NK = scores(features, words)
+    least_N = scores_NK.amin(dim=1)
+    chosen_N = scores_NK.gather(1, found[:, None])[:, 0]
+    assert (chosen_N == least_N).double().mean() > 0.97
+    apart_N = least_N + features.double().square().sum(dim=1)
+    assert ((chosen_N - least_N) <= 0.01 * apart_N.abs()).all()
+
+
+def test_kmeans_by_likely_words_moves_as_by_nearest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = real_vectors(4, 150)[0][:600].contiguous().numpy()
+    exact, fast = (TorchLloyd(sample, 40, 0, torch.device("cpu")) for _ in range(2))
+    before = [exact.step()[0] for _ in range(3)]
+    monkeypatch.setattr(assign_module, "runs_triton", lambda device: True)
+    searches = Mock(wraps=likely)
+    monkeypatch.setattr(assign_likely, "likely", searches)
+    assert [fast.step()[0] for _ in range(3)] == pytest.approx(before, rel=0.01)
+    assert searches.call_count == 3
+    words, distances = fast.nearest()  # proven
+    apart = np.square(sample[:, None].astype(np.float64) - fast.centroids()[None]).sum(-1)
+    assert np.array_equal(words, apart.argmin(1))
+    assert np.allclose(distances, apart.min(1), rtol=1e-4)
 
 
 def check_contract(features_ND: Tensor, words_KD: Tensor, ids_N: Tensor) -> None:

@@ -1,11 +1,19 @@
+import os
+import subprocess
+import sys
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from bowstore.words import kmeans as module
-from bowstore.words.kmeans import FaissLloyd, TorchLloyd, distinct_rows, kmeans
+from bowstore.words import lloyd_faiss, lloyd_torch
+from bowstore.words.kmeans import distinct_rows, kmeans
+from bowstore.words.lloyd_faiss import FaissLloyd, SuperLloyd
+from bowstore.words.lloyd_torch import TorchLloyd
 
 CPU = torch.device("cpu")
 
@@ -64,15 +72,102 @@ def test_inertia_never_grows_and_is_what_it_says(backend: str) -> None:
 def test_faiss_gives_the_same_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, found = sample(8000, 48), []
     for threads in (1, 2, 3, 5):
-        monkeypatch.setattr(module, "cores", lambda threads=threads: threads)
+        monkeypatch.setattr(lloyd_faiss, "cores", lambda threads=threads: threads)
         found.append(run(vectors, 300, backend="faiss", iterations=3).centroids_Kp)
     assert all(np.array_equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("backend", ["faiss", "torch"])
+@pytest.mark.parametrize(("n", "d"), [(5000, 131), (2049, 160)])  # slices of 2048, and what is left
+def test_super_gives_the_same_for_any_number_of_threads(n: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, found = sample(n, d), []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(lloyd_faiss, "cores", lambda threads=threads: threads)
+        faiss.omp_set_num_threads(threads)
+        found.append(run(vectors, 1025, backend="super", iterations=3))
+        assert faiss.omp_get_max_threads() == threads  # the setting is the process's, not ours
+    for other in found[1:]:
+        assert np.array_equal(found[0].centroids_Kp, other.centroids_Kp)
+        assert found[0].inertia_history == other.inertia_history
+
+
+def test_super_does_not_depend_on_the_process() -> None:
+    code = (
+        "import faiss, numpy, torch; from bowstore.words.kmeans import kmeans; faiss.omp_set_num_threads(3)\n"
+        "x = numpy.random.default_rng(0).normal(size=(2100, 128)).astype('f')\n"
+        "found = kmeans(x, 1024, seed=1, iterations=3, device=torch.device('cpu'), shown=False)\n"
+        "print(found.backend, xxhash.xxh3_64_hexdigest(found.centroids_Kp.tobytes()))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", "import xxhash; " + code],
+        env={**os.environ, "OMP_NUM_THREADS": "4"}, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    vectors = np.random.default_rng(0).normal(size=(2100, 128)).astype(np.float32)
+    found = run(vectors, 1024, seed=1, iterations=3)
+    assert other == [*found.backend.split(), xxhash.xxh3_64_hexdigest(found.centroids_Kp.tobytes())]
+    assert other[-2] == "superkmeans"
+
+
+def test_a_step_of_super_is_nearly_the_exact_one() -> None:
+    """From the same words: what the pruned search misses is nearly as near, and the last search misses nothing."""
+    vectors = sample(6000, 192)
+    pruned, exact = (SuperLloyd(vectors, 1100, 0, CPU) for _ in range(2))
+    for lloyd in (pruned, exact):
+        lloyd.step()
+    for _ in range(4):
+        exact._word_S = None
+        (inertia, _), (least, _) = pruned.step(), exact.step()
+        assert inertia == pytest.approx(least, rel=2e-3)
+    words, distances = pruned.nearest()
+    index = faiss.IndexFlatL2(192)
+    index.add(pruned.centroids())
+    others_S1 = index.search(vectors, 1)[1]
+    assert (words == others_S1[:, 0]).mean() > 0.999
+    assert distances == pytest.approx(((vectors - pruned.centroids()[words]) ** 2).sum(1), abs=1e-2)
+
+
+def test_super_ends_where_faiss_ends() -> None:
+    vectors = sample(5000, 128)
+    found, other = (run(vectors, 1024, backend=backend, iterations=8) for backend in ("super", "faiss"))
+    assert found.inertia == pytest.approx(other.inertia, rel=0.02)
+    assert (np.diff(found.inertia_history) <= 1e-3 * found.inertia_history[0]).all()
+    assert found.counts_K.min() > 0
+    assert found.duplicates == 0
+    again, differs = (run(vectors, 1024, backend="super", iterations=8, seed=seed) for seed in (0, 1))
+    assert np.array_equal(found.centroids_Kp, again.centroids_Kp)
+    assert not np.array_equal(found.centroids_Kp, differs.centroids_Kp)
+
+
+def test_words_that_run_empty_are_put_elsewhere_at_once() -> None:
+    """Half of the vectors are the same one, so that half of the first words are copies of each other."""
+    vectors = sample(6000, 128)
+    vectors[::2] = 0
+    found = run(vectors, 1024, backend="super", iterations=6)
+    assert found.splits[0] > 400
+    assert sum(found.splits[2:]) < 60
+    assert found.counts_K.min() > 0
+    assert found.duplicates == 0
+    assert found.inertia < run(vectors, 500, backend="faiss", iterations=6).inertia
+
+
+def test_a_sample_in_half_precision_ends_where_the_whole_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = sample(2000, 24) * np.float32(3e5)  # larger than float16 holds
+    whole = run(vectors, 30, backend="torch", iterations=5)
+
+    def halved(given: torch.Tensor, device: torch.device, kept: torch.dtype, scale: float) -> torch.Tensor:
+        return (given * scale).to(kept)
+
+    monkeypatch.setattr(lloyd_torch, "kept_as", lambda size, device: torch.float16)
+    monkeypatch.setattr(lloyd_torch, "_upload", halved)
+    half = run(vectors, 30, backend="torch", iterations=5)
+    assert half.backend.endswith("cpu, sample in float16")
+    assert half.inertia == pytest.approx(whole.inertia, rel=1e-3)
+    assert np.allclose(half.inertia_history, whole.inertia_history, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["faiss", "super", "torch"])
 def test_dead_words_and_copies_are_put_elsewhere(backend: str) -> None:
     rng = np.random.default_rng(0)
-    few = np.repeat(rng.normal(size=(40, 8)).astype(np.float32) * 9, 100, axis=0)  # forty places, each a hundred times
+    few = np.repeat(rng.normal(size=(40, 32)).astype(np.float32) * 9, 100, axis=0)  # forty places, each a hundred times
     found = run(few, 40, backend=backend, iterations=3)
     assert (found.counts_K > 0).all()
     assert found.duplicates == 0
@@ -86,5 +181,56 @@ def test_distinct_rows() -> None:
     assert distinct_rows(rows, 2) == 2
 
 
-def test_a_cpu_takes_faiss() -> None:
-    assert module.default_backend(sample(10, 4), CPU) == "faiss"
+def test_what_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.default_backend((5000, 128), 1024, CPU) == "super"
+    assert module.default_backend((5000, 127), 1024, CPU) == "faiss"
+    assert module.default_backend((5000, 128), 1023, CPU) == "faiss"
+    gpu, free = torch.device("cuda"), 24 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    assert lloyd_torch.kept_as(16 << 30, gpu) == torch.float32
+    assert lloyd_torch.kept_as(24 << 30, gpu) == torch.float16
+    assert lloyd_torch.kept_as(40 << 30, gpu) is None
+    assert module.default_backend((10 << 20, 1024), 2000, gpu) == "faiss"
+    assert module.default_backend((4 << 20, 1024), 2000, gpu) == "torch"
+    monkeypatch.delattr(faiss, "super_kmeans_assign_iteration")  # as before 1.15
+    assert module.default_backend((5000, 128), 1024, CPU) == "faiss"
+
+
+def test_torch_gives_the_same_twice_and_in_deterministic_mode() -> None:
+    vectors = sample(3000, 40)
+    plain = run(vectors, 50, backend="torch", iterations=4)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        strict = run(vectors, 50, backend="torch", iterations=4)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert np.array_equal(plain.centroids_Kp, strict.centroids_Kp)
+
+
+def test_products_of_matrices_are_outside_the_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There cuBLAS asks for a setting that has to be made before CUDA starts."""
+    seen = []
+    product = torch.addmm
+
+    def addmm(*args: Any, **values: Any) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return product(*args, **values)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    run(sample(500, 8), 9, backend="torch", iterations=2)
+    assert seen
+    assert not any(seen)
+
+
+def test_kmeans_needs_no_faiss_for_torch() -> None:
+    code = (
+        "import sys; sys.modules['faiss'] = None\n"
+        "import torch, numpy; from bowstore.benchmarks.kmeans import bench_kmeans\n"
+        "from bowstore.words.kmeans import kmeans; cpu = torch.device('cpu'); x = numpy.eye(9, dtype='f')\n"
+        "print(kmeans(x, 3, seed=0, iterations=2, device=cpu, backend='torch', shown=False).backend)\n"
+        "bench_kmeans(vectors=50, dimensions=4, words=3, iterations=2, rounds=1, device=cpu, backends=['torch'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch ")
