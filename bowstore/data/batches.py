@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from bowstore.data.plan import Plan
 from bowstore.data.reader import ImageSource
 from bowstore.progress import say
 
@@ -44,20 +45,30 @@ def bounded(source: ImageSource, batches: Iterable[NDArray[np.int64]]) -> Iterat
 
 
 class TrainingPixels:
-    """Tells once that a batch of training decodes so much that memory may run out: it is one step, and is not cut."""
+    """Tells once that a batch of training decodes so much that memory may run out: it is one step, and is not cut.
 
-    def __init__(self) -> None:
+    Args:
+        source: knows how large images are.
+        whole: whether whole images are decoded, and not their windows alone.
+    """
+
+    def __init__(self, source: ImageSource, *, whole: bool = False) -> None:
+        self._source, self._whole = source, whole
         self._told = False
 
-    def look(self, window_B4: NDArray[np.int32]) -> None:
-        """Look at the windows of a batch: top, left, height and width, pixels."""
+    def look(self, plan: Plan) -> None:
+        """Look at the images of a batch."""
         if self._told:
             return
-        pixels = int((window_B4[:, 2].astype(np.int64) * window_B4[:, 3]).sum())
+        if self._whole:
+            pixels = int(self._source.pixels(plan.rows).sum())
+        else:
+            pixels = int((plan.window[:, 2].astype(np.int64) * plan.window[:, 3]).sum())
         if pixels > _LARGE_TRAINING_PIXELS:
             self._told = True
+            where = "" if self._whole else " in their windows"
             say(
-                f"warning: the {len(window_B4)} images of a training batch have {pixels / 1e6:.0f} megapixels in their "
-                f"windows, {3 * pixels / 1e9:.1f} GB when decoded, and up to three batches are held; lower "
-                f"optim.batch, or make the shards of a smaller copy of the images"
+                f"warning: the {len(plan.rows)} images of a training batch have {pixels / 1e6:.0f} megapixels{where}, "
+                f"{3 * pixels / 1e9:.1f} GB when decoded, and up to three batches are held; lower optim.batch, or make "
+                f"the shards of a smaller copy of the images"
             )

@@ -18,11 +18,14 @@ class Decoder:
         way: of a window: "slice" decodes no more than it ("region of interest"), "image" the whole image, which is
             then cut. The pixels are the same.
         hw_load: share of the JPEG images that a GPU's hardware decoder takes, where it has one.
+        sides: height and width, pixels, for which the hardware decoder gets memory at once; what is larger, and all
+            with 0, makes it wait for more.
     """
 
     device: Literal["cpu", "mixed"]
     way: "Way"
     hw_load: float
+    sides: tuple[int, int] = (0, 0)
 
     def image(self, encoded: Any) -> Any:
         """Decode whole images: RGB, as they lie in the file (no EXIF rotation)."""
@@ -46,6 +49,8 @@ class Decoder:
             "output_type": types.RGB,
             "adjust_orientation": False,
             "hw_decoder_load": self.hw_load,
+            "preallocate_height_hint": self.sides[0],
+            "preallocate_width_hint": self.sides[1],
             # As libjpeg-turbo does on a CPU, whatever this says there, and so Pillow: otherwise a GPU repeats each
             # chroma value of a 4:2:0 image over four pixels.
             "jpeg_fancy_upsampling": True,

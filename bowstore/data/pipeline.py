@@ -24,12 +24,13 @@ from bowstore.data.feed import Feed, as_images, new_pipeline, run
 from bowstore.data.finish import clean_finish, finished, train_finish
 from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.plan import Plan
-from bowstore.data.reader import ImageSource
+from bowstore.data.reader import ImageSource, ShardReader
 from bowstore.data.views import Batch, CleanView, jitters
 from bowstore.environment import cores_per_rank
 
 _FILTER_MARGIN = 2.0  # beyond the antialiased filter's support, for rounding
 HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
+_MOST_SIDES = 6430, 5980  # of ImageNet's largest images: for these DALI's own example allocates, with batches of 256
 Stage = Literal["decode", "resize", "flip", "jitter", "cutmix", "normalise"]
 _WINDOW, _MIRROR = ("encoded", "start", "shape"), ("mirror",)
 _TWIST = ("brightness", "contrast", "saturation", "hue")
@@ -157,8 +158,8 @@ def train_graph(
         "cutmix": _MIX if view.cutmix else (),
     }
     names = [name for stage in order for name in takes.get(stage, ())]
-    decoder = _decoder(device, hw_load, way)
-    seen = TrainingPixels()
+    decoder = _decoder(source, device, hw_load, way)
+    seen = TrainingPixels(source, whole=decoder.way == "image")
     size = view.size if "in_ids" in names else None
     feed = Feed((partial(_train_feed, source, plan, size, ahead, seen) for plan in plans), names)
     pipe = new_pipeline(batch, device, threads)
@@ -214,7 +215,7 @@ def clean_batches(
     if isinstance(rows, np.ndarray):
         rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     feed = Feed((partial(_clean_feed, source, part) for part in bounded(source, rows)), ("encoded",))
-    decoder = _decoder(device, 1.0 if hw_load is None else hw_load, way)
+    decoder = _decoder(source, device, 1.0 if hw_load is None else hw_load, way)
     pipe = new_pipeline(batch, device, threads)
     with pipe:
         encoded = feed.declare()["encoded"]
@@ -229,10 +230,12 @@ def clean_batches(
         yield from finished(made, clean_finish(view, batch, threads or cores_per_rank()))
 
 
-def _decoder(device: torch.device, hw_load: float, way: Way | None) -> Decoder:
+def _decoder(source: ImageSource, device: torch.device, hw_load: float, way: Way | None) -> Decoder:
     if device.type != "cuda":
         return Decoder("cpu", way or "slice", hw_load)
-    return Decoder("mixed", way or gpu_decoding(device).way, hw_load)
+    height, width = source.largest() if isinstance(source, ShardReader) else (0, 0)
+    sides = min(height, _MOST_SIDES[0]), min(width, _MOST_SIDES[1])
+    return Decoder("mixed", way or gpu_decoding(device).way, hw_load, sides)
 
 
 def _bounds(encoded: Any) -> Any:
@@ -309,7 +312,7 @@ def _train_feed(
     source: ImageSource, plan: Plan, size: int | None, ahead: Callable[[Plan], Any] | None, seen: TrainingPixels
 ) -> tuple[tuple[Plan, Any], dict[str, Any]]:
     """Read a plan's bytes and lay out its numbers by the names of the graph's inputs (runs in a thread)."""
-    seen.look(plan.window)
+    seen.look(plan)
     encoded = source.read(plan.rows)
     return (plan, ahead(plan) if ahead else None), {
         "encoded": encoded,

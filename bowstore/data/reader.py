@@ -92,6 +92,10 @@ class ShardReader:
         """How many pixels each of the rows has, from the index."""
         return self._index.height[rows].astype(np.int64) * self._index.width[rows]
 
+    def largest(self) -> tuple[int, int]:
+        """The largest height and the largest width of an image, pixels."""
+        return int(self._index.height.max()), int(self._index.width.max())
+
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Encoded bytes of `rows` (B,), read-only.
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from shard_sets import ShardMaker, encode_jpeg, textured_image
+from test_pipeline import a_plan
 
 from bowstore.config import ViewConfig
 from bowstore.data import batches
 from bowstore.data.batches import TrainingPixels, bounded
 from bowstore.data.file_reader import FileReader
 from bowstore.data.pipeline import clean_batches
+from bowstore.data.plan import Plan
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import clean_view
 
@@ -101,13 +103,21 @@ def test_files_tell_their_pixels(tmp_path: Path) -> None:
     assert reader.pixels(np.array([2, 0, 1])).tolist() == [0, 620, 0]
 
 
-def test_a_training_batch_of_very_large_images_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    seen = TrainingPixels()
-    seen.look(np.tile(np.array([0, 0, 300, 400], np.int32), (256, 1)))
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_training_batch_of_very_large_images_is_told_once(capsys: pytest.CaptureFixture[str], whole: bool) -> None:
+    """Where whole images are decoded and cut, it is their size that counts."""
+
+    def plan(images: int, side: int) -> Plan:
+        rows, window = np.arange(images), np.tile(np.array([0, 0, side, side], np.int32), (images, 1))
+        return a_plan(images, ViewConfig(), rows=rows, window=window)
+
+    seen = TrainingPixels(Sizes(*[81.0] * 16), whole=whole)
+    seen.look(plan(8, 300))
     assert capsys.readouterr().err == ""
     for _ in range(2):
-        seen.look(np.tile(np.array([0, 0, 9000, 9000], np.int32), (16, 1)))
+        seen.look(plan(16, 300 if whole else 9000))
+    where = "" if whole else " in their windows"
     assert capsys.readouterr().err == (
-        "warning: the 16 images of a training batch have 1296 megapixels in their windows, 3.9 GB when decoded, and up "
-        "to three batches are held; lower optim.batch, or make the shards of a smaller copy of the images\n"
+        f"warning: the 16 images of a training batch have 1296 megapixels{where}, 3.9 GB when decoded, and up to three "
+        "batches are held; lower optim.batch, or make the shards of a smaller copy of the images\n"
     )

@@ -7,13 +7,16 @@ import pytest
 import torch
 from jpeg_writer import write_jpeg
 from numpy.typing import NDArray
+from nvidia.dali import fn
 from PIL import Image
+from shard_sets import ShardMaker
 
 from bowstore.config import ViewConfig
 from bowstore.data.gpu_decode import Way
 from bowstore.data.gpu_probe import decoded, differences, pillow, trials, windows
-from bowstore.data.pipeline import clean_batches, train_batches
+from bowstore.data.pipeline import clean_batches, train_batches, train_graph
 from bowstore.data.plan import generator, perturb
+from bowstore.data.reader import ShardReader
 from bowstore.data.views import CleanView
 
 CPU = torch.device("cpu")
@@ -123,3 +126,24 @@ def test_a_trial_looks_at_all_kinds_at_their_edges() -> None:
             layers = tuple(layer[1:3] for layer in getattr(image, "layer", ()))
             kinds.add((image.format, image.mode, layers[:1], "progressive" in image.info, image.height > 1000))
     assert len(kinds) == 7
+
+
+@pytest.mark.parametrize(
+    ("largest", "asked"), [((90, 110), (90, 110)), ((9000, 110), (6430, 110)), ((9, 9e3), (9, 5980))]
+)
+def test_a_hardware_decoder_gets_memory_for_the_largest_sides(
+    make_shard_set: ShardMaker, monkeypatch: pytest.MonkeyPatch, largest: tuple[int, int], asked: tuple[int, int]
+) -> None:
+    """Up to ImageNet's, for which DALI's own example asks, too. A graph for a GPU can be laid out without one."""
+    source = ShardReader(make_shard_set(8, size=32))
+    assert source.largest() == (36, 34)
+    monkeypatch.setattr(source, "largest", lambda: largest)
+    found = []
+    original = fn.decoders.image_slice
+    monkeypatch.setattr(fn.decoders, "image_slice", lambda *args, **how: found.append(how) or original(*args, **how))
+    view = ViewConfig(size=32, resize=None)
+    train_graph(source, view, [], batch=8, device=torch.device("cuda"), threads=1, way="slice", until="decode")
+    (how,) = found
+    assert (how["preallocate_height_hint"], how["preallocate_width_hint"]) == asked
+    assert how["device"] == "mixed"
+    assert how["jpeg_fancy_upsampling"]
