@@ -89,6 +89,8 @@ def _tf32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         matmul.fp32_precision = before
 
 
+# Of Triton 3.6 with NumPy 2.4; it says nothing about the kernels.
+_OLD_INTERPRETER = "InterpreterError: TypeError('only 0-dimensional arrays can be converted"
 _COMPILE = """
 import sys, torch
 from gpu_words import rectified
@@ -124,7 +126,10 @@ def kernels(check: Check) -> None:
         for (tiles, half), (spent, done) in zip(cases, pool.map(one, cases[: check.size(4, 4, 1)]), strict=False):
             said = (done.stdout if done.returncode == 0 else done.stderr or f"exit code {done.returncode}").strip()
             print(done.stdout, done.stderr)
-            check.claim(f"{tiles} {half}", done.returncode == 0, f"{spent:.1f} s; {said.splitlines()[-1][:120]}")
+            runs: bool | None = done.returncode == 0
+            if check.toy and _OLD_INTERPRETER in said:
+                runs, said = None, "not tried: Triton's interpreter is too old for this NumPy"
+            check.claim(f"{tiles} {half}", runs, f"{spent:.1f} s; {said.splitlines()[-1][:120]}")
 
 
 def words(check: Check) -> None:
