@@ -16,7 +16,9 @@ from bowstore.errors import BowstoreError, DataError
 if TYPE_CHECKING:  # a trial's process does without torch
     from bowstore.data.reader import ImageSource
 
-_FRAME = re.compile(r"Critical error in pipeline:|Current pipeline object is no longer valid\.|C\+\+ context: \[.*?\]")
+_FRAME = re.compile(
+    r"Critical error (?:in|when building) pipeline:|Current pipeline object is no longer valid\.|C\+\+ context: \[.*?\]"
+)
 _OPERATOR = re.compile(r"Error in (\w+) operator `([\w.]+)`.*?encountered:\s*", re.DOTALL)
 _TRACE = re.compile(r"\s*Stacktrace \(\d+ entries\):.*", re.DOTALL)
 _STATUS = re.compile(r"nvImageCodec failure: '#(\d+)'")
@@ -63,9 +65,9 @@ _KINDS = tuple(
 )
 
 
-def is_of_graph(error: RuntimeError) -> bool:
-    """Whether DALI raised it while it ran a graph."""
-    return "Critical error in pipeline" in str(error)
+def is_of_graph(error: Exception) -> bool:
+    """Whether DALI raised it while it built or ran a graph."""
+    return str(error).startswith(("Critical error", "Unknown critical error"))
 
 
 def words_of(error: BaseException) -> str:
@@ -78,12 +80,22 @@ def words_of(error: BaseException) -> str:
     return text[:_LETTERS] + where
 
 
-def explained(error: RuntimeError, source: "ImageSource", rows: NDArray[np.int64]) -> BowstoreError:
-    """What to tell of an error in the batch of `rows`; only what Pillow cannot decode either is undecodable."""
+def explained(error: Exception, source: "ImageSource", rows: NDArray[np.int64] | None) -> BowstoreError:
+    """What to tell of an error in the batch of `rows`; only what Pillow cannot decode either is undecodable.
+
+    Args:
+        error: of DALI.
+        source: where the images come from.
+        rows: of the batch (B,); None where there is none yet.
+    """
     words = words_of(error)
     for kind in _KINDS:
         if kind.pattern.search(words):
             return BowstoreError(f"DALI failed, and no image is to blame: {words}; {kind.remedy}")
+    if rows is None:
+        return BowstoreError(
+            f"DALI failed before the first batch: {words}; install nvidia-dali again, or on a GPU use --device cpu"
+        )
     if bad := undecodable(source, rows):
         return DataError(bad)
     return DataError(

@@ -127,10 +127,10 @@ def run(
             (output,) = pipe.run(torch.cuda.current_stream(pipe.device_id) if gpu else None)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not is_of_graph(error) or not feed.in_flight:
+        except Exception as error:  # a ValueError or MemoryError, too, by what was thrown in C++
+            if not is_of_graph(error):
                 raise
-            raise explained(error, source, rows(feed.in_flight[0])) from error
+            raise explained(error, source, rows(feed.in_flight[0]) if feed.in_flight else None) from error
         yield feed.take(_passed(pipe.device_id)) if gpu else feed.take(), output
 
 

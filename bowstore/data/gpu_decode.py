@@ -60,7 +60,8 @@ class Decoding(NamedTuple):
 
     def __str__(self) -> str:
         windows = "windows alone" if self.way == "slice" else f"whole images, then cut ({self.why})"
-        hardware = f"{self.engines} hardware decoders" if self.engines else f"no hardware decoder ({self.lack})"
+        plural = "" if self.engines == 1 else "s"
+        hardware = f"{self.engines} hardware decoder{plural}" if self.engines else f"no hardware decoder ({self.lack})"
         return f"{windows}; {hardware}"
 
 

@@ -189,5 +189,10 @@ def _current(device: int) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RuntimeError as error:  # of DALI: several lines, the last of which says nothing
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+        MemoryError,
+    ) as error:  # of DALI: several lines, the last of which says nothing
         sys.exit(words_of(error))

@@ -5,11 +5,14 @@ import io
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn
 from PIL import Image
 from shard_sets import encode_jpeg, textured_image
 from test_decode import Memory
 
+from bowstore.data import feed as feeding
 from bowstore.data.dali_errors import explained, words_of
+from bowstore.data.feed import Feed, new_pipeline
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.views import CleanView
 from bowstore.errors import BowstoreError, DataError
@@ -77,6 +80,30 @@ def test_the_same_error_with_an_image_that_pillow_refuses_names_the_image() -> N
     found = explained(error("decoders.image", "Failed to decode sample #1 : "), memory(GOOD, GOOD[:100]), ROWS)
     assert isinstance(found, DataError)
     assert str(found).startswith("image '1' cannot be decoded (")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, MemoryError])
+def test_errors_of_building_a_graph_name_no_image(kind: type[Exception]) -> None:
+    """What DALI preallocates on a GPU that others have filled is asked for before the first batch."""
+    found = explained(kind("Critical error when building pipeline:\nCUDA allocation failed"), memory(GOOD), None)
+    assert str(found) == (
+        "DALI failed, and no image is to blame: CUDA allocation failed; lower the batch, or end what else holds the "
+        "memory"
+    )
+    found = explained(kind("Critical error when building pipeline:\nsomething else"), memory(GOOD), None)
+    assert str(found) == (
+        "DALI failed before the first batch: something else; install nvidia-dali again, or on a GPU use --device cpu"
+    )
+
+
+def test_a_real_error_of_another_class_is_explained_too() -> None:
+    """DALI raises by what was thrown in C++: here a ValueError."""
+    feed: Feed[int] = Feed([lambda: (0, {"encoded": [np.frombuffer(GOOD, np.uint8)] * 2})], ["encoded"])
+    pipe = new_pipeline(2, torch.device("cpu"), 1)
+    with pipe:
+        pipe.set_outputs(fn.resize(feed.declare()["encoded"], size=[2, 2]))
+    with pytest.raises(DataError, match=r"DALI failed with a batch that Pillow decodes .* \(in fn\.resize on CPU\)"):
+        next(feeding.run(pipe, feed, memory(GOOD, GOOD), lambda _: ROWS))
 
 
 def run(*images: bytes) -> None:

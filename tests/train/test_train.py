@@ -79,6 +79,7 @@ def test_a_run_leaves_everything_it_promises(make_config: Make, tmp_path: Path, 
     assert names <= last.keys()
     assert all(math.isfinite(value) for name, value in last.items() if name != "order")
     environment = json.loads((run / "environment.json").read_text())
+    assert environment["jpeg"] == "decoded on the CPU"
     assert environment["versions"]["torch"]
     loaded = load_backbone(run)
     assert equal({f"b.{k}": v for k, v in loaded.backbone.state_dict().items()},
