@@ -96,6 +96,12 @@ def test_bench_kmeans_times_both_backends(workspace: Path) -> None:
     rates = value["iterations_per_second"]
     assert list(rates) == ["faiss", "torch"]
     assert value["seconds_torch"] == 10 / rates["torch"]["median"]
+    only = bench("kmeans", "--vectors", 50, "--dimensions", 8, "--K", 20, "--rounds", 1, "--backend", "torch")
+    assert list(only["iterations_per_second"]) == ["torch"]
+    result = CliRunner().invoke(main, ["bench", "kmeans", "--vectors", "50", "--K", "20", "--backend", "super"])
+    assert result.exit_code == 2
+    assert "--backend super does not run on a GPU, below 1024 words or 128 dimensions" in result.stderr
+    assert "choose one of faiss, torch" in result.stderr
     result = CliRunner().invoke(main, ["bench", "kmeans", "--vectors", "10", "--K", "20"])
     assert result.exit_code == 2
     assert "--K 20 words need as many vectors, --vectors 10 are fewer; raise it" in result.stderr

@@ -40,12 +40,16 @@ class TorchLloyd(Lloyd):
     def __init__(self, sample_Sp: NDArray[np.float32] | Tensor, k: int, seed: int, device: torch.device) -> None:
         self._given_Sp = sample_Sp if isinstance(sample_Sp, Tensor) else torch.from_numpy(sample_Sp)
         self._device = device
-        self._largest = float(torch.stack(self._given_Sp.aminmax()).abs().max())
         here = self._given_Sp.device.type == device.type
         kept = torch.float32 if here and device.type == "cuda" else kept_as(sample_Sp.nbytes, device) or torch.float16
-        self._scale = 2.0 ** (14 - math.frexp(self._largest)[1]) if kept == torch.float16 else 1.0
+        self._largest, self._scale = torch.inf, 1.0
+        if kept == torch.float16:
+            self._largest = _largest(self._given_Sp)
+            self._scale = 2.0 ** (14 - math.frexp(self._largest)[1])
         as_it_is = here and kept == torch.float32
         self._sample_Sp = self._given_Sp if as_it_is else _upload(self._given_Sp, device, kept, self._scale)
+        if kept == torch.float32:
+            self._largest = _largest(self._sample_Sp)  # faster there than where it was given
         first = torch.from_numpy(first_vectors(len(sample_Sp), k, seed)).to(self._given_Sp.device)
         self._centroids_Kp = self._given_Sp[first].to(device)
         self._squares = self._sum_of_squares()
@@ -140,6 +144,11 @@ def kept_as(sample_bytes: int, device: torch.device) -> torch.dtype | None:
     if _ROOM[0] * sample_bytes <= free:
         return torch.float32
     return torch.float16 if _ROOM[0] * sample_bytes / 2 <= free else None
+
+
+def _largest(sample_Sp: Tensor) -> float:
+    """The largest absolute value of a component."""
+    return float(torch.stack(sample_Sp.aminmax()).abs().max())
 
 
 def _upload(given_Sp: Tensor, device: torch.device, kept: torch.dtype, scale: float) -> Tensor:

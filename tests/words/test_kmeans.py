@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
@@ -179,6 +179,37 @@ def test_distinct_rows() -> None:
     rows = np.array([[1, 2], [1, 2], [3, 4], [0.0, 1], [3, 4]], np.float32)
     assert distinct_rows(rows, 10) == 3
     assert distinct_rows(rows, 2) == 2
+
+
+class FakeEvent:
+    """Of a GPU: what was sent last from which buffer, and whether it was waited for."""
+
+    log: ClassVar[list[str]] = []
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def record(self, stream: object) -> None:
+        self.log.append("sent")
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
+def test_a_sample_goes_through_two_buffers(kept: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CPU in the GPU's place: every row arrives, and no buffer is filled before it was sent."""
+    given, plain = torch.randn(103, 7), torch.empty
+
+    def empty(*shape: Any, pin_memory: bool = False, **values: Any) -> torch.Tensor:
+        return plain(*shape, **values).fill_(torch.nan)
+
+    monkeypatch.setattr(lloyd_torch, "_PINNED_BYTES", 10 * 28)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: FakeEvent.log.append("end"))
+    FakeEvent.log.clear()
+    there = lloyd_torch._upload(given, CPU, kept, 1.0 if kept == torch.float32 else 4.0)
+    assert torch.equal(there, given if kept == torch.float32 else (4 * given).half())
+    assert FakeEvent.log == ["wait", "sent"] * 11 + ["end"]
 
 
 def test_what_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
