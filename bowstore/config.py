@@ -191,7 +191,10 @@ class RuntimeConfig(Strict):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     amp: bool = Field(True, description="bfloat16 autocast on a GPU")
-    compile: bool = Field(True, description="torch.compile on a GPU")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="compile the step; auto: on a GPU, and on a CPU where the run is long enough to pay for it"
+    )
+    pad_stem: bool = Field(False, description="run the first convolution on four channels, for a GPU's tensor cores")
     threads: Threads | None = Field(None, description="decoding threads; null: cores a rank")
     hw_decoder_load: Unit = Field(0.65, description="share of the JPEGs that a GPU's hardware decoder takes")
     targets: Literal["auto", "resident", "host", "streamed"] = Field(

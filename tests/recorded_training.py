@@ -42,7 +42,7 @@ def recorded_train(config: TrainConfig, runs: Path, record: Path, on_step: OnSte
         state.update(index=index, step=start)
         return original_plans(schedule, index, view, start=start, stop=stop)
 
-    def step(model: Any, optimizer: Any, task: Any, batch: Any, rate: float, *, amp: bool) -> Any:
+    def step(model: Any, optimizer: Any, task: Any, batch: Any, rate: float, *, logged: bool) -> Any:
         number, state["step"] = state["step"], state["step"] + 1
         on_step(number)
         images, bag = task.prepare(batch)
@@ -56,7 +56,7 @@ def recorded_train(config: TrainConfig, runs: Path, record: Path, on_step: OnSte
         }
         with open(record, "a") as file:
             file.write(json.dumps(line) + "\n")
-        return original_step(model, optimizer, task, batch, rate, amp=amp)
+        return original_step(model, optimizer, task, batch, rate, logged=logged)
 
     with patch.object(loop, "plans", plans), patch.object(loop, "train_step", step):
         loop.train(config, runs)

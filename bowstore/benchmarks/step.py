@@ -6,6 +6,7 @@ in the loop sees every image once more, and its maps are assigned in every step.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,10 @@ from bowstore.data.index import open_index
 from bowstore.data.plan import plans
 from bowstore.data.views import Batch
 from bowstore.environment import cores, device_name
+from bowstore.train.compiling import compiles, compiles_here
 from bowstore.train.distributed import World
-from bowstore.train.loop import build_optimizer, data_schedule, train_step, wrap_network
+from bowstore.train.loop import data_schedule, placed_network
+from bowstore.train.step import build_objective, build_optimizer, train_step, tuned
 from bowstore.train.tasks import Task, build_task
 from bowstore.words.assign import assign, prepare_words
 from bowstore.words.teacher import load_teacher
@@ -59,12 +62,12 @@ class StepWay(NamedTuple):
     Attributes:
         name: in the table.
         runtime: what of the configuration's `runtime` is set otherwise.
-        benchmark: whether cuDNN tries its algorithms out.
+        tuned: whether a GPU is set as training sets it (`bowstore.train.step.tuned`).
     """
 
     name: str
     runtime: dict[str, Any]
-    benchmark: bool = False
+    tuned: bool = False
 
 
 TEACHER = "teacher in the loop"
@@ -86,11 +89,11 @@ def bench_step(
     timed: dict[str, Way] = {}
     for way in ways:
         task, step = _stepper(config, way, batch, settings.device)
-        timed[way.name] = _repeated(step, settings.steps, way)
+        timed[way.name] = _repeated(step, settings.steps, way, settings.device)
     if teacher_layer:
         teach = _teacher(teacher_layer, settings, batch.images_BCHW)
-        timed[TEACHER] = _repeated(lambda: (teach(), step()), settings.steps, way)
-    timed[_TARGETS] = _repeated(lambda: task.prepare(batch), settings.steps, way)
+        timed[TEACHER] = _repeated(lambda: (teach(), step()), settings.steps, way, settings.device)
+    timed[_TARGETS] = _repeated(lambda: task.prepare(batch), settings.steps, way, settings.device)
     seconds = interleaved("bench step", timed, settings.rounds, settings.device)
     images = settings.batch * settings.steps
     fastest = min((way.name for way in ways), key=lambda name: statistics.median(seconds[name]))
@@ -141,9 +144,10 @@ def _stepper(config: TrainConfig, way: StepWay, batch: Batch, device: torch.devi
     assert config.shards is not None, "made up"
     world = _alone(device)
     task = build_task(config, open_index(config.shards), world)
-    network = task.network.to(device).to(memory_format=task.network.memory_format(device))
-    optimizer, model = build_optimizer(network, config), wrap_network(network, config, world)
-    return task, lambda: train_step(model, optimizer, task, batch, 1e-4, amp=config.runtime.amp)
+    network = placed_network(task, config, world)
+    compiled = compiles_here(compiles(config, network, 1, device), world)
+    optimizer, model = build_optimizer(network, config), build_objective(task, config, world, compiled=compiled)
+    return task, lambda: train_step(model, optimizer, task, batch, 1e-4)
 
 
 def _teacher(layer: str, settings: StepSettings, images_BCHW: Tensor) -> Way:
@@ -169,14 +173,11 @@ def _vectors(maps: Mapping[str, Tensor]) -> Tensor:
     return map_Bchw.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _repeated(step: Way, steps: int, way: StepWay) -> Way:
+def _repeated(step: Way, steps: int, way: StepWay, device: torch.device) -> Way:
     def run() -> None:
-        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, way.benchmark
-        try:
+        with tuned(device, amp=True) if way.tuned else nullcontext():
             for _ in range(steps):
                 step()
-        finally:
-            torch.backends.cudnn.benchmark = before
 
     return run
 

@@ -19,8 +19,11 @@ from bowstore.data.reader import ShardReader, fetched
 from bowstore.data.views import Batch
 from bowstore.environment import device_name
 from bowstore.progress import Progress
+from bowstore.train.compiling import compiles, compiles_here
 from bowstore.train.distributed import joined
-from bowstore.train.loop import build_optimizer, data_schedule, train_step, with_local_store, wrap_network
+from bowstore.train.loop import data_schedule, placed_network, with_local_store
+from bowstore.train.schedule import total_steps
+from bowstore.train.step import build_objective, build_optimizer, train_step, tuned
 from bowstore.train.tasks import build_task
 
 _WARM_STEPS = 5
@@ -38,12 +41,14 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
         The result on the first rank, None on the others.
     """
     assert config.shards is not None, "the command line resolves shards"
-    with joined(config.runtime.device) as world:
+    with joined(config.runtime.device) as world, tuned(world.device, amp=config.runtime.amp):
         index = open_index(config.shards, config.runtime.storage)
         schedule = data_schedule(config, index, world)
         task = build_task(with_local_store(config, world), index, world)
-        network = task.network.to(world.device).to(memory_format=task.network.memory_format(world.device))
-        optimizer, model = build_optimizer(network, config), wrap_network(network, config, world)
+        network = placed_network(task, config, world)
+        length = total_steps(config.optim, schedule.steps_per_pass)
+        compiled = compiles_here(compiles(config, network, length, world.device), world)
+        optimizer, model = build_optimizer(network, config), build_objective(task, config, world, compiled=compiled)
         drain = PREFETCH + 2
         batches = train_batches(
             ShardReader(fetched(index, images=schedule.images, whole=True, display=world.first)),
@@ -59,7 +64,7 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
         def rate(source: Iterator[Batch], count: int) -> float:
             begun = time.perf_counter()
             for _ in range(count):
-                train_step(model, optimizer, task, next(source), 1e-4, amp=config.runtime.amp)
+                train_step(model, optimizer, task, next(source), 1e-4)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             return count * config.optim.batch / (time.perf_counter() - begun)
@@ -82,7 +87,7 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
             version=2,
             device=device_name(world.device),
             inputs=task.inputs,
-            settings={"batch": config.optim.batch, "ranks": world.size, "config": config.name},
+            settings={"batch": config.optim.batch, "ranks": world.size, "config": config.name, "compiled": compiled},
             unit="images",
             timings=[Timing("with the loader", loader_rates), Timing("resident data", resident_rates)],
             figures={"ratio_over_resident": ratio},

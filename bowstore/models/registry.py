@@ -100,7 +100,7 @@ class Backbone(nn.Module, ABC):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Global average pool of the last stage, (B, C)."""
-        return self.feature_maps(images_BCHW, self.layers[-1:])[self.layers[-1]].mean((2, 3))
+        return mean_pool(self.feature_maps(images_BCHW, self.layers[-1:])[self.layers[-1]])
 
     def feature_maps(self, images_BCHW: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Maps (B, c, h, w) of the named layers; nothing deeper than the deepest of them is run.
@@ -207,6 +207,12 @@ class Backbone(nn.Module, ABC):
             f"layer {layer!r} of {self.arch} gives {what}, not a square map of feature vectors; "
             f"`bowstore layers {self.arch}` lists those that do"
         )
+
+
+def mean_pool(map_BChw: Tensor) -> Tensor:
+    """Mean over a map's cells, (B, C): of maps in half precision in float32, which they are summed in anyway."""
+    half = map_BChw.dtype in (torch.float16, torch.bfloat16)
+    return map_BChw.mean((2, 3), dtype=torch.float32 if half else None)
 
 
 class StagedBackbone(Backbone):

@@ -2,11 +2,14 @@
 
 import _thread
 import os
+import secrets
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -34,12 +37,17 @@ class World:
         size: number of processes.
         device: this process's device.
         lifeline: to the other processes.
+        store: the job's c10d store.
+        token: a number of this attempt, the same on every rank: keys in the store outlive a restart of the processes.
     """
 
     rank: int
     size: int
     device: torch.device
     lifeline: Lifeline | None = None
+    store: Any = None
+    token: int = 0
+    _calls: Iterator[int] = field(default_factory=count, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -78,6 +86,21 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def assembled(self, poll_seconds: float = 0.2) -> None:
+        """Wait for all ranks however long they take, for data to arrive on their machines; a collective times out.
+
+        Raises:
+            BowstoreError: another rank has ended.
+        """
+        if self.size == 1:
+            return
+        key = f"bowstore/assembled/{self.token}/{next(self._calls)}"
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < self.size:
+            if self.lifeline and self.lifeline.verdict:
+                raise BowstoreError(f"{self.lifeline.verdict}; {REMEDY}")
+            time.sleep(poll_seconds)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -108,11 +131,15 @@ def joined(setting: str) -> Iterator[World]:
         if device.type == "cuda":
             store.set(f"gpu {place.rank}", device_name(device))
         with _explained(place, lifeline):
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT)
+            dist.init_process_group(
+                backend, store=store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT,
+                device_id=device if device.type == "cuda" else None,  # barriers of NCCL would guess it
+            )  # fmt: skip
         if device.type == "cuda" and place.first:
             warn_of_kinds([store.get(f"gpu {rank}").decode() for rank in range(place.size)])
         try:
-            yield World(place.rank, place.size, device, lifeline)
+            world = World(place.rank, place.size, device, lifeline, store)
+            yield replace(world, token=world.wrapping_sum(secrets.randbits(62)))
         finally:
             dist.destroy_process_group()  # the lifeline sees to it that this ends when another rank has ended
 

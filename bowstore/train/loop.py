@@ -1,6 +1,6 @@
-"""Training, top to bottom: set-up, the step, the loop.
+"""Training, top to bottom: set-up and the loop; `bowstore.train.step` is the step.
 
-Legend: B batch, C channels, H W pixels.
+Legend: B batch.
 """
 
 import signal
@@ -13,25 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bowstore.config import RuntimeConfig, TrainConfig, dump
 from bowstore.data.index import Index, open_index
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader, fetched
-from bowstore.data.views import Batch
 from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import exclusive_lock, sweep_temporary
 from bowstore.models import saved
 from bowstore.progress import say
 from bowstore.remote import fetch_store
 from bowstore.train import checkpoint as ckpt
+from bowstore.train.compiling import another_way, compiles, compiles_here
 from bowstore.train.distributed import World, joined
 from bowstore.train.health import diverged, unsound
 from bowstore.train.metrics import Meter, RunLog, last_logged
 from bowstore.train.rundir import check_run, check_start, write_config, write_environment
 from bowstore.train.schedule import images_in_use, learning_rate, step_seed, total_steps, without_effect
+from bowstore.train.step import build_objective, build_optimizer, pad_stem, train_step, tuned
 from bowstore.train.tasks import Network, Task, build_task
 
 _STOPPED_EXIT_CODE = 143
@@ -97,6 +96,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         # --- who and where
         world = stack.enter_context(joined(config.runtime.device))
         _claim(run, config, world, stack, resume=resume)
+        stack.enter_context(tuned(world.device, amp=config.runtime.amp))
 
         # --- data
         index = open_index(config.shards, config.runtime.storage)
@@ -105,28 +105,34 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
 
         # --- network, optimiser, state
         task = build_task(with_local_store(config, world), index, world)
-        network = task.network.to(world.device).to(memory_format=task.network.memory_format(world.device))
+        world.assembled()  # collectives that come too early would time out
+        network = placed_network(task, config, world)
         optimizer = build_optimizer(network, config)
         meter = Meter(world.device)
-        start, logged, slower = _start(run, config, steps, network, optimizer, meter, task, world, resume=resume)
-        first = start or 0
+        begun = _start(run, config, steps, network, optimizer, meter, task, world, resume=resume)
+        start, first = begun.step, begun.step or 0
         _same_start(first, task, config, world)
         if first >= steps or (start is None and saved.is_finished(run)):
             return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
-        model = wrap_network(network, config, world)
+        compiled = compiles_here(compiles(config, network, steps, world.device), world)
+        model = build_objective(task, config, world, compiled=compiled)
         if world.first:
+            if line := another_way(begun.compiled, compiled):
+                say(line)
             for line in without_effect(config):
                 say(f"warning: of the configuration without effect: {line}")
             write_config(run, config)
-            write_environment(run, world, task.inputs)
+            write_environment(run, world, task.inputs, compiled=compiled)
             sweep_temporary(run / saved.CHECKPOINT_FOLDER)
             (run / saved.BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
 
         # --- the loop
         from bowstore.data.pipeline import train_batches  # DALI: steps on data that is there already go without
 
+        local = fetched(index, images=schedule.images, whole=True, display=world.first)
+        world.assembled()  # however long the shards take to arrive on some machine
         batches = train_batches(
-            ShardReader(fetched(index, images=schedule.images, whole=True, display=world.first)),
+            ShardReader(local),
             config.view,
             plans(schedule, index, config.view, start=first, stop=steps),
             batch=schedule.rank_batch,
@@ -138,30 +144,30 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         log = None
         if world.first:
             log = RunLog(
-                config, run, task.constants, first=first, logged=logged, steps_per_pass=schedule.steps_per_pass
+                config, run, task.constants, first=first, logged=begun.logged, steps_per_pass=schedule.steps_per_pass
             )
             stack.callback(log.close)
         stop_requested = stack.enter_context(_stop_signal())
         keep = config.runtime.keep_checkpoints
-        kept = ckpt.Checkpoints(run, keep=keep, start=start, slower=slower, writes=world.first)
+        kept = ckpt.Checkpoints(run, keep=keep, start=start, slower=begun.slower, writes=world.first)
         stack.enter_context(_interrupts(kept, world))
         for step, batch in enumerate(meter.waiting_for(batches), start=first):
             world.at(step)
             rate = learning_rate(step, config.optim, schedule.steps_per_pass)
             torch.manual_seed(step_seed(config.seed, step, world.rank))
-            scalars = train_step(model, optimizer, task, batch, rate, amp=config.runtime.amp)
-            meter.count(config.optim.batch, scalars)
             done = step + 1
+            logging = done % config.runtime.log_every_steps == 0 or done == steps
+            measured = train_step(model, optimizer, task, batch, rate, logged=logging)
+            meter.count(config.optim.batch, measured.means)
             # Ranks must agree on when to stop; asking costs an all-reduce, so many ranks ask every few steps.
             stopping = (world.size == 1 or done % _ASK_EVERY_STEPS == 0) and world.any(stop_requested())
-            logging = done % config.runtime.log_every_steps == 0 or done == steps
             saving = done % config.runtime.checkpoint_every_steps == 0 or done == steps or stopping
             if logging or saving or kept.unproven:  # the only place that waits for the device
                 wrong = unsound(network, optimizer, meter, kept, world, saving=saving)
                 if wrong:
                     raise diverged(wrong, done, rate, kept, world)
             if logging:
-                values = meter.read(world)
+                values = meter.read(world, measured.scalars)
                 order = keys_digest(batch.plan, index, schedule, world)
                 if log:
                     log.write(done, {**values, "lr": rate}, order)
@@ -170,7 +176,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             if saving:
                 if log:
                     log.sync()
-                kept.save(_state(config, done, network, optimizer, meter, task, world))
+                kept.save(_state(config, done, network, optimizer, meter, task, world, compiled=compiled))
             if stopping:
                 if world.first:
                     say(f"stopped by a signal at step {done} of {steps}; run the command again to go on")
@@ -180,47 +186,11 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         return _finish(run, config, network, world, report)
 
 
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Batch, rate: float, *, amp: bool
-) -> dict[str, Tensor]:
-    """One step of SGD on one batch; returns the loss and the task's scalars, still on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    images_BCHW, target = task.prepare(batch)
-    mixed = amp and images_BCHW.is_cuda
-    with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=mixed):
-        logits = model(images_BCHW if mixed else images_BCHW.float())
-    loss, scalars = task.loss(logits, target)
-    # Copies: a task may give out a parameter itself, which the step is about to change.
-    scalars = {name: value.detach().clone() for name, value in {"loss": loss, **scalars}.items()}
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return scalars
-
-
 def keys_digest(plan: Plan, index: Index, schedule: Schedule, world: World) -> str:
     """16 hex digits over which key stands where in the step's global batch; the same for any number of ranks."""
     place_B = np.arange(len(plan.rows), dtype=np.uint64) + np.uint64(schedule.rank * schedule.rank_batch)
     mine = (index.key_hash[plan.rows] * (2 * place_B + np.uint64(1))).sum(dtype=np.uint64)
     return f"{world.wrapping_sum(int(mine)):016x}"
-
-
-def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with weight decay on weights; never on gamma, on batch norm and biases as configured."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        small = parameter.ndim <= 1
-        exempt = name.endswith("gamma") or (small and not config.optim.decay_norm_and_bias)
-        (free if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=config.optim.lr,
-        momentum=config.optim.momentum,
-        nesterov=config.optim.nesterov and config.optim.momentum > 0,
-    )
 
 
 def _claim(run: Path, config: TrainConfig, world: World, stack: ExitStack, *, resume: bool) -> None:
@@ -254,17 +224,32 @@ def with_local_store(config: TrainConfig, world: World) -> TrainConfig:
     if config.words.store is None:
         return config
     store = fetch_store(config.words.store, config.runtime.storage, display=world.first)
+    world.assembled()
     return config.model_copy(update={"words": config.words.model_copy(update={"store": store})})
 
 
-def wrap_network(network: Network, config: TrainConfig, world: World) -> nn.Module:
-    """The network in train mode, behind DDP and torch.compile where they apply."""
-    model: Any = network.train()
-    if world.size > 1:
-        model = DistributedDataParallel(model, device_ids=[world.device.index] if world.device.type == "cuda" else None)
-    if config.runtime.compile and world.device.type == "cuda":
-        model = torch.compile(model)
-    return model  # type: ignore[no-any-return]
+def placed_network(task: Task, config: TrainConfig, world: World) -> Network:
+    """The task's network on its device, as it lies there in memory, with the stem that the configuration asks for."""
+    if config.runtime.pad_stem:
+        pad_stem(task.network)
+    return task.network.to(world.device).to(memory_format=task.network.memory_format(world.device))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run begins.
+
+    Attributes:
+        step: that of its newest checkpoint; None for a new run.
+        logged: the last step that was logged by then.
+        compiled: whether the step was compiled; None if it does not say.
+        slower: whether the run goes on at a lower rate than the checkpoint came with.
+    """
+
+    step: int | None
+    logged: int | None
+    compiled: bool | None
+    slower: bool
 
 
 def _start(
@@ -278,17 +263,15 @@ def _start(
     world: World,
     *,
     resume: bool,
-) -> tuple[int | None, int | None, bool]:
-    """Where the run begins: its newest checkpoint's step (None for a new run), which is loaded, once found its own.
-
-    Beside it the last step that was logged by then, and whether the run goes on at a lower rate than it came with.
-    """
+) -> "_Start":
+    """Load the newest checkpoint, once found the run's own."""
     state = saved.newest_checkpoint(run, shown=world.first)
     check_start(run, state, config, steps, resume=resume, shown=world.first)
     if state is None:
-        return None, None, False
+        return _Start(None, None, None, slower=False)
     slower = state["config"]["optim"]["lr"] > config.optim.lr
-    return _restore(state, network, optimizer, meter, task, run), last_logged(state), slower
+    step = _restore(state, network, optimizer, meter, task, run)
+    return _Start(step, last_logged(state), state.get("compiled"), slower=slower)
 
 
 def _restore(
@@ -333,7 +316,15 @@ def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> No
 
 
 def _state(
-    config: TrainConfig, step: int, network: Network, optimizer: Any, meter: Meter, task: Task, world: World
+    config: TrainConfig,
+    step: int,
+    network: Network,
+    optimizer: Any,
+    meter: Meter,
+    task: Task,
+    world: World,
+    *,
+    compiled: bool,
 ) -> dict[str, Any]:
     """All that a run needs to go on; every rank has a part in it."""
     return {
@@ -344,6 +335,7 @@ def _state(
         "head": dict(network.head.state_dict()),
         "optimizer": optimizer.state_dict(),
         "meter": meter.state(world),
+        "compiled": compiled,
     }
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,6 @@ class MetricsLog:
     """Appends to `metrics.jsonl`; on resume, lines behind the checkpoint's step are dropped first."""
 
     def __init__(self, run: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         path = run / METRICS_FILE
         lines, unread = _read_lines(path)
         if unread:
@@ -41,13 +41,15 @@ class MetricsLog:
         self._file = io.TextIOWrapper(open_end(path), encoding="utf-8", line_buffering=True)
         # Its writer follows links; nobody can lay one under a name that cannot be foreseen.
         suffix = f".{secrets.token_hex(4)}"
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, filename_suffix=suffix)
+        writer = _summary_writer()
+        self._board = writer(str(run / "tensorboard"), purge_step=step + 1, filename_suffix=suffix) if writer else None
 
     def write(self, step: int, values: dict[str, float], order: str) -> None:
         """Record the values of one step and the digest of its keys."""
         self._file.write(json.dumps({"step": step, **values, "order": order}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Make all lines durable: a checkpoint is never newer than its log."""
@@ -56,7 +58,19 @@ class MetricsLog:
     def close(self) -> None:
         """Flush both."""
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
+
+
+@cache
+def _summary_writer() -> Any:
+    """TensorBoard's writer; None, and a line the first time, where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say(f"tensorboard is not installed: {METRICS_FILE} has all metrics, and there is no folder for TensorBoard")
+        return None
+    return SummaryWriter
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -135,6 +149,69 @@ def _keep_log_of_lost(run: Path, checkpoint_every_steps: int) -> None:
         )
 
 
+class HostClock:
+    """Seconds spent waiting for images where the host computes: from asking for a batch until it is there.
+
+    Attributes:
+        waited_s: so far.
+    """
+
+    def __init__(self) -> None:
+        self.waited_s = self._begun = 0.0
+
+    def begin(self) -> None:
+        """Images are asked for."""
+        self._begun = time.monotonic()
+
+    def end(self) -> None:
+        """They are there."""
+        self.waited_s += time.monotonic() - self._begun
+
+    def settle(self) -> None:
+        """Wait until all that was begun has ended."""
+
+
+class DeviceClock:
+    """The same where a GPU computes: seconds that its stream, done with one step, waited for the next one's images.
+
+    The host is ahead of the device and gets images that are still being decoded, so the clock is the stream's own: an
+    event behind the step before, and one behind what makes the stream wait for the images.
+
+    Attributes:
+        waited_s: so far, of what the device has done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.waited_s = 0.0
+        self._device = device
+        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def begin(self) -> None:
+        """Images are asked for."""
+        self._begun = self._event()
+
+    def end(self) -> None:
+        """They are there, or what follows on the stream will wait for them."""
+        self._open.append((self._begun, self._event()))
+        self._collect()
+
+    def settle(self) -> None:
+        """Wait until all that was begun has ended."""
+        torch.cuda.synchronize(self._device)
+        self._collect()
+
+    def _collect(self) -> None:
+        while self._open and self._open[0][1].query():  # type: ignore[no-untyped-call]
+            begun, ended = self._open.popleft()
+            self.waited_s += begun.elapsed_time(ended) / 1e3
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
 class Meter:
     """Sums the steps' scalars on the device and keeps time; nothing here waits for the device but what reads them.
 
@@ -148,23 +225,23 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._last_loss = torch.zeros((), device=device)
         self._steps = self._total_steps = self._timed_images = 0
-        self._wait_seconds = self._timed_wait_seconds = 0.0
+        self._clock = DeviceClock(device) if device.type == "cuda" else HostClock()
         self._start: float | None = None
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches, keeping the time spent waiting for each."""
         while True:
-            begun = time.monotonic()
+            self._clock.begin()
             batch = next(batches, None)
-            self._wait_seconds = time.monotonic() - begun
+            self._clock.end()
             if batch is None:
                 return
             yield batch
 
-    def count(self, images: int, scalars: dict[str, Tensor]) -> None:
-        """Add one step's scalars."""
-        self._last_loss = scalars["loss"]
-        for name, value in scalars.items():
+    def count(self, images: int, means: dict[str, Tensor]) -> None:
+        """Add what is known of every step."""
+        self._last_loss = means["loss"]
+        for name, value in means.items():
             if name in self._sums:
                 self._sums[name] += value
             else:
@@ -172,10 +249,10 @@ class Meter:
         self._steps += 1
         self._total_steps += 1
         if self._total_steps == self._WARM_STEPS:
-            self._start = time.monotonic()
+            self._clock.settle()
+            self._clock.waited_s, self._start = 0.0, time.monotonic()
         elif self._start is not None:
             self._timed_images += images
-            self._timed_wait_seconds += self._wait_seconds
 
     def losses(self, world: World) -> tuple[float, float]:
         """Loss of the last step, and the mean since the last reading (not finite if any step's was not).
@@ -186,17 +263,20 @@ class Meter:
         last, mean = world.mean(torch.stack([self._last_loss.double(), mean])).tolist()
         return last, mean
 
-    def read(self, world: World) -> dict[str, float]:
-        """Means since the last reading, over all ranks, as float32 values."""
-        names = sorted(self._sums)
-        values = self._over_ranks(names, world) / self._steps
+    def read(self, world: World, scalars: dict[str, Tensor] | None = None) -> dict[str, float]:
+        """Means since the last reading, and the scalars of this step, over all ranks, as float32 values."""
+        scalars = scalars or {}
+        values = self._sums | {name: value.double() for name, value in scalars.items()}
+        names = sorted(values)
+        found = world.mean(torch.stack([values[name] for name in names]))
+        found = found / torch.tensor([1 if name in scalars else self._steps for name in names], device=found.device)
         self._sums, self._steps = {}, 0
-        return dict(zip(names, values.float().tolist(), strict=True))
+        return dict(zip(names, found.float().tolist(), strict=True))
 
     def state(self, world: World) -> dict[str, Any]:
         """What has been gathered since the last reading, as plain values for a checkpoint; the same on every rank."""
         names = sorted(self._sums)
-        sums = self._over_ranks(names, world).tolist() if names else []
+        sums = world.mean(torch.stack([self._sums[name] for name in names])).tolist() if names else []
         return {"steps": self._steps, "sums": dict(zip(names, sums, strict=True))}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -206,18 +286,13 @@ class Meter:
             name: torch.tensor(value, dtype=torch.float64, device=self._device) for name, value in state["sums"].items()
         }
 
-    def _over_ranks(self, names: list[str], world: World) -> Tensor:
-        """Sums over the steps of the mean over the ranks, float64."""
-        return world.mean(torch.stack([self._sums[name] for name in names]))
-
     def rates(self) -> tuple[float, float]:
         """Images/s over all ranks and the share of the time spent waiting for images, without the first steps."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._clock.settle()
         if self._start is None or not self._timed_images:
             return 0.0, 0.0
         seconds = time.monotonic() - self._start
-        return self._timed_images / seconds, self._timed_wait_seconds / seconds
+        return self._timed_images / seconds, self._clock.waited_s / seconds
 
 
 class RunLog:

@@ -122,7 +122,7 @@ def write_config(run: Path, config: TrainConfig) -> None:
         file.write(write_yaml(dump(config)))
 
 
-def write_environment(run: Path, world: World, inputs: dict[str, str]) -> None:
+def write_environment(run: Path, world: World, inputs: dict[str, str], *, compiled: bool) -> None:
     """Record versions, device and the identity of the inputs in `environment.json`."""
     write_json(
         run / _ENVIRONMENT_FILE,
@@ -132,6 +132,7 @@ def write_environment(run: Path, world: World, inputs: dict[str, str]) -> None:
             "jpeg": str(gpu_decoding(world.device)) if world.device.type == "cuda" else "decoded on the CPU",
             "world_size": world.size,
             "torch_threads": torch.get_num_threads(),
+            "compiled": compiled,
             "command": sys.argv[1:],
             "inputs": inputs,
         },

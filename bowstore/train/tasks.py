@@ -1,6 +1,7 @@
 """What a network is trained to predict: rotations (the teacher) or bags of words (BoWNet).
 
-A task is a value: the network, how a batch becomes inputs and targets, and the loss. The loop knows no more.
+A task is a value: the network, how a batch becomes inputs and targets, and the loss. The loop knows no more. What comes
+after a batch's tensors are on the device is made of tensors alone, so that it can be compiled with the network.
 
 Legend: B batch, C channels, H W pixels, K words.
 """
@@ -24,7 +25,7 @@ from bowstore.models.registry import Backbone, build_backbone
 from bowstore.progress import say
 from bowstore.train.distributed import World
 from bowstore.train.schedule import images_in_use
-from bowstore.words.bags import Bag, MeanBag, bag_entropy, bow_cross_entropy, mix_bags
+from bowstore.words.bags import Bag, MeanBag, bag_entropy, bag_of, bow_cross_entropy, mix_bags
 from bowstore.words.targets import (
     TIERS,
     Targets,
@@ -70,19 +71,28 @@ class Task:
 
     Attributes:
         network: images to logits.
-        prepare: turns a batch into network inputs and targets.
-        loss: (logits, targets) to the scalar loss and further scalars for the log, all tensors on the device.
+        bring: a batch's images and whatever its targets are made of, on the device.
+        make: network inputs and targets of these tensors.
+        loss: (logits, targets) to the scalar loss, and to further scalars that cost next to nothing: of all of these
+            the log has the mean over the steps.
+        scalars: (logits, targets) to scalars of a step that is logged, and of no other.
         constants: numbers of the whole run for the log of rank 0, such as the marginal's loss.
         inputs: identity of the data the run depends on; a resumed run must find the same.
-        ahead: the host's part of a batch's targets, called in the reading thread; `prepare` finds it in the batch.
+        ahead: the host's part of a batch's targets, called in the reading thread; `bring` finds it in the batch.
     """
 
     network: Network
-    prepare: Callable[[Batch], tuple[Tensor, Any]]
+    bring: Callable[[Batch], tuple[Tensor, ...]]
+    make: Callable[..., tuple[Tensor, Any]]
     loss: Callable[[Tensor, Any], tuple[Tensor, dict[str, Tensor]]]
     constants: dict[str, float]
     inputs: dict[str, str]
+    scalars: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
     ahead: Callable[[Plan], Any] | None = None
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Network inputs and targets of a batch."""
+        return self.make(*self.bring(batch))
 
 
 def build_task(config: TrainConfig, index: Index, world: World) -> Task:
@@ -100,18 +110,26 @@ def build_task(config: TrainConfig, index: Index, world: World) -> Task:
 def _rotation_task(backbone: Backbone, index: Index, blocks: int | None) -> Task:
     """4-way rotation prediction (RotNet); all four rotations of each image are in the batch."""
 
-    def prepare(batch: Batch) -> tuple[Tensor, Tensor]:
-        images_BCHW = batch.images_BCHW
-        turned = [torch.rot90(images_BCHW, quarter, (2, 3)) for quarter in range(4)]
-        inputs = torch.cat(turned)
-        return inputs, torch.arange(4, device=inputs.device).repeat_interleave(len(images_BCHW))
+    def make(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        images_BHWC = images_BCHW.permute(0, 2, 3, 1)
+        # Joined as they lie in memory, channels last: joined as BCHW they would be copied once more for the network.
+        turned_BHWC = torch.cat([torch.rot90(images_BHWC, quarter, (1, 2)) for quarter in range(4)])
+        label_B = torch.arange(4, device=images_BCHW.device).repeat_interleave(len(images_BCHW))
+        return turned_BHWC.permute(0, 3, 1, 2), label_B
 
     def loss(logits_B4: Tensor, label_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         accuracy = (logits_B4.detach().argmax(1) == label_B).float().mean()
         return F.cross_entropy(logits_B4.float(), label_B), {"accuracy": accuracy}
 
     network = Network(backbone, RotationHead(backbone, blocks), pooled=False)
-    return Task(network, prepare, loss, {"chance_loss": float(np.log(4))}, {"shards": index.fingerprint})
+    return Task(
+        network=network,
+        bring=lambda batch: (batch.images_BCHW,),
+        make=make,
+        loss=loss,
+        constants={"chance_loss": float(np.log(4))},
+        inputs={"shards": index.fingerprint},
+    )
 
 
 def _words_task(config: TrainConfig, backbone: Backbone, index: Index, world: World) -> Task:
@@ -122,31 +140,39 @@ def _words_task(config: TrainConfig, backbone: Backbone, index: Index, world: Wo
     inputs = {"shards": index.fingerprint, "words": words_digest(targets, mean, used=used, shown=world.first)}
     head = CosineHead(backbone.features, vocabulary_size, config.words.gamma)
 
-    def prepare(batch: Batch) -> tuple[Tensor, Any]:
-        plan = batch.plan
-        bag = targets.bag(plan.rows, batch.ahead)
-        if config.view.cutmix:
-            partner_B = torch.from_numpy(plan.partner.astype(np.int64)).to(world.device, non_blocking=True)
-            bag = mix_bags(bag, partner_B, torch.from_numpy(plan.kept).to(world.device, non_blocking=True))
-        return batch.images_BCHW, bag
+    waits_ms: list[float] = []
 
-    def loss(logits_BK: Tensor, bag: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        value = bow_cross_entropy(logits_BK, bag)
-        scalars = {
-            "excess_loss": value.detach() - bag_entropy(bag),
-            "gamma": head.gamma.detach(),
-            "top_word_weight": _weight_at(bag, logits_BK.detach().argmax(1)),
+    def bring(batch: Batch) -> tuple[Tensor, ...]:
+        plan = batch.plan
+        packed_BM = targets.words(plan.rows, batch.ahead)
+        waits_ms.append(1e3 * targets.waited_s)
+        mixed = (plan.partner.astype(np.int64), plan.kept) if config.view.cutmix else ()
+        moved = (torch.from_numpy(values_B).to(world.device, non_blocking=True) for values_B in mixed)
+        return batch.images_BCHW, packed_BM, *moved
+
+    def make(images_BCHW: Tensor, packed_BM: Tensor, *mixed: Tensor) -> tuple[Tensor, Bag]:
+        bag = bag_of(packed_BM, targets.form)
+        return images_BCHW, mix_bags(bag, *mixed) if mixed else bag
+
+    def scalars(logits_BK: Tensor, bag: Bag) -> dict[str, Tensor]:
+        found = {
+            "excess_loss": bow_cross_entropy(logits_BK, bag) - bag_entropy(bag),
+            "gamma": head.gamma,
+            "top_word_weight": _weight_at(bag, logits_BK.argmax(1)),
         }
-        if targets.tier == "streamed":
-            scalars["target_wait_ms"] = torch.full((), 1e3 * targets.waited_s, device=world.device)
-        return value, scalars
+        if targets.tier == "streamed":  # the mean since the last line, of this sitting
+            found["target_wait_ms"] = torch.tensor(sum(waits_ms) / len(waits_ms), device=world.device)
+        waits_ms.clear()
+        return found
 
     return Task(
         network=Network(backbone, head, pooled=True),
-        prepare=prepare,
-        loss=loss,
+        bring=bring,
+        make=make,
+        loss=lambda logits_BK, bag: (bow_cross_entropy(logits_BK, bag), {}),
         constants={"marginal_loss": mean.entropy()} if mean else {},
         inputs=inputs,
+        scalars=scalars,
         ahead=lambda plan: targets.ahead(plan.rows),
     )
 

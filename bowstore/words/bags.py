@@ -28,6 +28,12 @@ class Bag(NamedTuple):
     weights_BM: Tensor
 
 
+def bag_of(packed_BM: Tensor, form: Form) -> Bag:
+    """Bags (paper, Eq. 3 or 4, then L1-normalised) of words (B, M): uint16 bit for bit, as int16."""
+    words_BM = packed_BM.long() & 0xFFFF
+    return binary_bag(words_BM) if form == "binary" else count_bag(words_BM)
+
+
 def count_bag(words_BM: Tensor) -> Bag:
     """Each location counts 1/M (paper, Eq. 3): a word's frequency is the sum over its slots."""
     return Bag(words_BM, torch.full(words_BM.shape, 1 / words_BM.shape[1], device=words_BM.device))

@@ -28,7 +28,7 @@ from bowstore.config import StorageConfig
 from bowstore.environment import available_memory, local_ranks
 from bowstore.errors import UsageError
 from bowstore.progress import Progress
-from bowstore.words.bags import Bag, Form, MeanBag, binary_bag, count_bag
+from bowstore.words.bags import Bag, Form, MeanBag, bag_of
 
 if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in memory train without it
     from bowstore.words.flat import FlatWords
@@ -103,7 +103,7 @@ class Targets(ABC):
         form: of the bags.
         device: where bags are wanted.
         slots: M.
-        waited_s: seconds that the last call of `bag` waited for its words to be read.
+        waited_s: seconds that the last call of `words` or `bag` waited for its words to be read.
     """
 
     tier: ClassVar[Tier]
@@ -124,8 +124,7 @@ class Targets(ABC):
             rows_B: int64 (B,), rows of the index.
             ahead: what `ahead` gave for these rows; None does its work now.
         """
-        words_BM = self._words(rows_B, ahead).long() & 0xFFFF
-        return binary_bag(words_BM) if self.form == "binary" else count_bag(words_BM)
+        return bag_of(self.words(rows_B, ahead), self.form)
 
     @abstractmethod
     def ahead(self, rows_B: NDArray[np.int64]) -> Ahead:
@@ -137,8 +136,8 @@ class Targets(ABC):
             yield self._block(start, min(start + self._block_rows, len(self)))
 
     @abstractmethod
-    def _words(self, rows_B: NDArray[np.int64], ahead: Ahead) -> Tensor:
-        """Words (B, M) on the device; int16 holds uint16 bit for bit, because torch gathers it on every device."""
+    def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
+        """Words (B, M) for `bag`, on the device: uint16 bit for bit as int16, which torch gathers on every device."""
 
     @abstractmethod
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
@@ -165,7 +164,8 @@ class ResidentTargets(Targets):
     def ahead(self, rows_B: NDArray[np.int64]) -> None:
         """Nothing: the gather is the device's."""
 
-    def _words(self, rows_B: NDArray[np.int64], ahead: Ahead) -> Tensor:
+    def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
+        """As the class says, on the device."""
         return self._words_NM[torch.from_numpy(rows_B).to(self.device, non_blocking=True)]
 
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
@@ -188,7 +188,8 @@ class HostTargets(Targets):
         buffer = self._buffer(len(rows_B))
         return torch.index_select(self._words_NM, 0, torch.from_numpy(rows_B), out=buffer)
 
-    def _words(self, rows_B: NDArray[np.int64], ahead: Ahead) -> Tensor:
+    def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
+        """As the class says, on the device."""
         words_BM = ahead if isinstance(ahead, Tensor) else self.ahead(rows_B)
         return words_BM.to(self.device, non_blocking=True)
 
@@ -237,7 +238,8 @@ class StreamedTargets(Targets):
             pass
         yield from super().blocks()
 
-    def _words(self, rows_B: NDArray[np.int64], ahead: Ahead) -> Tensor:
+    def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
+        """As the class says, on the device."""
         reading = ahead if isinstance(ahead, Future) else self.ahead(rows_B)
         begun = time.perf_counter()
         words_BM = reading.result()

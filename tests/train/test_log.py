@@ -25,6 +25,7 @@ from bowstore.train import loop, tasks
 from bowstore.train.distributed import World
 from bowstore.train.metrics import Meter, MetricsLog, read_metrics
 from bowstore.train.schedule import step_seed
+from bowstore.train.step import Measured
 from bowstore.words.store import open_store
 
 Make = Callable[..., TrainConfig]
@@ -39,7 +40,7 @@ def train_to(config: TrainConfig, runs: Path, steps: int, *, signalled: bool = F
     """Train until the process dies when it starts its `steps`-th step, or is told to stop in it."""
     original, count = loop.train_step, 0
 
-    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def step(*args: Any, **kwargs: Any) -> Measured:
         nonlocal count
         count += 1
         if count == steps and not signalled:
@@ -198,7 +199,7 @@ def test_an_interrupt_says_what_is_left(
     """As the command prints it: no promise to go on where there is nothing to go on from."""
     original, count = loop.train_step, 0
 
-    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def step(*args: Any, **kwargs: Any) -> Measured:
         nonlocal count
         count += 1
         if count == steps:

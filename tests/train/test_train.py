@@ -22,6 +22,7 @@ from bowstore.train import loop
 from bowstore.train.distributed import World
 from bowstore.train.metrics import read_metrics
 from bowstore.train.schedule import learning_rate, total_steps
+from bowstore.train.step import Measured
 from bowstore.train.tasks import build_task
 from bowstore.words.store import open_store
 
@@ -107,7 +108,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Make training die when it starts its `steps`-th step from now."""
     original, count = loop.train_step, 0
 
-    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def step(*args: Any, **kwargs: Any) -> Measured:
         nonlocal count
         count += 1
         if count == steps:
@@ -121,11 +122,12 @@ def poison_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Make the loss of one step not a number."""
     original, count = loop.train_step, 0
 
-    def step(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def step(*args: Any, **kwargs: Any) -> Measured:
         nonlocal count
         count += 1
-        scalars = original(*args, **kwargs)
-        return {**scalars, "loss": scalars["loss"] * float("nan")} if count == number else scalars
+        measured = original(*args, **kwargs)
+        measured.means["loss"] *= float("nan") if count == number else 1
+        return measured
 
     monkeypatch.setattr(loop, "train_step", step)
 
@@ -320,12 +322,12 @@ def test_sigterm_saves_and_the_next_run_goes_on(
     loop.train(config, tmp_path / "whole")
     original, count = loop.train_step, 0
 
-    def step(model: Any, optimizer: Any, task: Any, batch: Batch, rate: float, *, amp: bool) -> dict[str, torch.Tensor]:
+    def step(model: Any, optimizer: Any, task: Any, batch: Batch, rate: float, *, logged: bool) -> Measured:
         nonlocal count
         count += 1
         if count == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, optimizer, task, batch, rate, amp=amp)
+        return original(model, optimizer, task, batch, rate, logged=logged)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", step)
@@ -382,7 +384,7 @@ def test_a_resumed_run_takes_the_new_values(make_config: Make, tmp_path: Path, m
     seen = []
     original = loop.train_step
 
-    def step(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def step(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Measured:
         seen.append([group["weight_decay"] for group in optimizer.param_groups])
         return original(model, optimizer, *args, **kwargs)
 

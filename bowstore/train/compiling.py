@@ -1,0 +1,84 @@
+"""Is the step compiled? By configuration and length of the run alone, so that a run that goes on does as before.
+
+Legend: C channels, H W pixels.
+"""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bowstore.config import TrainConfig
+from bowstore.models.taps import without_data
+from bowstore.progress import say
+from bowstore.train.distributed import World
+from bowstore.train.tasks import Network
+
+# On a CPU a compiled step of a narrow network takes 0.87 of the time, and compiling 5 to 50 s; wide networks gain
+# nothing (docs/results/training-throughput.md).
+_WORTHWHILE_FLOPS = 1e14
+_PASSES = 3  # forwards, and backwards to maps and to weights
+
+
+def compiles(config: TrainConfig, network: Network, steps: int, device: torch.device) -> bool:
+    """Whether a run's step is to be compiled.
+
+    As set; with `auto` on a GPU always, and on a CPU where the run is long enough to pay for it.
+
+    Args:
+        config: of the run.
+        network: what is trained.
+        steps: of the whole run, whatever is left of it.
+        device: where.
+    """
+    setting = config.runtime.compile
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        return True
+    narrow = network.memory_format(device) == torch.channels_last
+    return narrow and run_flops(config, network, steps) >= _WORTHWHILE_FLOPS
+
+
+def run_flops(config: TrainConfig, network: Network, steps: int) -> float:
+    """Floating-point operations of a whole run, but for its head's: a fact of the configuration, not of the machine."""
+    ghost = without_data(network.backbone).eval()
+    views = config.optim.batch * (4 if config.task == "rotation" else 1)
+    images_BCHW = torch.zeros(1, 3, config.view.size, config.view.size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ghost.feature_maps(images_BCHW, ghost.layers[-1:])
+    return float(_PASSES * counter.get_total_flops()) * views * steps
+
+
+def compiles_here(wanted: bool, world: World) -> bool:
+    """Whether all ranks can do it; one that lacks a compiler says so, and all of them train without."""
+    problem = compiler_problem(world.device) if wanted else ""
+    if problem:
+        say(f"not compiled: {problem}; the step runs as it is, more slowly")
+    failed = world.any(bool(problem))
+    if wanted and not failed and world.first:
+        say("the first step is compiled, which takes up to a minute")
+    return wanted and not failed
+
+
+def compiler_problem(device: torch.device) -> str:
+    """Why nothing can be compiled here, or nothing: a small function is, with what it needs of compiler and headers."""
+    try:
+        torch.compile(_probe, dynamic=False)(torch.zeros(64, device=device))
+    except (RuntimeError, OSError, ImportError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"PyTorch's compiler cannot work here ({said})"
+    return ""
+
+
+def _probe(values: torch.Tensor) -> torch.Tensor:
+    return values.sin() + 1
+
+
+def another_way(recorded: bool | None, compiled: bool) -> str:
+    """A line for people where a run goes on in another way than that of its checkpoint; empty if it does not."""
+    if recorded is None or recorded == compiled:
+        return ""
+    then, now = ("compiled", "it is not") if recorded else ("not compiled", "it is")
+    return (
+        f"the step was {then} until this checkpoint, and now {now}: last digits differ from those of a run in one "
+        f"piece; runtime.compile decides"
+    )
