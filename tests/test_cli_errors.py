@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from shard_sets import ShardMaker
 
 from bowstore.cli import main
-from bowstore.data.feed import undecodable
+from bowstore.data.dali_errors import undecodable
 from bowstore.errors import CorruptError
 from bowstore.models.layouts import load_foreign
 from bowstore.progress import reader_is_gone
@@ -85,6 +85,7 @@ def test_messages_of_libraries_are_not_passed_on(tmp_path: Path) -> None:
             return f"image{row}"
 
     text = undecodable(Bytes(), np.arange(1))  # type: ignore[arg-type]
+    assert text is not None
     assert text.startswith("image 'image0' cannot be decoded (no format that Pillow knows); remove it")
     (tmp_path / "rand.pth").write_bytes(np.random.default_rng(0).bytes(3000))
     with pytest.raises(CorruptError) as caught:
