@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpu_plan import SECTIONS, Scale, Section, limit_seconds, plan
+from gpu_process import MISSING
 from gpu_results import TABLE, Results, failures, latest, read_lines, table
 
 _HERE = Path(__file__).resolve()
@@ -227,6 +228,8 @@ def _ending(code: int | None, limit: float, log: Path) -> tuple[str, str]:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - _LAST_BYTES))
             lines = [line for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+        if code == MISSING:
+            return "skipped", lines[-1]
         return "failed", f"{lines[-1][:200] if lines else f'exit code {code}'}; see {log.name}"
     return "passed", ""
 

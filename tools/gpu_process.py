@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bowstore.benchmarks.result import BenchResult
 
 T = TypeVar("T")
+MISSING = 77  # exit code of a section that found a library missing which its plan does not name
 
 
 @dataclass(frozen=True)
@@ -125,4 +127,11 @@ if __name__ == "__main__":
         given = json.loads(sys.argv[1])
         faulthandler.enable()
         faulthandler.dump_traceback_later(max(1.0, given["limit"] - 3))
-        run(given)
+        try:
+            run(given)
+        except ModuleNotFoundError as error:
+            traceback.print_exc()
+            if (error.name or "").startswith(("bowstore", "gpu_")):
+                raise SystemExit(1) from error
+            print(f"no {error.name}")
+            raise SystemExit(MISSING) from error

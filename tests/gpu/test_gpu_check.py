@@ -35,6 +35,9 @@ def dead(check):
 def wrong(check):
     raise ValueError("three is no even number")
 
+def lacking(check):
+    import no_such_library.part
+
 def false(check):
     check.claim("it holds", False, "it does not")
 """
@@ -97,7 +100,7 @@ def test_sections_that_crash_hang_or_raise_are_results_and_the_others_go_on(
     monkeypatch.chdir(rooms.parent)
     absent = section("absent", needs=("no_such_module", "nvidia.no_such_module"))
     data = section("data", on_data=True)
-    sections = [section(name) for name in ("wrong", "dead", "slow", "good", "false")] + [absent, data]
+    sections = [section(name) for name in ("wrong", "dead", "slow", "good", "lacking", "false")] + [absent, data]
     code = gpu_check.main(["--out", rooms.name, "--dry-run", "--scratch", str(rooms / "scratch")], sections[:-1])
     assert code == 1
     found = lines_of(rooms)
@@ -107,6 +110,7 @@ def test_sections_that_crash_hang_or_raise_are_results_and_the_others_go_on(
         "dead": ("crashed", "SIGABRT; dead.log says where"),
         "slow": ("hung", "not done within 6 s; slow.log says where"),
         "good": ("passed", ""),
+        "lacking": ("skipped", "no no_such_library"),
         "false": ("passed", ""),
         "absent": ("skipped", "no no_such_module, no nvidia.no_such_module"),
     }
