@@ -233,13 +233,14 @@ def _small_kmeans(check: Check) -> None:
 
 
 def step(check: Check) -> None:
-    """ResNet-50, batch 256, K = 20000, bags of CutMix, in three ways."""
+    """ResNet-50, batch 256, K = 20000, bags of CutMix, each way with one thing more than the one before."""
     from bowstore.benchmarks.step import StepWay
 
     ways = (
         StepWay("eager", {"compile": False}),
         StepWay("compiled", {"compile": "auto"}),  # on a GPU
         StepWay("compiled, tuned", {"compile": "auto"}, tuned=True),
+        StepWay("tuned, stem of four channels", {"compile": "auto", "pad_stem": True}, tuned=True),
     )
     result = _bench_step(check, ways)
     rates = {timing.name: list(timing.rates) for timing in result.timings}
