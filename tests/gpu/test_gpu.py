@@ -50,6 +50,18 @@ def test_scores_of_tensor_cores_lie_within_their_bound(tiles: Tiles, half: torch
     assert error.max() <= 1
 
 
+def test_nothing_is_compiled_after_the_vocabulary_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr("triton.knobs.runtime.jit_post_compile_hook", lambda **about: compiled.append(about["repr"]))
+    monkeypatch.setattr(assign_triton, "_compiled", set())
+    features, words = rectified(6001, 40, 700)
+    prepared = prepare_words(words)
+    ready = list(compiled)
+    for rows in (1, 16, 17, 1000, 6000):
+        assign(features[1 : 1 + rows], prepared)
+    assert compiled == ready
+
+
 def test_assignment_of_a_gpu_is_that_of_faiss_and_of_float32() -> None:
     features, words = rectified(4000, 256, 3000)
     prepared = prepare_words(words)

@@ -302,8 +302,12 @@ def test_rows_are_taken_in_blocks_of_any_layout(monkeypatch: pytest.MonkeyPatch)
     whole = nearest(features, fast, TILES)
     assert whole.open_U.tolist() == [33]
     settled = torch.arange(50) != 33
-    monkeypatch.setattr(assign_triton, "_ROUNDED_ELEMENTS", 7 * 16)
-    for layout in (features, features.T.contiguous().T):
+    for name, value, layout in (
+        ("_ROUNDED_ELEMENTS", 7 * 16, features),
+        ("_ROUNDED_ELEMENTS", 7 * 16, features.T.contiguous().T),
+        ("_ROWS", 13, features),
+    ):
+        monkeypatch.setattr(assign_triton, name, value)
         parts = nearest(layout, fast, TILES)
         assert torch.equal(parts.ids_N[settled], whole.ids_N[settled])
         assert parts.open_U.tolist() == [33]
