@@ -2,8 +2,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The Triton kernels of assign_triton.py, whose docstring defines alpha, reach and low.
 
-Legend: n vectors, d dimensions, k words; x_tiles and word_tiles are descriptors of half-precision matrices (n, d) and
-(k, d) that read zeros past their ends. Offsets into features are 64-bit. Kernels carry no annotations: Triton would
+Legend: n vectors, d dimensions, k words; x_tiles and word_tiles are half-precision matrices (n, d) and (k, d), d a
+multiple of 16: with BULK descriptors, which the tensor memory accelerator of Hopper and later reads, else pointers,
+whose tiles older GPUs fetch ahead, too. Offsets into features are 64-bit. Kernels carry no annotations: Triton would
 try to compile them. 65535 stands for no word.
 
 Triton compiles a kernel anew for an integer that is 1, a multiple of 16 or neither, and for a pointer that is aligned
@@ -50,14 +51,24 @@ def round_rows(
 
 @triton.jit
 def _low(
-    x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, d,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr,
+    x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, n, k, d,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """low_k of a block of rows and a block of words; half norms and reach go on to the end of the last block."""
     products = tl.zeros((ROWS, WORDS), tl.float32)
-    for dim in range(0, d, DIMS):
-        products = tl.dot(x_tiles.load([row, dim]), word_tiles.load([block * WORDS, dim]).T, products)
     words = block * WORDS + tl.arange(0, WORDS)
+    if BULK:
+        for dim in range(0, d, DIMS):
+            products = tl.dot(x_tiles.load([row, dim]), word_tiles.load([block * WORDS, dim]).T, products)
+    else:
+        # Past the ends the last vector and the last word come again: nobody asks for those scores.
+        rows = tl.minimum(row + tl.arange(0, ROWS), n - 1).to(tl.int64)
+        x_ptrs = x_tiles + rows[:, None] * d + tl.arange(0, DIMS)[None, :]
+        word_ptrs = word_tiles + tl.minimum(words, k - 1).to(tl.int64)[:, None] * d + tl.arange(0, DIMS)[None, :]
+        for dim in range(0, d, DIMS):
+            there = tl.arange(0, DIMS)[None, :] < d - dim
+            x = tl.load(x_ptrs + dim, mask=there, other=0.0)
+            products = tl.dot(x, tl.load(word_ptrs + dim, mask=there, other=0.0).T, products)
     return tl.load(half_norm_ptr + words)[None, :] - alpha[:, None] * tl.load(reach_ptr + words)[None, :] - products
 
 
@@ -93,10 +104,10 @@ def _unpacked(packed, keep):
     return (packed.to(tl.int32, bitcast=True) & keep).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["n", "k", "d", "ranges", "keep"])
+@triton.jit(do_not_specialize=["n", "k", "ranges", "keep"])
 def search(
     x_tiles, word_tiles, alpha_ptr, half_norm_ptr, reach_ptr, low_ptr, ids_ptr, others_ptr, n, k, d, ranges, keep,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """The two best of a range's words that are the best of a column of a block, and the least low_k of all its others.
 
@@ -115,7 +126,7 @@ def search(
     blocks = tl.cdiv(k, WORDS)
     # Flattened with the loop over dimensions: the next block's tiles are fetched while this one's least is sought.
     for block in tl.range(part * blocks // ranges, (part + 1) * blocks // ranges, flatten=True):
-        low = _low(x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, d, ROWS, WORDS, DIMS)
+        low = _low(x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, n, k, d, ROWS, WORDS, DIMS, BULK)
         best, runner_up = _two_least(low, keep, ROWS, WORDS)
         others = tl.minimum(others, tl.minimum(runner_up, tl.maximum(second, best)))
         is_first = best < first
@@ -145,22 +156,22 @@ def search(
     tl.store(others_ptr + part.to(tl.int64) * n + rows, _unpacked(tl.reshape(others, (ROWS,)), keep), mask=rows < n)
 
 
-@triton.jit(do_not_specialize=["n", "k", "d", "ranges"])
+@triton.jit(do_not_specialize=["n", "k", "ranges"])
 def list_below(
     x_tiles, word_tiles, alpha_ptr, half_norm_ptr, reach_ptr, limit_ptr, listed_ptr, count_ptr, n, k, d, ranges,
-    LISTED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, DIMS: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """All words whose low_k is at most the row's limit: the first LISTED that come, and their number."""
     part = tl.program_id(0) % ranges
     row = tl.program_id(0) // ranges * ROWS
     rows = row + tl.arange(0, ROWS)
     alpha = tl.load(alpha_ptr + rows, mask=rows < n, other=0.0)
-    limit = tl.load(limit_ptr + rows, mask=rows < n, other=float("-inf"))
+    limit = tl.load(limit_ptr + rows, mask=rows < n, other=0.0)
     blocks = tl.cdiv(k, WORDS)
     for block in range(part * blocks // ranges, (part + 1) * blocks // ranges):
-        low = _low(x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, d, ROWS, WORDS, DIMS)
+        low = _low(x_tiles, word_tiles, alpha, half_norm_ptr, reach_ptr, row, block, n, k, d, ROWS, WORDS, DIMS, BULK)
         words = block * WORDS + tl.arange(0, WORDS)
-        hit = (low <= limit[:, None]) & (words < k)[None, :]
+        hit = (low <= limit[:, None]) & (rows < n)[:, None] & (words < k)[None, :]
         # The lowest of every row at a time: there are few, and most blocks hold none.
         while tl.max(tl.max(hit.to(tl.int32), axis=1), axis=0) > 0:
             word = tl.min(tl.where(hit, words[None, :], 65535), axis=1)

@@ -75,6 +75,7 @@ class Tiles(NamedTuple):
         dims: dimensions multiplied at a time.
         warps: of a program.
         stages: tiles in flight.
+        bulk: whether the tensor memory accelerator fetches tiles, which Hopper and later have.
         ranges: programs that share the words for one block of rows; 0 to choose by the number of vectors.
     """
 
@@ -83,6 +84,7 @@ class Tiles(NamedTuple):
     dims: int
     warps: int
     stages: int
+    bulk: bool = False
     ranges: int = 0
 
     @property
@@ -92,12 +94,12 @@ class Tiles(NamedTuple):
 
 
 # No tiling has been timed on a GPU. What is known comes from compiling: for 9.0 the larger one takes 245 of a thread's
-# 255 registers and spills none; of the 1121 instructions for a block of scores in its loop 719 seek the least (1325 of
+# 255 registers and spills none; of the 1109 instructions for a block of scores in its loop 719 seek the least (1325 of
 # 1741 when ids were sought beside the scores); 128 x 256, which would draw no more from the L2 cache (a byte for 85
-# operations), spills. That these two belong where they are, and that small tiles, several programs to a processor, hide
-# the waiting before Hopper, where Triton does not fetch tiles ahead, are estimates.
-HOPPER = Tiles(rows=256, words=128, dims=64, warps=8, stages=4)
-OTHER = Tiles(rows=128, words=64, dims=32, warps=8, stages=2)
+# operations), spills. For 8.0 and 8.9 the other takes 252 instructions for 64 products on tensor cores, and 436 to seek
+# the least. That each is the best for its GPUs is an estimate.
+HOPPER = Tiles(rows=256, words=128, dims=64, warps=8, stages=4, bulk=True)
+OTHER = Tiles(rows=128, words=128, dims=64, warps=8, stages=3)
 
 
 class FastWords(NamedTuple):
@@ -105,7 +107,7 @@ class FastWords(NamedTuple):
 
     Attributes:
         words_KD: float32, as they are.
-        rounded_KD: C', half precision, columns padded with zeros to a multiple of 8.
+        rounded_KD: C', half precision, columns padded with zeros to a multiple of 16.
         middle_D: float32, mu.
         half_norm_J: float32, |C_k|^2 / 2, to the end of the last block of words; beyond the words `FAR`.
         reach_J: float32, to the same length.
@@ -150,7 +152,7 @@ def prepare_fast(vocabulary_KD: Tensor, half: torch.dtype = torch.float16) -> Fa
     largest = float(exact_KD.abs().max())
     scale = 2.0 ** min(max(_LARGEST - math.frexp(largest)[1], -120), 120)
     exact_KD *= scale
-    width = -(-dims // 8) * 8  # rows of tiles start at multiples of 16 bytes
+    width = -(-dims // 16) * 16  # so that tiles are fetched 16 bytes at a time
     rounded_KD = torch.zeros(len(exact_KD), width, dtype=half, device=exact_KD.device)
     rounded_KD[:, :dims] = exact_KD
     norm_K = rounded_KD.double().norm(dim=1)
@@ -175,8 +177,10 @@ def prepare_fast(vocabulary_KD: Tensor, half: torch.dtype = torch.float16) -> Fa
 
 
 def fits(tiles: Tiles, device: torch.device) -> bool:
-    """Whether a GPU's shared memory holds the tiles in flight."""
+    """Whether a GPU can fetch such tiles, and its shared memory holds those in flight."""
     properties: Any = torch.cuda.get_device_properties(device)
+    if tiles.bulk and torch.cuda.get_device_capability(device) < (9, 0):
+        return False
     return tiles.shared_bytes < int(properties.shared_memory_per_block_optin)
 
 
@@ -320,18 +324,16 @@ def _compare(features_ND: Tensor, words: FastWords, rows_U: Tensor, listed_UM: T
 
 
 def _operands(rounded_ND: Tensor, alpha_N: Tensor, words: FastWords, tiles: Tiles) -> tuple[Any, ...]:
-    return (
-        TensorDescriptor.from_tensor(rounded_ND, [tiles.rows, tiles.dims]),
-        TensorDescriptor.from_tensor(words.rounded_KD, [tiles.words, tiles.dims]),
-        alpha_N,
-        words.half_norm_J,
-        words.reach_J,
-    )
+    matrices: tuple[Any, Any] = rounded_ND, words.rounded_KD
+    if tiles.bulk:
+        shapes = [tiles.rows, tiles.dims], [tiles.words, tiles.dims]
+        matrices = tuple(map(TensorDescriptor.from_tensor, matrices, shapes))
+    return *matrices, alpha_N, words.half_norm_J, words.reach_J
 
 
 def _launch(tiles: Tiles) -> dict[str, int]:
-    names = "ROWS", "WORDS", "DIMS", "num_warps", "num_stages"
-    return dict(zip(names, tiles[:5], strict=True))
+    names = "ROWS", "WORDS", "DIMS", "num_warps", "num_stages", "BULK"
+    return dict(zip(names, tiles[:6], strict=True))
 
 
 def _ranges(rows: int, k: int, tiles: Tiles, device: torch.device) -> int:

@@ -26,6 +26,7 @@ from bowstore.words.lloyd_torch import TorchLloyd
 
 HALVES = torch.float16, torch.bfloat16
 TILES = Tiles(rows=64, words=64, dims=32, warps=4, stages=2)
+BULK = TILES._replace(bulk=True)
 far = pytest.mark.filterwarnings(  # NumPy's, on what a GPU computes in silence: infinite and undefined bounds
     "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning"
 )
@@ -79,8 +80,10 @@ def check_proven(features_ND: Tensor, words_KD: Tensor, found: Nearest) -> None:
         (5, 4, 97, Tiles(16, 32, 16, 4, 2)),
         (3, 5, 1, TILES),
         (1, 9, 64, TILES),
+        (3, 5, 70, BULK),
         (33, 20, 300, TILES),
         (70, 129, 513, TILES._replace(ranges=3)),
+        (70, 129, 513, BULK._replace(ranges=3)),
         (32, 64, 128, TILES._replace(ranges=1)),
         (40, 31, 65, TILES._replace(ranges=7)),
         (6, 3, 65535, Tiles(16, 128, 16, 4, 2)),
@@ -100,13 +103,16 @@ def test_the_nearest_word_for_odd_shapes(n: int, d: int, k: int, tiles: Tiles, h
     d=st.integers(1, 70),
     k=st.integers(1, 150),
     half=st.sampled_from(HALVES),
+    tiles=st.sampled_from([TILES, BULK]),
     seed=st.integers(0, 1000),
 )
 @far
-def test_the_nearest_word_of_any_kind(kind: str, n: int, d: int, k: int, half: torch.dtype, seed: int) -> None:
+def test_the_nearest_word_of_any_kind(
+    kind: str, n: int, d: int, k: int, half: torch.dtype, tiles: Tiles, seed: int
+) -> None:
     features, words = make_vectors(kind, n, d, k, seed)
     fast = prepare_fast(words, half)
-    found = nearest(features, fast, TILES)
+    found = nearest(features, fast, tiles)
     check_proven(features, words, found)
     assert len(found.open_U) == 0 or kind in ("far", "zeros") or k == 1
     prepared = prepare_words(words)._replace(fast=fast)
@@ -217,7 +223,7 @@ def test_bounds_are_not_idle() -> None:
     """Rounding does change the order of real distances, so without the bound some words would be wrong."""
     features, words = real_vectors(24, 1000)
     features = features[:256]
-    tiles, exact = Tiles(256, 128, 256, 8, 2, 4), scores(features, words).argmin(dim=1)
+    tiles, exact = Tiles(256, 128, 256, 8, 2, ranges=4), scores(features, words).argmin(dim=1)
     shares = []
     for half in HALVES:
         fast = prepare_fast(words, half)
@@ -385,7 +391,7 @@ def test_bench_assign_says_its_figure_before_it_tries_three_tilings(
     names = [timing.name for timing in result.timings]
     assert names == [
         "assign", "matrix product", "FAISS", "float16 product", "float32 reference", "256x128x64 8 warps 4 stages",
-        "128x128x64 8 warps 4 stages", "128x64x32 8 warps 2 stages",
+        "128x128x64 8 warps 4 stages", "128x128x64 8 warps 3 stages",
     ]  # fmt: skip
     shares = ("unlike_float32", "compared", "searched_twice", "left_to_float32")
     assert all(0 <= result.figures[f"share_{share}"] <= 1 for share in shares)
