@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import faiss
@@ -9,8 +10,9 @@ import pytest
 import torch
 import xxhash
 
+from bowstore.errors import UsageError
 from bowstore.words import kmeans as module
-from bowstore.words import lloyd_faiss, lloyd_torch
+from bowstore.words import lloyd_faiss, lloyd_torch, prepare
 from bowstore.words.kmeans import distinct_rows, kmeans
 from bowstore.words.lloyd_faiss import FaissLloyd, SuperLloyd
 from bowstore.words.lloyd_torch import TorchLloyd
@@ -265,3 +267,20 @@ def test_kmeans_needs_no_faiss_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("torch ")
+
+
+@pytest.mark.parametrize(("words", "pca", "copies"), [(1023, None, 0), (1024, None, 1), (1024, 64, 0.5), (900, 128, 1)])
+def test_memory_counts_what_kmeans_copies(
+    words: int, pca: int | None, copies: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = SimpleNamespace(name="conv4", channels=128, words=words)
+    config = SimpleNamespace(pca=pca, sample_per_word=256)
+    job: Any = SimpleNamespace(layers=[plan], config=config, device=CPU)
+    vectors = 10_000_000
+    room = int(4 * 128 * vectors * (1 + copies))
+    monkeypatch.setattr(prepare, "available_memory", lambda: room)
+    prepare._check_memory(job, {"conv4": vectors})
+    monkeypatch.setattr(prepare, "available_memory", lambda: room - 1)
+    message = f"the samples of conv4 take {room / 1e9:.1f} GB of memory, .* lower --sample-per-word"
+    with pytest.raises(UsageError, match=message):
+        prepare._check_memory(job, {"conv4": vectors})
