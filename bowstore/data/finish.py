@@ -27,12 +27,12 @@ from bowstore.config import ViewConfig
 from bowstore.data.mix import Mixing, mix
 from bowstore.data.plan import MIX_GROUP, Plan
 from bowstore.data.reader import prefetched
-from bowstore.data.resize import centre, resize_into, target
+from bowstore.data.resize import as_slot, centre, resize_into, target
 from bowstore.data.views import CleanView, normalisation
 
 AHEAD = 2  # batches finished or in the making before they are asked for
 _KEPT = 4  # buffers of batches that nobody refers to any more: what is in flight, and one in use
-_CHUNK = 4  # images of the clean view that a thread takes at a time
+_AT_ONCE, _CACHE_BYTES = 16, 2**19  # what a thread takes at a time at most: images, and bytes of a core's cache
 T = TypeVar("T")
 
 
@@ -105,6 +105,24 @@ class _Scratch(threading.local):
         return self._memory[:need].reshape(shape)
 
 
+class _Squares(threading.local):
+    """Resized images of one thread.
+
+    Attributes:
+        rows: uint8 (count, S, 3 S).
+        slots: the same memory, an image each.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.rows = np.empty((count, size, 3 * size), np.uint8)
+        self.slots = [as_slot(row.reshape(size, size, 3)) for row in self.rows]
+
+
+def _at_once(size: int, value_bytes: int) -> int:
+    """How many images a thread takes at a time: of small ones several, because each call costs as much as they do."""
+    return max(1, min(_AT_ONCE, _CACHE_BYTES // (3 * size * size * value_bytes)))
+
+
 def _pixels(decoded: Any, place: int) -> Tensor:
     """One image (H, W, 3) of a batch of DALI's, where it lies."""
     image: Tensor = from_dlpack(decoded[place].__dlpack__())
@@ -116,10 +134,11 @@ def train_finish(
 ) -> Callable[[tuple[Plan, Any], Any], Tensor]:
     """What makes a batch of the train view from its decoded windows; `normalise` false ends after the resize.
 
-    A thread takes a group of images that are mixed with each other: their resized pixels are still in its cache when
-    they are mixed.
+    A thread takes images that are mixed with each other: what it has resized is still in its cache when it mixes.
     """
-    workers, buffers, scratch, size = Workers(threads), Buffers(batch, view.size), _Scratch(), view.size
+    size = view.size
+    count = -(-_at_once(size, 1) // MIX_GROUP) * MIX_GROUP
+    workers, buffers, squares = Workers(threads), Buffers(batch, size), _Squares(count, size)
 
     def finish(what: tuple[Plan, Any], decoded: Any) -> Tensor:
         mixing = Mixing.of(what[0], view)
@@ -127,14 +146,13 @@ def train_finish(
         rows = images_BSS3.numpy().reshape(len(decoded), size, 3 * size)
 
         def work(first: int) -> None:
-            count = min(MIX_GROUP, len(decoded) - first)
-            resized = scratch(count, size, size, 3)
-            for place in range(count):
-                resize_into(_pixels(decoded, first + place), resized[place])
+            places = range(first, min(first + count, len(decoded)))
+            for place, slot in zip(places, squares.slots, strict=False):
+                resize_into(_pixels(decoded, place), slot)
             if normalise:
-                mix(rows, resized.reshape(count, size, 3 * size), first, mixing)
+                mix(rows, squares.rows[: len(places)], first, mixing)
 
-        workers.each(range(0, len(decoded), MIX_GROUP), work)
+        workers.each(range(0, len(decoded), count), work)
         return images_BSS3.permute(0, 3, 1, 2)
 
     return finish
@@ -142,30 +160,33 @@ def train_finish(
 
 def clean_finish(view: CleanView, batch: int, threads: int) -> Callable[[Any, Any], Tensor]:
     """What makes a batch of the clean view from whole decoded images."""
-    workers, buffers, size = Workers(threads), Buffers(batch, view.size), view.size
+    size = view.size
+    count = _at_once(size, 4)
+    workers, buffers, squares, wide = Workers(threads), Buffers(batch, size), _Squares(count, size), _Scratch()
     mean, scale = (np.tile(values, size) for values in normalisation(view))
-    wide, square = _Scratch(), _Scratch()
-
-    def resized(image_HW3: Tensor) -> NDArray[np.uint8]:
-        if view.resize is not None and not view.squash:
-            return centre(image_HW3, view.resize, size, wide)
-        if view.resize is not None:
-            image_HW3 = resize_into(image_HW3, wide(*target(image_HW3.shape, view.resize), 3))
-        out = square(size, size, 3)
-        resize_into(image_HW3, out)
-        return out
 
     def finish(_: Any, decoded: Any) -> Tensor:
         images_BSS3 = buffers.lend(len(decoded))
-        rows = images_BSS3.numpy().reshape(len(decoded), size, 3 * size)
+        images = images_BSS3.numpy()
 
         def work(first: int) -> None:
-            for place in range(first, min(first + _CHUNK, len(decoded))):
-                np.copyto(rows[place].reshape(size, size, 3), resized(_pixels(decoded, place)))
-                np.subtract(rows[place], mean, out=rows[place])
-                np.multiply(rows[place], scale, out=rows[place])
+            places = range(first, min(first + count, len(decoded)))
+            for place, slot in zip(places, squares.slots, strict=False):
+                pixels = _pixels(decoded, place)
+                if view.resize is None:
+                    resize_into(pixels, slot)
+                elif view.squash:
+                    whole = as_slot(wide(*target(pixels.shape, view.resize), 3))
+                    resize_into(resize_into(pixels, whole)[0].permute(1, 2, 0), slot)
+                else:
+                    np.copyto(images[place], centre(pixels, view.resize, size, wide))
+            rows = images[first : places.stop].reshape(len(places), size, 3 * size)
+            if view.resize is None or view.squash:
+                np.copyto(rows, squares.rows[: len(places)])
+            np.subtract(rows, mean, out=rows)
+            np.multiply(rows, scale, out=rows)
 
-        workers.each(range(0, len(decoded), _CHUNK), work)
+        workers.each(range(0, len(decoded), count), work)
         return images_BSS3.permute(0, 3, 1, 2)
 
     return finish

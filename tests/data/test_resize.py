@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms import v2
 
-from bowstore.data.resize import centre, resize_into, target
+from bowstore.data.resize import as_slot, centre, resize_into, target
 
 
 def noise(height: int, width: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ SIDES = [(1, 1), (1, 50), (50, 1), (7, 300), (32, 32), (33, 40), (224, 224), (37
 @pytest.mark.parametrize("size", [32, 224])
 def test_any_image_to_a_square(sides: tuple[int, int], size: int) -> None:
     out = np.full((size, size, 3), 77, np.uint8)
-    resize_into(noise(*sides), out)
+    resize_into(noise(*sides), as_slot(out))
     assert np.array_equal(out, oracle(noise(*sides), v2.Resize((size, size), antialias=True)))
 
 
