@@ -68,6 +68,12 @@ class Workers:
                 other.result()
 
 
+class _Loan(weakref.ref[NDArray[np.float32]]):
+    """A reference to what was lent, which outlives it and knows its memory."""
+
+    memory: NDArray[np.float32]
+
+
 class Buffers:
     """Memory of batches, lent as tensors and lent again only when nobody refers to any part of the tensor.
 
@@ -78,16 +84,22 @@ class Buffers:
 
     def __init__(self, batch: int, size: int) -> None:
         self._shape = (batch, size, size, 3)
-        self._free: deque[NDArray[np.float32]] = deque(maxlen=_KEPT)  # appending and popping are atomic
+        self._lent: dict[int, _Loan] = {}  # by identity, as arrays have no hash
+        self._ended: deque[_Loan] = deque()
+        self._free: deque[NDArray[np.float32]] = deque(maxlen=_KEPT)
 
     def lend(self, count: int) -> Tensor:
-        """Float32 (count, S, S, 3), whatever it held before."""
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            memory = np.empty(self._shape, np.float32)
+        """Float32 (count, S, S, 3), whatever it held before. For one thread; the tensor may die in any."""
+        while self._ended:
+            ended = self._ended.popleft()
+            del self._lent[id(ended)]
+            self._free.append(ended.memory)
+        memory = self._free.pop() if self._free else np.empty(self._shape, np.float32)
         loan = memory[:count]
-        weakref.finalize(loan, self._free.append, memory).atexit = False
+        # All that happens at a loan's end is this append, in C: of an interrupt in a callback nobody would learn.
+        reference = _Loan(loan, self._ended.append)
+        reference.memory = memory
+        self._lent[id(reference)] = reference
         return torch.from_numpy(loan)
 
 
