@@ -31,9 +31,6 @@ def machine(check: Check) -> None:
     device, rounds = check.device, check.size(5, 3, 2)
     driver = gpu.ask_driver()
     check.claim("driver", None, f"CUDA {'.'.join(map(str, driver.cuda))}" if driver.cuda else "none")
-    check.claim(
-        "video library", gpu.decoder_note() is None if device.type == "cuda" else None, gpu.decoder_note() or ""
-    )
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)
         told = f"compute capability {properties.major}.{properties.minor}, {properties.total_memory / _GIB:.1f} GiB"
