@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from gpu_plan import SECTIONS
+from gpu_results import BOUNDS
 from simulate_step import FIGURES, GPUS, OTHERS, PUBLISHED, beside, main, simulate
 from simulation_assumptions import ASSUMPTIONS, OFF
 from simulation_model import (
@@ -205,6 +207,11 @@ def test_the_page_shows_what_is_computed() -> None:
     tables = [part for part in done.output.strip().split("\n\n") if part.startswith("|")]
     assert len(tables) == 6
     assert [table for table in tables if table not in page] == []
+
+
+def test_figures_have_the_names_of_the_gpu_check() -> None:
+    assert {figure.title for figure in FIGURES} <= set(BOUNDS)
+    assert {section for section, _ in OTHERS} <= {section.name for section in SECTIONS}
 
 
 def test_all_gpus_and_figures_are_told() -> None:

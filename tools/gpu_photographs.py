@@ -13,6 +13,7 @@ from PIL import Image
 
 from bowstore.data.index import Index, open_index
 from bowstore.data.shards import make_shards
+from bowstore.data.table import INDEX_FILE
 
 _ENDINGS = (".jpg", ".jpeg")
 
@@ -29,7 +30,7 @@ def photographs(check: Check) -> Index:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:  # in a dry run two sections run at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "shards/train").exists():
+        if not (folder / "shards/train" / INDEX_FILE).exists():  # written last
             found = list(_jpegs(source)) if source else list(_made_up(check))
             images = folder / "images/train/all"
             images.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,8 @@ class Planned(NamedTuple):
 _CONFIG = ("pydantic",)
 _STORE = ("pydantic", "zarr")
 _DALI = ("nvidia.dali", "pydantic")
-_ENCODE = ("nvidia.dali", "pydantic", "zarr", "faiss")
+_LOADER = (*_DALI, "webdataset")  # which writes the shards
+_TRAIN = (*_LOADER, "zarr")
 
 # What was proven of DALI comes last: it has crashed processes, and much can be known without it.
 SECTIONS = (
@@ -47,20 +48,20 @@ SECTIONS = (
     Section("words", "words are the nearest, over shapes, ties and far vectors", 40, 25),
     Section("assign", "images/s of assignment against cuBLAS", 50, 35),
     Section("kmeans", "an iteration at full size, equality in small", 40, 30),
-    Section("step", "training steps on resident data: eager, compiled, tuned", 150, 100, _CONFIG),
+    Section("step", "training steps on resident data: eager, compiled, tuned", 150, 100, _STORE),
     Section("trunk", "the teacher's trunk in every precision and layout", 45, 30, _CONFIG),
     Section("head", "head, bag and optimiser alone; the loss against the dense form", 20, 15, _CONFIG),
     Section("targets", "look-up and mixing of bags, as a share of the step", 20, 15, _STORE),
-    Section("teacher", "training with the teacher in the loop, against words from a store", 60, 40, _CONFIG),
+    Section("teacher", "training with the teacher in the loop, against words from a store", 60, 40, _STORE),
     Section("faiss", "FAISS beside torch, on the GPU where it is built for one", 15, 15, ("faiss",)),
     Section("decode", "JPEGs decoded on the GPU, against Pillow", 30, 20, _DALI, "gpu_images"),
     Section("slice", "whether decoding of a window crashes", 25, 25, _DALI, "gpu_images"),
-    Section("graph", "the whole graph against the CPU's; outputs that are held stay", 40, 30, _DALI, "gpu_images"),
-    Section("loader", "images/s of the loader alone, over shares of the decoder", 60, 40, _DALI, "gpu_images"),
-    Section("train", "training with the loader over the same step on resident data", 100, 70, (*_DALI, "zarr"),
+    Section("graph", "the whole graph against the CPU's; outputs that are held stay", 40, 30, _LOADER, "gpu_images"),
+    Section("loader", "images/s of the loader alone, over shares of the decoder", 60, 40, _LOADER, "gpu_images"),
+    Section("train", "training with the loader over the same step on resident data", 100, 70, _TRAIN,
             "gpu_images"),
-    Section("encode", "encode over decoding, float32 and bfloat16", 120, 60, _ENCODE, "gpu_images"),
-    Section("imagenette", "a RotNet, its words and a BoWNet, in short", 420, 200, _ENCODE, "gpu_images", on_data=True),
+    Section("encode", "encode over decoding, float32 and bfloat16", 120, 60, _TRAIN, "gpu_images"),
+    Section("imagenette", "a RotNet, its words and a BoWNet, in short", 420, 200, _TRAIN, "gpu_images", on_data=True),
 )  # fmt: skip
 
 

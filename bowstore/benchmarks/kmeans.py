@@ -51,7 +51,7 @@ def bench_kmeans(
     for backend in backends:
         if backend not in there:
             raise UsageError(f"--backend {backend} does not run {_why_not(backend)}; choose one of {', '.join(there)}")
-    default = default_backend((vectors, dimensions), words, device) if "faiss" in there else "torch"
+    default = default_backend((vectors, dimensions), words, device)
     chosen = tuple(backends) or (there if device.type == "cpu" else (default,))
     sample_Sp = _vectors(vectors, dimensions, device if set(chosen) == {"torch"} else torch.device("cpu"))
     ways: dict[str, Lloyd] = {

@@ -6,6 +6,7 @@ until every word is used.
 Legend: S sampled vectors, p dimensions, K words.
 """
 
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -90,7 +91,12 @@ def kmeans(
 
 
 def default_backend(shape: tuple[int, int], k: int, device: torch.device) -> Backend:
-    """Torch on a GPU that holds a sample (S, p); else FAISS, by its SuperKMeans' search where K and p are large."""
+    """Torch on a GPU that holds a sample (S, p), and where there is no FAISS; else FAISS.
+
+    On a CPU that is the search of its SuperKMeans, where K and p are large.
+    """
+    if find_spec("faiss") is None:
+        return "torch"
     if device.type == "cuda":
         return "torch" if kept_as(4 * shape[0] * shape[1], device) else "faiss"
     from bowstore.words.lloyd_faiss import SuperLloyd

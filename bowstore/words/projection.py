@@ -5,7 +5,6 @@ Legend: N vectors, S sampled vectors, c channels of the map, p components.
 
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -60,6 +59,8 @@ def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: b
             f"--pca {dimensions} needs as many vectors, the sample has {len(sample_Sc)}; choose at most that, or raise "
             "--sample-per-word"
         )
+    import faiss  # here: words without a projection need none
+
     fitted: Any = faiss.PCAMatrix(channels, dimensions, -0.5 if whiten else 0.0)
     fitted.train(sample_Sc)
     variance_c = faiss.vector_to_array(fitted.eigenvalues)
@@ -79,6 +80,8 @@ def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: b
 def project_sample(projection: Projection, sample_Sc: NDArray[np.float32]) -> NDArray[np.float32]:
     """The components of a sample, float32 (S, p)."""
     dimensions, channels = projection.matrix_pc.shape
+    import faiss
+
     linear: Any = faiss.LinearTransform(channels, dimensions, True)
     faiss.copy_array_to_vector(projection.matrix_pc.ravel(), linear.A)
     faiss.copy_array_to_vector(projection.offset_p, linear.b)

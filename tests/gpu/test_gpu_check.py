@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gpu_check
+import gpu_photographs
 import pytest
 import torch
 from gpu_plan import SECTIONS, Section, limit_seconds, plan
 from gpu_process import Check
 from gpu_results import BOUNDS, Results, failures, latest, read_lines, table
+from section_imports import needed, only
 
 from bowstore.benchmarks.rounds import interleaved
 
@@ -233,11 +236,27 @@ def test_every_section_at_toy_size(name: str, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "scratch").mkdir()
     found = results(tmp_path, "cpu", toy=True)
     own = next(each for each in SECTIONS if each.name == name)
-    getattr(import_module(own.room), name)(Check(name, "toy", "cpu", found, tmp_path / "scratch"))
+    room = import_module(own.room)
+    there = {*own.needs, *(["numcodecs"] if "zarr" in own.needs else [])}
+    with only(there) as imported:
+        getattr(room, name)(Check(name, "toy", "cpu", found, tmp_path / "scratch"))
+    assert imported | needed(own.room) <= there, "a section that is not skipped finds what it imports"
     lines = read_lines(tmp_path)
     assert lines, "a section records something"
     assert {line["section"] for line in lines} == {name}
     assert failures(lines) == []
+
+
+def test_shards_that_a_section_left_unfinished_are_finished_by_the_next(tmp_path: Path) -> None:
+    check = Check("graph", "toy", "cpu", results(tmp_path, "cpu", toy=True), tmp_path)
+    with (
+        patch.object(gpu_photographs, "make_shards", side_effect=[KeyboardInterrupt]),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        gpu_photographs.photographs(check)
+    (folder,) = tmp_path.glob("photographs-*")
+    (folder / "shards/train").mkdir(parents=True)
+    assert len(gpu_photographs.photographs(check)) == 24
 
 
 def test_a_dry_run(tmp_path: Path) -> None:

@@ -218,6 +218,9 @@ def test_what_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.default_backend((5000, 128), 1024, CPU) == "super"
     assert module.default_backend((5000, 127), 1024, CPU) == "faiss"
     assert module.default_backend((5000, 128), 1023, CPU) == "faiss"
+    with monkeypatch.context() as without:
+        without.setattr(module, "find_spec", lambda name: None)
+        assert module.default_backend((5000, 128), 1024, CPU) == "torch"
     gpu, free = torch.device("cuda"), 24 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     assert lloyd_torch.kept_as(16 << 30, gpu) == torch.float32
