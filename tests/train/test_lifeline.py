@@ -6,11 +6,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from bowstore.errors import BowstoreError, DataError
 from bowstore.train import distributed, lifeline
+from bowstore.train.distributed import World
 from bowstore.train.lifeline import Lifeline, connect
 
 
@@ -191,3 +198,54 @@ def test_errors_of_collectives_are_one_line_and_others_stay_what_they_are(
         raise error
     assert "\n" not in str(caught.value)
     assert line.told == [" ".join(str(error).split()), "closed"]
+
+
+def test_ranks_wait_for_each_other_without_a_collective() -> None:
+    store, there = dist.HashStore(), list[int]()
+    store.set_timeout(timedelta(seconds=5))
+    ranks = [World(rank, 2, torch.device("cpu"), store=store, token=7) for rank in range(2)]
+
+    def late(world: World) -> None:
+        for _ in range(2):  # each call is a meeting of its own
+            there.append(world.rank)
+            world.assembled(poll_seconds=0.01)
+
+    thread = threading.Thread(target=late, args=(ranks[1],))
+    thread.start()
+    time.sleep(0.1)
+    assert there == [1]
+    late(ranks[0])
+    thread.join(5)
+    assert not thread.is_alive()
+    assert sorted(there) == [0, 0, 1, 1]
+    ended: Any = SimpleNamespace(verdict="rank 1 has died")
+    with pytest.raises(BowstoreError, match=r"^rank 1 has died; this rank ends with it"):
+        World(0, 2, torch.device("cpu"), ended, store, token=8).assembled(poll_seconds=0.01)
+
+
+def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its barriers guess one, and its communicators come up in the first collective."""
+    told: dict[str, Any] = {}
+
+    class Told(Exception):
+        pass
+
+    @contextmanager
+    def lifeline(place: Any) -> Iterator[tuple[Any, None]]:
+        yield SimpleNamespace(set=lambda *_: None), None
+
+    def init(backend: str, **kwargs: Any) -> None:
+        told.update(kwargs, backend=backend)
+        raise Told
+
+    for name, device in (("gloo", torch.device("cpu")), ("nccl", torch.device("cuda", 1))):
+        monkeypatch.setattr(distributed, "ranks", lambda: SimpleNamespace(rank=1, size=2, local_rank=1, first=False))
+        monkeypatch.setattr(distributed, "choose_device", lambda *_, device=device: device)
+        monkeypatch.setattr(distributed, "device_name", lambda device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(distributed, "_lifeline", lifeline)
+        monkeypatch.setattr(dist, "init_process_group", init)
+        with pytest.raises(Told), distributed.joined("auto"):
+            pass
+        assert told["backend"] == name
+        assert told["device_id"] == (device if name == "nccl" else None)

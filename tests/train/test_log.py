@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,7 +22,7 @@ from bowstore.data.index import open_index
 from bowstore.models.registry import Backbone
 from bowstore.models.saved import newest_checkpoint
 from bowstore.models.weights import content_digest
-from bowstore.train import loop, tasks
+from bowstore.train import loop, metrics, tasks
 from bowstore.train.distributed import World
 from bowstore.train.metrics import Meter, MetricsLog, read_metrics
 from bowstore.train.schedule import step_seed
@@ -260,3 +261,81 @@ def test_a_rate_that_was_not_measured_is_not_told(tmp_path: Path) -> None:
     report = loop.TrainReport(tmp_path, 2, 0.0, 0.0, last={"loss": 1.5})
     assert report.text() == f"{tmp_path}: 2 steps\nloss 1.5"
     assert ": 2 steps, 7 images/s (50.0 % of the time" in replace(report, images_per_second=7.2, wait_share=0.5).text()
+
+
+# --- TensorBoard, and the wait for images
+
+
+def test_without_tensorboard_a_run_has_its_metrics_and_one_line_says_so(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    metrics._summary_writer.cache_clear()
+    for name in ("one", "two"):
+        loop.train(make_config(name=name, optim={"epochs": 1, "milestones": []}), tmp_path / "runs")
+        assert [line["step"] for line in log_of(tmp_path / "runs" / name)] == [2, 4]
+        assert not (tmp_path / "runs" / name / "tensorboard").exists()
+    metrics._summary_writer.cache_clear()
+    said = [line for line in capsys.readouterr().err.splitlines() if "tensorboard" in line.lower()]
+    assert said == [
+        "tensorboard is not installed: metrics.jsonl has all metrics, and there is no folder for TensorBoard"
+    ]
+
+
+def test_the_loss_is_the_mean_of_all_steps_and_scalars_are_those_of_the_lines_step(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, measured, entropies = loop.train_step, [], []
+
+    def step(*args: Any, **kwargs: Any) -> Measured:
+        measured.append(original(*args, **kwargs))
+        return measured[-1]
+
+    entropy = tasks.bag_entropy
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(tasks, "bag_entropy", lambda bag: entropies.append(entropy(bag)) or entropies[-1])
+    config = make_config(runtime={"log_every_steps": 5, "checkpoint_every_steps": 100})
+    loop.train(config, tmp_path / "runs")
+    lines = log_of(tmp_path / "runs" / config.name)
+    losses = [float(one.means["loss"]) for one in measured]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    for line, first, entropy_of in zip(lines, (0, 5, 10), entropies, strict=True):
+        assert line["loss"] == float(np.float32(np.mean(losses[first : line["step"]])))
+        assert line["excess_loss"] == pytest.approx(losses[line["step"] - 1] - float(entropy_of), abs=1e-6)
+
+
+class Event:
+    """A CUDA event on a device whose time is set by the test."""
+
+    now_ms, done_ms = 0.0, 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at_ms = Event.now_ms
+
+    def query(self) -> bool:
+        return self.at_ms <= Event.done_ms
+
+    def elapsed_time(self, other: "Event") -> float:
+        return other.at_ms - self.at_ms
+
+
+def test_on_a_gpu_the_wait_for_images_is_that_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is two steps ahead; the stream stands still for 30 ms before each of three steps of 100 ms."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(Event, "done_ms", 1e9))
+    Event.now_ms = Event.done_ms = 0.0
+    clock = metrics.DeviceClock(torch.device("cuda", 0))
+    for _ in range(3):
+        clock.begin()
+        Event.now_ms += 30
+        clock.end()
+        Event.now_ms += 100
+        Event.done_ms = max(0, Event.now_ms - 260)
+        assert clock.waited_s == 0
+    clock.settle()
+    assert clock.waited_s == pytest.approx(0.09)
+    assert not clock._open
+    assert isinstance(Meter(torch.device("cpu"))._clock, metrics.HostClock)
