@@ -52,6 +52,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
 ShortSide = Annotated[int, Field(ge=8, le=8192)]
 Unit = Annotated[float, Field(ge=0, le=1)]
+Compile = bool | Literal["auto"]
 
 
 class Strict(BaseModel):
@@ -184,6 +185,7 @@ class EncodeConfig(Strict):
     iterations: Count = Field(25, description="of k-means")
     batch: int | None = Field(None, ge=1, le=MAX_BATCH, description="images a batch; null: 16, 256 on a GPU")
     threads: Threads | None = Field(None, description="decoding threads; null: cores a process")
+    compile: Compile = Field("auto", description="the teacher by torch's inductor; auto: on a CPU, if it pays")
 
 
 class RuntimeConfig(Strict):

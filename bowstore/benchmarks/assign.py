@@ -5,7 +5,6 @@ All ways run interleaved in one process, because machines are noisy: the median 
 
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from bowstore.environment import cores, device_name
 from bowstore.exact import exact_float32
 from bowstore.progress import say
 from bowstore.words.assign import PreparedWords, assign, assign_reference, prepare_words
-from bowstore.words.lanes import compute_workers, one_thread_each
+from bowstore.words.lanes import compute_workers, one_thread_each, workers
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords, Tiles
@@ -97,7 +96,7 @@ def _spread(features_ND: Tensor, make: Callable[[Tensor], Way]) -> Way:
     ways = [make(part_ND) for part_ND in features_ND.chunk(compute_workers(features_ND.device))]
 
     def all_ways() -> None:
-        with one_thread_each(features_ND.device), exact_float32(), ThreadPoolExecutor(len(ways)) as pool:
+        with one_thread_each(features_ND.device), exact_float32(), workers(len(ways)) as pool:
             list(pool.map(lambda way: way(), ways))
 
     return all_ways

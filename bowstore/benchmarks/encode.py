@@ -5,7 +5,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from bowstore.progress import Progress
 from bowstore.words.assign_pass import AssignPass
 from bowstore.words.claims import Board
 from bowstore.words.job import Job, Rows, plan_layers, view_values
-from bowstore.words.lanes import compute_workers, one_thread_each
+from bowstore.words.lanes import compute_workers, one_thread_each, workers
 from bowstore.words.layer import LayerSpec
 from bowstore.words.store_writer import StoreWriter, create_store
 from bowstore.words.teacher import load_teacher
@@ -85,7 +84,7 @@ class _Bench:
             for _ in range(worker, count, len(replicas)):
                 replicas[worker].maps(self.images_BCHW)
 
-        with one_thread_each(job.device), ThreadPoolExecutor(len(replicas)) as pool:
+        with one_thread_each(job.device), workers(len(replicas)) as pool:
             begun = time.perf_counter()
             list(pool.map(work, range(len(replicas))))
             if job.device.type == "cuda":

@@ -44,6 +44,18 @@ class _Share(click.FloatRange):
         return self.fail(f"{value!r} is no number", param, ctx) if isnan(number) else number
 
 
+class _Setting(click.Choice[str]):
+    """auto, true or false, as a configuration has them."""
+
+    def __init__(self) -> None:
+        super().__init__(["auto", "true", "false"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check one value; true and false become booleans."""
+        chosen = super().convert(value, param, ctx)
+        return {"true": True, "false": False}.get(chosen, chosen)
+
+
 TEXT = _Text()
 SHARE = _Share(0, 1)
 PATH = _FilePath(path_type=Path)
@@ -53,6 +65,13 @@ SEED = click.IntRange(0, MAX_SEED)
 SIZE = click.IntRange(8, 2048)
 THREADS = click.IntRange(1, MAX_THREADS)
 DEVICES = click.Choice(["auto", "cpu", "cuda"])
+COMPILE = click.option(
+    "--compile",
+    type=_Setting(),
+    default="auto",
+    show_default=True,
+    help="Run the network compiled; auto: on a CPU, where it pays.",
+)
 
 
 class Group(click.Group):

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import click
 
-from bowstore.cli.common import BATCH, COUNT, DEVICES, PATH, SEED, SIZE, TEXT, THREADS, emit
+from bowstore.cli.common import BATCH, COMPILE, COUNT, DEVICES, PATH, SEED, SIZE, TEXT, THREADS, emit
 
 _OWN = "[default: the teacher's own]"
 
@@ -39,6 +39,7 @@ _OWN = "[default: the teacher's own]"
 @click.option("--iterations", type=COUNT, default=25, show_default=True, help="Of k-means.")
 @click.option("--batch", type=BATCH, help="Images a batch.  [default: 16, 256 on a GPU]")
 @click.option("--threads", type=THREADS, help="Decoding threads.  [default: one a core]")
+@COMPILE
 @click.option("--device", type=DEVICES, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
 def encode(

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bowstore.cli.common import BATCH, DEVICES, PATH, SEED, TEXT, THREADS, emit
+from bowstore.cli.common import BATCH, COMPILE, DEVICES, PATH, SEED, TEXT, THREADS, emit
 
 
 @click.group(name="eval")
@@ -17,6 +17,7 @@ def _run_options(command: Any) -> Any:
     """Options that every evaluation has."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone."),
+        COMPILE,
         click.option("--device", type=DEVICES, default="auto", show_default=True),
         click.option("--batch", type=BATCH, default=128, show_default=True, help="Images a batch."),
         click.option("--random", "random_init", is_flag=True, help="The run's network at its random initialisation."),

@@ -6,6 +6,7 @@ Legend: B batch, C H W of the images, c channels, h w places of a map, N images,
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 
 import numpy as np
@@ -14,11 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bowstore.config import Compile
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ImageSource
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.exact import exact_float32
+from bowstore.models.compiled import (
+    EAGER,
+    CannotCompileError,
+    Compiled,
+    compile_frozen,
+    tell_fallback,
+    way_of,
+)
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.registry import Backbone
 from bowstore.progress import Progress, say
@@ -155,6 +165,46 @@ def layer_taps(
     }
 
 
+def compiled_features(
+    backbone: Backbone,
+    taps: Mapping[str, Tap],
+    setting: Compile,
+    *,
+    images: int,
+    size: int,
+    batch: int,
+    device: torch.device,
+) -> Compiled | None:
+    """The network and its taps as one compiled function for `extract`, where setting and work say so; else None.
+
+    Args:
+        backbone: the network; moved to `device`.
+        taps: where features are taken, by name.
+        setting: true, false or auto.
+        images: of all calls of `extract` together.
+        size: side of the square input, pixels.
+        batch: images a forward pass.
+        device: where the network runs.
+
+    Raises:
+        UsageError: compiling was asked for, and is not possible.
+    """
+    use = partial(_tap, taps=taps)
+    if way_of(setting, backbone, use, images=images, size=size, device=device) == EAGER:
+        return None
+    say("compiling the network (10 to 50 s)")
+    backbone.to(device).to(memory_format=FROZEN_FORMAT)
+    threads = torch.get_num_threads()
+    try:
+        with evaluating(backbone), exact_float32():
+            return compile_frozen(backbone, use, batch=batch, size=size, device=device, threads=threads)
+    except CannotCompileError as error:
+        if setting is True:
+            raise UsageError(f"{error}; or leave --compile out") from error
+        tell_fallback(str(error))
+        return None
+
+
 def extract(
     backbone: Backbone,
     source: ImageSource,
@@ -165,6 +215,7 @@ def extract(
     batch: int,
     device: torch.device,
     threads: int | None = None,
+    compiled: Compiled | None = None,
     what: str = "features",
 ) -> dict[str, NDArray[np.float32]]:
     """Features of `rows` (N,) in their order, float32 (N, d) for each tap by its name.
@@ -183,15 +234,15 @@ def extract(
         batch: images a forward pass.
         device: where the network runs.
         threads: decoding threads; None for one a core.
+        compiled: `compiled_features` of the same network, taps, size and batch; None runs the network as it is.
         what: name of the step in the progress line.
 
     Raises:
         DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
     """
     batches = clean_batches(source, view, rows, batch=batch, device=device, threads=threads)
-    return collect(
-        backbone.to(device).to(memory_format=FROZEN_FORMAT), batches, rows, taps, name_of=source.name, what=what
-    )
+    backbone.to(device).to(memory_format=FROZEN_FORMAT)
+    return collect(backbone, batches, rows, taps, compiled=compiled, name_of=source.name, what=what)
 
 
 def collect(
@@ -200,6 +251,7 @@ def collect(
     rows: NDArray[np.int64],
     taps: Mapping[str, Tap],
     *,
+    compiled: Compiled | None = None,
     name_of: Callable[[int], str] = "row {}".format,
     what: str = "features",
 ) -> dict[str, NDArray[np.float32]]:
@@ -210,6 +262,7 @@ def collect(
         batches: (rows (B,), images_BCHW), in the order of `rows`.
         rows: int64 (N,), the rows that are expected.
         taps: where features are taken, by name.
+        compiled: runs network and taps; None for the network as it is.
         name_of: name of a row for messages.
         what: name of the step in the progress line.
 
@@ -220,13 +273,14 @@ def collect(
     if len(rows) == 0:
         raise DataError(f"{what}: no images to take features of; name shards that hold at least one")
     features: dict[str, NDArray[np.float32]] = {}
+    run = compiled or partial(_tap, backbone, taps=taps)
     start = 0
     with evaluating(backbone), exact_float32(), torch.no_grad(), Progress(what, len(rows)) as progress:
         for rows_B, images_BCHW in batches:
             stop = start + len(rows_B)
             if not np.array_equal(rows_B, rows[start:stop]):
                 raise MismatchError(f"{what}: images {start} to {stop - 1} came in another order than asked for")
-            for name, pooled_Bd in _tap(backbone, images_BCHW, taps).items():
+            for name, pooled_Bd in run(images_BCHW).items():
                 values_Bd = pooled_Bd.float().cpu().numpy()
                 _refuse_non_finite(values_Bd, rows_B, f"{what}: {taps[name]}", name_of)
                 if name not in features:

@@ -19,14 +19,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bowstore.config import StorageConfig, Strict, ViewConfig, dump
+from bowstore.config import Compile, StorageConfig, Strict, ViewConfig, dump
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.data.views import CleanView, clean_view
 from bowstore.environment import choose_device
 from bowstore.errors import DataError
-from bowstore.evaluate.features import POOLED, extract, variation
+from bowstore.evaluate.features import POOLED, compiled_features, extract, variation
 from bowstore.evaluate.protocol import Result, new_result, write_result
 from bowstore.evaluate.splits import Split, check_classes, check_labels, open_splits
+from bowstore.models.compiled import EAGER, FROZEN
 from bowstore.models.registry import Backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.progress import Progress
@@ -173,6 +174,7 @@ def evaluate_linear(
     batch: int = 256,
     threads: int | None = None,
     device: torch.device | None = None,
+    compile: Compile = "auto",
     storage: StorageConfig | None = None,
 ) -> Result:
     """Probe the pooled features of a backbone and write `eval/<protocol>.json` into a run directory.
@@ -189,6 +191,7 @@ def evaluate_linear(
         batch: images a forward pass.
         threads: decoding threads; None for one a core.
         device: where to run; None for the GPU where there is one.
+        compile: run the network compiled; auto decides by the number of images.
         storage: how shards are read, and where copies of remote ones lie.
 
     Raises:
@@ -198,7 +201,9 @@ def evaluate_linear(
     config, device, start = config or LinearConfig(), device or choose_device("auto"), time.monotonic()
     assert config.held_out == (test is None), "the protocol's id says what was tested on"
     splits = open_splits(train, test, storage)
-    clean, how = clean_view(view), {"batch": batch, "device": device, "threads": threads}
+    clean, images = clean_view(view), sum(map(len, splits.values()))
+    compiled = compiled_features(backbone, POOLED, compile, images=images, size=clean.size, batch=batch, device=device)
+    how = {"batch": batch, "device": device, "threads": threads, "compiled": compiled}
     features = {
         split: _pooled(backbone, part, clean, what=f"{split} features", **how) for split, part in splits.items()
     }
@@ -216,6 +221,7 @@ def evaluate_linear(
         metrics=probe.metrics,
         settings={
             "arch": backbone.arch,
+            "trunk": FROZEN if compiled else EAGER,
             "probe": dump(config),
             "view": asdict(clean),
             "dims": features["train"].shape[1],

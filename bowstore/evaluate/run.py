@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bowstore.config import StorageConfig, dump
+from bowstore.config import Compile, StorageConfig, dump
 from bowstore.data.index import open_index
 from bowstore.environment import choose_device
 from bowstore.evaluate.linear import LinearConfig, evaluate_linear
@@ -46,6 +46,7 @@ def evaluate_run_linear(
     seed: int = 0,
     batch: int = 128,
     device: str = "auto",
+    compile: Compile = "auto",
     storage: StorageConfig | None = None,
 ) -> Evaluated:
     """Linear probe of a run, checkpoint or exported network; writes `eval/<protocol>.json` beside it.
@@ -60,6 +61,7 @@ def evaluate_run_linear(
         seed: of the linear layer and its order.
         batch: images a forward pass.
         device: auto, cpu or cuda.
+        compile: run the network compiled; auto decides by the number of images.
         storage: how shards are read, and where copies of remote ones lie.
     """
     indexes = open_index(train, storage), open_index(test, storage) if test else None
@@ -81,6 +83,7 @@ def evaluate_run_linear(
         run=name,
         batch=batch,
         device=choose_device(device),
+        compile=compile,
         storage=storage,
     )
     return Evaluated(name, result)
@@ -96,6 +99,7 @@ def evaluate_run_voc07(
     jobs: int | None = None,
     batch: int = 128,
     device: str = "auto",
+    compile: Compile = "auto",
 ) -> Evaluated:
     """VOC07 linear SVMs of a run, checkpoint or exported network; writes `eval/voc07-svm-<costs>.json` beside it.
 
@@ -108,6 +112,7 @@ def evaluate_run_voc07(
         jobs: parallel fits; None for one a core.
         batch: images a forward pass.
         device: auto, cpu or cuda.
+        compile: run the network compiled; auto decides by the number of images.
     """
     loaded, name, out = _load(path, random_init)
     result = evaluate_voc07(
@@ -121,6 +126,7 @@ def evaluate_run_voc07(
         run=name,
         batch=batch,
         device=choose_device(device),
+        compile=compile,
     )
     return Evaluated(name, result)
 

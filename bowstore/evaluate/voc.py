@@ -18,12 +18,12 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.config import ViewConfig
+from bowstore.config import Compile, ViewConfig
 from bowstore.data.file_reader import FileReader
 from bowstore.data.views import clean_view
 from bowstore.environment import choose_device
 from bowstore.errors import DataError, MismatchError, MissingError
-from bowstore.evaluate.features import Tap, extract, layer_taps, variation
+from bowstore.evaluate.features import Tap, compiled_features, extract, layer_taps, variation
 from bowstore.evaluate.protocol import Result, new_result, write_result
 from bowstore.evaluate.svm import (
     ABSENT,
@@ -36,6 +36,7 @@ from bowstore.evaluate.svm import (
     check_problem,
     evaluate_svms,
 )
+from bowstore.models.compiled import EAGER, FROZEN
 from bowstore.models.registry import Backbone
 from bowstore.models.weights import weights_sha256
 
@@ -160,6 +161,7 @@ def evaluate_voc07(
     batch: int = 64,
     threads: int | None = None,
     device: torch.device | None = None,
+    compile: Compile = "auto",
 ) -> Result:
     """Train linear SVMs on VOC07 trainval, test them, write `eval/voc07-svm-<costs>.json` into a run folder.
 
@@ -176,6 +178,7 @@ def evaluate_voc07(
         batch: images a forward pass.
         threads: decoding threads; None for one a core.
         device: where the network runs; None for the GPU where there is one.
+        compile: run the network compiled; auto decides by the number of images.
 
     Raises:
         MissingError, DataError: as `read_split`, `features.extract` and `svm.evaluate_svms`.
@@ -188,6 +191,8 @@ def evaluate_voc07(
     # The protocol fixes the geometry, whatever size the network was trained at.
     clean = replace(clean_view(view, squash=True), size=_SIZE, resize=_RESIZE)
     taps = _taps(backbone.to(device), layers, costs, clean.size)
+    images = sum(len(split.paths) for split in splits.values())
+    compiled = compiled_features(backbone, taps, compile, images=images, size=clean.size, batch=batch, device=device)
     features = [
         extract(
             backbone,
@@ -198,6 +203,7 @@ def evaluate_voc07(
             batch=batch,
             device=device,
             threads=threads,
+            compiled=compiled,
             what=f"{name} features",
         )
         for name, split in splits.items()
@@ -210,6 +216,7 @@ def evaluate_voc07(
         metrics=_metrics(scores),
         settings={
             "arch": backbone.arch,
+            "trunk": FROZEN if compiled else EAGER,
             "view": asdict(clean),
             "layers": {layer: {"pool": str(tap.pool), "dims": dims[layer]} for layer, tap in taps.items()},
             "norm_epsilon": NORM_EPSILON,

@@ -7,13 +7,14 @@ grown stores of any way are as good as each other. But what a layer holds must n
 from collections.abc import Mapping
 
 from bowstore.errors import MismatchError
+from bowstore.models.compiled import EAGER
 from bowstore.progress import say
 from bowstore.torchrun import ranks
 from bowstore.words.layer import Layer
 
 Arithmetic = Mapping[str, str]
 # Of layers that were written before these were recorded.
-_BEFORE: Arithmetic = {"trunk": "eager", "decoder": "CPU", "resize": "DALI"}
+_BEFORE: Arithmetic = {"trunk": EAGER, "decoder": "CPU", "resize": "DALI"}
 
 
 def recorded(layer: Layer) -> Arithmetic:

@@ -28,13 +28,12 @@ from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store, is_remote, url_of, writable_store
 from bowstore.torchrun import ranks
 from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
-from bowstore.words.arithmetic import tell_difference
 from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name
 from bowstore.words.claims import Board
 from bowstore.words.encode_report import EncodeReport, report_layer
 from bowstore.words.job import Job, plan_layers
 from bowstore.words.nearest import NearestSearch, load_nearest, save_nearest
-from bowstore.words.prepare import has_layers, prepare_layers
+from bowstore.words.prepare import has_layers, in_one_way, prepare_layers
 from bowstore.words.statistics import word_statistics
 from bowstore.words.store import Store
 from bowstore.words.store_writer import StoreWriter, sweep_leftovers
@@ -96,14 +95,15 @@ def _encode(
         job = _resolve(config, index, store, append, device, storage)
         works, before = [], {}
         if append:
+            job = in_one_way(job)
             if again := refill(job):
                 before = _committed(again)
                 works.append(_encode_rows(again, store, board))
             job = begin_append(job, board)
             if not job.store.exists():  # another process has ended the same append just now
                 job = replace(job, store=store)
-        elif not has_layers(job):
-            prepare_layers(job, board)
+        else:
+            job = in_one_way(job if has_layers(job) else prepare_layers(job, board))
         before = before if before and job.store == store else _committed(job)
         works.append(_encode_rows(job, store, board))
         if append:
@@ -160,9 +160,7 @@ def _resolve(
     job = Job(config, index, teacher, store, plans, device, base=base, source=source)
     for plan in plans:
         if source:
-            layer = source.layer(plan.name)
-            job.check_settings(layer)
-            tell_difference(layer, job.arithmetic)
+            job.check_settings(source.layer(plan.name))
         elif base is None:
             grid = plan.grid
             plan_sample(len(index), grid[0] * grid[1], plan.words, sample_per_word=config.sample_per_word, seed=0)

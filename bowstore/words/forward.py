@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.errors import DataError
 from bowstore.exact import exact_float32
-from bowstore.words.lanes import GpuLanes, Maps, one_thread_each
+from bowstore.words.lanes import GpuLanes, Maps, one_thread_each, workers
 from bowstore.words.teacher import Teacher
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ def forward(
 
     images = clean_batches(ShardReader(index), teacher.view, batches, batch=batch, device=device, threads=threads)
     waiting: deque[tuple[NDArray[np.int64], Future[T]]] = deque()
-    with one_thread_each(device), exact_float32(), ThreadPoolExecutor(clock.workers, "teacher") as pool:
+    with one_thread_each(device), exact_float32(), workers(clock.workers) as pool:
         try:
             wait_for = "start"
             while True:

@@ -22,6 +22,7 @@ Legend: B batch, C channels, H W pixels.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -56,6 +57,15 @@ def one_thread_each(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def workers(count: int) -> ThreadPoolExecutor:
+    """Threads that run the teacher, each with as many threads an operation as are set (`one_thread_each`).
+
+    A new thread asks for that number at its first parallel loop, which comes after its first convolution: that one
+    would be spread over all cores, and round as it does there. (Compiled networks have no such loop at all.)
+    """
+    return ThreadPoolExecutor(count, "teacher", initializer=torch.get_num_threads)
 
 
 def to_host(*tensors: Tensor) -> list[NDArray[Any]]:

@@ -3,34 +3,41 @@
 Legend: N images, B batch, h w word grid, K words, c channels, S sampled vectors.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bowstore.environment import available_memory
 from bowstore.errors import MismatchError, UsageError
+from bowstore.models.compiled import EAGER, FROZEN, CannotCompileError, tell_fallback
 from bowstore.progress import Progress, say, timed
-from bowstore.words.arithmetic import check_same
+from bowstore.torchrun import ranks
+from bowstore.words.arithmetic import check_same, recorded, tell_difference
 from bowstore.words.assign_pass import without_border
 from bowstore.words.claims import Board
 from bowstore.words.forward import Clock, forward
 from bowstore.words.job import Job, LayerPlan, view_values
 from bowstore.words.kmeans import default_backend
 from bowstore.words.lanes import Maps, compute_workers
-from bowstore.words.layer import LayerSpec, bytes_per_image
+from bowstore.words.layer import Layer, LayerSpec, bytes_per_image
 from bowstore.words.projection import Projection
 from bowstore.words.receptive import receptive_field
 from bowstore.words.store_writer import StoreWriter, check_room, create_store, sweep_leftovers
 from bowstore.words.vocabulary import Sample, Vocabulary, build_vocabulary, plan_sample
 
 
-def prepare_layers(job: Job, board: Board) -> None:
-    """Give the store all layers with their vocabularies, or wait for the process that does."""
+def prepare_layers(job: Job, board: Board) -> Job:
+    """Give the store all layers with their vocabularies, or wait for the process that does; the job in their way."""
     with board.lead("makes the vocabulary"):
         if not board.others() and job.store.exists():
             sweep_leftovers(job.store)
         if not has_layers(job):
+            job = in_one_way(job)
             _make_layers(job, board)
+    return job
 
 
 def has_layers(job: Job) -> bool:
@@ -46,11 +53,70 @@ def has_layers(job: Job) -> bool:
         )
     for name in job.names:
         if name in writer.layers:
-            layer = writer.layer(name)
-            job.check_settings(layer)
-            if not layer.complete:
-                check_same(layer, job.arithmetic)
+            job.check_settings(writer.layer(name))
     return set(job.names) <= set(writer.layers)
+
+
+def in_one_way(job: Job) -> Job:
+    """The job, its teacher run as the layers under way were begun; where none is, as the setting and the work say.
+
+    Compiles the teacher where that is the way and has not been done; for the main thread.
+
+    Raises:
+        MismatchError: a layer that is not complete was begun in a way that is not asked for, or cannot be had here.
+        UsageError: compiling was asked for, and is not possible.
+    """
+    writer = StoreWriter(job.store) if job.store.exists() and job.base is None else None
+    layers = [writer.layer(name) for name in job.names if name in writer.layers] if writer else []
+    begun = [layer for layer in layers if not layer.complete]
+    if len(layers) == len(job.layers) and not begun:
+        return job  # nothing is left to do
+    way = _begun_way(job, begun) if begun else _new_way(job)
+    if way == EAGER:
+        return replace(job, teacher=replace(job.teacher, compiled=None))
+    if job.teacher.compiled:
+        return job
+    if ranks().first:
+        say("compiling the teacher (10 to 50 s)")
+    try:
+        with timed(job.seconds, "compile"):
+            return replace(job, teacher=job.teacher.compiled_for(job.batch))
+    except CannotCompileError as error:
+        if begun:
+            raise MismatchError(
+                f"layer {begun[0].name!r} of word store {job.store} is not complete and was begun with trunk "
+                f"{FROZEN!r}, but {error}; go on where that can be had, or encode into a new store"
+            ) from error
+        if job.config.compile is True:
+            raise UsageError(f"{error}; or leave --compile out") from error
+        tell_fallback(str(error))
+        return job
+
+
+def _begun_way(job: Job, begun: Sequence[Layer]) -> str:
+    """How the teacher ran when these layers were begun."""
+    ways = {recorded(layer)["trunk"] for layer in begun}
+    if len(ways) > 1:
+        raise MismatchError(
+            f"layers {', '.join(layer.name for layer in begun)} of word store {job.store} are not complete, and were "
+            f"begun with trunk {' and '.join(map(repr, sorted(ways)))}; encode them one by one"
+        )
+    way, setting = ways.pop(), job.config.compile
+    for layer in begun:
+        check_same(layer, {**job.arithmetic, "trunk": way if way in (EAGER, FROZEN) else job.teacher.trunk})
+    if setting != "auto" and setting != (way == FROZEN):
+        raise MismatchError(
+            f"layer {begun[0].name!r} of word store {job.store} is not complete and was begun with trunk {way!r}; "
+            "leave --compile out to go on with it, or encode into a new store"
+        )
+    return way
+
+
+def _new_way(job: Job) -> str:
+    """How the teacher runs for layers that are new; images that are added go the way of those that are there."""
+    if job.base and job.config.compile == "auto":
+        return recorded(job.base.every_layer()[0])["trunk"]
+    return job.teacher.way_of(job.config.compile, len(job.index))
 
 
 def _make_layers(job: Job, board: Board) -> None:
@@ -77,6 +143,7 @@ def _vocabulary(job: Job, plan: LayerPlan, sample_Sc: NDArray[np.float32] | None
     if job.source or sample_Sc is None:
         assert job.source, "without a sample there is another store's vocabulary"
         layer = job.source.layer(plan.name)
+        tell_difference(layer, job.arithmetic)
         found = layer.read_projection()
         provenance = {**layer.attributes["vocabulary"], "taken_from": job.source.path.name}
         return Vocabulary(layer.read_array("vocabulary"), Projection(*found) if found else None, provenance)

@@ -13,15 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bowstore.config import ModelConfig, ViewConfig, validate
+from bowstore.config import Compile, ModelConfig, ViewConfig, validate
 from bowstore.data.views import CleanView, clean_view
 from bowstore.errors import DataError, UsageError
 from bowstore.exact import exact_float32
+from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.registry import Backbone, build_backbone, is_arch
 from bowstore.models.weights import weights_sha256
 
 Precision = Literal["float32", "bfloat16"]
+_ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}  # what two ways of computing may differ by, of the largest value
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Teacher:
         weights_file: name of the file they come from; None for random ones.
         weights_layout: how that file was read, or how random weights were drawn.
         precision: of its arithmetic.
+        compiled: what runs the backbone; None for the backbone as it is.
     """
 
     backbone: Backbone
@@ -64,11 +67,29 @@ class Teacher:
     weights_file: str | None
     weights_layout: str
     precision: Precision = "float32"
+    compiled: Compiled | None = None
 
     @property
     def trunk(self) -> str:
         """How the network is run, as word stores record it."""
-        return "eager"
+        return FROZEN if self.compiled else EAGER
+
+    def way_of(self, setting: Compile, images: int) -> str:
+        """Whether its network is compiled for a job of so many images (`bowstore.models.compiled.way_of`)."""
+        return way_of(setting, self.backbone, self._run, images=images, size=self.view.size, device=self._device)
+
+    def compiled_for(self, batch: int) -> "Teacher":
+        """The same teacher, its network compiled for batches of so many images; for the main thread.
+
+        Raises:
+            CannotCompileError: there is no compiler, or it fails on this network.
+        """
+        with exact_float32():
+            compiled = compile_frozen(
+                self.backbone, self._run, batch=batch, size=self.view.size, device=self._device, threads=1,
+                tolerance=_ROUNDING[self.precision],
+            )  # fmt: skip
+        return replace(self, compiled=compiled)
 
     @torch.no_grad()
     def maps(self, images_BCHW: Tensor) -> dict[str, Tensor]:
@@ -77,19 +98,29 @@ class Teacher:
         Float32 arithmetic is without TF32, whatever the caller's settings are. Not for several threads at a time:
         each needs its `replica`.
         """
-        with exact_float32(), self._autocast(images_BCHW.device):
-            maps = self.backbone.feature_maps(images_BCHW, [layer.name for layer in self.layers])
+        with exact_float32():
+            return self.compiled(images_BCHW) if self.compiled else self._run(self.backbone, images_BCHW)
+
+    def _run(self, backbone: Backbone, images_BCHW: Tensor) -> dict[str, Tensor]:
+        with self._autocast():
+            maps = backbone.feature_maps(images_BCHW, [layer.name for layer in self.layers])
         return {name: map_Bchw.float() for name, map_Bchw in maps.items()}
 
     def replica(self) -> "Teacher":
-        """The same teacher for another thread: modules of its own, which share all tensors."""
+        """The same teacher for another thread: modules of its own, which share all tensors; or the same, compiled."""
+        if self.compiled:
+            return self
         tensors: dict[int, Any] = {
             id(tensor): tensor for tensor in (*self.backbone.parameters(), *self.backbone.buffers())
         }
         return replace(self, backbone=copy.deepcopy(self.backbone, tensors))
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+    @property
+    def _device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def provenance(self, layer: str) -> dict[str, Any]:
         """What a word store records of it for one of its layers."""

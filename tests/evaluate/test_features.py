@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from bowstore.config import ModelConfig
+from bowstore.config import Compile, ModelConfig
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.evaluate.features import (
@@ -21,10 +21,12 @@ from bowstore.evaluate.features import (
     WindowPool,
     choose_pool,
     collect,
+    compiled_features,
     extract,
     layer_taps,
     variation,
 )
+from bowstore.models.compiled import Compiled
 from bowstore.models.registry import Backbone, build_backbone
 
 CPU = torch.device("cpu")
@@ -314,3 +316,31 @@ def test_extract_through_the_pipeline(squash: bool) -> None:
     )["pooled"]
     np.testing.assert_allclose(features, np.repeat(40 * wanted[:, None] / 255, 3, axis=1), atol=1e-3)
     assert levels.kernel.is_contiguous(memory_format=torch.channels_last)  # as the images come
+
+
+def test_compiled_features_are_the_networks_own(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(setting: Compile, images: int = 5) -> Compiled | None:
+        return compiled_features(backbone, taps, setting, images=images, size=16, batch=2, device=CPU)
+
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, _images, options: graph)
+    taps, images = {**POOLED, "block2": Tap("block2", GridPool(2, 2))}, torch.randn(5, 3, 16, 16)
+    backbone.train()
+    compiled = ask(True)
+    assert compiled
+    assert backbone.training
+    assert ask("auto") is None
+    expected = collect(backbone, batches(images, 2), rows(5), taps)
+    found = collect(backbone, batches(images, 2), rows(5), taps, compiled=compiled)
+    for name, values_Nd in expected.items():
+        np.testing.assert_allclose(found[name], values_Nd, rtol=1e-4, atol=1e-5)
+
+    def broken(_graph: Any, _images: Any, options: Any) -> Any:
+        raise RuntimeError("C++ compile error")
+
+    monkeypatch.setattr(torch._inductor, "compile", broken)
+    assert ask("auto", images=10**8) is None
+    assert "as it is, not compiled: inductor cannot compile wrn-10-1: C++ compile error" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"inductor cannot compile wrn-10-1: C\+\+ compile error; or leave --compile"):
+        ask(True)

@@ -1,16 +1,20 @@
 """The way of computing is recorded with a layer, and an unfinished layer is gone on with by the same."""
 
 import json
+import multiprocessing
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from encoding import run_encode
+import torch
+from encoding import encode_in_process, run_encode
 from growing import LAYERS, interrupted_append
 
-from bowstore.errors import MismatchError
+from bowstore.errors import MismatchError, UsageError
+from bowstore.models import compiled
 from bowstore.verify import verify_path
-from bowstore.words.store import open_store
+from bowstore.words.store import Store, open_store
 from bowstore.words.store_writer import StoreWriter
 from bowstore.words.teacher import Teacher
 from bowstore.words.verify import digest, verify
@@ -84,3 +88,120 @@ def test_an_append_is_gone_on_with_by_the_same_arithmetic(
             run(shards=more, append=True, layers=(), k=())
     run(shards=more, append=True, layers=(), k=())
     assert verify(store).sound
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Run what was traced, without the seconds of a compiler; counts."""
+    calls: list[int] = []
+
+    def compile(graph: Any, _images: Any, options: Any) -> Any:
+        calls.append(1)
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    return calls
+
+
+def fewer_words(store: Path, name: str) -> str:
+    """Take a chunk back; the digest that comes back when it is written again in the same way."""
+    before = digest(store)
+    StoreWriter(store).discard_chunks(name, [1])
+    return before
+
+
+def test_a_store_that_was_begun_compiled_is_gone_on_with_compiled(
+    run: Any, tmp_path: Path, traced_only: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new.zarr"
+    report = run(store=path, compile=True)
+    assert report.seconds["compile"] > 0
+    assert verify(path).arithmetic["block3"]["trunk"] == "inductor freezing"
+    assert len(traced_only) == 1  # once for sample and words
+    run(store=path)
+    assert len(traced_only) == 1  # nothing was left to do
+    before = fewer_words(path, "block3")
+    with pytest.raises(MismatchError, match=r"begun with trunk 'inductor freezing'; leave --compile out to go on"):
+        run(store=path, compile=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
+        told = r"begun with trunk 'inductor freezing', but there is no C\+\+ compiler; install .* go on where that can"
+        with pytest.raises(MismatchError, match=told):
+            run(store=path)
+    run(store=path)  # auto, though its work alone would not do
+    assert len(traced_only) == 2
+    assert digest(path) == before
+
+
+def test_a_store_that_was_begun_eager_is_gone_on_with_eager(
+    run: Any, store: Path, traced_only: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fewer_words(store, "block3")
+    monkeypatch.setattr(compiled, "_WORTH_SECONDS", 0.0)
+    with pytest.raises(MismatchError, match=r"begun with trunk 'eager'; leave --compile out to go"):
+        run(compile=True)
+    run()
+    assert traced_only == []
+    assert digest(store) == before
+
+
+def test_two_layers_of_two_ways_are_not_encoded_in_one_pass(run: Any, store: Path) -> None:
+    for name, way in (("block2", "eager"), ("block3", "inductor freezing")):
+        fewer_words(store, name)
+        set_arithmetic(store, name, EAGER | {"trunk": way})
+    told = r"block2, block3 of .* begun with trunk 'eager' and 'inductor freezing'; encode them one by one"
+    with pytest.raises(MismatchError, match=told):
+        run()
+
+
+def no_compiler() -> str:
+    raise RuntimeError("No working C++ compiler found")
+
+
+def test_compiling_that_is_asked_for_and_cannot_be_had(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
+    monkeypatch.setattr(compiled, "_WORTH_SECONDS", 0.0)
+    path = tmp_path / "new.zarr"
+    with pytest.raises(UsageError, match=r"^there is no C\+\+ compiler; install g\+\+.*; or leave --compile out$"):
+        run(store=path, compile=True)
+    run(store=path)
+    assert "the network is run as it is, not compiled: there is no C++ compiler" in capsys.readouterr().err
+    assert verify(path).arithmetic["block3"]["trunk"] == "eager"
+
+
+def test_images_that_are_added_go_the_way_of_those_that_are_there(
+    run: Any, store: Path, more: Path, tmp_path: Path, traced_only: list[int], capsys: Any
+) -> None:
+    path = run(store=tmp_path / "new.zarr", compile=True).store
+    run(store=path, shards=more, append=True, layers=(), k=())
+    assert len(traced_only) == 2
+    assert "words differ" not in capsys.readouterr().err
+    assert open_store(path).parts[1]["arithmetic"]["trunk"] == "inductor freezing"
+
+
+@pytest.mark.slow
+def test_the_compiled_teacher_gives_the_same_words_to_any_number_of_processes(
+    run: Any, tmp_path: Path, teacher_file: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("bowstore.words.prepare.compute_workers", lambda device, alone=False: 1)
+        patch.setattr("bowstore.words.assign_pass.compute_workers", lambda device: 1)
+        alone = run(store=tmp_path / "alone.zarr", compile=True).store
+    assert verify(alone).arithmetic["block3"]["trunk"] == "inductor freezing"
+    path = tmp_path / "shared.zarr"
+    values = {"teacher": teacher_file, "shards": shards, "store": path, "compile": True, **LAYERS}
+    spawn = multiprocessing.get_context("spawn")
+    dying = spawn.Process(target=encode_in_process, args=(values,), kwargs={"renames": 45})
+    dying.start()
+    dying.join()
+    assert dying.exitcode == -signal.SIGKILL
+    assert Store(path).layers == ()
+    both = [spawn.Process(target=encode_in_process, args=(values,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert digest(path) == digest(alone)

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
+from bowstore.words.lanes import one_thread_each, workers
 from bowstore.words.teacher import TeacherLayer, load_teacher
 
 CPU = torch.device("cpu")
@@ -192,3 +194,16 @@ def test_weights_digest_sees_names_values_types_and_shapes_only(tmp_path: Path) 
     assert weights_sha256(renamed) != digest
     other = load_backbone(write_teacher(tmp_path / "u.safetensors", seed=1)).backbone
     assert weights_sha256(other.state_dict()) != digest
+
+
+def test_workers_run_every_operation_on_their_own_thread(teacher_file: Path) -> None:
+    """A new thread's first convolution, too, or it would round by the number of cores."""
+    teacher, images = load_teacher(teacher_file, ("block3",), CPU), torch.randn(16, 3, 64, 64)
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    with one_thread_each(CPU), workers(2) as pool:
+        before = threads()
+        list(pool.map(lambda _: teacher.replica().maps(images), range(4)))
+        assert threads() == before + 2
