@@ -30,7 +30,7 @@ from bowstore.train.health import diverged, unsound
 from bowstore.train.metrics import Meter, RunLog, last_logged
 from bowstore.train.rundir import check_run, check_start, write_config, write_environment
 from bowstore.train.schedule import images_in_use, learning_rate, step_seed, total_steps, without_effect
-from bowstore.train.step import build_objective, build_optimizer, pad_stem, train_step, tuned
+from bowstore.train.step import build_objective, build_optimizer, load_optimizer, pad_stem, train_step, tuned
 from bowstore.train.tasks import Network, Task, build_task
 
 _STOPPED_EXIT_CODE = 143
@@ -289,7 +289,7 @@ def _restore(
     saved.load_weights(network.head, state["head"], str(run))
     values = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
     except ValueError as error:
         raise MismatchError(
             f"the optimiser's parameter groups in the checkpoint of {run} are others ({error}); "

@@ -130,6 +130,22 @@ def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:
     )
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, each momentum laid out in memory as its parameter, as fused steps take for granted.
+
+    The state may come from another kind of device, where the same network lies otherwise: unasked, a fused step on a
+    GPU fails then, and one on a CPU adds each momentum to other weights than its own.
+
+    Raises:
+        ValueError: it is of other groups of parameters.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
+
+
 @contextmanager
 def tuned(device: torch.device, *, amp: bool) -> Iterator[None]:
     """A GPU set for training inside the block, and as it was behind it; nothing on a CPU.

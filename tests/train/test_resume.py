@@ -20,6 +20,7 @@ from bowstore.data.reader import ShardReader
 from bowstore.errors import MismatchError
 from bowstore.models.saved import newest_checkpoint
 from bowstore.train import loop
+from bowstore.train.tasks import Network
 
 KEYS = distinct_keys(90)  # 5 steps of 16 an epoch, 10 images left over
 STEPS = 15
@@ -88,6 +89,25 @@ def test_resume_in_mid_epoch_gives_the_same_bits(
     for start, stop in zip(starts, [*stops[1:], STEPS], strict=True):
         expected += range(start, stop)
     assert [line["step"] for line in record] == expected
+
+
+def test_resume_where_the_network_lies_otherwise_in_memory(
+    config: TrainConfig, tmp_path: Path, whole: tuple[Record, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another kind of device: momenta of one layout added to weights of another would train something else."""
+
+    def stop_at(step: int) -> None:
+        if step == 8:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        recorded_train(config, tmp_path, tmp_path / "record", stop_at)
+    formats = {torch.channels_last: torch.contiguous_format, torch.contiguous_format: torch.channels_last}
+    before = Network.memory_format
+    monkeypatch.setattr(Network, "memory_format", lambda self, device: formats[before(self, device)])
+    recorded_train(config, tmp_path, tmp_path / "record")
+    for name, value in weights(tmp_path).items():
+        assert (value.double() - whole[1][name].double()).norm() <= 1e-3 * whole[1][name].double().norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
