@@ -59,17 +59,21 @@ def decode(check: Check) -> None:
 
 def slice(check: Check) -> None:
     """The trial by which bowstore itself finds out how a GPU may decode windows; a crash of it is an answer."""
-    from bowstore.data.gpu_decode import gpu_decoding, tried
+    from bowstore.data.gpu_decode import asked, gpu_decoding
 
     there = check.device.type == "cuda"
-    ended = tried([sys.executable, "-m", "bowstore.data.gpu_probe", "0" if there else "cpu"], check.size(60, 60, 60))
+    ended = asked([sys.executable, "-m", "bowstore.data.gpu_probe", "0" if there else "cpu"], check.size(60, 60, 60))
     answers = ended.answers
-    for name, what in (("image", "whole images, from Pillow's"), ("slice", "windows alone, from the whole")):
-        if name in answers:
+    for name, what in (
+        ("cores", "whole images by cores, from Pillow's"),
+        ("image", "whole images, from Pillow's"),
+        ("slice", "windows alone, from the whole"),
+    ):
+        if answers.get(name) is not None:
             check.figure(what, answers[name], unit="levels", note="largest mean difference of an image")
         else:
             check.claim(what, None, f"the trial {ended.how or 'says nothing'}")
-    check.claim("images are decoded", "image" in answers, ended.how)
+    check.claim("images are decoded", answers.get("image") is not None, ended.how)
     check.claim("hardware decoders", None, f"{answers.get('engines', 0)} {answers.get('lack', '')}".strip())
     if there:
         check.claim("what bowstore takes", None, str(gpu_decoding(check.device)))

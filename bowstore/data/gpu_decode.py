@@ -2,8 +2,9 @@
 
 Decoding no more than a window of a JPEG is quickest where it works; nvImageCodec 0.9.0 is reported to end the process
 or to fail in the first batch (nvImageCodec issue 55). So `gpu_probe` tries it, where it can do no harm, and whatever
-comes of it is an answer: if windows cannot be decoded, the whole image is, and the window is cut out of it. The answer
-is kept in the cache for as long as GPU, driver and libraries stay what they are. Loads no DALI.
+comes of it is an answer: if windows cannot be decoded, the whole image is, and the window is cut out of it; if it is
+the hardware decoder that fails, the GPU's cores decode. The answer is kept in the cache for as long as GPU, driver and
+libraries stay what they are. Loads no DALI.
 
 <cache>/decoders/<digest of all these>.json
 """
@@ -32,7 +33,7 @@ from bowstore.torchrun import ranks
 
 Way = Literal["slice", "image"]
 
-TRIAL = 1  # a trial that looks at other things has another number, and no answer of this one is taken for its own
+TRIAL = 2  # a trial that looks at other things has another number, and no answer of this one is taken for its own
 _SECONDS = 120.0  # a trial takes about 10
 _WINDOW_LEVELS, _IMAGE_LEVELS = 2.0, 4.0  # largest mean differences of 255: to the whole image, and that to Pillow's
 _LIBRARIES = ("dali", "nvimgcodec", "nvjpeg")
@@ -49,7 +50,7 @@ class Decoding(NamedTuple):
     Attributes:
         way: of windows: "slice" decodes them alone, "image" the whole image.
         why: the reason for "image"; else empty.
-        engines: its hardware decoders for JPEG that nvJPEG can use; with 0 its CUDA cores decode.
+        engines: its hardware decoders for JPEG that can be used; with 0 its CUDA cores decode.
         lack: why there are none; else empty.
     """
 
@@ -137,10 +138,17 @@ def kept_or_tried(
 
 
 def asked(command: Sequence[str], seconds: float) -> Ended:
-    """A trial's answers, and those on the hardware from a process that is apart from it."""
+    """A trial's answers, and those on the hardware from a process that is apart from it.
+
+    Where the GPU's cores decode and its hardware decoder fails, another trial does without that.
+    """
     ended = tried(command, seconds)
     hardware = tried([*command, "hardware"], seconds)
-    return ended._replace(answers={"lack": f"asking for it {hardware.how}", **hardware.answers, **ended.answers})
+    answers = {"lack": f"asking for it {hardware.how}", **hardware.answers, **ended.answers}
+    if (wrong := _wrong(ended, "image")) and not _wrong(ended, "cores"):
+        ended = tried([*command, "cores"], seconds)
+        answers |= {"engines": 0, "lack": f"a trial of it {wrong}", "image": None, **ended.answers}
+    return ended._replace(answers=answers)
 
 
 def tried(command: Sequence[str], seconds: float) -> Ended:
@@ -165,12 +173,9 @@ def judged(ended: Ended, machine: dict[str, str]) -> Decoding:
     """
     answers, how = ended
     libraries = f"DALI {machine['dali']} with nvImageCodec {machine['nvimgcodec']}"
-    if (image := answers.get("image")) is None or image > _IMAGE_LEVELS:
-        what = how or "came to its end without decoding anything"
-        if image is not None:
-            what = f"gave pixels that differ by {image:.1f} of 255 from Pillow's, bound {_IMAGE_LEVELS:g}"
+    if wrong := _wrong(ended, "image"):
         raise BowstoreError(
-            f"{machine['gpu']} cannot decode images: a trial of {libraries} {what}; update the driver (it is "
+            f"{machine['gpu']} cannot decode images: a trial of {libraries} {wrong}; update the driver (it is "
             f"{machine['driver']}), install other versions of nvidia-dali and nvidia-nvimgcodec, or use --device cpu"
         )
     window, why = answers.get("slice"), ""
@@ -184,6 +189,14 @@ def judged(ended: Ended, machine: dict[str, str]) -> Decoding:
     engines = answers.get("engines", 0)
     lack = "" if engines else _NO_VIDEO if machine["video"] == _MISSING else answers.get("lack", "not known why")
     return Decoding("image" if why else "slice", why, engines, lack)
+
+
+def _wrong(ended: Ended, what: str) -> str:
+    """What is wrong with the whole images of a trial's answer, as the end of a sentence; empty if nothing is."""
+    if (levels := ended.answers.get(what)) is None:
+        return ended.how or "came to its end without decoding anything"
+    bad = levels > _IMAGE_LEVELS
+    return f"gave pixels that differ by {levels:.1f} of 255 from Pillow's, bound {_IMAGE_LEVELS:g}" if bad else ""
 
 
 def _how(code: int | None, errors: str, seconds: float) -> str:

@@ -1,10 +1,11 @@
 """The trial run behind `gpu_decode`: what may end the process is tried here, and what came of it is printed.
 
-    python -m bowstore.data.gpu_probe DEVICE [hardware]
+    python -m bowstore.data.gpu_probe DEVICE [cores | hardware]
 
 DEVICE is the number of a GPU, or cpu. Each answer is a line of JSON as soon as it is there, the riskiest last: how far
-whole images are from Pillow's, how far windows are from those of whole images; or what hardware nvJPEG finds.
-It is a second's work: torch is not loaded.
+whole images are from Pillow's where its cores decode them ("cores"), and where its hardware decoder may, too ("image");
+how far windows are from those of whole images ("slice"). With `cores` the hardware decoder is left alone; with
+`hardware` the answer is what of it nvJPEG finds. It is a second's work: torch is not loaded.
 
 Legend: N windows, each with its encoded image; H W C pixels of a window.
 """
@@ -50,14 +51,21 @@ def main(arguments: Sequence[str]) -> None:
     device, *what = arguments
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is an answer, not something to look into
     number = None if device == "cpu" else int(device)
-    if what:
-        print(json.dumps(hardware(number)), flush=True)
+    if what == ["hardware"]:
+        _say(hardware(number))
         return
     encoded_N, windows_N4 = trials()
-    whole = [decoded(encoded_N, windows_N4, number, "image", load) for load in (0.0, 1.0)]
-    print(json.dumps({"image": max(differences(found, pillow(encoded_N, windows_N4)) for found in whole)}), flush=True)
-    alone = [decoded(encoded_N, windows_N4, number, "slice", load) for load in (0.0, 1.0)]
-    print(json.dumps({"slice": max(map(differences, alone, whole))}), flush=True)
+    expected, loads = pillow(encoded_N, windows_N4), (0.0,) if what else (0.0, 1.0)
+    whole = [decoded(encoded_N, windows_N4, number, "image", 0.0)]
+    _say({"cores": differences(whole[0], expected)})
+    whole += [decoded(encoded_N, windows_N4, number, "image", load) for load in loads[1:]]
+    _say({"image": max(differences(found, expected) for found in whole)})
+    alone = [decoded(encoded_N, windows_N4, number, "slice", load) for load in loads]
+    _say({"slice": max(map(differences, alone, whole))})
+
+
+def _say(answers: dict[str, Any]) -> None:
+    print(json.dumps(answers), flush=True)
 
 
 def trials() -> tuple[list[NDArray[np.uint8]], NDArray[np.int32]]:
@@ -136,7 +144,7 @@ def hardware(device: int | None) -> dict[str, Any]:
         ask = library.nvjpegGetHardwareDecoderInfo
     except (OSError, AttributeError) as error:
         return {"engines": 0, "lack": f"nvJPEG does not tell: {error}"}
-    print(json.dumps({"nvjpeg": version}), flush=True)
+    _say({"nvjpeg": version})
     return _engines(library, ask, device)
 
 

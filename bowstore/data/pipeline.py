@@ -235,7 +235,8 @@ def _decoder(source: ImageSource, device: torch.device, hw_load: float, way: Way
         return Decoder("cpu", way or "slice", hw_load)
     height, width = source.largest() if isinstance(source, ShardReader) else (0, 0)
     sides = min(height, _MOST_SIDES[0]), min(width, _MOST_SIDES[1])
-    return Decoder("mixed", way or gpu_decoding(device).way, hw_load, sides)
+    found = gpu_decoding(device)
+    return Decoder("mixed", way or found.way, hw_load if found.engines else 0.0, sides)
 
 
 def _bounds(encoded: Any) -> Any:

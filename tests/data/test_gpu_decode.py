@@ -26,7 +26,21 @@ CPU_TRIAL = [sys.executable, "-m", "bowstore.data.gpu_probe", "cpu"]
 
 # What a trial prints before it comes to windows.
 BEFORE = 'import os, signal, sys, time; print(\'{"engines": 7}\\n{"image": 0.5}\', flush=True); '
-# The trial's own program, with a decoder that dies of windows.
+# The trial's own program, with a hardware decoder that dies, or gives other pixels.
+HARDWARE = """
+import os, signal, sys
+from bowstore.data import gpu_probe
+decoded, act = gpu_probe.decoded, {act!r}
+def broken(encoded, windows, device, way, load):
+    found = decoded(encoded, windows, device, way, load)
+    if load and act == "die":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return [255 - image for image in found] if load else found
+gpu_probe.decoded = broken
+gpu_probe.hardware = lambda device: {{"engines": 7}}
+gpu_probe.main(["cpu", *sys.argv[1:]])
+"""
+# The same, with a decoder that dies of windows.
 DYING = """
 import os, signal
 from bowstore.data import gpu_probe
@@ -48,7 +62,7 @@ def program(text: str) -> list[str]:
 
 def test_a_real_trial_on_the_cpu_finds_both_ways_equal_to_pillow() -> None:
     ended = asked(CPU_TRIAL, 100)
-    assert ended == Ended({"engines": 0, "lack": "there is no GPU", "image": 0.0, "slice": 0.0}, "")
+    assert ended == Ended({"engines": 0, "lack": "there is no GPU", "cores": 0.0, "image": 0.0, "slice": 0.0}, "")
     assert judged(ended, MACHINE) == Decoding("slice", "", 0, "there is no GPU")
 
 
@@ -58,6 +72,21 @@ def test_a_real_trial_that_dies_of_windows_has_decoded_whole_images_before() -> 
     assert "slice" not in ended.answers
     assert ended.how == "ended with SIGSEGV"
     assert judged(ended, MACHINE).way == "image"
+
+
+@pytest.mark.parametrize(("act", "how"), [
+    ("die", "ended with SIGSEGV"), ("lie", "gave pixels that differ by 135.0 of 255 from Pillow's, bound 4"),
+])  # fmt: skip
+def test_a_hardware_decoder_that_fails_alone_is_done_without(act: str, how: str) -> None:
+    found = judged(asked(program(HARDWARE.format(act=act)), 100), MACHINE)
+    assert found == Decoding("slice", "", 0, f"a trial of it {how}")
+    assert str(found) == f"windows alone; no hardware decoder (a trial of it {how})"
+
+
+def test_a_decoder_that_fails_without_the_hardware_too_decodes_nothing() -> None:
+    text = """import os, sys; print('{"cores": 0.5}', flush=True) if not sys.argv[1:] else 0; os.abort()"""
+    with pytest.raises(BowstoreError, match=r"a trial of DALI .* ended with SIGABRT; "):
+        judged(asked(program(text), 60), MACHINE)
 
 
 @pytest.mark.parametrize(("act", "how"), ACTS.items())
