@@ -186,6 +186,12 @@ def runs_triton(device: torch.device) -> bool:
     return True
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process can take: free ones, and those that PyTorch keeps from earlier work."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def memory_note(device: torch.device) -> str | None:
     """One line on memory of a GPU that others hold, and who they are; None where it is little."""
     free, total = torch.cuda.mem_get_info(device)

@@ -21,6 +21,7 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import cores, device_name
 from bowstore.errors import UsageError
+from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 from bowstore.words.assign_pass import AssignPass
 from bowstore.words.claims import Board
@@ -84,7 +85,8 @@ class _Bench:
             for _ in range(worker, count, len(replicas)):
                 replicas[worker].maps(self.images_BCHW)
 
-        with one_thread_each(job.device), workers(len(replicas)) as pool:
+        # Around all of them: each sets the precision of products, and sets it back.
+        with one_thread_each(job.device), exact_float32(), workers(len(replicas)) as pool:
             begun = time.perf_counter()
             list(pool.map(work, range(len(replicas))))
             if job.device.type == "cuda":

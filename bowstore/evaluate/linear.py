@@ -27,6 +27,7 @@ from bowstore.errors import DataError
 from bowstore.evaluate.features import POOLED, compiled_features, extract, variation
 from bowstore.evaluate.protocol import Result, new_result, write_result
 from bowstore.evaluate.splits import Split, check_classes, check_labels, open_splits
+from bowstore.gpu import free_memory
 from bowstore.models.compiled import EAGER, FROZEN
 from bowstore.models.registry import Backbone
 from bowstore.models.weights import weights_sha256
@@ -260,8 +261,7 @@ def _resident(features: Tensor, device: torch.device) -> Tensor:
     """The features on the GPU when a good part of its free memory holds them, else where they are."""
     if device.type != "cuda":
         return features
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return features.to(device) if features.nbytes < _GPU_SHARE * free_bytes else features
+    return features.to(device) if features.nbytes < _GPU_SHARE * free_memory(device) else features
 
 
 @contextmanager

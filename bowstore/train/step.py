@@ -5,6 +5,7 @@ Legend: B batch, C channels, H W pixels.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +153,8 @@ def tuned(device: torch.device, *, amp: bool) -> Iterator[None]:
 
     cuDNN tries out its algorithms (shapes never change). With `amp`, the float32 products that are left, those of the
     heads, are TF32: off by 5e-4 where bfloat16 was by 1e-2, and as fast. Work goes to a stream of high priority,
-    because the decoder's kernels run beside it.
+    because the decoder's kernels run beside it; always to the same one, because memory is kept for the stream that it
+    was first taken for.
     """
     if device.type != "cuda":
         yield
@@ -160,7 +162,7 @@ def tuned(device: torch.device, *, amp: bool) -> Iterator[None]:
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, products.fp32_precision
     outside = torch.cuda.current_stream(device)
-    stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    stream = _first_stream(device)
     stream.wait_stream(outside)
     try:
         cudnn.benchmark = True
@@ -171,6 +173,11 @@ def tuned(device: torch.device, *, amp: bool) -> Iterator[None]:
     finally:
         outside.wait_stream(stream)
         cudnn.benchmark, products.fp32_precision = before
+
+
+@cache
+def _first_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 class PaddedConv2d(nn.Conv2d):

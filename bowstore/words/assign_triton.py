@@ -63,6 +63,7 @@ _PROGRAMS_PER_PROCESSOR = 12  # so that the last, partly filled wave of programs
 _RANGES = 4, 64  # at least, so that the row blocks in flight stay in the L2 cache; at most, so that lists stay short
 _TAU = kernels.PLACES.value * 2.0**-23
 _MOST_WORDS = 4 * kernels.PLACES.value  # of a tile
+_LARGEST_HALF = 60000.0  # a little less than float16 holds
 _LARGEST = 6  # log2 of the largest component of a scaled word: features may be 1000 times larger in float16
 
 
@@ -244,6 +245,28 @@ def nearest(features_ND: Tensor, words: FastWords, tiles: Tiles | None = None) -
             open_U.append(part.open_U + start)
             compared, searched_twice = compared + part.compared, searched_twice + part.searched_twice
     return Nearest(ids_N, torch.cat(open_U), compared, searched_twice)
+
+
+@torch.no_grad()
+def likely(features_ND: Tensor, words: FastWords, *, largest: float, tiles: Tiles | None = None) -> Tensor:
+    """The word with the least score by half-precision products, unproven, int64 (N,); nothing waits for the device.
+
+    On photographs it is the nearest word of 99.6 % of the vectors, and about as near for the rest.
+
+    Args:
+        features_ND: float32 (N, D), finite.
+        words: from `prepare_fast`, on the same device.
+        largest: no component of a feature is larger, by its absolute value.
+        tiles: how the search is cut; None for what fits the device.
+    """
+    if 2 * largest * words.scale > _LARGEST_HALF:  # what would be infinite in half precision is moved to its edge
+        reach = _LARGEST_HALF / words.scale
+        features_ND = torch.clamp(features_ND, words.middle_D - reach, words.middle_D + reach)
+    with _on(features_ND.device):
+        rounded_ND, alpha_N = _round(features_ND, words)
+        # The search ranks words by their score less alpha times their reach: without alpha by the score alone.
+        low_MN, ids_MN, _ = _search(rounded_ND, alpha_N.zero_(), words, tiles or tiles_for(features_ND.device))
+    return ids_MN.gather(0, low_MN.argmin(dim=0, keepdim=True))[0].long()
 
 
 def _nearest(features_ND: Tensor, words: FastWords, tiles: Tiles) -> Nearest:

@@ -15,7 +15,8 @@ the next batch:
 
 At each change of streams one waits for an event of the other, on the GPU. A worker waits for nothing but its own
 results. Images and maps are made on one stream and read on another, which the allocator is told (`record_stream`), so
-that their memory is not used again too early. (No GPU has run this yet: what the overlap gains is not known.)
+that their memory is not used again too early. All passes of a process take the same streams, because memory is kept
+for the stream that it was first taken for. (No GPU has run this yet: what the overlap gains is not known.)
 
 Legend: B batch, C channels, H W pixels.
 """
@@ -24,6 +25,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -104,7 +107,8 @@ class GpuLanes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._trunk = _stream(device)
+        self._numbers = count()
+        self._trunk = _stream(device, next(self._numbers))
         self._launching = threading.Lock()
         self._own = threading.local()
 
@@ -156,12 +160,13 @@ class GpuLanes:
 
     def _stream_of_worker(self) -> torch.cuda.Stream:
         if not hasattr(self._own, "stream"):
-            self._own.stream = _stream(self._device, priority=_FIRST)
+            self._own.stream = _stream(self._device, next(self._numbers), priority=_FIRST)
         stream: torch.cuda.Stream = self._own.stream
         return stream
 
 
-def _stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
+@cache
+def _stream(device: torch.device, number: int, priority: int = 0) -> torch.cuda.Stream:
     cuda: Any = torch.cuda
     stream: torch.cuda.Stream = cuda.Stream(device, priority=priority)
     return stream

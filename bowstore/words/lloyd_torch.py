@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bowstore.gpu import free_memory
 from bowstore.words.assign import PreparedWords, assign, assign_reference, prepare_words
 from bowstore.words.lloyd import Lloyd, far_vectors, first_vectors
 
@@ -108,7 +109,7 @@ class TorchLloyd(Lloyd):
         """The nearest word, int64 (B,), but without proof where there are tensor cores."""
         if words.fast is None:
             return assign_reference(part_Bp, words).long()
-        from bowstore.words.assign_likely import likely
+        from bowstore.words.assign_triton import likely
 
         return likely(part_Bp, words.fast, largest=self._largest)
 
@@ -140,15 +141,16 @@ def kept_as(sample_bytes: int, device: torch.device) -> torch.dtype | None:
     """How a device can keep a float32 sample of so many bytes: float32, on a full GPU float16, or not at all (None)."""
     if device.type != "cuda":
         return torch.float32
-    free = torch.cuda.mem_get_info(device)[0] - _ROOM[1]
+    free = free_memory(device) - _ROOM[1]
     if _ROOM[0] * sample_bytes <= free:
         return torch.float32
     return torch.float16 if _ROOM[0] * sample_bytes / 2 <= free else None
 
 
 def _largest(sample_Sp: Tensor) -> float:
-    """The largest absolute value of a component."""
-    return float(torch.stack(sample_Sp.aminmax()).abs().max())
+    """The largest absolute value of a component; in parts, because not all reductions take 2^31 elements."""
+    parts = torch.split(sample_Sp, max(1, _GPU_BLOCK // sample_Sp.shape[1]))
+    return float(torch.stack([torch.stack(part_Bp.aminmax()).abs().max() for part_Bp in parts]).max())
 
 
 def _upload(given_Sp: Tensor, device: torch.device, kept: torch.dtype, scale: float) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from bowstore.config import StorageConfig
 from bowstore.environment import available_memory, local_ranks
 from bowstore.errors import UsageError
+from bowstore.gpu import free_memory
 from bowstore.progress import Progress
 from bowstore.words.bags import Bag, Form, MeanBag, bag_of
 
@@ -67,7 +68,7 @@ def choose_tier(setting: Tier | Literal["auto"], size_bytes: int, device: torch.
     memory = f"this rank's {_size(share)} of memory" + (f" ({ranks} ranks share the machine)" if ranks > 1 else "")
     near, place = share, memory
     if device.type == "cuda":
-        near = torch.cuda.mem_get_info(device)[0]
+        near = free_memory(device)
         place = f"the {_size(near)} free on {device}"
     if setting != "auto":
         bound, where = {"resident": (near, place), "host": (share, memory)}.get(setting, (size_bytes, ""))

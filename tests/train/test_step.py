@@ -15,7 +15,7 @@ from bowstore.data.index import open_index
 from bowstore.data.plan import plans
 from bowstore.data.views import Batch
 from bowstore.errors import TrainingError, UsageError
-from bowstore.train import loop
+from bowstore.train import loop, step
 from bowstore.train.distributed import World
 from bowstore.train.step import PaddedConv2d, build_objective, build_optimizer, pad_stem, train_step, tuned
 from bowstore.train.tasks import Task, build_task
@@ -184,7 +184,9 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[FakeStream]:
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", use)
-    return current
+    step._first_stream.cache_clear()
+    yield current
+    step._first_stream.cache_clear()
 
 
 @pytest.mark.parametrize("amp", [True, False])
@@ -207,6 +209,8 @@ def test_a_gpu_is_set_for_training_and_set_back(streams: list[FakeStream], amp: 
     assert settings() == before
     assert streams == [outside]
     assert outside.waited == [inside]
+    with tuned(torch.device("cuda", 0), amp=amp):
+        assert streams[-1] is inside, "memory is kept for the stream that it was taken for"
     with tuned(torch.device("cpu"), amp=True):
         assert settings() == before
 

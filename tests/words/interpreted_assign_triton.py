@@ -18,10 +18,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bowstore.benchmarks.assign import bench_assign
 from bowstore.words import assign as assign_module
-from bowstore.words import assign_kernels, assign_likely, assign_triton
+from bowstore.words import assign_kernels, assign_triton
 from bowstore.words.assign import assign, assign_reference, prepare_words
-from bowstore.words.assign_likely import likely
-from bowstore.words.assign_triton import FastWords, Nearest, Tiles, nearest, prepare_fast
+from bowstore.words.assign_triton import FastWords, Nearest, Tiles, likely, nearest, prepare_fast
 from bowstore.words.lloyd_torch import TorchLloyd
 
 HALVES = torch.float16, torch.bfloat16
@@ -137,7 +136,7 @@ def test_kmeans_by_likely_words_moves_as_by_nearest_ones(monkeypatch: pytest.Mon
     before = [exact.step()[0] for _ in range(3)]
     monkeypatch.setattr(assign_module, "runs_triton", lambda device: True)
     searches = Mock(wraps=likely)
-    monkeypatch.setattr(assign_likely, "likely", searches)
+    monkeypatch.setattr(assign_triton, "likely", searches)
     assert [fast.step()[0] for _ in range(3)] == pytest.approx(before, rel=0.01)
     assert searches.call_count == 3
     words, distances = fast.nearest()  # proven

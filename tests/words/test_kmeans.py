@@ -230,6 +230,9 @@ def test_what_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.default_backend((4 << 20, 1024), 2000, gpu) == "torch"
     monkeypatch.delattr(faiss, "super_kmeans_assign_iteration")  # as before 1.15
     assert module.default_backend((5000, 128), 1024, CPU) == "faiss"
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 << 30)
+    assert lloyd_torch.kept_as(40 << 30, gpu) == torch.float32, "what PyTorch keeps of earlier work is free"
 
 
 def test_torch_gives_the_same_twice_and_in_deterministic_mode() -> None:

@@ -98,6 +98,7 @@ def gpu() -> Gpu:
 @pytest.fixture(autouse=True)
 def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _GPUS.append(Gpu())
+    lanes._stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", gpu().stream)
@@ -105,6 +106,7 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: gpu().kept.add((self.data_ptr(), stream)))
     monkeypatch.setattr(forward_module, "ShardReader", lambda index: None)
     yield
+    lanes._stream.cache_clear()
     _GPUS.pop()
 
 
@@ -183,6 +185,18 @@ def test_words_run_beside_the_next_trunk_and_after_their_own(monkeypatch: pytest
     assert not made.before("trunk 1", "words 0")
     assert not made.before("copy 1", "trunk 0")
     assert clock.seconds["teacher"] == clock.seconds["assign"] == BATCHES
+
+
+def test_a_second_pass_takes_the_streams_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is kept for the stream that it was first taken for: others would take as much again."""
+    taken: list[Any] = []
+    for _ in range(2):
+        streams = set[Any]()
+        run(monkeypatch, Network(), lambda rows, maps, streams=streams: streams.add(torch.cuda.current_stream(GPU)))
+        taken.append(streams)
+    first, second = taken
+    assert first == second
+    assert 1 <= len(first) <= GPU_WORKERS
 
 
 def test_a_worker_waits_for_its_own_results_and_no_others() -> None:
