@@ -8,6 +8,7 @@ import json
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def graph(check: Check) -> None:
         torch.randn(256, 256, device=check.device) @ torch.randn(256, 256, device=check.device)
     intact = sum(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))
     check.claim("batches that are held stay", intact == count, f"{intact} of {count} were as they came")
+    found = list(_read_late(batches(check.device), check))
+    late = sum(float(sum_) == float(copy.sum(dtype=torch.float64)) for sum_, copy in zip(found, copies, strict=True))
+    check.claim("batches that are let go of are read to the end", late == count, f"{late} of {count}")
     differences = [
         float((ours.float().cpu() - oracle.images_BCHW.float()).mul(_LEVELS).abs().mean())
         for ours, oracle in zip(copies, batches(torch.device("cpu")), strict=True)
@@ -112,6 +116,17 @@ def graph(check: Check) -> None:
     ]
     check.figure("clean view, from the CPU's", *differences, unit="levels")
     check.claim("clean view as on the CPU", max(differences) < 2, f"{max(differences):.2f} levels, bound 2")
+
+
+def _read_late(batches: Any, check: Check) -> Iterator[torch.Tensor]:
+    """Sums of batches that a device reads behind other work, long after the host has let go of them."""
+    side, times = check.size((4096, 100), (4096, 100), (8, 1))
+    work = torch.zeros(side, side, device=check.device)
+    for made in batches:
+        for _ in range(times):
+            work = work @ work
+        yield made.images_BCHW.sum(dtype=torch.float64)
+        del made
 
 
 def loader(check: Check) -> None:
