@@ -160,18 +160,21 @@ def tuned(device: torch.device, *, amp: bool) -> Iterator[None]:
         yield
         return
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, products.fp32_precision
+    before, precision = (cudnn.benchmark, products.fp32_precision), torch.get_float32_matmul_precision()
     outside = torch.cuda.current_stream(device)
     stream = _first_stream(device)
     stream.wait_stream(outside)
     try:
         cudnn.benchmark = True
         if amp:
-            products.fp32_precision = "tf32"
+            # By the older of two settings, which sets both: inductor still asks for it here and there, and PyTorch
+            # makes an error of that where only the other was set (its issue 166387).
+            torch.set_float32_matmul_precision("high")
         with torch.cuda.stream(stream):
             yield
     finally:
         outside.wait_stream(stream)
+        torch.set_float32_matmul_precision(precision)
         cudnn.benchmark, products.fp32_precision = before
 
 

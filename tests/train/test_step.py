@@ -197,6 +197,7 @@ def test_a_gpu_is_set_for_training_and_set_back(streams: list[FakeStream], amp: 
     def fail() -> None:
         with tuned(torch.device("cuda", 0), amp=amp):
             seen.extend([*streams, settings()])
+            assert torch.get_float32_matmul_precision() == ("high" if amp else "highest"), "compilers ask for both"
             raise KeyError
 
     before, seen = settings(), list[Any]()
