@@ -157,7 +157,8 @@ def _upload(given_Sp: Tensor, device: torch.device, kept: torch.dtype, scale: fl
     """Vectors on a GPU, sent through two pinned buffers: one is filled while the other is sent."""
     rows = max(1, _PINNED_BYTES // (4 * given_Sp.shape[1]))
     there_Sp = torch.empty(given_Sp.shape, dtype=kept, device=device)
-    buffers = [torch.empty(rows, given_Sp.shape[1], pin_memory=True) for _ in range(2)]
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # pinning starts the current GPU, mostly the first
+        buffers = [torch.empty(rows, given_Sp.shape[1], pin_memory=True) for _ in range(2)]
     sent: list[Any] = [torch.cuda.Event() for _ in buffers]  # type: ignore[no-untyped-call]
     for turn, part_Bp in enumerate(torch.split(given_Sp, rows)):
         free = turn % 2
