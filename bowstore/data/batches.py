@@ -15,7 +15,8 @@ from bowstore.data.plan import Plan
 from bowstore.data.reader import ImageSource
 from bowstore.progress import say
 
-# 0.6 GB as RGB, of which a pipeline holds a few. Sixteen photographs of a telephone have less.
+# 0.6 GB as RGB; on a CPU three are held, one that is finished and two decoded ahead (`feed.PREFETCH`). Sixteen
+# photographs of a telephone have less.
 MAX_BATCH_PIXELS = 200_000_000
 _LARGE_TRAINING_PIXELS = 1_000_000_000  # five times that: its batches cannot be cut, as their images are mixed
 
