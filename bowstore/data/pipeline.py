@@ -221,7 +221,7 @@ def clean_batches(
         encoded = feed.declare()["encoded"]
         if device.type == "cuda":
             pipe.set_outputs(_normalise(_clean(encoded, view, decoder), view))
-        else:  # whole: what the centre leaves out is a twentieth of decoding, which operators that cut it cost, too
+        else:  # whole: the centre alone takes as long, as the rows beside it are Huffman-decoded all the same
             pipe.set_outputs(decoder.image(encoded))
     made = run(pipe, feed, source, lambda part: part)
     if device.type == "cuda":
