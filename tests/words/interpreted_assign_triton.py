@@ -32,6 +32,20 @@ far = pytest.mark.filterwarnings(  # NumPy's, on what a GPU computes in silence:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def _sizes_of_ranges() -> Any:
+    """Triton 3.6 makes a Python number of an array of one value, which NumPy refuses from 2.4 on; 3.8 does not."""
+    plain = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _bfloat16_products() -> Any:
     """The interpreter holds bfloat16 as its bits and multiplies those: give it the numbers."""
     plain = interpreter.InterpreterBuilder.create_dot
