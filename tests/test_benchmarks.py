@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from shard_sets import ShardMaker, write_store
 
@@ -82,6 +84,40 @@ def test_bench_encode_compares_the_pass_with_what_bounds_it(workspace: Path) -> 
     assert value["binds"] in rates
     assert 0 < value["share_teacher"] <= 1
     assert not list(Path().glob("**/*.zarr/block2"))  # its stores were for the moment
+
+
+def test_bench_encode_times_the_compiled_teacher(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+
+    def compile(graph: Any, images: Any, options: Any) -> Any:
+        traced.append(len(images[0]))
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    teacher = ["--teacher", "wrn-10-1", "--size", 16, "--resize", 16, "--layer", "block2", "--K", 8]
+    settings = ["--images", 12, "--batch", 8, "--rounds", 1]  # the second batch is filled up
+    assert bench("encode", *teacher, *settings)["trunk"] == "eager"
+    assert bench("encode", *teacher, *settings, "--compile", "true")["trunk"] == "inductor freezing"
+    assert traced == [8]
+
+
+def test_bench_trunk_compares_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bowstore.benchmarks.trunk import bench_trunk
+
+    settings: dict[str, Any] = {"size": 16, "batch": 4, "rounds": 1, "device": torch.device("cpu"), "compiled": True}
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, images, options: graph)
+    result = bench_trunk("wrn-10-1", "block2", **settings)
+    names = [timing.name for timing in result.timings]
+    assert names == ["float32", "float32, contiguous", "bfloat16", "bfloat16, compiled"]
+    assert 1e-5 < result.figures["error_bfloat16_compiled"] < 0.05
+
+    def broken(_graph: Any, _images: Any, options: Any) -> Any:
+        raise RuntimeError("no Triton")
+
+    monkeypatch.setattr(torch._inductor, "compile", broken)
+    result = bench_trunk("wrn-10-1", "block2", **settings)
+    assert len(result.timings) == 3  # the other ways are timed all the same
+    assert result.notes == ["bfloat16, compiled: inductor cannot compile wrn-10-1: no Triton"]
 
 
 def test_bench_encode_needs_enough_vectors(workspace: Path) -> None:

@@ -49,7 +49,7 @@ SECTIONS = (
     Section("assign", "images/s of assignment against cuBLAS", 50, 35),
     Section("kmeans", "an iteration at full size, equality in small", 40, 30),
     Section("step", "training steps on resident data: eager, compiled, tuned", 150, 100, _STORE),
-    Section("trunk", "the teacher's trunk in every precision and layout", 45, 30, _CONFIG),
+    Section("trunk", "the teacher's trunk in every precision and layout", 85, 70, _CONFIG),
     Section("head", "head, bag and optimiser alone; the loss against the dense form", 20, 15, _CONFIG),
     Section("targets", "look-up and mixing of bags, as a share of the step", 20, 15, _STORE),
     Section("teacher", "training with the teacher in the loop, against words from a store", 60, 40, _STORE),

@@ -300,7 +300,10 @@ def trunk(check: Check) -> None:
     arch, layer, size, batch = check.size(("resnet50", "conv4", 224, 256), ("resnet50", "conv4", 224, 256),
                                           ("wrn-10-1", "block2", 16, 8))  # fmt: skip
     with check.heard():
-        result = bench_trunk(arch, layer, size=size, batch=batch, rounds=check.size(7, 3, 2), device=check.device)
+        result = bench_trunk(
+            arch, layer, size=size, batch=batch, rounds=check.size(7, 3, 2), device=check.device,
+            compiled=check.device.type == "cuda",
+        )  # fmt: skip
     check.bench(result)
     for name, value in result.figures.items():
         check.figure(name.replace("_", " "), value, note="of the largest value")

@@ -28,6 +28,7 @@ from bowstore.words.claims import Board
 from bowstore.words.job import Job, Rows, plan_layers, view_values
 from bowstore.words.lanes import compute_workers, one_thread_each, workers
 from bowstore.words.layer import LayerSpec
+from bowstore.words.prepare import in_new_way
 from bowstore.words.store_writer import StoreWriter, create_store
 from bowstore.words.teacher import load_teacher
 
@@ -169,6 +170,7 @@ def bench_encode(
             "layers": {plan.name: {"words": plan.words, "grid": plan.grid} for plan in job.layers},
             "size": job.teacher.view.size,
             "precision": config.precision,
+            "trunk": job.teacher.trunk,
             "mean_image_bytes": float(job.index.size.mean()),
         },
         unit="images",
@@ -191,7 +193,8 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
         seed=config.seed, precision=config.precision,
     )  # fmt: skip
     plans = plan_layers(config, teacher.layers, [None] * len(teacher.layers))
-    job = Job(config, index, teacher, Path(), plans, device, rows=Rows(0, np.arange(images) % len(index)))
+    job = in_new_way(Job(config, index, teacher, Path(), plans, device, rows=Rows(0, np.arange(images) % len(index))))
+    teacher = job.teacher
     found: dict[str, list[NDArray[np.float32]]] = {plan.name: [] for plan in plans}
     kept: Tensor | None = None
     for _, images_BCHW in clean_batches(

@@ -1,5 +1,6 @@
 """The frozen trunk, as far as a layer, in every precision and layout that a GPU or a processor has."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,10 +8,13 @@ import torch
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
 from bowstore.environment import cores, device_name
+from bowstore.models.compiled import CannotCompileError
 from bowstore.words.teacher import Precision, load_teacher
 
 
-def bench_trunk(arch: str, layer: str, *, size: int, batch: int, rounds: int, device: torch.device) -> BenchResult:
+def bench_trunk(
+    arch: str, layer: str, *, size: int, batch: int, rounds: int, device: torch.device, compiled: bool = False
+) -> BenchResult:
     """Images/s of each way, and how far its maps lie from those of float32, in shares of the largest value.
 
     Args:
@@ -20,6 +24,8 @@ def bench_trunk(arch: str, layer: str, *, size: int, batch: int, rounds: int, de
         batch: images.
         rounds: interleaved, after one to warm up.
         device: where it runs.
+        compiled: whether to time bfloat16 compiled, too, which takes up to a minute to make; that it cannot be is a
+            note.
     """
     images_BCHW = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
@@ -36,6 +42,12 @@ def bench_trunk(arch: str, layer: str, *, size: int, batch: int, rounds: int, de
     }
     if device.type == "cuda":
         ways["TF32"] = lambda: _tf32(exact, images_BCHW, layer)
+    notes = []
+    if compiled:
+        try:
+            ways["bfloat16, compiled"] = partial(half.compiled_for(batch).maps, images_BCHW)
+        except CannotCompileError as error:
+            notes.append(f"bfloat16, compiled: {error}")
     seconds = interleaved("bench trunk", ways, rounds, device)
     (reference,) = ways["float32"]().values()
     figures = {}
@@ -52,6 +64,7 @@ def bench_trunk(arch: str, layer: str, *, size: int, batch: int, rounds: int, de
         unit="images",
         timings=[Timing(name, [batch / spent for spent in values]) for name, values in seconds.items()],
         figures=figures,
+        notes=notes,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bowstore.cli.common import BATCH, COUNT, DEVICES, PATH, SHARE, SIZE, TEXT, THREADS, emit
+from bowstore.cli.common import BATCH, COMPILE, COUNT, DEVICES, PATH, SHARE, SIZE, TEXT, THREADS, emit
 from bowstore.limits import MAX_BATCH
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -223,6 +223,7 @@ def assign(images: int, positions: int, dimensions: int, words: int, rounds: int
     click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
     click.option("--batch", type=BATCH, help="Images a batch.  [default: 16, 256 on a GPU]"),
     click.option("--images", type=COUNT, default=256, show_default=True, help="Images a round."),
+    COMPILE,
     click.option("--device", type=DEVICES, default="auto", show_default=True),
 )
 def encode(

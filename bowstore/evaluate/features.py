@@ -200,7 +200,7 @@ def compiled_features(
             return compile_frozen(backbone, use, batch=batch, size=size, device=device, threads=threads)
     except CannotCompileError as error:
         if setting is True:
-            raise UsageError(f"{error}; or leave --compile out") from error
+            raise UsageError(f"{error}; leave --compile out to do without") from error
         tell_fallback(str(error))
         return None
 

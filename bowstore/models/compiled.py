@@ -106,12 +106,17 @@ def compiler_problem(device: torch.device) -> str | None:
     """Why nothing can be compiled on this machine; None where there is a C++ compiler, or none is needed."""
     if device.type != "cpu":
         return None
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler  # makes its folder
+    except OSError as error:
+        return (
+            f"{error.filename} cannot hold what is compiled ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a "
+            "folder that can be written"
+        )
     try:
         get_cpp_compiler()
     except (RuntimeError, OSError):
-        return "there is no C++ compiler; install g++, or set CXX to one"
+        return "there is no C++ compiler that works; install g++, or set CXX to one"
     return None
 
 
@@ -151,8 +156,7 @@ def compile_frozen(
             compiled = Compiled(batch, tuple(expected), graph)
             found = compiled(images_BCHW)
         except Exception as error:  # of the tracer, the compiler, the loader of what it made
-            first = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise CannotCompileError(f"inductor cannot compile {backbone.arch}: {first[:200]}") from error
+            raise CannotCompileError(f"inductor cannot compile {backbone.arch}: {_told(error)}") from error
     for name, map_B in expected.items():
         _check_equal(f"{name!r} of {backbone.arch}", map_B, found[name], tolerance)
     return compiled
@@ -171,6 +175,14 @@ def _graph(
         options |= {"cpp_wrapper": True, "cpp.threads": threads, "compile_threads": 1}
     graph: Callable[[Tensor], Any] = torch._inductor.compile(traced, [images_BCHW], options=options)
     return graph
+
+
+def _told(error: Exception) -> str:
+    """An error in a line: its first, and of what a compiler put out the first that is an error."""
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    output = others[others.index("Output:") + 1 :] if "Output:" in others else []
+    reason = next((line for line in output if "error" in line), "".join(output[-1:]))
+    return f"{first[:200]} ({reason[:300]})" if reason else first[:200]
 
 
 def _check_equal(what: str, expected_B: Tensor, found_B: Tensor, tolerance: float) -> None:

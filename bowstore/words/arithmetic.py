@@ -38,8 +38,8 @@ def check_same(layer: Layer, now: Arithmetic) -> None:
         if then.get(what) != now.get(what):
             raise MismatchError(
                 f"layer {layer.name!r} of word store {layer.path} is not complete and was begun with {what} "
-                f"{then.get(what)!r}, now it would be {now.get(what)!r}; encode into a new store, or go on with the "
-                f"bowstore that began it ({layer.attributes.get('bowstore_version')})"
+                f"{then.get(what)!r}, now it would be {now.get(what)!r}; encode into a new store: --vocabulary "
+                f"{layer.path} --store NEW keeps its words"
             )
 
 

@@ -153,14 +153,14 @@ def _resolve(
         raise UsageError(f"{error} (--append needs the teacher of word store {store}, {arch})") from error
     source = Store(fetch_store(config.vocabulary, storage)) if config.vocabulary else None
     known = {layer.name: layer.words for layer in base.every_layer()} if base else {}
-    words = [source.layer(layer.name).words if source else known.get(layer.name) for layer in teacher.layers]
+    words = [source.vocabulary_layer(layer.name).words if source else known.get(layer.name) for layer in teacher.layers]
     if config.whiten and config.pca is None:
         raise UsageError("--whiten goes with --pca N; give the layer's number of channels to whiten all of them")
     plans = plan_layers(config, teacher.layers, words)
     job = Job(config, index, teacher, store, plans, device, base=base, source=source)
     for plan in plans:
         if source:
-            job.check_settings(source.layer(plan.name))
+            job.check_settings(source.vocabulary_layer(plan.name))
         elif base is None:
             grid = plan.grid
             plan_sample(len(index), grid[0] * grid[1], plan.words, sample_per_word=config.sample_per_word, seed=0)

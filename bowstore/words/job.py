@@ -126,7 +126,7 @@ class Job:
         """Values that must be the same to go on with a layer, by the names that messages use."""
         config, vocabulary = self.config, {}
         if self.source:
-            vocabulary["vocabulary"] = self.source.layer(plan.name).attributes["vocabulary_digest"]
+            vocabulary["vocabulary"] = self.source.vocabulary_layer(plan.name).attributes["vocabulary_digest"]
         elif self.base is None:
             vocabulary = {name: getattr(config, name) for name in _VOCABULARY_SETTINGS}
             vocabulary["vocabulary taken from"] = None

@@ -71,7 +71,15 @@ def in_one_way(job: Job) -> Job:
     begun = [layer for layer in layers if not layer.complete]
     if len(layers) == len(job.layers) and not begun:
         return job  # nothing is left to do
-    way = _begun_way(job, begun) if begun else _new_way(job)
+    return _run_in(job, _begun_way(job, begun), begun) if begun else in_new_way(job)
+
+
+def in_new_way(job: Job) -> Job:
+    """The job, its teacher run as for layers that are new, as `in_one_way`."""
+    return _run_in(job, _new_way(job), ())
+
+
+def _run_in(job: Job, way: str, begun: Sequence[Layer]) -> Job:
     if way == EAGER:
         return replace(job, teacher=replace(job.teacher, compiled=None))
     if job.teacher.compiled:
@@ -88,7 +96,7 @@ def in_one_way(job: Job) -> Job:
                 f"{FROZEN!r}, but {error}; go on where that can be had, or encode into a new store"
             ) from error
         if job.config.compile is True:
-            raise UsageError(f"{error}; or leave --compile out") from error
+            raise UsageError(f"{error}; leave --compile out to do without") from error
         tell_fallback(str(error))
         return job
 
@@ -142,7 +150,7 @@ def _vocabulary(job: Job, plan: LayerPlan, sample_Sc: NDArray[np.float32] | None
     config = job.config
     if job.source or sample_Sc is None:
         assert job.source, "without a sample there is another store's vocabulary"
-        layer = job.source.layer(plan.name)
+        layer = job.source.vocabulary_layer(plan.name)
         tell_difference(layer, job.arithmetic)
         found = layer.read_projection()
         provenance = {**layer.attributes["vocabulary"], "taken_from": job.source.path.name}

@@ -133,6 +133,11 @@ class Store:
             self._checked.add(name)
         return layer
 
+    def vocabulary_layer(self, name: str) -> Layer:
+        """A layer by name, of which the vocabulary alone is wanted: it need not be complete; else as `layer`."""
+        layer = self._all.get(name)
+        return layer if layer and not layer.complete else self.layer(name)
+
     @property
     def way_on(self) -> str:
         """What writes chunks that are missing, for messages."""

@@ -1,7 +1,11 @@
 """Frozen networks, compiled: what comes out is the network's own, whatever fills the batch and whoever calls."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,9 +103,21 @@ def test_without_a_compiler_auto_says_so_and_goes_on(monkeypatch: pytest.MonkeyP
     backbone = frozen("wrn-10-1")
     assert way_of("auto", backbone, maps("block3"), images=10**7, size=32, device=CPU) == EAGER
     (line,) = capsys.readouterr().err.splitlines()
-    assert "run as it is, not compiled: there is no C++ compiler; install g++, or set CXX to one" in line
-    with pytest.raises(CannotCompileError, match=r"^there is no C\+\+ compiler; install g\+\+"):
+    assert "run as it is, not compiled: there is no C++ compiler that works; install g++, or set CXX to one" in line
+    with pytest.raises(CannotCompileError, match=r"^there is no C\+\+ compiler that works; install g\+\+"):
         compile_frozen(backbone, maps("block3"), batch=2, size=16, device=CPU)
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """In a process of its own: the folder is made when inductor is imported."""
+    (tmp_path / "file").touch()
+    code = "import torch; from bowstore.models.compiled import compiler_problem as of; print(of(torch.device('cpu')))"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file")}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == (
+        f"{tmp_path}/file cannot hold what is compiled (File exists); set TORCHINDUCTOR_CACHE_DIR to a folder that can "
+        "be written\n"
+    )
 
 
 def test_what_a_compiler_makes_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,14 +125,14 @@ def test_what_a_compiler_makes_is_checked(monkeypatch: pytest.MonkeyPatch) -> No
         return lambda images: [result * 1.001 for result in graph(images)]
 
     def broken(_graph: Any, _images: Any, options: Any) -> Any:
-        raise RuntimeError("C++ compile error\nCommand: g++ and so on")
+        raise RuntimeError("C++ compile error\n\nCommand:\ng++ -Werror\n\nOutput:\nx.hpp: note\ng++: error: no space\n")
 
     backbone = frozen("wrn-10-1")
     monkeypatch.setattr(torch._inductor, "compile", wrong)
     with pytest.raises(CannotCompileError, match=r"of wrn-10-1 is off by 0\.001 of its largest value"):
         compile_frozen(backbone, maps("block3"), batch=2, size=16, device=CPU)
     monkeypatch.setattr(torch._inductor, "compile", broken)
-    with pytest.raises(CannotCompileError, match=r"^inductor cannot compile wrn-10-1: C\+\+ compile error$"):
+    with pytest.raises(CannotCompileError, match=r"compile wrn-10-1: C\+\+ compile error \(g\+\+: error: no space\)$"):
         compile_frozen(backbone, maps("block3"), batch=2, size=16, device=CPU)
 
 

@@ -45,11 +45,15 @@ def test_an_unfinished_layer_is_gone_on_with_by_the_same_arithmetic(run: Any, st
     assert open_store(store).layer(name).attributes["arithmetic"] == EAGER
     StoreWriter(store).discard_chunks(name, [1])
     set_arithmetic(store, name, OTHER)
-    told = r"not complete and was begun with trunk 'another way', now it would be 'eager'; encode into a new store, or"
+    told = (
+        r"not complete and was begun with trunk 'another way', now it would be 'eager'; encode into a new store: --vo"
+    )
     with pytest.raises(MismatchError, match=told):
         run()
     set_arithmetic(store, name, None)
-    with pytest.raises(MismatchError, match="was begun with resize 'DALI', now it would be 'torch'; encode into a new"):
+    with pytest.raises(
+        MismatchError, match="was begun with resize 'DALI', now it would be 'torch'; encode into a new store"
+    ):
         run()
     assert verify(store).arithmetic[name] == EAGER | {"resize": "DALI"}
     set_arithmetic(store, name, {"resize": "torch"})
@@ -57,6 +61,21 @@ def test_an_unfinished_layer_is_gone_on_with_by_the_same_arithmetic(run: Any, st
     assert digest(store) == before
     assert verify(store).arithmetic[name] == EAGER
     assert f"{name} (trunk eager, decoder CPU, resize torch)" in verify_path(store).text()
+
+
+def test_an_unfinished_layer_of_another_arithmetic_gives_its_words_to_a_new_store(
+    run: Any, store: Path, tmp_path: Path
+) -> None:
+    before, name = open_store(store).layer(LAYERS["layers"][1]), LAYERS["layers"][1]
+    words = before.read_words()
+    StoreWriter(store).discard_chunks(name, [1])
+    set_arithmetic(store, name, None)
+    with pytest.raises(MismatchError, match=f"now .* 'torch'; encode into a new store: --vocabulary {store} --store "):
+        run()
+    path = run(vocabulary=store, k=(), store=tmp_path / "new.zarr").store
+    new = open_store(path).layer(name)
+    assert (new.read_words() == words).all()
+    assert new.attributes["vocabulary_digest"] == before.attributes["vocabulary_digest"]
 
 
 def test_complete_layers_of_another_arithmetic_are_used_and_told_of(
@@ -125,7 +144,7 @@ def test_a_store_that_was_begun_compiled_is_gone_on_with_compiled(
         run(store=path, compile=False)
     with monkeypatch.context() as patch:
         patch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
-        told = r"begun with trunk 'inductor freezing', but there is no C\+\+ compiler; install .* go on where that can"
+        told = r"begun with trunk 'inductor freezing', but there is no C\+\+ compiler that works; .* go on where that"
         with pytest.raises(MismatchError, match=told):
             run(store=path)
     run(store=path)  # auto, though its work alone would not do
@@ -164,7 +183,7 @@ def test_compiling_that_is_asked_for_and_cannot_be_had(
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
     monkeypatch.setattr(compiled, "_WORTH_SECONDS", 0.0)
     path = tmp_path / "new.zarr"
-    with pytest.raises(UsageError, match=r"^there is no C\+\+ compiler; install g\+\+.*; or leave --compile out$"):
+    with pytest.raises(UsageError, match=r"^there is no C\+\+ compiler.*; leave --compile out to do without$"):
         run(store=path, compile=True)
     run(store=path)
     assert "the network is run as it is, not compiled: there is no C++ compiler" in capsys.readouterr().err
