@@ -79,7 +79,13 @@ def way_of(setting: Compile, backbone: Backbone, use: Use, *, images: int, size:
     """
     if setting != "auto":
         return FROZEN if setting else EAGER
-    if device.type != "cpu" or images * flops(backbone, use, size) < _WORTH_SECONDS * _CORE_FLOPS:
+    if device.type != "cpu":
+        return EAGER
+    try:
+        if images * flops(backbone, use, size) < _WORTH_SECONDS * _CORE_FLOPS:
+            return EAGER
+    except OSError as error:  # the counter imports inductor
+        tell_fallback(_unwritable(error))
         return EAGER
     if problem := compiler_problem(device):
         tell_fallback(problem)
@@ -109,15 +115,19 @@ def compiler_problem(device: torch.device) -> str | None:
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler  # makes its folder
     except OSError as error:
-        return (
-            f"{error.filename} cannot hold what is compiled ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a "
-            "folder that can be written"
-        )
+        return _unwritable(error)
     try:
         get_cpp_compiler()
     except (RuntimeError, OSError):
         return "there is no C++ compiler that works; install g++, or set CXX to one"
     return None
+
+
+def _unwritable(error: OSError) -> str:
+    return (
+        f"{error.filename} cannot hold what is compiled ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a folder "
+        "that can be written"
+    )
 
 
 def compile_frozen(
