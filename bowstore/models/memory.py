@@ -13,11 +13,12 @@ FROZEN_FORMAT = torch.channels_last  # of the weights of networks that are only 
 def training_format(backbone: Backbone, device: str) -> torch.memory_format:
     """The memory format of weights and maps in training; `Network.forward` brings images into it.
 
-    Channels last, as images come, but for wide networks on a CPU. There PyTorch (2.14) sums a batch norm's statistics
-    a hundred times less exactly with channels last, and gradients of WRN-28-4 are off by 4e-3 instead of 3e-6. Residual
-    networks whose stages all have 64 channels and more lose a few percent of speed by contiguous maps, or none;
-    narrower ones and DenseNets a tenth to a half (docs/results/memory-format.md). In eval mode nothing is summed:
-    teachers and evaluations are as exact in the format that images come in.
+    Channels last, as images come, but for wide networks on a CPU. There PyTorch (2.14) sums a batch norm's statistics a
+    hundred times less exactly with channels last, and gradients of WRN-28-4 are off by 6e-6 instead of 2e-6, and more
+    often by 4e-3, where a value next to zero falls on the other side of a ReLU. Residual networks whose stages all have
+    64 channels and more lose a few percent of speed by contiguous maps, or none; narrower ones and DenseNets a tenth to
+    a half (docs/results/memory-format.md). In eval mode nothing is summed: teachers and evaluations are as exact in the
+    format that images come in.
 
     Args:
         backbone: what is trained.

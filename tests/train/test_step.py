@@ -1,6 +1,7 @@
 """The step: one graph from a batch's tensors to the loss, its optimiser, padded stems, and how devices are set."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.graph import GraphLowering
 
 from bowstore.config import TrainConfig
 from bowstore.data.index import open_index
@@ -241,3 +243,28 @@ def test_a_step_that_cannot_be_compiled_says_so(make_config: Make) -> None:
 def test_words_above_32767_come_through() -> None:
     packed_BM = torch.from_numpy(np.array([[0, 32767, 32768, 65534]], np.uint16).view(np.int16))
     assert bag_of(packed_BM, "count").words_BM.tolist() == [[0, 32767, 32768, 65534]]
+
+
+def test_the_compiled_step_keeps_maps_contiguous(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the program that Inductor writes for the forward; left alone, it lays all maps out with channels last."""
+    config = make_config("rotation", model={"arch": "wrn-10-4"})
+    task, batch = made(config)
+    network = loop.placed_network(task, config, ALONE)
+    assert network.memory_format(ALONE.device) == torch.contiguous_format
+    programs = []
+
+    def written(graph: GraphLowering) -> None:
+        programs.append(graph.codegen()[0].value)
+        raise NotImplementedError  # C++ would take half a minute
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", written)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fx_graph_cache=False), pytest.raises(RuntimeError, match="NotImplementedError"):
+        build_objective(task, config, ALONE, compiled=True)(*task.bring(batch))
+    torch._dynamo.reset()
+    views = 4 * len(batch.plan.rows)
+    found = re.findall(rf"\(({views}), (\d\d+), (\d+), \3\), \((\d+), (\d+), \d+, \d+\)", programs[0])
+    maps = [tuple(map(int, numbers)) for numbers in found]
+    assert {channels for _, channels, *_ in maps} == {16, 64, 128, 256}
+    for _, channels, side, of_image, of_channel in maps:
+        assert (of_image, of_channel) == (channels * side**2, side**2)
