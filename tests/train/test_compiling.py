@@ -1,12 +1,16 @@
 """Whether the step is compiled: by the configuration alone, said where it cannot be, the same run after a stop."""
 
 import functools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from served import SERVER
 
 from bowstore.config import ModelConfig, RuntimeConfig, TrainConfig, bundled_configs, load_train_config
 from bowstore.environment import choose_device
@@ -107,6 +111,47 @@ def test_a_compiled_run_that_stopped_is_the_same_run(
     ]
     assert logs[0] == logs[1]
     torch._dynamo.reset()
+
+
+def compiled_until_killed(config: TrainConfig, runs: Path, cache: Path) -> None:
+    """In a process of its own, which compiles anew."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    torch.set_num_threads(1)
+    original, taken = loop.train_step, 0
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    with patch.object(loop, "train_step", step):
+        loop.train(config, runs)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_bits_in_what_inductor_makes(make_config: Make, tmp_path: Path) -> None:
+    """Compiled in two processes, neither of which has the other's cache: the end is that of a run in one piece."""
+    from torch._inductor.utils import fresh_cache
+
+    config = make_config(runtime={"compile": True, "checkpoint_every_steps": 3})
+    killed = SERVER.Process(target=compiled_until_killed, args=(config, tmp_path / "runs", tmp_path / "cache"))
+    killed.start()
+    with fresh_cache():
+        loop.train(config.model_copy(update={"name": "whole"}), tmp_path / "runs")
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        kept = newest_checkpoint(tmp_path / "runs" / config.name)
+        assert kept is not None
+        assert (kept["step"], kept["compiled"]) == (6, True)
+        loop.train(config, tmp_path / "runs")
+    torch._dynamo.reset()
+    whole, resumed = (newest_checkpoint(tmp_path / "runs" / name) for name in ("whole", config.name))
+    assert whole is not None
+    assert resumed is not None
+    for part in ("backbone", "head", "optimizer"):
+        assert content_digest(whole[part]) == content_digest(resumed[part]), part
 
 
 def test_going_on_in_another_way_is_said(
