@@ -38,7 +38,8 @@ def test_long_runs_of_narrow_networks_are_compiled_on_a_cpu_and_all_runs_on_a_gp
     flops = run_flops(config, narrow, 1)
     long = int(1e14 / flops) + 1
     assert [compiles(config, narrow, steps, CPU) for steps in (1, long - 2, long)] == [False, False, True]
-    assert not compiles(config, wide, 1000 * long, CPU)
+    for wider in (network("wrn-16-2"), wide):
+        assert not compiles(config, wider, 1000 * long, CPU)
     assert compiles(config, narrow, 1, GPU)
     for setting in (True, False):
         fixed = config.model_copy(update={"runtime": RuntimeConfig(compile=setting)})
