@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bowstore.config import Compile, ViewConfig
 from bowstore.data.file_reader import FileReader
-from bowstore.data.views import clean_view
+from bowstore.data.views import CleanView, clean_view
 from bowstore.environment import choose_device
 from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.evaluate.features import Tap, compiled_features, extract, layer_taps, variation
@@ -193,20 +193,9 @@ def evaluate_voc07(
     taps = _taps(backbone.to(device), layers, costs, clean.size)
     images = sum(len(split.paths) for split in splits.values())
     compiled = compiled_features(backbone, taps, compile, images=images, size=clean.size, batch=batch, device=device)
+    how: dict[str, Any] = {"batch": batch, "device": device, "threads": threads, "compiled": compiled}
     features = [
-        extract(
-            backbone,
-            FileReader(split.paths),
-            clean,
-            np.arange(len(split.paths), dtype=np.int64),
-            taps=taps,
-            batch=batch,
-            device=device,
-            threads=threads,
-            compiled=compiled,
-            what=f"{name} features",
-        )
-        for name, split in splits.items()
+        _features(backbone, split, clean, taps, what=f"{name} features", **how) for name, split in splits.items()
     ]
     dims = {layer: values_Nd.shape[1] for layer, values_Nd in features[0].items()}
     varied = _variation(features)
@@ -232,6 +221,13 @@ def evaluate_voc07(
     )
     write_result(out, result)
     return result
+
+
+def _features(
+    backbone: Backbone, split: VocSplit, view: CleanView, taps: Mapping[str, Tap], **how: Any
+) -> dict[str, NDArray[np.float32]]:
+    """`features.extract` of all images of a split."""
+    return extract(backbone, FileReader(split.paths), view, np.arange(len(split.paths)), taps=taps, **how)
 
 
 def _variation(features: Sequence[dict[str, NDArray[np.float32]]]) -> dict[str, dict[str, Any]]:

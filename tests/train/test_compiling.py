@@ -172,15 +172,15 @@ def test_going_on_in_another_way_is_said(
 
 
 def test_without_a_compiler_a_run_trains_as_it_is(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    make_config: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     optim = {"epochs": 1, "milestones": []}
     loop.train(make_config(name="plain", optim=optim, runtime={"compile": False}), tmp_path / "runs")
     import torch._inductor.config as inductor
     from torch._inductor.utils import fresh_cache
 
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/nowhere/g++"))
-    with fresh_cache():
+    # Not by monkeypatch, which leaves the setting deleted: other tests compile after this one.
+    with inductor.patch({"cpp.cxx": (None, "/nowhere/g++")}), fresh_cache():
         loop.train(make_config(name="asked", optim=optim, runtime={"compile": True}), tmp_path / "runs")
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("not compiled: ")]
     assert len(said) == 1

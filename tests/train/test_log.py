@@ -210,7 +210,11 @@ def test_an_interrupt_says_what_is_left(
     monkeypatch.setattr(loop, "train_step", step)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rotation.yaml").write_text(json.dumps(json.loads(make_config("rotation").model_dump_json())))
-    result = CliRunner().invoke(main, ["train", "--config", "rotation.yaml"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        result = CliRunner().invoke(main, ["train", "--config", "rotation.yaml"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == f"Error: {text}"
 
