@@ -12,8 +12,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import ViewConfig
+from bowstore.data import pipeline
 from bowstore.data.file_reader import FileReader
-from bowstore.data.gpu_decode import Way
+from bowstore.data.gpu_decode import Decoding, Way
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import Stage, clean_batches, train_batches, train_graph
 from bowstore.data.plan import Plan, Schedule, generator, perturb, plans
@@ -229,8 +230,11 @@ def test_without_cutmix_the_view_is_that_of_each_image_alone(flip: bool, jitter:
 
 
 @pytest.mark.parametrize(("way", "decode"), [("slice", ["ImageSlice"]), ("image", ["Image", "Slice"])])
-def test_all_graphs_flip_and_colour_each_image_before_the_paste(way: Way, decode: list[str]) -> None:
+def test_all_graphs_flip_and_colour_each_image_before_the_paste(
+    monkeypatch: pytest.MonkeyPatch, way: Way, decode: list[str]
+) -> None:
     """A graph for a GPU can be laid out without one; on a CPU it only decodes."""
+    monkeypatch.setattr(pipeline, "gpu_decoding", lambda device: Decoding("slice", "", 1, ""))
     after = ["Resize", "Flip", "ColorTwist", "MultiPaste", "CropMirrorNormalize"]
     assert operators("cuda", "normalise", way) == [*decode, *after]
     assert operators("cpu", "decode", way) == decode
