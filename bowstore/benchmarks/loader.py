@@ -22,7 +22,7 @@ from bowstore.data.feed import PREFETCH
 from bowstore.data.finish import AHEAD
 from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import HW_LOAD, Stage, stages, train_batches, train_images
+from bowstore.data.pipeline import HW_LOAD, Stage, stages, train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.environment import cores, device_name
@@ -113,7 +113,7 @@ def _ended(
     index: Index, settings: LoaderSettings, batch: int, stage: Stage, steps: Iterator[Plan]
 ) -> Callable[[], Any]:
     """The view with its end after `stage`."""
-    made = train_images(
+    made = train_batches(
         ShardReader(index),
         settings.view,
         steps,

@@ -55,6 +55,7 @@ def train_batches(
     hw_load: float = HW_LOAD,
     way: Way | None = None,
     ahead: Callable[[Plan], Any] | None = None,
+    until: Stage | None = None,
 ) -> Iterator[Batch]:
     """Yield the perturbed images of `plans`, in order.
 
@@ -68,35 +69,12 @@ def train_batches(
         hw_load: share of the JPEG images that a GPU's hardware decoder takes.
         way: how windows are decoded; None for the quicker of those that work there.
         ahead: called with each plan in the reading thread, some batches ahead of need (streamed targets).
+        until: the stage after which it ends, for benchmarks: the difference between two ends is what a stage costs.
+            After `decode` the images are DALI's list.
 
     Raises:
         DataError: an image that cannot be decoded.
         BowstoreError: a library, the GPU or memory that failed.
-    """
-    images = train_images(
-        source, view, plans, batch=batch, device=device, threads=threads, hw_load=hw_load, way=way, ahead=ahead
-    )
-    for (plan, found), images_BCHW in images:
-        yield Batch(images_BCHW, plan, found)
-
-
-def train_images(
-    source: ImageSource,
-    view: ViewConfig,
-    plans: Iterable[Plan],
-    *,
-    batch: int,
-    device: torch.device,
-    threads: int | None = None,
-    hw_load: float = HW_LOAD,
-    way: Way | None = None,
-    ahead: Callable[[Plan], Any] | None = None,
-    until: Stage | None = None,
-) -> Iterator[tuple[tuple[Plan, Any], Any]]:
-    """What is behind `train_batches`: plans, what `ahead` gave, and images_BCHW.
-
-    With `until` it ends after an earlier stage, with whatever that makes. Only benchmarks ask for it: the difference
-    between two ends is what a stage costs.
     """
     last = until or stages(device)[-1]
     gpu = device.type == "cuda"
@@ -113,12 +91,13 @@ def train_images(
         until=last if gpu else "decode",
     )
     made = run(pipe, feed, source, lambda what: what[0].rows)
-    if last == "decode":
-        return made
-    if gpu:
-        return ((what, as_images(output)) for what, output in made)
-    finish = train_finish(_without(view, last), batch, threads or cores_per_rank(), normalise=last != "resize")
-    return finished(made, finish)
+    if gpu and last != "decode":
+        made = ((what, as_images(output)) for what, output in made)
+    elif last != "decode":
+        finish = train_finish(_without(view, last), batch, threads or cores_per_rank(), normalise=last != "resize")
+        made = finished(made, finish)
+    for (plan, found), images_BCHW in made:
+        yield Batch(images_BCHW, plan, found)
 
 
 def _without(view: ViewConfig, last: Stage) -> ViewConfig:

@@ -4,10 +4,9 @@ Legend: C channels, H W pixels.
 """
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bowstore.config import TrainConfig
-from bowstore.models.taps import without_data
+from bowstore.models.compiled import flops
 from bowstore.progress import say
 from bowstore.train.distributed import World
 from bowstore.train.tasks import Network
@@ -41,12 +40,11 @@ def compiles(config: TrainConfig, network: Network, steps: int, device: torch.de
 
 def run_flops(config: TrainConfig, network: Network, steps: int) -> float:
     """Floating-point operations of a whole run, but for its head's: a fact of the configuration, not of the machine."""
-    ghost = without_data(network.backbone).eval()
     views = config.optim.batch * (4 if config.task == "rotation" else 1)
-    images_BCHW = torch.zeros(1, 3, config.view.size, config.view.size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ghost.feature_maps(images_BCHW, ghost.layers[-1:])
-    return float(_PASSES * counter.get_total_flops()) * views * steps
+    image = flops(
+        network.backbone, lambda ghost, images: ghost.feature_maps(images, ghost.layers[-1:]), config.view.size
+    )
+    return float(_PASSES * image) * views * steps
 
 
 def compiles_here(wanted: bool, world: World) -> bool:
@@ -61,7 +59,11 @@ def compiles_here(wanted: bool, world: World) -> bool:
 
 
 def compiler_problem(device: torch.device) -> str:
-    """Why nothing can be compiled here, or nothing: a small function is, with what it needs of compiler and headers."""
+    """Why nothing can be compiled here, or nothing: a small function is, with what it needs of compiler and headers.
+
+    A trial, where frozen networks (`bowstore.models.compiled`) only look for the compiler: they are compiled before the
+    work, and fall back by themselves; a step is compiled in the midst of training.
+    """
     try:
         torch.compile(_probe, dynamic=False)(torch.zeros(64, device=device))
     except (RuntimeError, OSError, ImportError) as error:

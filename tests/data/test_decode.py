@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from in_memory import Memory
 from jpeg_writer import write_jpeg
 from numpy.typing import NDArray
 from nvidia.dali import fn
@@ -24,25 +25,6 @@ CPU = torch.device("cpu")
 WAYS: list[Way] = ["slice", "image"]
 SUBSAMPLINGS = {"4:4:4": (1, 1), "4:2:2": (2, 1), "4:2:0": (2, 2), "4:4:0": (1, 2), "4:1:1": (4, 1)}
 SIDES = (45, 61)
-
-
-class Memory:
-    """Encoded images in memory."""
-
-    def __init__(self, images: list[NDArray[np.uint8]]) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, row: int) -> str:
-        return str(row)
-
-    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.zeros(len(rows), np.int64)
-
-    def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        return [self._images[row] for row in rows]
 
 
 def colourful(height: int, width: int) -> NDArray[np.uint8]:

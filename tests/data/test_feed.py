@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from in_memory import Memory
 from numpy.typing import NDArray
 from shard_sets import encode_jpeg, textured_image
 
@@ -22,25 +23,17 @@ VIEW = ViewConfig(size=64, resize=None)
 ROWS, BATCH = 96, 8
 
 
-class Lender:
+class Lender(Memory):
     """Encoded images, read into memory that a test may write over."""
 
     def __init__(self, images: list[bytes], *, keep: bool = True) -> None:
-        self._images, self._keep = images, keep
+        super().__init__(images)
+        self._keep = keep
         self.lent: list[list[NDArray[np.uint8]]] = []
         self.seen: list[list[weakref.ref[NDArray[np.uint8]]]] = []
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, row: int) -> str:
-        return str(row)
-
-    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.zeros(len(rows), np.int64)
-
     def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        found = [np.frombuffer(self._images[row % len(self._images)], np.uint8).copy() for row in rows.tolist()]
+        found = [self.images[row % len(self)].copy() for row in rows.tolist()]
         self.seen.append([weakref.ref(image) for image in found])
         if self._keep:
             self.lent.append(found)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_memory import Memory
 from numpy.typing import NDArray
 from PIL import Image
 from shard_sets import ShardMaker, encode_jpeg, textured_image
@@ -27,25 +28,6 @@ PLAIN = ViewConfig(
     size=32, resize=None, mean=(0, 0, 0), std=(1, 1, 1), brightness=0, contrast=0, saturation=0, hue=0, grey=0,
     flip=False, cutmix=False, area=(0.3, 1.0),
 )  # fmt: skip
-
-
-class Memory:
-    """Encoded images in memory."""
-
-    def __init__(self, images: list[bytes]) -> None:
-        self._images = [np.frombuffer(data, np.uint8) for data in images]
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, row: int) -> str:
-        return f"memory/{row}"
-
-    def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.zeros(len(rows), np.int64)
-
-    def read(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        return [self._images[row] for row in rows]
 
 
 def a_plan(count: int, view: ViewConfig, **changes: object) -> Plan:

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -67,6 +68,16 @@ class Stopped(Exception):
     pass
 
 
+def stopping_at(step: int) -> Callable[[int], None]:
+    """What ends a run before a step."""
+
+    def stop(at: int) -> None:
+        if at == step:
+            raise Stopped
+
+    return stop
+
+
 @pytest.mark.parametrize("stops", [(2,), (4, 5), (7, 9), (5, 10, 14)])
 def test_resume_in_mid_epoch_gives_the_same_bits(
     config: TrainConfig, tmp_path: Path, whole: tuple[Record, dict[str, torch.Tensor]], stops: tuple[int, ...]
@@ -74,13 +85,8 @@ def test_resume_in_mid_epoch_gives_the_same_bits(
     """Before the first checkpoint; on and around the end of an epoch (5, 10) and a checkpoint (4, 8, 12); again."""
     starts = []
     for stop in stops:
-
-        def stop_at(step: int, stop: int = stop) -> None:
-            if step == stop:
-                raise Stopped
-
         with pytest.raises(Stopped):
-            recorded_train(config, tmp_path, tmp_path / "record", stop_at)
+            recorded_train(config, tmp_path, tmp_path / "record", stopping_at(stop))
         starts.append(stop // EVERY * EVERY)
     recorded_train(config, tmp_path, tmp_path / "record")
     record = read_record(tmp_path / "record")
@@ -96,12 +102,8 @@ def test_resume_where_the_network_lies_otherwise_in_memory(
 ) -> None:
     """As on another kind of device: momenta of one layout added to weights of another would train something else."""
 
-    def stop_at(step: int) -> None:
-        if step == 8:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        recorded_train(config, tmp_path, tmp_path / "record", stop_at)
+        recorded_train(config, tmp_path, tmp_path / "record", stopping_at(8))
     formats = {torch.channels_last: torch.contiguous_format, torch.contiguous_format: torch.channels_last}
     before = Network.memory_format
     monkeypatch.setattr(Network, "memory_format", lambda self, device: formats[before(self, device)])
@@ -127,12 +129,8 @@ def test_resume_drops_what_was_read_ahead(
             read.append(len(rows))
             return super().read(rows)
 
-    def stop_at(step: int) -> None:
-        if step == 4:
-            raise Stopped
-
     with patch.object(loop, "ShardReader", Spy), pytest.raises(Stopped):
-        recorded_train(config, tmp_path, tmp_path / "record", stop_at)
+        recorded_train(config, tmp_path, tmp_path / "record", stopping_at(4))
     assert len(read) >= 5 + depth
     recorded_train(config, tmp_path, tmp_path / "record")
     assert_the_same_run(read_record(tmp_path / "record"), tmp_path, whole)
@@ -144,12 +142,8 @@ def test_resume_with_other_threads_and_targets_elsewhere(
 ) -> None:
     """What `runtime` says changes no bit, so it may change between sittings."""
 
-    def stop_at(step: int) -> None:
-        if step == 8:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        recorded_train(config, tmp_path, tmp_path / "record", stop_at)
+        recorded_train(config, tmp_path, tmp_path / "record", stopping_at(8))
     changes = {"targets": tier, "threads": threads, "storage": {"cache": tmp_path / "cache"}}
     runtime = type(config.runtime).model_validate({**config.runtime.model_dump(), **changes})
     recorded_train(config.model_copy(update={"runtime": runtime}), tmp_path, tmp_path / "record")
@@ -186,16 +180,12 @@ def test_resume_after_kill_9_and_again(
 def test_resume_on_other_images_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     """The same keys in other shards would be another order: the checkpoint knows the fingerprint."""
 
-    def stop_at(step: int) -> None:
-        if step == 6:
-            raise Stopped
-
     assert config.shards is not None
     shards = tmp_path / "shards"
     shutil.copytree(config.shards, shards)
     moved = config.model_copy(update={"shards": shards})
     with pytest.raises(Stopped):
-        recorded_train(moved, tmp_path, tmp_path / "record", stop_at)
+        recorded_train(moved, tmp_path, tmp_path / "record", stopping_at(6))
     for tar in shards.glob("*.tar"):
         tar.unlink()
     build_index(write_coloured_tars(shards, KEYS, per_shard=30))
