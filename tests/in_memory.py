@@ -16,7 +16,7 @@ class Memory:
         return len(self.images)
 
     def name(self, row: int) -> str:
-        return f"memory/{row}"
+        return str(row)
 
     def pixels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.zeros(len(rows), np.int64)

@@ -70,7 +70,7 @@ def loader(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """The train view, stage by stage: plan, read, decode, resize, jitter, CutMix, normalise; and which one binds."""
+    """The train view stage by stage, planning and reading first, and which stage binds."""
     from bowstore.benchmarks.loader import LoaderSettings, bench_loader
     from bowstore.config import ViewConfig, load_train_config, load_workspace
     from bowstore.environment import choose_device, cores_per_rank

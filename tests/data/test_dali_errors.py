@@ -5,10 +5,10 @@ import io
 import numpy as np
 import pytest
 import torch
+from in_memory import Memory
 from nvidia.dali import fn
 from PIL import Image
 from shard_sets import encode_jpeg, textured_image
-from test_decode import Memory
 
 from bowstore.data import feed as feeding
 from bowstore.data.dali_errors import explained, words_of
