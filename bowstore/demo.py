@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bowstore.config import EncodeConfig, Workspace, bundled_configs
+from bowstore.config import Workspace, bundled_configs
 from bowstore.evaluate.protocol import Result, comparison_table
 from bowstore.evaluate.run import evaluate_run_linear
 from bowstore.files import write_json
 from bowstore.progress import format_seconds, say, timed
+from bowstore.words.config import EncodeConfig
 
 LAYER, WORDS = "block3", 256
 _TRAIN_IMAGES, _VAL_IMAGES, _SIZE = 10_000, 2_500, 32

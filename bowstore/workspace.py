@@ -4,19 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bowstore.config import (
-    CONFIGS,
-    WORKSPACE_FILE,
-    StorageConfig,
-    TrainConfig,
-    Workspace,
-    bundled_configs,
-    load_train_config,
-)
+from bowstore.config import CONFIGS, WORKSPACE_FILE, StorageConfig, Workspace, bundled_configs
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.files import atomic_file
 from bowstore.progress import say
 from bowstore.remote import RemoteFolder, fetch_store, is_remote
+from bowstore.train.config import TrainConfig, load_train_config
 
 RECIPES = {
     "cifar10": ("cifar10_rotnet.yaml", "cifar10_bownet.yaml"),

@@ -16,7 +16,8 @@ import torch
 import xxhash
 from shard_sets import encode_jpeg, fill_layer
 
-from bowstore.config import TrainConfig, ViewConfig, validate
+from bowstore.config import ViewConfig, validate
+from bowstore.train.config import TrainConfig
 from bowstore.words.layer import LayerSpec
 from bowstore.words.store_writer import create_store
 

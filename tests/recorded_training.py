@@ -14,8 +14,8 @@ import xxhash
 from coloured_keys import misaligned
 from served import SERVER
 
-from bowstore.config import TrainConfig
 from bowstore.train import loop
+from bowstore.train.config import TrainConfig
 
 Record = list[dict[str, Any]]
 OnStep = Callable[[int], None]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bowstore.config import TrainConfig
 from bowstore.data.index import build_index
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import save_backbone
+from bowstore.train.config import TrainConfig
 
 IMAGES = 96
 

@@ -3,19 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from bowstore.config import (
-    TrainConfig,
-    Workspace,
-    bundled_configs,
-    dump,
-    find_config,
-    load_train_config,
-    load_workspace,
-    validate,
-)
+from bowstore.config import Workspace, bundled_configs, dump, find_config, load_workspace, validate
 from bowstore.errors import MissingError, UsageError
 from bowstore.models.registry import build_backbone
 from bowstore.overrides import apply_overrides
+from bowstore.train.config import TrainConfig, load_train_config
 from bowstore.yaml_file import read_value, read_yaml, write_yaml
 
 BUNDLED = sorted(bundled_configs().glob("*.yaml"))

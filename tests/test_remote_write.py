@@ -24,12 +24,13 @@ from servers import serve_s3
 from shard_sets import fill_layer, write_words
 from teacher_sets import write_shards, write_teacher
 
-from bowstore.config import EncodeConfig, StorageConfig
+from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
 from bowstore.remote import cache, fetch_store, folder, reserve_room, transfer, writable_store, writing
 from bowstore.remote.record import Record
 from bowstore.remote.transfer import Remote
 from bowstore.words import layer as store_layer
+from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
 from bowstore.words.encode_report import EncodeReport
 from bowstore.words.layer import LayerSpec
@@ -408,7 +409,8 @@ def test_remote_write_by_two_processes_uploads_once(there: Path, url: Path, work
     code = f"""
         import os, sys, torch
         from pathlib import Path
-        from bowstore.config import EncodeConfig, StorageConfig
+        from bowstore.config import StorageConfig
+        from bowstore.words.config import EncodeConfig
         from bowstore.remote import transfer
         from bowstore.words import layer
         from bowstore.words.encode import encode

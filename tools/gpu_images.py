@@ -20,12 +20,14 @@ from gpu_process import Check
 from PIL import Image
 
 from bowstore import gpu
-from bowstore.config import EncodeConfig, TrainConfig, ViewConfig, validate
+from bowstore.config import ViewConfig, validate
 from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import clean_view
 from bowstore.environment import cores
+from bowstore.train.config import TrainConfig
+from bowstore.words.config import EncodeConfig
 
 _LEVELS = 255 * torch.tensor(ViewConfig().std)[:, None, None]  # of grey, in a normalised pixel's unit
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bowstore.benchmarks.result import BenchResult, Timing
-from bowstore.config import EncodeConfig, StorageConfig
+from bowstore.config import StorageConfig
 from bowstore.data.feed import PREFETCH
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import clean_batches
@@ -25,6 +25,7 @@ from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 from bowstore.words.assign_pass import AssignPass
 from bowstore.words.claims import Board
+from bowstore.words.config import EncodeConfig
 from bowstore.words.job import Job, Rows, plan_layers, view_values
 from bowstore.words.lanes import compute_workers, one_thread_each, workers
 from bowstore.words.layer import LayerSpec

@@ -17,12 +17,13 @@ from torch import Tensor
 from bowstore.benchmarks.made_up import LAYER, made_up_index, made_up_store
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
-from bowstore.config import TrainConfig, validate
+from bowstore.config import validate
 from bowstore.data.index import open_index
 from bowstore.data.plan import plans
 from bowstore.data.views import Batch
 from bowstore.environment import cores, device_name
 from bowstore.train.compiling import compiles, compiles_here
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.loop import data_schedule, placed_network
 from bowstore.train.step import build_objective, build_optimizer, train_step, tuned

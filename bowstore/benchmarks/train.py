@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 
 from bowstore.benchmarks.result import BenchResult, Timing
-from bowstore.config import TrainConfig
 from bowstore.data.feed import PREFETCH
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import train_batches
@@ -20,6 +19,7 @@ from bowstore.data.views import Batch
 from bowstore.environment import device_name
 from bowstore.progress import Progress
 from bowstore.train.compiling import compiles, compiles_here
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import joined
 from bowstore.train.loop import data_schedule, placed_network, with_local_store
 from bowstore.train.schedule import total_steps

@@ -72,8 +72,9 @@ def loader(
 ) -> None:
     """The train view stage by stage, planning and reading first, and which stage binds."""
     from bowstore.benchmarks.loader import LoaderSettings, bench_loader
-    from bowstore.config import ViewConfig, load_train_config, load_workspace
+    from bowstore.config import ViewConfig, load_workspace
     from bowstore.environment import choose_device, cores_per_rank
+    from bowstore.train.config import load_train_config
 
     workspace = load_workspace()
     view = ViewConfig(size=size, resize=max(size, 256))
@@ -231,9 +232,10 @@ def encode(
 ) -> None:
     """The pass of `bowstore encode` over the slower of the clean view alone and the teacher alone."""
     from bowstore.benchmarks.encode import bench_encode
-    from bowstore.config import EncodeConfig, load_workspace, validate
+    from bowstore.config import load_workspace, validate
     from bowstore.environment import choose_device
     from bowstore.errors import MissingError
+    from bowstore.words.config import EncodeConfig
     from bowstore.workspace import resolve_teacher
 
     workspace = load_workspace()

@@ -62,10 +62,11 @@ def encode(
     Vocabularies by k-means over sampled vectors, then one pass over all images. An interrupted run goes on.
     `bowstore layers ARCH` lists the layers of a teacher.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
-    from bowstore.config import EncodeConfig, load_workspace, validate
+    from bowstore.config import load_workspace, validate
     from bowstore.environment import choose_device
     from bowstore.torchrun import ranks
     from bowstore.train.distributed import beside_others
+    from bowstore.words.config import EncodeConfig
     from bowstore.words.encode import encode as run_encode
     from bowstore.workspace import resolve_teacher
 

@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from bowstore.config import ModelConfig, TrainConfig, ViewConfig, differences, dump, validate
+from bowstore.config import ModelConfig, ViewConfig, dump, validate
 from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
@@ -26,6 +26,7 @@ from bowstore.models.registry import Backbone, build_backbone
 from bowstore.models.weights import content_digest
 from bowstore.progress import say
 from bowstore.torchrun import ranks
+from bowstore.train.config import TrainConfig, differences
 from bowstore.yaml_file import read_yaml
 
 BACKBONE_FILE = "backbone.safetensors"

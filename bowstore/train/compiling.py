@@ -5,9 +5,9 @@ Legend: C channels, H W pixels.
 
 import torch
 
-from bowstore.config import TrainConfig
 from bowstore.models.compiled import flops
 from bowstore.progress import say
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.tasks import Network
 

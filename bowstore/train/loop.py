@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bowstore.config import RuntimeConfig, TrainConfig, dump
+from bowstore.config import dump
 from bowstore.data.index import Index, open_index
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader, fetched
@@ -25,6 +25,7 @@ from bowstore.progress import say
 from bowstore.remote import fetch_store
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.compiling import another_way, compiles, compiles_here
+from bowstore.train.config import RuntimeConfig, TrainConfig
 from bowstore.train.distributed import World, joined
 from bowstore.train.health import diverged, unsound
 from bowstore.train.metrics import Meter, RunLog, last_logged

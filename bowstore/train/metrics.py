@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bowstore.config import TrainConfig
 from bowstore.data.views import Batch
 from bowstore.files import atomic_file, open_end
 from bowstore.progress import Progress, say
 from bowstore.train.checkpoint import aside
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.schedule import steps_per_epoch, total_steps
 

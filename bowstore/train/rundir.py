@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bowstore.config import TrainConfig, differences, dump, validate
+from bowstore.config import dump, validate
 from bowstore.data.gpu_decode import gpu_decoding
 from bowstore.environment import device_name, library_versions
 from bowstore.errors import BowstoreError, MismatchError
@@ -23,6 +23,7 @@ from bowstore.models.saved import (
 )
 from bowstore.models.weights import content_digest
 from bowstore.progress import say
+from bowstore.train.config import TrainConfig, differences
 from bowstore.train.distributed import World
 from bowstore.train.metrics import METRICS_FILE
 from bowstore.yaml_file import write_yaml

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from bowstore.config import ModelConfig, OptimConfig, RotationConfig, TrainConfig, WordsConfig
+from bowstore.config import ModelConfig
+from bowstore.train.config import OptimConfig, RotationConfig, TrainConfig, WordsConfig
 
 
 def images_in_use(config: TrainConfig, rows: int) -> int:

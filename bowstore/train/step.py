@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bowstore.config import TrainConfig
 from bowstore.data.views import Batch
 from bowstore.errors import TrainingError, UsageError
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.tasks import Network, Task
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bowstore.config import StorageConfig, TrainConfig
+from bowstore.config import StorageConfig
 from bowstore.data.index import Index
 from bowstore.data.plan import Plan
 from bowstore.data.views import Batch
@@ -23,6 +23,7 @@ from bowstore.models.heads import CosineHead, RotationHead
 from bowstore.models.memory import training_format
 from bowstore.models.registry import Backbone, build_backbone
 from bowstore.progress import say
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.schedule import images_in_use
 from bowstore.words.bags import Bag, MeanBag, bag_entropy, bag_of, bow_cross_entropy, mix_bags

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from bowstore.config import TrainConfig, differences, validate
+from bowstore.config import validate
 from bowstore.errors import BowstoreError
 from bowstore.files import read_json
 from bowstore.models import saved
 from bowstore.models.weights import content_digest
+from bowstore.train.config import TrainConfig, differences
 from bowstore.train.metrics import last_logged, lost_lines, unreadable_lines
 
 # What nobody changes within a run; other values may be those of before a --resume.

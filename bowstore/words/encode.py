@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bowstore.config import EncodeConfig, StorageConfig
+from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.reader import fetched
 from bowstore.environment import choose_device
@@ -30,6 +30,7 @@ from bowstore.torchrun import ranks
 from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
 from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name
 from bowstore.words.claims import Board
+from bowstore.words.config import EncodeConfig
 from bowstore.words.encode_report import EncodeReport, report_layer
 from bowstore.words.job import Job, plan_layers
 from bowstore.words.nearest import NearestSearch, load_nearest, save_nearest

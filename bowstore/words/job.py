@@ -14,12 +14,12 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.config import EncodeConfig
 from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index
 from bowstore.data.resize import resized_by
 from bowstore.errors import MismatchError, UsageError
 from bowstore.words.arithmetic import Arithmetic
+from bowstore.words.config import EncodeConfig
 from bowstore.words.layer import Layer
 from bowstore.words.store import Store
 from bowstore.words.teacher import Teacher, TeacherLayer

@@ -20,7 +20,6 @@ from coloured_keys import (
     write_coloured_tars,
 )
 
-from bowstore.config import TrainConfig
 from bowstore.data.index import Index, build_index, open_index
 from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import Plan, plans
@@ -28,6 +27,7 @@ from bowstore.data.reader import ShardReader
 from bowstore.data.verify import verify_folder
 from bowstore.data.views import Batch
 from bowstore.errors import CorruptError, DataError, MismatchError
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.loop import data_schedule
 from bowstore.train.tasks import Task, build_task

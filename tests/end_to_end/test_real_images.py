@@ -13,7 +13,7 @@ from shard_sets import real_data
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from bowstore.config import EncodeConfig, ModelConfig, TrainConfig, ViewConfig, validate
+from bowstore.config import ModelConfig, ViewConfig, validate
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Schedule, plans
@@ -22,6 +22,8 @@ from bowstore.data.shards import make_shards
 from bowstore.data.views import clean_view
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import save_backbone
+from bowstore.train.config import TrainConfig
+from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
 from bowstore.words.store import open_store
 

@@ -16,12 +16,13 @@ from servers import serve, serve_s3, upload
 from shard_sets import ShardMaker
 
 from bowstore.cli import main
-from bowstore.config import StorageConfig, TrainConfig
+from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.reader import ShardReader, fetched, read_mode
 from bowstore.errors import BowstoreError, CorruptError, UsageError
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import save_backbone
+from bowstore.train.config import TrainConfig
 from bowstore.train.metrics import read_metrics
 
 SPLITS = ("train", "val")

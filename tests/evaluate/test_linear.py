@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from bowstore.config import ModelConfig, TrainConfig, ViewConfig, dump, validate
+from bowstore.config import ModelConfig, ViewConfig, dump, validate
 from bowstore.data.index import build_index
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.evaluate.linear import LinearConfig, evaluate_linear, learning_rate, linear_probe, standardised
@@ -16,6 +16,7 @@ from bowstore.evaluate.protocol import Result, read_result
 from bowstore.evaluate.run import evaluate_run_linear
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import save_backbone
+from bowstore.train.config import TrainConfig
 
 QUICK = LinearConfig(epochs=5)
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]

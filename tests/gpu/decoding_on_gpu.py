@@ -13,7 +13,7 @@ from jpeg_writer import write_jpeg
 from numpy.typing import NDArray
 from shard_sets import ShardMaker, write_store, write_tar
 
-from bowstore.config import EncodeConfig, TrainConfig, ViewConfig, validate
+from bowstore.config import ViewConfig, validate
 from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.gpu_probe import decoded, differences, pillow, windows
 from bowstore.data.index import Index, build_index, open_index
@@ -21,8 +21,10 @@ from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import CleanView, clean_view
+from bowstore.train.config import TrainConfig
 from bowstore.train.loop import train
 from bowstore.train.metrics import read_metrics
+from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
 from bowstore.words.store import open_store
 from bowstore.words.verify import digest

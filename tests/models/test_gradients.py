@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from bowstore.config import ModelConfig, TrainConfig
+from bowstore.config import ModelConfig
 from bowstore.models.registry import build_backbone
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.tasks import build_task
 

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from bowstore.config import ModelConfig, TrainConfig
+from bowstore.config import ModelConfig
 from bowstore.errors import MismatchError, UsageError
 from bowstore.models.heads import CosineHead, RotationHead
 from bowstore.models.registry import build_backbone, group_depth
 from bowstore.models.saved import load_weights
 from bowstore.models.wide_resnet import Group
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.tasks import build_task
 

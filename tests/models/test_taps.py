@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from bowstore.cli import main
-from bowstore.config import ModelConfig, TrainConfig
+from bowstore.config import ModelConfig
 from bowstore.errors import UsageError
 from bowstore.models.heads import RotationHead
 from bowstore.models.layers import describe_layers
@@ -20,6 +20,7 @@ from bowstore.models.registry import Backbone, build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.taps import Layout, probe, without_data
 from bowstore.models.weights import weights_sha256
+from bowstore.train.config import TrainConfig
 
 VIT = "timm:vit_tiny_patch16_224"
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from shard_sets import fill_layer
 
-from bowstore.config import EncodeConfig
 from bowstore.words import layer as layer_module
+from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
 from bowstore.words.layer import LayerSpec
 from bowstore.words.store import Store, open_store

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from shard_sets import ShardMaker, write_store
 
-from bowstore.config import TrainConfig, validate
+from bowstore.config import validate
+from bowstore.train.config import TrainConfig
 
 Make = Callable[..., TrainConfig]
 

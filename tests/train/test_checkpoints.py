@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bowstore.config import ModelConfig, TrainConfig
+from bowstore.config import ModelConfig
 from bowstore.errors import CorruptError, MismatchError, TrainingError
 from bowstore.models import saved
 from bowstore.models.registry import build_backbone
@@ -21,6 +21,7 @@ from bowstore.models.saved import checkpoint_bytes, load_backbone, load_checkpoi
 from bowstore.models.weights import content_digest
 from bowstore.train import loop
 from bowstore.train.checkpoint import Checkpoints, prune, save_checkpoint
+from bowstore.train.config import TrainConfig
 
 Make = Callable[..., TrainConfig]
 SMALL = {"arch": "wrn-10-1", "strides": (2, 2, 1)}

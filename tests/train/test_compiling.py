@@ -12,13 +12,14 @@ import pytest
 import torch
 from served import SERVER
 
-from bowstore.config import ModelConfig, RuntimeConfig, TrainConfig, bundled_configs, load_train_config
+from bowstore.config import ModelConfig, bundled_configs
 from bowstore.environment import choose_device
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import newest_checkpoint
 from bowstore.models.weights import content_digest
 from bowstore.train import compiling, loop
 from bowstore.train.compiling import another_way, compiles, run_flops
+from bowstore.train.config import RuntimeConfig, TrainConfig, load_train_config
 from bowstore.train.metrics import read_metrics
 from bowstore.train.tasks import Network
 

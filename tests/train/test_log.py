@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 from bowstore.cli import main
-from bowstore.config import TrainConfig
 from bowstore.data.index import open_index
 from bowstore.models.registry import Backbone
 from bowstore.models.saved import newest_checkpoint
 from bowstore.models.weights import content_digest
 from bowstore.train import loop, metrics, tasks
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.metrics import Meter, MetricsLog, read_metrics
 from bowstore.train.schedule import step_seed

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from bowstore.config import TrainConfig, Workspace
+from bowstore.config import Workspace
 from bowstore.errors import MismatchError, MissingError
 from bowstore.models.saved import checkpoints, load_backbone, newest_checkpoint
 from bowstore.train import loop
 from bowstore.train.checkpoint import Checkpoints
+from bowstore.train.config import TrainConfig
 from bowstore.train.metrics import MetricsLog, RunLog
 from bowstore.train.schedule import without_effect
 from bowstore.verify import verify_path

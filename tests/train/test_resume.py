@@ -14,13 +14,13 @@ import torch
 from coloured_keys import distinct_keys, training_config, write_coloured_store, write_coloured_tars
 from recorded_training import Record, exit_codes, read_record, recorded_train, start_ranks
 
-from bowstore.config import TrainConfig
 from bowstore.data import feed
 from bowstore.data.index import build_index
 from bowstore.data.reader import ShardReader
 from bowstore.errors import MismatchError
 from bowstore.models.saved import newest_checkpoint
 from bowstore.train import loop
+from bowstore.train.config import TrainConfig
 from bowstore.train.tasks import Network
 
 KEYS = distinct_keys(90)  # 5 steps of 16 an epoch, 10 images left over

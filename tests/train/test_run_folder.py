@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bowstore.config import TrainConfig
 from bowstore.data.index import open_index
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.train import loop
+from bowstore.train.config import TrainConfig
 from bowstore.train.metrics import MetricsLog
 from bowstore.train.rundir import check_run, write_config
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch._inductor.graph import GraphLowering
 
-from bowstore.config import TrainConfig
 from bowstore.data.index import open_index
 from bowstore.data.plan import plans
 from bowstore.data.views import Batch
 from bowstore.errors import TrainingError, UsageError
 from bowstore.train import loop, step
+from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.step import PaddedConv2d, build_objective, build_optimizer, pad_stem, train_step, tuned
 from bowstore.train.tasks import Task, build_task

@@ -10,7 +10,6 @@ import pytest
 import torch
 from shard_sets import write_store, write_words
 
-from bowstore.config import OptimConfig, TrainConfig
 from bowstore.data.index import open_index
 from bowstore.data.views import Batch
 from bowstore.environment import choose_device
@@ -19,6 +18,7 @@ from bowstore.files import exclusive_lock
 from bowstore.models import saved
 from bowstore.models.saved import load_backbone, newest_checkpoint
 from bowstore.train import loop
+from bowstore.train.config import OptimConfig, TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.metrics import read_metrics
 from bowstore.train.schedule import learning_rate, total_steps

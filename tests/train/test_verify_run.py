@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from bowstore.cli import main
-from bowstore.config import TrainConfig
 from bowstore.errors import UsageError
 from bowstore.models import saved
 from bowstore.train import loop
+from bowstore.train.config import TrainConfig
 from bowstore.verify import PathReport, verify_path
 
 Make = Callable[..., TrainConfig]

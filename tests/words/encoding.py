@@ -9,8 +9,8 @@ from typing import Any
 import faiss
 import torch
 
-from bowstore.config import EncodeConfig
 from bowstore.words import layer as layer_module
+from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
 from bowstore.words.encode_report import EncodeReport
 

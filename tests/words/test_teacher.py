@@ -6,11 +6,12 @@ import torch
 from safetensors.torch import save_file
 from teacher_sets import write_teacher
 
-from bowstore.config import ModelConfig, TrainConfig
+from bowstore.config import ModelConfig
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
+from bowstore.train.config import TrainConfig
 from bowstore.words.lanes import one_thread_each, workers
 from bowstore.words.teacher import TeacherLayer, load_teacher
 
