@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from bowstore.errors import UsageError
 from bowstore.limits import MAX_COUNT, MAX_FLOAT, MAX_SEED, MAX_THREADS, path_problem, text_problem
+from bowstore.plugins import Named, use_plugins
 from bowstore.yaml_file import read_yaml, shown
 
 WORKSPACE_FILE = "bowstore.yaml"
@@ -131,6 +132,7 @@ class Workspace(Strict):
     teacher: Text | None = Field(None, description="run or checkpoint; null: the newest finished rotation run")
     config: Place | None = Field(None, description="configuration of `bowstore train`; null: the teacher's student")
     voc: Place = Field(Path("data/VOCdevkit/VOC2007"), description="VOC devkit folder of `bowstore eval voc07`")
+    plugins: Listed[Text] = Field((), description="files and modules that add sources, tasks and protocols")
     storage: StorageConfig = StorageConfig()
 
 
@@ -159,10 +161,15 @@ def find_config(path: Path) -> Path:
 
 
 def load_workspace(folder: Path | None = None) -> Workspace:
-    """The workspace of `folder` (default: the current directory), or the defaults where there is no file."""
+    """The workspace of `folder` (default: the current directory), or the defaults where there is no file.
+
+    Registries know its plugins from then on, and those of no workspace that was loaded before.
+    """
     path = (folder or Path()) / WORKSPACE_FILE
     # A link to nothing is no reason to go on with the defaults.
-    return validate(Workspace, read_yaml(path), str(path)) if os.path.lexists(path) else Workspace()
+    workspace = validate(Workspace, read_yaml(path), str(path)) if os.path.lexists(path) else Workspace()
+    use_plugins(Named(workspace.plugins, str(path.parent.absolute())))
+    return workspace
 
 
 # What to write instead, by the kind of pydantic's error.

@@ -50,6 +50,7 @@ runs: runs
 teacher: null                    # run or checkpoint; null: the newest finished rotation run
 config: {config}                 # what `bowstore train` trains; null: the student named by the teacher
 voc: data/VOCdevkit/VOC2007      # for: bowstore eval voc07
+plugins: []                      # files or modules with sources, tasks and protocols of your own
 """
 
 

@@ -25,6 +25,7 @@ EVERYWHERE = {
     "files",
     "gpu",
     "limits",
+    "plugins",
     "overrides",
     "progress",
     "remote",

@@ -12,6 +12,7 @@ import click
 
 from bowstore.errors import BowstoreError, is_machine_error
 from bowstore.limits import MAX_BATCH, MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
+from bowstore.plugins import Registry
 from bowstore.progress import reader_is_gone
 
 
@@ -54,6 +55,29 @@ class _Setting(click.Choice[str]):
         """Check one value; true and false become booleans."""
         chosen = super().convert(value, param, ctx)
         return {"true": True, "false": False}.get(chosen, chosen)
+
+
+class Registered(click.types.StringParamType):
+    """A name in a registry, plugins of the workspace included, which is read when the option is used or shown."""
+
+    name = "name"
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self._registry = registry
+
+    def _choice(self) -> click.Choice[str]:
+        from bowstore.config import load_workspace
+
+        load_workspace()
+        return click.Choice(self._registry.names())
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check one value."""
+        return self._choice().convert(value, param, ctx)
+
+    def get_metavar(self, *args: Any, **kwargs: Any) -> str | None:
+        """The names, for --help."""
+        return self._choice().get_metavar(*args, **kwargs)
 
 
 TEXT = _Text()

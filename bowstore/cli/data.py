@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bowstore.cli.common import COUNT, PATH, SEED, TEXT, THREADS, emit
+from bowstore.cli.common import COUNT, PATH, SEED, TEXT, THREADS, Registered, emit
 from bowstore.data.sources import KINDS, Folders
 from bowstore.data.sources.arrange import CLASSES, SPLITS
 
@@ -21,8 +21,10 @@ def data_group(context: click.Context, as_json: bool) -> None:
     """Show what `bowstore shards` reads: kinds of sources, what each expects on disk, what can be downloaded."""
     if context.invoked_subcommand:
         return
+    from bowstore.config import load_workspace
     from bowstore.data.downloads import BY_HAND, DOWNLOADS
 
+    load_workspace()
     value = {
         "sources": [{"name": kind.name, "expects": kind.expects, "example": kind.example} for kind in KINDS.values()],
         "downloads": [{"name": item.name, "what": item.what, "shards": item.shards} for item in DOWNLOADS.values()],
@@ -61,7 +63,7 @@ def download(name: str, folder: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("src", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--source", "kind", type=click.Choice(list(KINDS)), help="What SRC is; default: found by its layout.")
+@click.option("--source", "kind", type=Registered(KINDS), help="What SRC is; default: found by its layout.")
 @click.option(
     "--list", "lists", type=TEXT, multiple=True, metavar="[SPLIT=]FILE", help="List or CSV of the images below SRC."
 )
@@ -110,10 +112,12 @@ def shards(
     The report ends with what in SRC became no image, and with classes without images. A second run does nothing, an
     interrupted one goes on.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
+    from bowstore.config import load_workspace
     from bowstore.data.shards import make_shards
     from bowstore.data.shards_report import closing_line
     from bowstore.remote import local_only
 
+    load_workspace()
     local_only(out, "write into a local folder, then copy it there")
     reports = make_shards(
         src,

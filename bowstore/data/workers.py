@@ -16,6 +16,7 @@ from multiprocessing.synchronize import Event
 from typing import TypeVar
 
 from bowstore.errors import BowstoreError
+from bowstore.plugins import Named, plugins_in_use, use_plugins
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -54,7 +55,8 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
     done, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(done, stop))
+    start = partial(_start, done, stop, plugins_in_use())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start)
     heard = 0
     failed: list[Future[Result]] = []
 
@@ -105,9 +107,10 @@ class _Stopped(Exception):
 _in_worker: tuple["Synchronized[int]", Event] | None = None
 
 
-def _start(done: "Synchronized[int]", stop: Event) -> None:
+def _start(done: "Synchronized[int]", stop: Event, plugins: Named) -> None:
     global _in_worker
     _in_worker = done, stop
+    use_plugins(plugins)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

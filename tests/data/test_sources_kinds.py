@@ -58,7 +58,7 @@ def _all_kinds(root: Path) -> dict[str, list[Path]]:
 
 def test_the_kind_is_found_by_the_layout(tmp_path: Path) -> None:
     sources = _all_kinds(tmp_path)
-    assert set(sources) == set(KINDS) - {"list"}
+    assert set(sources) == set(KINDS.names()) - {"list"}
     for kind, paths in sources.items():
         for path in paths:
             assert find_source(path).kind == kind, path
@@ -145,14 +145,14 @@ def test_the_shards_command(tmp_path: Path) -> None:
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
     assert "holds no JPEGImages and ImageSets/Main" in result.stderr
     text = _run("shards", "--help").output
-    assert all(kind in text for kind in KINDS)
+    assert all(kind in text for kind in KINDS.names())
 
 
 def test_the_data_command() -> None:
     text = _run("data")
     assert text.exit_code == 0
     value = json.loads(_run("data", "--json").stdout)
-    assert [kind["name"] for kind in value["sources"]] == list(KINDS)
+    assert [kind["name"] for kind in value["sources"]] == list(KINDS.names())
     for kind in value["sources"]:
         assert kind["example"].startswith("bowstore shards ")
         assert f"$ {kind['example']}" in text.stdout

@@ -7,18 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bowstore.data.sources import (
-    cifar,
-    folder,
-    imagenet,
-    kaggle,
-    lists,
-    miniimagenet,
-    places,
-    tinyimagenet,
-    voc,
-    webdataset,
-)
 from bowstore.data.sources.arrange import CLASSES, check_folders, wrapped
 from bowstore.data.sources.base import (
     DANGLING,
@@ -35,6 +23,7 @@ from bowstore.data.sources.base import (
 from bowstore.data.sources.keys import MAX_KEY_BYTES, make_keys
 from bowstore.data.sources.walk import PassedOver, look, passed_over
 from bowstore.errors import BowstoreError, DataError, MissingError, UsageError
+from bowstore.plugins import Registry
 from bowstore.progress import say
 
 __all__ = [
@@ -58,22 +47,25 @@ __all__ = [
     "open_source",
 ]
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        folder.KIND,
-        lists.KIND,
-        imagenet.KIND,
-        kaggle.KIND,
-        tinyimagenet.KIND,
-        *cifar.KINDS,
-        miniimagenet.KIND,
-        voc.KIND,
-        places.KIND,
-        webdataset.KIND,
-    )
-}
-FOLDER = folder.KIND.name
+FOLDER, LIST = "folder", "list"
+KINDS = Registry(
+    "kind of source",
+    "bowstore.sources",
+    Kind,
+    {
+        FOLDER: "bowstore.data.sources.folder:KIND",
+        LIST: "bowstore.data.sources.lists:KIND",
+        "imagenet": "bowstore.data.sources.imagenet:KIND",
+        "kaggle": "bowstore.data.sources.kaggle:KIND",
+        "tinyimagenet": "bowstore.data.sources.tinyimagenet:KIND",
+        "cifar10": "bowstore.data.sources.cifar:CIFAR10",
+        "cifar100": "bowstore.data.sources.cifar:CIFAR100",
+        "miniimagenet": "bowstore.data.sources.miniimagenet:KIND",
+        "voc": "bowstore.data.sources.voc:KIND",
+        "places205": "bowstore.data.sources.places:KIND",
+        "webdataset": "bowstore.data.sources.webdataset:KIND",
+    },
+)
 _MAX_DATA_SETS = 20
 _HELP = "`bowstore data` shows what each kind expects"
 
@@ -97,11 +89,9 @@ def find_source(
     if not source.exists():
         raise MissingError(f"no folder {source}; name the one that holds train/ and val/, or class folders; {_HELP}")
     check_folders(folders)
-    name = kind or (lists.KIND.name if listed else None)
-    if name and name not in KINDS:
-        raise UsageError(f"no kind of source {name!r}; there are {', '.join(KINDS)}")
-    kinds = [KINDS[name]] if name else list(KINDS.values())
-    levels = [source] if name == lists.KIND.name or folders == CLASSES else wrapped(source, folders)
+    name = kind or (LIST if listed else None)
+    kinds = [KINDS.get(name)] if name else KINDS.values()
+    levels = [source] if name == LIST or folders == CLASSES else wrapped(source, folders)
     # Marks of its own count wherever they are; class folders and tars are whatever lies innermost.
     for level, general in [*((level, False) for level in levels), *((level, True) for level in levels[::-1])]:
         if found := [kind for kind in kinds if kind.general == general and kind.recognise(level)]:
@@ -190,9 +180,9 @@ def list_source(
         MissingError, DataError: as `find_source` and the kind's own module.
     """
     source = find_source(path, kind, listed=bool(lists), folders=folders)
-    found = KINDS[source.kind]
-    if lists and found.name != "list":
-        raise UsageError(f"source {found.name} takes no --list; leave it out, or take --source list")
+    found = KINDS.get(source.kind)
+    if lists and found.name != LIST:
+        raise UsageError(f"source {found.name} takes no --list; leave it out, or take --source {LIST}")
     for option, given, takers in (
         ("--label-field", label_field, [kind.name for kind in KINDS.values() if kind.label_field]),
         ("--folders", folders, [kind.name for kind in KINDS.values() if kind.folders]),
@@ -205,7 +195,7 @@ def list_source(
 
 def _passed_over(path: Path, source: Source, listing: Listing) -> PassedOver:
     """What lies below the path that the user named, and is none of the listing."""
-    if KINDS[source.kind].by_choice:
+    if KINDS.get(source.kind).by_choice:
         return PassedOver(complete=False)
     below = "" if source.path == path else f"{source.path.relative_to(path).as_posix()}/"
     taken = {f"{below}{image.container or image.path}" for split in listing.splits for image in split.images}
@@ -232,4 +222,4 @@ def open_source(source: Source) -> Reader:
 
     The function raises DataError where the image cannot be read, or is not what was listed.
     """
-    return KINDS[source.kind].open(source.path)
+    return KINDS.get(source.kind).open(source.path)

@@ -10,6 +10,7 @@ import xxhash
 
 from bowstore.errors import DataError
 from bowstore.files import check_plain_file
+from bowstore.plugins import Plugin
 
 SPLIT_NAMES = ("train", "val", "test")
 NO_LABEL = -1
@@ -128,7 +129,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Plugin):
     """One layout that images come in.
 
     Attributes:
@@ -144,7 +145,6 @@ class Kind:
         label_field: takes `Options.label_field`.
     """
 
-    name: str
     expects: str
     example: str
     recognise: Callable[[Path], bool]

@@ -264,4 +264,5 @@ def _kind(name: str, classes: str) -> Kind:
     )
 
 
-KINDS = (_kind("cifar10", "10 classes"), _kind("cifar100", "100 fine classes"))
+CIFAR10 = _kind("cifar10", "10 classes")
+CIFAR100 = _kind("cifar100", "100 fine classes")
