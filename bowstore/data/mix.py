@@ -50,20 +50,18 @@ class Mixing:
         """
         count = len(plan.rows)
         place = np.arange(count, dtype=np.int32)
-        partner = plan.partner if view.cutmix else place
-        box = plan.box if view.cutmix else np.zeros((count, 4), np.int32)
-        if (partner // MIX_GROUP != place // MIX_GROUP).any() or (partner >= count).any():
-            raise ValueError(f"CutMix partners {partner} are not in their groups of {MIX_GROUP}")
-        if (box < 0).any() or (box[:, :2] + box[:, 2:] > view.size).any():
-            raise ValueError(f"CutMix boxes {box} do not lie in a view of {view.size} pixels")
+        if (plan.partner // MIX_GROUP != place // MIX_GROUP).any() or (plan.partner >= count).any():
+            raise ValueError(f"CutMix partners {plan.partner} are not in their groups of {MIX_GROUP}")
+        if (plan.box < 0).any() or (plan.box[:, :2] + plan.box[:, 2:] > view.size).any():
+            raise ValueError(f"CutMix boxes {plan.box} do not lie in a view of {view.size} pixels")
         coloured = jitters(view)
         mean, scale = normalisation(view)
         return cls(
             mirror=plan.mirror.astype(bool) & view.flip,
             coloured=coloured,
             colour=colour_matrices(plan) if coloured else np.zeros((count, 3, 4), np.float32),
-            partner=np.ascontiguousarray(partner, np.int32),
-            box=np.ascontiguousarray(box, np.int32),
+            partner=np.ascontiguousarray(plan.partner, np.int32),
+            box=np.ascontiguousarray(plan.box, np.int32),
             mean=mean,
             scale=scale,
         )

@@ -61,7 +61,7 @@ def train_batches(
 
     Args:
         source: gives the encoded bytes.
-        view: sizes, normalisation, and whether CutMix is on.
+        view: the one that the plans were made for.
         plans: this rank's steps.
         batch: largest number of samples in a plan.
         device: where the images are wanted.
@@ -78,6 +78,8 @@ def train_batches(
     """
     last = until or stages(device)[-1]
     gpu = device.type == "cuda"
+    if last in stages(device)[: stages(device).index("cutmix")]:
+        plans = (plan.unmixed() for plan in plans)
     pipe, feed = train_graph(
         source,
         view,
@@ -107,7 +109,6 @@ def _without(view: ViewConfig, last: Stage) -> ViewConfig:
     off: dict[Stage, dict[str, Any]] = {
         "flip": {"flip": False},
         "jitter": dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grey"), 0),
-        "cutmix": {"cutmix": False},
     }
     return view.model_copy(update={name: value for stage in later for name, value in off.get(stage, {}).items()})
 

@@ -4,11 +4,11 @@ An epoch here is one pass over the rows. Every number comes from the counter-bas
 a pass from the key (seed, pass), and the random numbers of a sample from its position in the pass. Any step can be
 recomputed alone, and no number depends on the number of ranks.
 
-Legend: N rows, B samples of one rank's batch, T tries for a crop window.
+Legend: N rows, B samples of one rank's batch, T tries for a crop window, P cells of a grid over the output.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,39 @@ from bowstore.errors import UsageError
 
 MIX_GROUP = 4  # CutMix partners lie in groups of this many consecutive positions
 _TRIES = 10
-_DRAWS = 32  # uniform numbers a sample; a multiple of the four words of one Philox block
-_ORDER, _SAMPLES = 0, 1  # streams of one (seed, pass)
+_BLOCK = 4  # numbers of one Philox block: what its counter counts
+_DRAWS = 32  # uniform numbers a sample; a multiple of a block
+# What each of these numbers decides. Resumed runs must find the same ones: a new use takes a stream of its own.
+COLUMNS: Mapping[str, int | slice] = {
+    "area": slice(0, _TRIES),
+    "ratio": slice(_TRIES, 2 * _TRIES),
+    "top": 20,
+    "left": 21,
+    "mirror": 22,
+    "jitter": slice(23, 26),  # brightness, contrast, saturation
+    "hue": 26,
+    "grey": 27,
+    "partner": 28,  # the first sample's, for its whole group
+    "box_area": 29,
+    "box_centre": slice(30, 32),
+}
+_ORDER, _SAMPLES, _TASK = 0, 1, 2  # streams of one (seed, pass)
+Draws = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a batch comes from: what its random numbers are a function of.
+
+    Attributes:
+        seed: the run's seed.
+        epoch: the pass over the rows.
+        first: position in the pass of the batch's first sample.
+    """
+
+    seed: int
+    epoch: int
+    first: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +71,9 @@ class Plan:
             pixels (0 without CutMix). It shows what the partner, cropped, flipped and coloured by its own numbers,
             has in the same place.
         kept: float32 (B,), the paper's lambda: share of the output's area that is not pasted over, exactly.
+        mixed: whether images are mixed at all; if not, each is its own partner.
+        size: side of the square output, pixels.
+        origin: where the batch comes from.
     """
 
     rows: NDArray[np.int64]
@@ -52,6 +86,50 @@ class Plan:
     partner: NDArray[np.int32]
     box: NDArray[np.int32]
     kept: NDArray[np.float32]
+    mixed: bool
+    size: int
+    origin: Origin
+
+    def kept_in(self, grid: tuple[int, int]) -> NDArray[np.float32]:
+        """Share of each cell's area that is not pasted over, exactly: float32 (B, P), cells in reading order.
+
+        Args:
+            grid: rows and columns of equal cells that the output is cut into; cells need not be whole pixels.
+        """
+        rows, columns = grid
+        # In units of 1 / rows of a pixel (1 / columns across), a cell has the side `size`, and all edges are integers.
+        down_Br = _covered(self.box[:, 0], self.box[:, 2], rows, self.size)
+        across_Bc = _covered(self.box[:, 1], self.box[:, 3], columns, self.size)
+        pasted_Brc = down_Br[:, :, None] * across_Bc[:, None, :]
+        shown_Brc = self.size**2 - pasted_Brc
+        return (shown_Brc.reshape(len(self.box), -1) / self.size**2).astype(np.float32)
+
+    def task_draws(self, count: int) -> NDArray[np.float64]:
+        """Uniform numbers of a task's own, float64 (B, count) in [0, 1): others than those of the perturbation.
+
+        A sample's numbers follow from seed, pass and position. More of them begin with the same ones.
+        """
+        at = self.origin
+        # Four columns at a time, told apart by the counter's second word, so that no column depends on their number.
+        parts = [
+            generator(at.seed, at.epoch, _TASK, at.first, part).random((len(self.rows), _BLOCK))
+            for part in range(-(-count // _BLOCK))
+        ]
+        return np.concatenate(parts, axis=1)[:, :count]
+
+    def unmixed(self) -> "Plan":
+        """The same without CutMix."""
+        place = np.arange(len(self.rows), dtype=np.int32)
+        return replace(self, mixed=False, partner=place, box=np.zeros_like(self.box), kept=np.ones_like(self.kept))
+
+
+def _covered(start_B: NDArray[np.int32], length_B: NDArray[np.int32], cells: int, size: int) -> NDArray[np.int64]:
+    """What a box covers of each cell along one axis, int64 (B, cells), in units of 1 / cells of a pixel."""
+    low_B1 = start_B.astype(np.int64)[:, None] * cells
+    high_B1 = low_B1 + length_B.astype(np.int64)[:, None] * cells
+    edge = np.arange(cells, dtype=np.int64) * size
+    covered: NDArray[np.int64] = np.minimum(high_B1, edge + size) - np.maximum(low_B1, edge)
+    return covered.clip(0)
 
 
 @dataclass(frozen=True)
@@ -92,9 +170,9 @@ class Schedule:
         return self.batch // self.world
 
 
-def generator(seed: int, epoch: int, stream: int, block: int = 0) -> np.random.Generator:
-    """The Philox stream of a pass, started at counter `block` (four 64-bit words each)."""
-    return np.random.Generator(np.random.Philox(key=[seed, (epoch << 8) | stream], counter=[block, 0, 0, 0]))
+def generator(seed: int, epoch: int, stream: int, block: int = 0, part: int = 0) -> np.random.Generator:
+    """The Philox stream of a pass, started at the counter (`block`, `part`): four 64-bit numbers a block."""
+    return np.random.Generator(np.random.Philox(key=[seed, (epoch << 8) | stream], counter=[block, part, 0, 0]))
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> NDArray[np.int32]:
@@ -115,8 +193,8 @@ def plans(schedule: Schedule, index: Index, view: ViewConfig, *, start: int, sto
             order, current = epoch_order(schedule.images, schedule.seed, epoch), epoch
         first = step_of_pass * schedule.batch + schedule.rank * schedule.rank_batch
         rows = order[first : first + schedule.rank_batch].astype(np.int64)
-        draws = generator(schedule.seed, epoch, _SAMPLES, first * _DRAWS // 4).random((len(rows), _DRAWS))
-        yield perturb(rows, index.height[rows], index.width[rows], draws, view)
+        draws = generator(schedule.seed, epoch, _SAMPLES, first * _DRAWS // _BLOCK).random((len(rows), _DRAWS))
+        yield perturb(rows, index.height[rows], index.width[rows], draws, view, Origin(schedule.seed, epoch, first))
 
 
 def perturb(
@@ -125,37 +203,41 @@ def perturb(
     width: NDArray[np.int32],
     draws: NDArray[np.float64],
     view: ViewConfig,
+    origin: Origin,
 ) -> Plan:
-    """Turn uniform draws (B, 32) into the perturbation g of the paper (section 3 of its supplement).
+    """Turn uniform draws (B, 32) into the perturbation g of the paper (section 2.3).
 
     Args:
         rows: int64 (B,).
         height: (B,) pixels of each image.
         width: (B,) pixels.
-        draws: float64 (B, 32) in [0, 1).
+        draws: float64 (B, 32) in [0, 1), by `COLUMNS`.
         view: strengths.
+        origin: where the batch comes from.
     """
-    jitter = 2 * draws[:, 23:26] - 1
+    draw = {name: draws[:, columns] for name, columns in COLUMNS.items()}
+    jitter = 2 * draw["jitter"] - 1
     factor = 1 + jitter * np.array([view.brightness, view.contrast, view.saturation])
-    saturation = np.where(draws[:, 27] < view.grey, 0.0, factor[:, 2])
-    partner, box = _mix(draws[:, 28:32], view)
+    saturation = np.where(draw["grey"] < view.grey, 0.0, factor[:, 2])
+    partner, box = _mix(draw, view)
     return Plan(
         rows=rows,
-        window=_windows(height, width, draws[:, :22], view),
-        mirror=((draws[:, 22] < 0.5) & view.flip).astype(np.int32),
+        window=_windows(height, width, draw, view),
+        mirror=((draw["mirror"] < 0.5) & view.flip).astype(np.int32),
         brightness=factor[:, 0].astype(np.float32),
         contrast=factor[:, 1].astype(np.float32),
         saturation=saturation.astype(np.float32),
-        hue=(360 * view.hue * (2 * draws[:, 26] - 1)).astype(np.float32),
+        hue=(360 * view.hue * (2 * draw["hue"] - 1)).astype(np.float32),
         partner=partner,
         box=box,
         kept=(1 - box[:, 2].astype(np.float64) * box[:, 3] / view.size**2).astype(np.float32),
+        mixed=view.cutmix,
+        size=view.size,
+        origin=origin,
     )
 
 
-def _windows(
-    height: NDArray[np.int32], width: NDArray[np.int32], draws: NDArray[np.float64], view: ViewConfig
-) -> NDArray[np.int32]:
+def _windows(height: NDArray[np.int32], width: NDArray[np.int32], draw: Draws, view: ViewConfig) -> NDArray[np.int32]:
     """Crop windows int32 (B, 4) of random area and ratio, the first of ten tries that fits.
 
     As torchvision's RandomResizedCrop: area uniform, ratio log-uniform; where no try fits, the largest centred
@@ -163,9 +245,9 @@ def _windows(
     """
     area_B1 = (height.astype(np.float64) * width)[:, None]
     low, high = view.area
-    area_BT = area_B1 * (low + (high - low) * draws[:, :_TRIES])
+    area_BT = area_B1 * (low + (high - low) * draw["area"])
     logs = np.log(view.ratio)
-    ratio_BT = np.exp(logs[0] + (logs[1] - logs[0]) * draws[:, _TRIES : 2 * _TRIES])
+    ratio_BT = np.exp(logs[0] + (logs[1] - logs[0]) * draw["ratio"])
     widths = np.rint(np.sqrt(area_BT * ratio_BT)).astype(np.int64)
     heights = np.rint(np.sqrt(area_BT / ratio_BT)).astype(np.int64)
     fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
@@ -177,25 +259,25 @@ def _windows(
     found = fits.any(axis=1)
     w = np.clip(np.where(found, widths[pick, first], fall_w), 1, width).astype(np.int64)
     h = np.clip(np.where(found, heights[pick, first], fall_h), 1, height).astype(np.int64)
-    top = np.where(found, np.floor(draws[:, 20] * (height - h + 1)), (height - h) // 2)
-    left = np.where(found, np.floor(draws[:, 21] * (width - w + 1)), (width - w) // 2)
+    top = np.where(found, np.floor(draw["top"] * (height - h + 1)), (height - h) // 2)
+    left = np.where(found, np.floor(draw["left"] * (width - w + 1)), (width - w) // 2)
     return np.stack([top, left, h, w], axis=1).astype(np.int32)
 
 
-def _mix(draws: NDArray[np.float64], view: ViewConfig) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _mix(draw: Draws, view: ViewConfig) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """CutMix partner (B,) and box (B, 4): lambda uniform, centre uniform, box clipped to the output.
 
     The partner is the neighbour 1 to 3 places further in the group of four, by the first sample's draw.
     """
-    count = len(draws)
+    count = len(draw["partner"])
     place = np.arange(count, dtype=np.int32)
     if not view.cutmix:
         return place, np.zeros((count, 4), np.int32)
     start = place - place % MIX_GROUP
-    shift = 1 + np.floor(draws[start, 0] * (MIX_GROUP - 1)).astype(np.int32)
+    shift = 1 + np.floor(draw["partner"][start] * (MIX_GROUP - 1)).astype(np.int32)
     partner = (start + (place - start + shift) % MIX_GROUP).astype(np.int32)
-    side = view.size * np.sqrt(draws[:, 1])  # the share 1 - lambda of the area is uniform
-    centre = draws[:, 2:4] * view.size
+    side = view.size * np.sqrt(draw["box_area"])  # the share 1 - lambda of the area is uniform
+    centre = draw["box_centre"] * view.size
     low = np.clip(np.rint(centre - side[:, None] / 2), 0, view.size).astype(np.int32)
     high = np.clip(np.rint(centre + side[:, None] / 2), 0, view.size).astype(np.int32)
     return partner, np.concatenate([low, high - low], axis=1)

@@ -147,7 +147,7 @@ def _words_task(config: TrainConfig, backbone: Backbone, index: Index, world: Wo
         plan = batch.plan
         packed_BM = targets.words(plan.rows, batch.ahead)
         waits_ms.append(1e3 * targets.waited_s)
-        mixed = (plan.partner.astype(np.int64), plan.kept) if config.view.cutmix else ()
+        mixed = (plan.partner.astype(np.int64), plan.kept) if plan.mixed else ()
         moved = (torch.from_numpy(values_B).to(world.device, non_blocking=True) for values_B in mixed)
         return batch.images_BCHW, packed_BM, *moved
 

@@ -11,14 +11,14 @@ from nvidia.dali import Pipeline, fn
 from bowstore.config import ViewConfig
 from bowstore.data.colour import colour_matrices
 from bowstore.data.mix import Mixing, mix
-from bowstore.data.plan import Plan, generator, perturb
+from bowstore.data.plan import Origin, Plan, generator, perturb
 
 IMAGES = 48
 
 
 def a_plan(view: ViewConfig) -> Plan:
     side = np.full(IMAGES, 64, np.int32)
-    return perturb(np.arange(IMAGES), side, side, generator(0, 0, 1).random((IMAGES, 32)), view)
+    return perturb(np.arange(IMAGES), side, side, generator(0, 0, 1).random((IMAGES, 32)), view, Origin(0, 0, 0))
 
 
 def always(value: Any) -> Callable[[], Any]:
@@ -28,10 +28,10 @@ def always(value: Any) -> Callable[[], Any]:
 def coloured(images: np.ndarray, plan: Plan) -> np.ndarray:
     """The pass of a CPU with colours alone, images (B, S, S, 3) of 255."""
     size = images.shape[1]
-    view = ViewConfig(size=size, resize=None, mean=(0, 0, 0), std=(1 / 255,) * 3, flip=False, cutmix=False)
+    view = ViewConfig(size=size, resize=None, mean=(0, 0, 0), std=(1 / 255,) * 3, flip=False)
     out = np.empty((len(images), size, 3 * size), np.float32)
     for first in range(0, len(images), 4):
-        mix(out, images[first : first + 4].reshape(-1, size, 3 * size), first, Mixing.of(plan, view))
+        mix(out, images[first : first + 4].reshape(-1, size, 3 * size), first, Mixing.of(plan.unmixed(), view))
     return out.reshape(images.shape)
 
 

@@ -17,7 +17,7 @@ from bowstore.data import pipeline
 from bowstore.data.gpu_decode import Decoding, Way
 from bowstore.data.gpu_probe import decoded, differences, pillow, trials, windows
 from bowstore.data.pipeline import clean_batches, train_batches, train_graph
-from bowstore.data.plan import generator, perturb
+from bowstore.data.plan import Origin, generator, perturb
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import CleanView
 
@@ -89,7 +89,7 @@ def test_train_views_are_the_same_by_both_ways_and_windows_outside_are_clamped(i
     view = ViewConfig(size=32, resize=None, brightness=0, contrast=0, saturation=0, hue=0, grey=0)
     images, count = [*images, images[2]], 8  # CutMix mixes groups of four
     heights, widths = (np.full(count, side, np.int32) for side in SIDES)
-    plan = perturb(np.arange(count), heights, widths, generator(3, 0, 1).random((count, 32)), view)
+    plan = perturb(np.arange(count), heights, widths, generator(3, 0, 1).random((count, 32)), view, Origin(3, 0, 0))
     plan.window[:4] = [[40, 30, 500, 500], [-5, -5, 10, 10], [100, 100, 1, 1], [0, 0, 0, 0]]
     alone, whole = (
         next(train_batches(Memory(images), view, [plan], batch=count, device=CPU, threads=1, way=way)) for way in WAYS

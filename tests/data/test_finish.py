@@ -13,7 +13,7 @@ import torch
 from bowstore.config import ViewConfig
 from bowstore.data.finish import AHEAD, Buffers, Workers, finished
 from bowstore.data.mix import Mixing
-from bowstore.data.plan import generator, perturb
+from bowstore.data.plan import Origin, generator, perturb
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -97,7 +97,7 @@ def test_batches_are_finished_ahead_in_order_and_no_further() -> None:
 def test_a_pass_that_checks_no_bounds_is_given_none_to_break() -> None:
     view = ViewConfig(size=16, resize=None)
     side = np.full(8, 32, np.int32)
-    plan = perturb(np.arange(8), side, side, generator(0, 0, 1).random((8, 32)), view)
+    plan = perturb(np.arange(8), side, side, generator(0, 0, 1).random((8, 32)), view, Origin(0, 0, 0))
     Mixing.of(plan, view)
     plan.partner[1] = 6
     with pytest.raises(ValueError, match="not in their groups of 4"):
@@ -105,4 +105,4 @@ def test_a_pass_that_checks_no_bounds_is_given_none_to_break() -> None:
     plan.partner[1], plan.box[2] = 2, (9, 0, 8, 4)
     with pytest.raises(ValueError, match="do not lie in a view of 16 pixels"):
         Mixing.of(plan, view)
-    Mixing.of(plan, view.model_copy(update={"cutmix": False}))
+    Mixing.of(plan.unmixed(), view)

@@ -3,10 +3,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import thread_time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -15,11 +17,14 @@ from torchvision.transforms import v2
 
 from bowstore.config import ViewConfig
 from bowstore.data import plan
-from bowstore.data.plan import MIX_GROUP, Plan, Schedule, epoch_order, generator, perturb, plans
+from bowstore.data.plan import COLUMNS, MIX_GROUP, Origin, Plan, Schedule, epoch_order, generator, perturb, plans
 from bowstore.errors import UsageError
 
 VIEW = ViewConfig(size=32, resize=None, area=(0.2, 1.0))
-NUMBERS = tuple(name for name in Plan.__dataclass_fields__ if name != "partner")  # partner is a place in the batch
+VALUES = (
+    "rows", "window", "mirror", "brightness", "contrast", "saturation", "hue", "partner", "box", "kept"
+)  # fmt: skip
+HERE = Origin(0, 0, 0)  # of plans whose draws a test has made
 SEEDS = st.integers(0, 2**32 - 1)
 quick = settings(deadline=None, max_examples=30, database=None, derandomize=True)
 
@@ -52,13 +57,15 @@ def every_rank(schedule: Schedule, dims: Dims, start: int, stop: int, view: View
 def as_global(parts: tuple[Plan, ...]) -> dict[str, np.ndarray]:
     """One step of all ranks as one batch, its partners as places in it."""
     size = len(parts[0].rows)
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in NUMBERS}
-    return {**joined, "partner": np.concatenate([part.partner + rank * size for rank, part in enumerate(parts)])}
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in VALUES}
+    joined["partner"] = np.concatenate([part.partner + rank * size for rank, part in enumerate(parts)])
+    return joined | {f"{count} draws": np.concatenate([part.task_draws(count) for part in parts]) for count in (1, 9)}
 
 
 def assert_same(ours: Plan, theirs: Plan) -> None:
     for name in Plan.__dataclass_fields__:
         assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+    assert np.array_equal(ours.task_draws(3), theirs.task_draws(3))
 
 
 @quick
@@ -97,8 +104,9 @@ def test_elastic_order_and_every_number_do_not_depend_on_the_number_of_ranks(
     alone = run(Schedule(batch + more, batch, seed), dims, start, start + 3, view)
     ranks = every_rank(Schedule(batch + more, batch, seed, 0, world), dims, start, start + 3, view)
     for whole, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        expected = as_global((whole,))
         for name, joined in as_global(parts).items():
-            assert np.array_equal(joined, getattr(whole, name)), name
+            assert np.array_equal(joined, expected[name]), name
 
 
 @quick
@@ -124,8 +132,9 @@ def test_another_seed_or_epoch_changes_the_order_and_every_draw(
         for s, e in ((seed, epoch), (seed ^ 1 << seed_bit, epoch), (seed, epoch ^ 1 << epoch_bit))
     )
     for other in (other_seed, other_epoch):
-        for name in Plan.__dataclass_fields__:
+        for name in VALUES:
             assert not np.array_equal(getattr(first, name), getattr(other, name)), name
+        assert not np.isin(other.task_draws(5), first.task_draws(5)).any()
 
 
 @quick
@@ -145,6 +154,44 @@ def test_cutmix_partners_are_others_of_the_group_and_kept_is_the_exact_area(
             assert max(top + height, left + width) <= size
             pasted[top : top + height, left : left + width] = True
             assert kept == np.float32((size * size - int(pasted.sum())) / size**2)
+
+
+@quick
+@given(st.integers(1, 24), st.tuples(st.integers(1, 9), st.integers(1, 9)), st.data())
+def test_kept_in_each_cell_is_its_area_without_the_box_exactly(
+    size: int, grid: tuple[int, int], data: st.DataObject
+) -> None:
+    """Counted in pixels cut into rows x columns parts, of which a cell has size x size whatever the grid."""
+    rows, columns = grid
+    low = np.array(data.draw(st.lists(st.tuples(st.integers(0, size), st.integers(0, size)), min_size=4, max_size=4)))
+    high = np.array([[data.draw(st.integers(edge, size)) for edge in corner] for corner in low.tolist()])
+    boxes = np.concatenate([low, high - low], axis=1).astype(np.int32)
+    (step,) = run(Schedule(4, 4, 0), Dims(4), 0, 1, VIEW.model_copy(update={"size": size}))
+    found = replace(step, box=boxes).kept_in(grid)
+    assert found.dtype == np.float32
+    for kept_P, (top, left, height, width) in zip(found, boxes.tolist(), strict=True):
+        shown = np.ones((size, size), int)
+        shown[top : top + height, left : left + width] = 0
+        parts = shown.repeat(rows, axis=0).repeat(columns, axis=1)
+        counted = parts.reshape(rows, size, columns, size).sum(axis=(1, 3)).ravel()
+        assert np.array_equal(kept_P, (counted / size**2).astype(np.float32))
+
+
+@quick
+@given(schedules(), st.booleans())
+def test_kept_is_the_one_cell_of_a_grid_of_one(schedule: Schedule, cutmix: bool) -> None:
+    (step,) = run(schedule, Dims(schedule.images), 2, 3, VIEW.model_copy(update={"cutmix": cutmix}))
+    assert np.array_equal(step.kept_in((1, 1))[:, 0], step.kept)
+    assert step.kept_in((3, 5)).shape == (schedule.rank_batch, 15)
+    assert step.mixed == cutmix
+    assert cutmix or (step.kept_in((3, 5)) == 1).all()
+    plain = step.unmixed()
+    assert not plain.mixed
+    assert_same(
+        replace(plain, mixed=True, partner=step.partner, box=step.box, kept=step.kept), replace(step, mixed=True)
+    )
+    assert np.array_equal(plain.partner, np.arange(schedule.rank_batch))
+    assert (plain.kept_in((2, 2)) == 1).all()
 
 
 @quick
@@ -169,15 +216,61 @@ def test_the_plan_is_the_one_that_earlier_runs_followed() -> None:
     assert batch.hue.tolist() == pytest.approx([-14.119667, 21.69742, -29.997257, 10.377514])
     assert batch.partner.tolist() == [1, 2, 3, 0]
     assert batch.box.tolist() == [[12, 20, 20, 12], [24, 6, 7, 6], [0, 0, 22, 23], [4, 0, 17, 10]]
+    assert batch.task_draws(5)[0].tolist() == [
+        0.9663891129557061, 0.17894888486872107, 0.9421384075390976, 0.66640928166415, 0.8797903053289478
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seed", "epoch", "ranks", "rank", "cutmix", "order", "perturbations"),
+    [
+        (0, 0, 1, 0, True, "aa0ddc4b84bdaffa", "bea60088b274f83e"),
+        (0, 0, 1, 0, False, "aa0ddc4b84bdaffa", "52609a60b12f0503"),
+        (0, 3, 2, 1, True, "1ebbf188a495dbc7", "5fc285c94fdb96c0"),
+        (7, 0, 4, 3, True, "3ed56e967ab89405", "83f65b73cd202be7"),
+        (7, 1000, 1, 0, False, "f13dcc37dee173fb", "50c017a30619f50d"),
+        (2**32 - 1, 12, 2, 0, True, "962cf3183843b8fb", "82c1e13ae504424c"),
+    ],
+)
+def test_orders_and_perturbations_are_those_of_the_first_plans(
+    seed: int, epoch: int, ranks: int, rank: int, cutmix: bool, order: str, perturbations: str
+) -> None:
+    """Digests of what plans were before their draws had names."""
+    sizes, dims = np.random.default_rng(3), Dims(210)
+    dims.height, dims.width = (sizes.integers(1, 200, 210).astype(np.int32) for _ in range(2))
+    assert xxhash.xxh3_64_hexdigest(epoch_order(210, seed, epoch)) == order
+    found = xxhash.xxh3_64()
+    view = VIEW.model_copy(update={"cutmix": cutmix})
+    for step in run(Schedule(210, 32, seed, rank, ranks), dims, epoch * 6 + 1, epoch * 6 + 4, view):
+        for name in VALUES:
+            found.update(np.ascontiguousarray(getattr(step, name)).data)
+    assert found.hexdigest() == perturbations
+
+
+def test_a_tasks_draws_are_its_own() -> None:
+    """Uniform, of another stream than the perturbations, and no other because a task takes more of them."""
+    count = 4096
+    (step,) = run(Schedule(count, count, 7), Dims(count), 0, 1)
+    drawn = step.task_draws(10)
+    assert drawn.shape == (count, 10)
+    assert drawn.dtype == np.float64
+    assert len(np.unique(drawn)) == drawn.size
+    assert stats.kstest(drawn.ravel(), "uniform").pvalue > 1e-3
+    perturbing = generator(7, 0, 1).random((count, 32))
+    assert not np.isin(drawn, perturbing).any()
+    scores = np.corrcoef(np.concatenate([drawn, perturbing], axis=1).T)[np.triu_indices(42, 1)] * np.sqrt(count)
+    assert np.abs(scores).max() < 5
+    for fewer in (1, 4, 7):
+        assert np.array_equal(step.task_draws(fewer), drawn[:, :fewer])
 
 
 def captured_draws(monkeypatch: pytest.MonkeyPatch, schedule: Schedule, start: int, stop: int) -> np.ndarray:
     """The uniform numbers (steps, B, 32) behind a rank's plans."""
     caught = []
 
-    def spy(rows: np.ndarray, height: np.ndarray, width: np.ndarray, draws: np.ndarray, view: ViewConfig) -> Plan:
+    def spy(rows: np.ndarray, height: np.ndarray, width: np.ndarray, draws: np.ndarray, *others: Any) -> Plan:
         caught.append(draws)
-        return perturb(rows, height, width, draws, view)
+        return perturb(rows, height, width, draws, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(plan, "perturb", spy)
@@ -269,7 +362,7 @@ def test_windows_of_extreme_images_stay_inside(height: int, width: int) -> None:
     draws[0], draws[1] = 0, np.nextafter(1, 0)
     rows = np.arange(count)
     dims = np.full(count, height, np.int32), np.full(count, width, np.int32)
-    window = perturb(rows, *dims, draws, VIEW).window
+    window = perturb(rows, *dims, draws, VIEW, HERE).window
     assert (window[:, :2] >= 0).all()
     assert (window[:, 2:] >= 1).all()
     assert (window[:, 0] + window[:, 2] <= height).all()
@@ -299,6 +392,11 @@ class Drawn:
         return torch.tensor([low + int((high - low) * next(self._whole))])
 
 
+def test_every_draw_decides_one_thing() -> None:
+    taken = [np.atleast_1d(np.arange(32)[columns]) for columns in COLUMNS.values()]
+    assert np.array_equal(np.sort(np.concatenate(taken)), np.arange(32))
+
+
 def test_every_number_is_torchvisions_of_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows exactly, tries that do not fit included; boxes but for its truncation of centre and half side."""
     size = 224
@@ -306,7 +404,7 @@ def test_every_number_is_torchvisions_of_the_same_draws(monkeypatch: pytest.Monk
     dims.width[::7], dims.height[::5] = 1, 3  # no window of their ratio fits
     view = VIEW.model_copy(update={"size": size, "grey": 0.3})
     draws = generator(9, 0, 1).random((count, 32))
-    batch = perturb(np.arange(count), dims.height, dims.width, draws, view)
+    batch = perturb(np.arange(count), dims.height, dims.width, draws, view, HERE)
     jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     ranges = np.array([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue])
     drawn = ranges[:, 0] + np.diff(ranges)[:, 0] * draws[:, 23:27]
