@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bowstore.errors import UsageError
-from bowstore.limits import MAX_COUNT, MAX_FLOAT, MAX_SEED, MAX_THREADS, path_problem, text_problem
+from bowstore.limits import MAX_BATCH, MAX_COUNT, MAX_FLOAT, MAX_SEED, MAX_THREADS, path_problem, text_problem
 from bowstore.plugins import Named, use_plugins
 from bowstore.yaml_file import read_yaml, shown
 
@@ -48,15 +48,27 @@ Text = Annotated[str, AfterValidator(_filled)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
+Compile = bool | Literal["auto"]
+Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+Side = Annotated[int, Field(ge=8, le=2048)]
 ShortSide = Annotated[int, Field(ge=8, le=8192)]
 Unit = Annotated[float, Field(ge=0, le=1)]
-Compile = bool | Literal["auto"]
 
 
 class Strict(BaseModel):
     """Base of all configurations: frozen, no unknown keys, no value taken for one of another type, finite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Computing(Strict):
+    """With what is computed: the base of every configuration that says so; results differ by rounding alone."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where networks run; auto: a GPU if one can be used"
+    )
+    threads: Threads | None = Field(None, description="decoding threads; null: one a core")
+    compile: Compile = Field("auto", description="run the network compiled; auto: where that pays")
 
 
 class ViewConfig(Strict):
@@ -67,7 +79,7 @@ class ViewConfig(Strict):
     `resize: null` the whole image is resized to `size` x `size`.
     """
 
-    size: int = Field(224, ge=8, le=2048, description="side of the square network input, pixels")
+    size: Side = Field(224, description="side of the square network input, pixels")
     resize: ShortSide | None = Field(256, description="short side before the clean centre crop, pixels")
     mean: Triple = IMAGENET_MEAN
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] = IMAGENET_STD

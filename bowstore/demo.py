@@ -69,7 +69,6 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoResult:
 
     from bowstore.data.shards import make_shards
     from bowstore.data.synthetic import write_images
-    from bowstore.environment import choose_device
     from bowstore.train.loop import train
     from bowstore.words.encode import encode
     from bowstore.workspace import resolve_train
@@ -88,9 +87,8 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoResult:
         teacher = resolve_train(workspace, bundled_configs() / "demo_rotnet.yaml", flags={"seed": seed})
         say(train(teacher, workspace.runs).text())
     with timed(seconds, "words"):
-        words = EncodeConfig(teacher=workspace.runs / teacher.name, layers=(LAYER,), k=(WORDS,), seed=seed)
-        device = choose_device("auto")
-        encoded = encode(words, shards=workspace.shards, store=workspace.store, device=device)
+        words = EncodeConfig(teacher=workspace.runs / teacher.name, layers=(LAYER,), num_words=(WORDS,), seed=seed)
+        encoded = encode(words, shards=workspace.shards, store=workspace.store)
         say(encoded.text())
     with timed(seconds, "BoWNet"):
         student = resolve_train(workspace, bundled_configs() / str(teacher.student), flags={"seed": seed})

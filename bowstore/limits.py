@@ -5,6 +5,7 @@ MAX_BATCH = 2**20
 MAX_FLOAT = 3e38  # what float32 holds
 MAX_SEED = 2**32 - 1
 MAX_THREADS = 1024  # and processes
+MAX_WORDS = 65535  # ids are uint16, and 65535 itself means "not written"
 
 
 def text_problem(text: str) -> str | None:

@@ -101,7 +101,7 @@ def test_messages_of_libraries_are_not_passed_on(tmp_path: Path) -> None:
         (["words", "--seed", str(2**32)], "'--seed': 4294967296 is not in the range"),
         (["eval", "linear", "--batch", str(2**31)], "'--batch': 2147483648 is not in the range 1<=x<=1048576"),
         (["index", "x", "--workers", "9999999"], "'--workers': 9999999 is not in the range 1<=x<=1024"),
-        (["bench", "loader", "--hw-load", "nan"], "'--hw-load': 'nan' is no number"),
+        (["bench", "loader", "--hw-load", "nan"], "'--hw-load': 'nan' is no finite number"),
         (["train", "--shards", ""], "'--shards': '' is empty (is a shell variable not set?)"),
         (["verify", ""], "'PATH': '' is empty"),
         (["eval", "linear", "--run", ""], "'--run': '' is empty"),

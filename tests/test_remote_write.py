@@ -121,7 +121,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     run_encode(path, path / "first.zarr")
     shutil.copytree(path / "first.zarr", path / "grown.zarr")
-    run_encode(path, path / "grown.zarr", shards="more", append=True, layers=(), k=())
+    run_encode(path, path / "grown.zarr", shards="more", append=True, layers=(), num_words=())
     return path
 
 
@@ -134,13 +134,20 @@ def run_encode(
     tmp_path: Path | None = None,
     **values: Any,
 ) -> EncodeReport:
-    config = {"layers": ("block3",), "k": (12,), "iterations": 2, "batch": 8, "threads": 1, **values}
+    config = {
+        "layers": ("block3",),
+        "num_words": (12,),
+        "iterations": 2,
+        "batch": 8,
+        "threads": 1,
+        "device": "cpu",
+        **values,
+    }
     return encode(
         EncodeConfig(teacher=work / "teacher.safetensors", **config),
         shards=work / shards,
         store=store,
         append=append,
-        device=torch.device("cpu"),
         storage=storage(tmp_path) if tmp_path else None,
     )
 
@@ -218,11 +225,11 @@ def test_remote_write_appends_and_adds_layers_from_any_machine(
     assert objects(s3) == expected
     assert left(here) == []
     assert run_encode(work, url, tmp_path=here).layers[0].already_complete
-    grown = run_encode(work, url, shards="more", append=True, layers=(), k=(), tmp_path=elsewhere)
+    grown = run_encode(work, url, shards="more", append=True, layers=(), num_words=(), tmp_path=elsewhere)
     assert (grown.images, grown.images_added) == (70, 30)
-    second = run_encode(work, work / "unused.zarr", layers=("block2",), k=(7,), seed=3)
+    second = run_encode(work, work / "unused.zarr", layers=("block2",), num_words=(7,), seed=3)
     with pytest.raises(MismatchError, match=r"word store s3://bucket/words\.zarr was made of data set"):
-        run_encode(work, url, layers=("block2",), k=(7,), seed=3, tmp_path=here)
+        run_encode(work, url, layers=("block2",), num_words=(7,), seed=3, tmp_path=here)
     assert second.images == 40
     copy = fetch_store(url, storage(tmp_path / "reader"))
     assert digest(copy) == digest(work / "grown.zarr")
@@ -235,7 +242,7 @@ def test_remote_write_of_a_second_layer_sends_that_layer_alone(
 ) -> None:
     run_encode(work, url, tmp_path=tmp_path)
     watched.sent.clear()
-    run_encode(work, url, layers=("block2",), k=(7,), tmp_path=tmp_path / "elsewhere")
+    run_encode(work, url, layers=("block2",), num_words=(7,), tmp_path=tmp_path / "elsewhere")
     assert {name.split("/")[0] for name in watched.sent} == {"block2", "zarr.json"}
     assert watched.sent[-1] == "zarr.json"
     assert set(watched.sent) == {n for n in files(there) if n.startswith("block2/")} | {"zarr.json"}
@@ -424,10 +431,11 @@ def test_remote_write_by_two_processes_uploads_once(there: Path, url: Path, work
         torch.set_num_threads(1)
         work = Path({str(work)!r})
         config = EncodeConfig(
-            teacher=work / "teacher.safetensors", layers=("block3",), k=(12,), iterations=2, batch=8, threads=1
+            teacher=work / "teacher.safetensors", layers=("block3",), num_words=(12,), iterations=2, batch=8, threads=1,
+            device="cpu",
         )
         report = encode(
-            config, shards=work / "shards", store=Path({str(url)!r}), device=torch.device("cpu"),
+            config, shards=work / "shards", store=Path({str(url)!r}),
             storage=StorageConfig(cache={str(tmp_path / "cache")!r}),
         )
         print(report.store)
@@ -807,7 +815,7 @@ def test_remote_write_on_a_full_disk(
 
 def test_remote_write_names_the_url_in_errors(watched: Watched, url: Path, work: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"file://.*there/words\.zarr"):
-        run_encode(work, url, append=True, layers=(), k=(), tmp_path=tmp_path)
+        run_encode(work, url, append=True, layers=(), num_words=(), tmp_path=tmp_path)
     assert left(tmp_path) == []
     assert writing._OPEN == {}
 

@@ -218,7 +218,7 @@ def assign(images: int, positions: int, dimensions: int, words: int, rounds: int
     click.option(
         "--layer", "layers", type=TEXT, multiple=True, default=["conv4"], show_default=True, help="Several in one pass."
     ),
-    click.option("--K", "k", type=COUNT, multiple=True, default=[2000], show_default=True),
+    click.option("--K", "num_words", type=COUNT, multiple=True, default=[2000], show_default=True),
     click.option("--size", type=SIZE, help="Side of the clean view, pixels."),
     click.option("--resize", type=click.IntRange(8), help="Short side before the crop, pixels."),
     click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),

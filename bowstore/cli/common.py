@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import sys
-from math import isnan
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,16 @@ class _FilePath(click.Path):
         return super().convert(value, param, ctx)
 
 
-class _Share(click.FloatRange):
-    """A number from 0 to 1; click's own range lets nan through."""
+class Number(click.FloatRange):
+    """A finite number within bounds; click's own range lets nan through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Check one value."""
         number = float(super().convert(value, param, ctx))
-        return self.fail(f"{value!r} is no number", param, ctx) if isnan(number) else number
+        return number if isfinite(number) else self.fail(f"{value!r} is no finite number", param, ctx)
 
 
-class _Setting(click.Choice[str]):
+class Setting(click.Choice[str]):
     """auto, true or false, as a configuration has them."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Registered(click.types.StringParamType):
 
 
 TEXT = _Text()
-SHARE = _Share(0, 1)
+SHARE = Number(0, 1)
 PATH = _FilePath(path_type=Path)
 BATCH = click.IntRange(1, MAX_BATCH)
 COUNT = click.IntRange(1, MAX_COUNT)
@@ -91,7 +91,7 @@ THREADS = click.IntRange(1, MAX_THREADS)
 DEVICES = click.Choice(["auto", "cpu", "cuda"])
 COMPILE = click.option(
     "--compile",
-    type=_Setting(),
+    type=Setting(),
     default="auto",
     show_default=True,
     help="Run the network compiled; auto: on a CPU, where it pays.",

@@ -6,51 +6,22 @@ from typing import Any, NoReturn
 
 import click
 
-from bowstore.cli.common import BATCH, COMPILE, COUNT, DEVICES, PATH, SEED, SIZE, TEXT, THREADS, emit
+from bowstore.cli.common import PATH, emit
+from bowstore.cli.options import command, fields
 
-_OWN = "[default: the teacher's own]"
 
-
-@click.command()
-@click.option("--layer", "layers", type=TEXT, multiple=True, help="Layer of the teacher; several in one pass.")
-@click.option("--K", "k", type=COUNT, multiple=True, help="Words (up to 65535) of all layers, or of each.")
-@click.option(
-    "--teacher", type=TEXT, help="Run, file, timm:NAME or torchvision:NAME.  [default: newest finished rotation run]"
-)
-@click.option("--weights", type=PATH, help="Weights file of a timm or torchvision teacher.  [default: random weights]")
-@click.option("--size", type=SIZE, help=f"Side of the clean view, pixels.  {_OWN}")
-@click.option("--resize", type=click.IntRange(8), help=f"Short side before the crop, pixels.  {_OWN}")
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="The teacher's.",
+@command()
+@fields(
+    "given",
+    "bowstore.words.config:EncodeConfig",
+    flags={"layers": "--layer", "num_words": "--K"},
+    otherwise={"teacher": "the newest finished rotation run"},
 )
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
 @click.option("--store", type=PATH, help="Word store to write, or its URL.  [default: the workspace's]")
-@click.option("--vocabulary", type=PATH, help="Word store whose words are used, instead of k-means.")
 @click.option("--append", is_flag=True, help="Add the images that the store lacks, under its own words.")
-@click.option("--border", type=click.IntRange(0), default=0, show_default=True, help="Cells to leave out at each side.")
-@click.option("--pca", type=COUNT, help="Principal components before k-means.  [default: none]")
-@click.option("--whiten", is_flag=True, help="Components of unit variance.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sample and of k-means.")
-@click.option("--sample-per-word", type=COUNT, default=256, show_default=True, help="Vectors a word.")
-@click.option("--iterations", type=COUNT, default=25, show_default=True, help="Of k-means.")
-@click.option("--batch", type=BATCH, help="Images a batch.  [default: 16, 256 on a GPU]")
-@click.option("--threads", type=THREADS, help="Decoding threads.  [default: one a core]")
-@COMPILE
-@click.option("--device", type=DEVICES, default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
-def encode(
-    teacher: str | None,
-    shards_dir: Path | None,
-    store: Path | None,
-    append: bool,
-    device: str,
-    as_json: bool,
-    **values: Any,
-) -> None:
+def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, append: bool, as_json: bool) -> None:
     """Quantize the teacher's feature maps of every image over k-means vocabularies, into a word store.
 
     \b
@@ -63,8 +34,6 @@ def encode(
     `bowstore layers ARCH` lists the layers of a teacher.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import load_workspace, validate
-    from bowstore.environment import choose_device
-    from bowstore.torchrun import ranks
     from bowstore.train.distributed import beside_others
     from bowstore.words.config import EncodeConfig
     from bowstore.words.encode import encode as run_encode
@@ -72,15 +41,14 @@ def encode(
 
     signal.signal(signal.SIGTERM, _interrupted)
     workspace = load_workspace()
-    values["teacher"] = resolve_teacher(workspace, teacher)
-    config = validate(EncodeConfig, values, "encode")
+    teacher = resolve_teacher(workspace, given.get("teacher"))
+    config = validate(EncodeConfig, {**given, "teacher": teacher}, "encode")
     with beside_others():
         report = run_encode(
             config,
             shards=shards_dir or workspace.shards,
             store=store or workspace.store,
             append=append,
-            device=choose_device(device, ranks().local_rank),
             storage=workspace.storage,
         )
     if report.first:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bowstore.config import (
+    Computing,
     Count,
     Listed,
     ModelConfig,
@@ -16,7 +17,6 @@ from bowstore.config import (
     StorageConfig,
     Strict,
     Text,
-    Threads,
     Unit,
     ViewConfig,
     bundled_configs,
@@ -74,16 +74,14 @@ class OptimConfig(Strict):
         return self
 
 
-class RuntimeConfig(Strict):
-    """How to run; none of it changes what is learned beyond rounding."""
+class RuntimeConfig(Computing):
+    """How to run; none of it changes what is learned beyond rounding.
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    The step is compiled on a GPU, and on a CPU where the run is long enough to pay for it, unless `compile` says else.
+    """
+
     amp: bool = Field(True, description="bfloat16 autocast on a GPU")
-    compile: bool | Literal["auto"] = Field(
-        "auto", description="compile the step; auto: on a GPU, and on a CPU where the run is long enough to pay for it"
-    )
     pad_stem: bool = Field(False, description="run the first convolution on four channels, for a GPU's tensor cores")
-    threads: Threads | None = Field(None, description="decoding threads; null: cores a rank")
     hw_decoder_load: Unit = Field(0.65, description="share of the JPEGs that a GPU's hardware decoder takes")
     targets: Literal["auto", "resident", "host", "streamed"] = Field(
         "auto", description="where the words lie: on the device, in host memory, on disk; auto: by their size"

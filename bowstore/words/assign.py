@@ -14,11 +14,11 @@ from torch import Tensor
 from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
 from bowstore.gpu import runs_triton
+from bowstore.limits import MAX_WORDS
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords
 
-MAX_WORDS = 65535  # ids are uint16, and 65535 itself means "not written"
 
 # On a CPU a block of scores stays in cache between product and argmin; on a GPU it only has to fit in memory.
 _CPU_BLOCK, _CPU_BLOCK_WORDS = 1 << 21, 1024

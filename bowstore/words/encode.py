@@ -48,7 +48,6 @@ def encode(
     shards: Path,
     store: Path,
     append: bool = False,
-    device: torch.device | None = None,
     storage: StorageConfig | None = None,
 ) -> EncodeReport:
     """Write the words of all images of `shards` at some layers of a teacher into a store (paper, Eq. 1 and 2).
@@ -62,7 +61,6 @@ def encode(
         shards: folder of indexed shards.
         store: where the word store is or will be; a URL gets it when all these layers are complete.
         append: add the images that the store does not hold yet, under its vocabularies, for all its layers.
-        device: where the teacher runs; None for the GPU where there is one.
         storage: how shards are read, and where copies of remote ones lie; None for the defaults.
 
     Raises:
@@ -74,7 +72,7 @@ def encode(
         BowstoreError: the disk is full; the store can be gone on with.
     """
     with writable_store(store, storage) as place:
-        report = _encode(config, shards, place, append, device, storage)
+        report = _encode(config, shards, place, append, storage)
     return replace(report, store=url_of(store)) if is_remote(store) else report
 
 
@@ -83,12 +81,11 @@ def _encode(
     shards: Path,
     store: Path,
     append: bool,
-    device: torch.device | None,
     storage: StorageConfig | None,
 ) -> EncodeReport:
     if not store.name:
         raise UsageError(f"--store {store} has no name of its own; name a folder in it, {store / 'words.zarr'}")
-    device = device or choose_device("auto")
+    device = choose_device(config.device, ranks().local_rank)
     index = fetched(open_index(shards, storage))
     with _disk_errors(store), Board(store) as board:
         with board.lead("looks for an interrupted --append"):

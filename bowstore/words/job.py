@@ -205,7 +205,7 @@ def plan_layers(
         UsageError: K is missing, of another number than the layers, or not that of the vocabulary; or a border that
             leaves nothing.
     """
-    given = config.k * len(layers) if len(config.k) == 1 else config.k
+    given = config.num_words * len(layers) if len(config.num_words) == 1 else config.num_words
     if given and len(given) != len(layers):
         raise UsageError(
             f"{len(layers)} layers and {len(given)} values of --K; give one for all, or one for each layer"

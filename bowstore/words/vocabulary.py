@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bowstore.environment import cores
 from bowstore.errors import DataError, UsageError
-from bowstore.words.assign import MAX_WORDS
+from bowstore.limits import MAX_WORDS
 from bowstore.words.kmeans import Backend, distinct_rows, kmeans
 from bowstore.words.projection import Projection, fit_projection, project_sample
 from bowstore.words.statistics import perplexity

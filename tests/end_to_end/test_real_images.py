@@ -82,7 +82,12 @@ def test_resnet50_words_have_the_papers_size(photographs: Path, tmp_path: Path) 
     torch.manual_seed(0)
     save_backbone(tmp_path / "teacher.safetensors", build_backbone(ModelConfig(arch="resnet50")), config)
     words = EncodeConfig(
-        teacher=tmp_path / "teacher.safetensors", layers=("conv4",), k=(64,), sample_per_word=32, iterations=3, batch=8
+        teacher=tmp_path / "teacher.safetensors",
+        layers=("conv4",),
+        num_words=(64,),
+        sample_per_word=32,
+        iterations=3,
+        batch=8,
     )
     (report,) = encode(words, shards=photographs, store=tmp_path / "words.zarr").layers
     assert (report.grid, report.words) == ((14, 14), 64)

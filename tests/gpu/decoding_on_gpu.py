@@ -60,11 +60,13 @@ def test_training_on_a_gpu(make_shard_set: ShardMaker, tmp_path: Path, task: str
 def test_words_of_a_gpu_are_those_of_the_cpu_but_for_near_ties(make_shard_set: ShardMaker, tmp_path: Path) -> None:
     index = make_shard_set(64, size=96)
     layers = ("conv3", "conv4")
-    first = EncodeConfig(teacher="torchvision:resnet18", size=64, resize=64, layers=layers, k=(24,), batch=16)
-    encode(first, shards=index.root, store=tmp_path / "cpu.zarr", device=CPU)
-    same_words = first.model_copy(update={"vocabulary": tmp_path / "cpu.zarr", "k": ()})
+    first = EncodeConfig(
+        teacher="torchvision:resnet18", size=64, resize=64, layers=layers, num_words=(24,), batch=16, device="cpu"
+    )
+    encode(first, shards=index.root, store=tmp_path / "cpu.zarr")
+    same_words = first.model_copy(update={"vocabulary": tmp_path / "cpu.zarr", "num_words": (), "device": "cuda"})
     for name in ("gpu.zarr", "again.zarr"):
-        encode(same_words, shards=index.root, store=tmp_path / name, device=GPU)
+        encode(same_words, shards=index.root, store=tmp_path / name)
     for layer in layers:
         ours, oracle = (open_store(tmp_path / name).load_words(layer) for name in ("gpu.zarr", "cpu.zarr"))
         assert (ours == oracle).mean() > 0.95  # the decoders differ by a level of grey here and there

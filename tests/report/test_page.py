@@ -145,7 +145,7 @@ def test_large_views_are_embedded_smaller_and_patches_cut_out(shards: Path, tmp_
     view = {"size": 160, "resize": 160, "cutmix": False}
     images = write_shards(tmp_path / "shards", 12)
     teacher = write_teacher(tmp_path / "teacher.safetensors", view=view)
-    store = make_store(tmp_path / "words.zarr", images, teacher, layers=("block3",), k=(6,))
+    store = make_store(tmp_path / "words.zarr", images, teacher, layers=("block3",), num_words=(6,))
     report = write_words_page(store, images, tmp_path / "words.html", Wish(per_gallery=3))
     page = Page(report.file.read_text())
     assert {page.picture(name).shape for _, name in page.thumbnails()} == {(112, 112, 3)}
@@ -159,7 +159,7 @@ def test_large_views_are_embedded_smaller_and_patches_cut_out(shards: Path, tmp_
 def test_keys_are_escaped(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", 9, prefix="<img>&\"'")
     teacher = write_teacher(tmp_path / "teacher.safetensors")
-    store = make_store(tmp_path / "words.zarr", shards, teacher, layers=("block3",), k=(4,))
+    store = make_store(tmp_path / "words.zarr", shards, teacher, layers=("block3",), num_words=(4,))
     page = Page(write_words_page(store, shards, tmp_path / "words.html", Wish()).file.read_text())
     assert not page.all("img")
     assert page.thumbnails()[0][0].text.startswith("<img>&\"'")

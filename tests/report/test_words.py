@@ -282,10 +282,10 @@ def test_an_incomplete_store(
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "write_chunk", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            make_store(path, shards, teacher, layers=("block1",), k=(10,))
+            make_store(path, shards, teacher, layers=("block1",), num_words=(10,))
     with pytest.raises(MismatchError, match=r"layer 'block1' .* is not complete: 0 of 5 chunks are written"):
         write_words_page(path, shards, out, Wish())
-    make_store(path, shards, teacher, layers=("block3",), k=(24,))
+    make_store(path, shards, teacher, layers=("block3",), num_words=(24,))
     report = write_words_page(path, shards, out, Wish(per_gallery=2))  # the complete layer alone
     assert [layer.layer.name for layer in report.layers] == ["block3"]
     assert "not complete, left out: block1" in capsys.readouterr().err

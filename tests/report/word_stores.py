@@ -25,11 +25,11 @@ def small_chunks(patch: pytest.MonkeyPatch) -> None:
 
 
 def make_store(store: Path, shards: Path, teacher: Path, **values: Any) -> Path:
-    settings: dict[str, Any] = {"layers": tuple(K), "k": tuple(K.values()), "iterations": 3, "batch": 8, "threads": 1}
+    settings: dict[str, Any] = {
+        "layers": tuple(K), "num_words": tuple(K.values()), "iterations": 3, "batch": 8, "threads": 1, "device": "cpu"
+    }  # fmt: skip
     torch.set_num_threads(1)
-    encode(
-        EncodeConfig(teacher=teacher, **{**settings, **values}), shards=shards, store=store, device=torch.device("cpu")
-    )
+    encode(EncodeConfig(teacher=teacher, **{**settings, **values}), shards=shards, store=store)
     return store
 
 

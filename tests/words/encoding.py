@@ -15,15 +15,17 @@ from bowstore.words.encode import encode
 from bowstore.words.encode_report import EncodeReport
 
 CPU = torch.device("cpu")
-SETTINGS: dict[str, Any] = {"layers": ("block3",), "k": (24,), "iterations": 3, "batch": 8, "threads": 1}
+SETTINGS: dict[str, Any] = {
+    "layers": ("block3",), "num_words": (24,), "iterations": 3, "batch": 8, "threads": 1, "device": "cpu"
+}  # fmt: skip
 ROWS = 20  # of a chunk
 
 
 def run_encode(**values: Any) -> EncodeReport:
     """Encode with SETTINGS and changes to them; paths and flags go to `encode`, all else is configuration."""
     paths = {name: values.pop(name) for name in ("shards", "store", "append") if name in values}
-    own = {"layers": (), "k": ()} if paths.get("append") else {}  # the store knows
-    return encode(EncodeConfig(**{**SETTINGS, **own, **values}), device=CPU, **paths)
+    own = {"layers": (), "num_words": ()} if paths.get("append") else {}  # the store knows
+    return encode(EncodeConfig(**{**SETTINGS, **own, **values}), **paths)
 
 
 def encode_in_process(values: dict[str, Any], renames: int | None = None, seconds: float | None = None) -> None:

@@ -14,7 +14,7 @@ from bowstore.words import layer as layer_module
 from bowstore.words.store_writer import StoreWriter
 from bowstore.words.verify import discard_damaged, verify
 
-LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "k": (12, 24)}
+LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "num_words": (12, 24)}
 NEW = 50
 
 

@@ -28,11 +28,11 @@ from bowstore.words.verify import digest, verify
 def test_new_images_get_the_words_of_the_old_vocabulary(
     store: Path, first: Path, teacher_file: Path, shards: Path, more: Path, tmp_path: Path
 ) -> None:
-    report = run_encode(teacher=teacher_file, shards=more, store=store, append=True, layers=(), k=())
+    report = run_encode(teacher=teacher_file, shards=more, store=store, append=True, layers=(), num_words=())
     assert (report.images, report.images_added, report.images_here) == (IMAGES + NEW, NEW, NEW)
     grown, old = open_store(store), open_store(first)
     other = tmp_path / "other.zarr"
-    run_encode(teacher=teacher_file, shards=more, store=other, vocabulary=first, layers=LAYERS["layers"], k=())
+    run_encode(teacher=teacher_file, shards=more, store=other, vocabulary=first, layers=LAYERS["layers"], num_words=())
     for name in LAYERS["layers"]:
         words = grown.load_words(name)
         assert np.array_equal(words[:IMAGES], old.load_words(name))
@@ -103,7 +103,7 @@ def test_an_append_of_the_store_that_was_there_before_is_not_finished(
         shutil.rmtree(store)
         run_encode(teacher=teacher_file, shards=shards, store=store, seed=1, **LAYERS)
     else:
-        run_encode(teacher=teacher_file, shards=shards, store=store, layers=("block1",), k=(8,))
+        run_encode(teacher=teacher_file, shards=shards, store=store, layers=("block1",), num_words=(8,))
     before = digest(store)
     with pytest.raises(MismatchError, match=r"unfinished --append of other images, or to another store; finish it"):
         run_encode(teacher=teacher_file, shards=more, store=store, append=True)
@@ -181,7 +181,9 @@ def test_what_does_not_fit_is_one_line(store: Path, teacher_file: Path, more: Pa
     refused(MismatchError, r"teacher weights [0-9a-f]{64}, now it is .*; --append needs the teacher", teacher=other)
     refused(MismatchError, r"precision float32, now it is bfloat16; --append needs", precision="bfloat16")
     refused(UsageError, r"all layers of word store .*: block2, block3; leave --layer out", layers=("block3",))
-    refused(UsageError, r"--K 25 does not fit the vocabulary's 12 words of layer 'block2'; leave --K out", k=(25,))
+    refused(
+        UsageError, r"--K 25 does not fit the vocabulary's 12 words of layer 'block2'; leave --K out", num_words=(25,)
+    )
     refused(UsageError, r"no layer 'block2'.*--append needs the teacher of word store .*, wrn-", teacher="resnet18")
     refused(UsageError, r"--vocabulary does not go with --append", vocabulary=store)
     refused(MissingError, r"no word store .*none\.zarr", store=tmp_path / "none.zarr")

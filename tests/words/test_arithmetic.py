@@ -72,7 +72,7 @@ def test_an_unfinished_layer_of_another_arithmetic_gives_its_words_to_a_new_stor
     set_arithmetic(store, name, None)
     with pytest.raises(MismatchError, match=f"now .* 'torch'; encode into a new store: --vocabulary {store} --store "):
         run()
-    path = run(vocabulary=store, k=(), store=tmp_path / "new.zarr").store
+    path = run(vocabulary=store, num_words=(), store=tmp_path / "new.zarr").store
     new = open_store(path).layer(name)
     assert (new.read_words() == words).all()
     assert new.attributes["vocabulary_digest"] == before.attributes["vocabulary_digest"]
@@ -83,13 +83,13 @@ def test_complete_layers_of_another_arithmetic_are_used_and_told_of(
 ) -> None:
     monkeypatch.setattr(Teacher, "trunk", "another way")
     assert all(layer.already_complete for layer in run().layers)
-    new = run(vocabulary=store, k=(), store=tmp_path / "new.zarr").store
+    new = run(vocabulary=store, num_words=(), store=tmp_path / "new.zarr").store
     told = (
         "trunk eager, decoder CPU, resize torch; these images are encoded with trunk another way, decoder CPU, resize"
     )
     assert told in capsys.readouterr().err
     assert verify(new).arithmetic == {name: OTHER for name in LAYERS["layers"]}
-    run(shards=more, append=True, layers=(), k=())
+    run(shards=more, append=True, layers=(), num_words=())
     assert told in capsys.readouterr().err
     assert [part.get("arithmetic") for part in open_store(store).parts] == [None, OTHER]
 
@@ -104,8 +104,8 @@ def test_an_append_is_gone_on_with_by_the_same_arithmetic(
             MismatchError,
             match="is an unfinished --append with trunk eager, decoder CPU, resize torch, now it would be trunk an",
         ):
-            run(shards=more, append=True, layers=(), k=())
-    run(shards=more, append=True, layers=(), k=())
+            run(shards=more, append=True, layers=(), num_words=())
+    run(shards=more, append=True, layers=(), num_words=())
     assert verify(store).sound
 
 
@@ -194,7 +194,7 @@ def test_images_that_are_added_go_the_way_of_those_that_are_there(
     run: Any, store: Path, more: Path, tmp_path: Path, traced_only: list[int], capsys: Any
 ) -> None:
     path = run(store=tmp_path / "new.zarr", compile=True).store
-    run(store=path, shards=more, append=True, layers=(), k=())
+    run(store=path, shards=more, append=True, layers=(), num_words=())
     assert len(traced_only) == 2
     assert "words differ" not in capsys.readouterr().err
     assert open_store(path).parts[1]["arithmetic"]["trunk"] == "inductor freezing"

@@ -96,7 +96,7 @@ def test_attributes_say_where_the_words_come_from(clean: Path, teacher_file: Pat
 def test_another_batch_size_moves_only_near_ties(
     run: Any, clean: Path, teacher_file: Path, shards: Path, batch: int
 ) -> None:
-    store, expected = open_store(run(batch=batch, vocabulary=clean, k=()).store), open_store(clean)
+    store, expected = open_store(run(batch=batch, vocabulary=clean, num_words=()).store), open_store(clean)
     words, others = store.load_words(), expected.load_words()
     moved = np.argwhere(words != others)
     assert len(moved) < 1e-3 * words.size
@@ -122,7 +122,7 @@ def test_batches_cut_for_large_images_fill_every_row(
 
     monkeypatch.setattr(pipeline, "bounded", counted)
     monkeypatch.setattr(batches, "MAX_BATCH_PIXELS", 3 * int((index.height * index.width).max()))
-    store = open_store(run(vocabulary=clean, k=()).store)
+    store = open_store(run(vocabulary=clean, num_words=()).store)
     assert max(lengths) == 3
     words, others = store.load_words(), open_store(clean).load_words()
     assert (words != others).mean() < 1e-3
@@ -141,7 +141,7 @@ def test_a_complete_layer_is_left_alone(run: Any) -> None:
 
 def test_another_layer_joins_the_store(run: Any, clean: Path) -> None:
     run()
-    run(layers=("block1",), k=(10,))
+    run(layers=("block1",), num_words=(10,))
     store = open_store(run().store)
     assert set(store.layers) == {"block1", "block3"}
     assert np.array_equal(store.load_words("block3"), open_store(clean).load_words())
@@ -151,7 +151,7 @@ def test_another_layer_joins_the_store(run: Any, clean: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"k": (23,)}, "was made with K 24, now it is 23; use the same value, or encode into a new store"),
+        ({"num_words": (23,)}, "was made with K 24, now it is 23; use the same value, or encode into a new store"),
         ({"seed": 1}, "seed 0, now it is 1"),
         ({"iterations": 4}, "iterations 3, now it is 4"),
         ({"sample_per_word": 10}, "sample_per_word 256, now it is 10"),
@@ -176,7 +176,7 @@ def test_usage_errors_leave_nothing_behind(run: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no layer 'conv4'; its layers are conv1, block1, block2, block3"):
         run(layers=("conv4",))
     with pytest.raises(UsageError, match=r"K = 1537 words .* 96 images give 1536 \(16 each\)"):
-        run(k=(1537,))
+        run(num_words=(1537,))
     with pytest.raises(MissingError, match=r"no index in .*; run `bowstore index"):
         run(shards=tmp_path)
     assert not (tmp_path / "words.zarr").exists()
@@ -220,7 +220,7 @@ def test_a_collapsed_vocabulary_warns(
         return {"block3": maps}
 
     monkeypatch.setattr(Teacher, "maps", nearly_flat)
-    report = run(k=(8,))
+    report = run(num_words=(8,))
     assert any("the vocabulary has collapsed" in line and "fills 94 %" in line for line in report.warnings)
     assert "warning: the vocabulary has collapsed" in capsys.readouterr().err
 
@@ -332,25 +332,25 @@ def test_killed_again_and_again_it_ends_with_the_same_words(
 
 def test_the_vocabulary_of_another_store_is_reused(run: Any, clean: Path, tmp_path: Path) -> None:
     others = write_shards(tmp_path / "others", 30, seed=5, prefix="other")
-    report = run(shards=others, vocabulary=clean, k=(), store=tmp_path / "others.zarr")
+    report = run(shards=others, vocabulary=clean, num_words=(), store=tmp_path / "others.zarr")
     store = open_store(report.store)
     assert np.array_equal(store.vocabulary(), open_store(clean).vocabulary())
     assert store.layer().attributes["vocabulary"]["taken_from"] == "words.zarr"
     assert "sample" not in report.seconds
     assert "k-means" not in report.seconds
-    again = run(vocabulary=clean, k=(), store=tmp_path / "again.zarr")  # the same images
+    again = run(vocabulary=clean, num_words=(), store=tmp_path / "again.zarr")  # the same images
     assert np.array_equal(open_store(again.store).load_words(), open_store(clean).load_words())
     with pytest.raises(UsageError, match=r"--K 23 does not fit the vocabulary's 24 words of layer 'block3'; leave --K"):
-        run(shards=others, vocabulary=clean, k=(23,), store=tmp_path / "x.zarr")
+        run(shards=others, vocabulary=clean, num_words=(23,), store=tmp_path / "x.zarr")
     other = write_teacher(tmp_path / "other.safetensors", seed=1)
     with pytest.raises(
         MismatchError, match=r"was made with teacher weights [0-9a-f]{64}, now it is .*; --vocabulary n"
     ):
-        run(teacher=other, shards=others, vocabulary=clean, k=(), store=tmp_path / "x.zarr")
+        run(teacher=other, shards=others, vocabulary=clean, num_words=(), store=tmp_path / "x.zarr")
     with pytest.raises(MissingError, match=r"has no layer 'block2'; its layers: block3"):
-        run(shards=others, vocabulary=clean, k=(), layers=("block2",), store=tmp_path / "x.zarr")
+        run(shards=others, vocabulary=clean, num_words=(), layers=("block2",), store=tmp_path / "x.zarr")
     with pytest.raises(MismatchError, match=r"was made with pca None, now it is 3; --vocabulary needs the teacher"):
-        run(shards=others, vocabulary=clean, k=(), pca=3, store=tmp_path / "x.zarr")
+        run(shards=others, vocabulary=clean, num_words=(), pca=3, store=tmp_path / "x.zarr")
     assert not (tmp_path / "x.zarr").exists()
     with pytest.raises(MismatchError, match=r"was made with vocabulary taken from words\.zarr, now it is None; use"):
         run(store=tmp_path / "again.zarr")
@@ -397,12 +397,12 @@ def test_a_teacher_in_bfloat16_gives_words_of_its_own(run: Any, clean: Path) -> 
 
 
 def test_k_is_one_for_all_layers_or_one_for_each(run: Any, tmp_path: Path) -> None:
-    store = open_store(run(layers=("block2", "block3"), k=(9,)).store)
+    store = open_store(run(layers=("block2", "block3"), num_words=(9,)).store)
     assert [store.layer(name).words for name in store.layers] == [9, 9]
     with pytest.raises(UsageError, match=r"2 layers and 3 values of --K; give one for all, or one for each layer"):
-        run(layers=("block2", "block3"), k=(1, 2, 3), store=tmp_path / "x.zarr")
+        run(layers=("block2", "block3"), num_words=(1, 2, 3), store=tmp_path / "x.zarr")
     with pytest.raises(UsageError, match=r"the number of words of layer 'block3' is not known; give --K"):
-        run(k=(), store=tmp_path / "x.zarr")
+        run(num_words=(), store=tmp_path / "x.zarr")
     with pytest.raises(UsageError, match=r"no layer was named; give --layer"):
         run(layers=(), store=tmp_path / "x.zarr")
 
@@ -450,7 +450,7 @@ def test_conv1_of_an_older_store_is_not_taken_for_the_map_before_the_pooling(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was called conv1 is pool1 now: the same weights, the same name, another map."""
-    values: dict[str, Any] = {"teacher": "resnet18", "size": 16, "resize": 16, "layers": ("conv1",), "k": (4,)}
+    values: dict[str, Any] = {"teacher": "resnet18", "size": 16, "resize": 16, "layers": ("conv1",), "num_words": (4,)}
     plain = registry._resnet_stages
 
     def older(arch: str) -> Any:
@@ -466,5 +466,5 @@ def test_conv1_of_an_older_store_is_not_taken_for_the_map_before_the_pooling(
     with pytest.raises(MismatchError, match=told):
         run(**values)
     with pytest.raises(MismatchError, match=told):
-        run(**{**values, "k": ()}, vocabulary=store, store=tmp_path / "new.zarr")
+        run(**{**values, "num_words": ()}, vocabulary=store, store=tmp_path / "new.zarr")
     assert open_store(run(**{**values, "layers": ("pool1",)}).store).layer("pool1").grid == (4, 4)

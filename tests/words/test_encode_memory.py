@@ -23,7 +23,8 @@ def watch():  # private memory: pages of mapped shards are the kernel's, and it 
 threading.Thread(target=watch, daemon=True).start()
 from encoding import run_encode
 teacher, shards, store = map(Path, sys.argv[1:])
-run_encode(teacher=teacher, shards=shards, store=store, layers=("block1",), k=(16,), sample_per_word=64, iterations=1)
+layer = dict(layers=("block1",), num_words=(16,), sample_per_word=64, iterations=1)
+run_encode(teacher=teacher, shards=shards, store=store, **layer)
 print(peak_kib)
 """
 FEATURES_KIB_PER_IMAGE = 16 * 16 * 16 * 4 / 1024

@@ -19,7 +19,7 @@ from bowstore.words import layer as layer_module
 from bowstore.words.store import open_store
 from bowstore.words.verify import digest, verify
 
-LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "k": (12, 24)}
+LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "num_words": (12, 24)}
 Start = Callable[..., BaseProcess]
 
 
@@ -61,7 +61,7 @@ def test_two_layers_are_those_of_one_pass_each(clean: Path, values: dict[str, An
     assert store.layers == ("block2", "block3")
     assert (store.layer("block2").words, store.layer("block3").words) == (12, 24)
     assert store.load_words("block2").shape == (IMAGES, 8, 8)
-    alone = open_store(run_encode(**{**values, "layers": ("block3",), "k": (24,)}).store)
+    alone = open_store(run_encode(**{**values, "layers": ("block3",), "num_words": (24,)}).store)
     assert (store.load_words("block3") == alone.load_words()).all()
 
 

@@ -51,7 +51,7 @@ print(json.dumps(answer))
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, shards: Path) -> Path:
     path = tmp_path_factory.mktemp("open") / "words.zarr"
-    run_encode(teacher=teacher_file, shards=shards, store=path, layers=("block2", "block3"), k=(12, 24), pca=5)
+    run_encode(teacher=teacher_file, shards=shards, store=path, layers=("block2", "block3"), num_words=(12, 24), pca=5)
     return path
 
 

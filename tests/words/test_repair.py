@@ -120,7 +120,9 @@ def test_what_is_taken_back_comes_before_what_is_new(
     grown, whole = open_store(store), tmp_path / "whole.zarr"
     assert verify(store).sound
     assert len(grown) == IMAGES + NEW + 30
-    run_encode(teacher=teacher_file, shards=bigger, store=whole, vocabulary=store, layers=LAYERS["layers"], k=())
+    run_encode(
+        teacher=teacher_file, shards=bigger, store=whole, vocabulary=store, layers=LAYERS["layers"], num_words=()
+    )
     assert (grown.load_words("block3")[IMAGES:] == open_store(whole).load_words("block3")).mean() > 0.999
 
 
