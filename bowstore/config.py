@@ -6,7 +6,7 @@ Unknown keys are errors that name the nearest known key; values of another type 
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -227,3 +227,17 @@ def _known_keys(model: type[Strict], folders: Sequence[int | str]) -> list[str]:
 def dump(config: Strict) -> dict[str, Any]:
     """Plain values (paths as text) of a configuration, for YAML and JSON files."""
     return config.model_dump(mode="json")
+
+
+def value_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, free: Sequence[str] = (), prefix: str = ""
+) -> list[str]:
+    """In what plain values differ, a phrase each; keys in `free` may."""
+    found = []
+    for key in sorted((old.keys() | new.keys()).difference(free)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += value_differences(before, after, prefix=f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} is {before} there, {after} here")
+    return found

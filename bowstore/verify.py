@@ -11,6 +11,7 @@ from bowstore.data.shard_check import Problem
 from bowstore.data.sources.names import is_system
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
+from bowstore.runs import is_network, is_run
 
 if TYPE_CHECKING:
     from bowstore.data.verify import FolderReport
@@ -168,10 +169,9 @@ def _verify_store(
 
 
 def _verify_runs(path: Path, below: list[Path], *, repair: bool) -> PathReport:
-    from bowstore.train.verify import is_run, verify_run
+    from bowstore.train.verify import verify_run
 
-    is_network = path.is_file() and path.suffix in (".pt", ".safetensors")
-    runs = [path] if is_network else [folder for folder in (path, *below) if is_run(folder)]
+    runs = [path] if is_network(path) else [folder for folder in (path, *below) if is_run(folder)]
     if not runs:
         raise MissingError(
             f"{path} is neither a word store nor a folder of indexed shards, nor a run; if it holds shards, run "

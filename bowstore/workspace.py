@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bowstore import runs
 from bowstore.config import CONFIGS, WORKSPACE_FILE, StorageConfig, Workspace, bundled_configs
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.files import atomic_file
@@ -63,7 +64,7 @@ def find_run(workspace: Workspace, name: str | Path) -> Path:
     for path in (Path(name), workspace.runs / name):
         if path.exists():
             return path
-    there = sorted(p.parent.name for p in workspace.runs.glob("[!.]*/config.yaml"))
+    there = [run.name for run in runs.below(workspace.runs)]
     raise MissingError(f"no run or file {str(name)!r}; runs in {workspace.runs}: {', '.join(there) or 'none'}")
 
 
@@ -73,15 +74,10 @@ def newest_run(workspace: Workspace, *, task: str | None = None) -> Path:
     Raises:
         MissingError: there is none.
     """
-    from bowstore.models.saved import BACKBONE_FILE, read_run_config
-
-    finished = sorted(
-        workspace.runs.glob(f"[!.]*/{BACKBONE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    for path in finished:
+    for run in runs.finished_below(workspace.runs):
         try:
-            if task is None or read_run_config(path.parent).task == task:
-                return path.parent
+            if task is None or runs.task_name(runs.read_config(run)) == task:
+                return run
         except BowstoreError as error:  # perhaps of another task; and nobody asked for this one
             say(f"warning: {error}; the run is passed over")
     kind = f"finished {task} run" if task else "finished run"
@@ -126,7 +122,7 @@ def resolve_train(
         UsageError: a key or value that cannot be used.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    path = config or workspace.config or _student(given.get("words.store", workspace.store), workspace.storage)
+    path = config or workspace.config or _student(workspace, given.get("words.store", workspace.store))
     resolved = load_train_config(path, overrides, given)
     if resolved.task != "words" and "words.store" in given:
         raise UsageError(f"--store goes with task words, and {path} is of task {resolved.task}; leave it out")
@@ -144,25 +140,24 @@ def resolve_train(
     return resolved.model_copy(update=updates)
 
 
-def _student(path: Path, storage: StorageConfig) -> Path:
+def _student(workspace: Workspace, path: Path) -> Path:
+    """What the configuration of the run names whose network made the words."""
     from bowstore.words.arrays import reading
     from bowstore.words.store import open_store
 
-    store = fetch_store(path, storage)
+    store = fetch_store(path, workspace.storage)
     if not store.exists():
         raise MissingError(
             f"no --config was given and there is no word store {store}: train a teacher with --config first, then "
             f"`bowstore encode`"
         )
-    layers = [layer for layer in open_store(store).every_layer() if layer.complete]
     with reading(f"the teacher's name in word store {store}"):
-        students = {layer.attributes["teacher"]["student"] for layer in layers}
-    if len(students) > 1:
-        raise UsageError(f"the layers of {store} come from teachers of different students; give --config")
-    (student,) = students
-    if not student:
-        raise MissingError(f"the teacher of {store} names no student configuration; give --config")
-    return CONFIGS / str(student)
+        names = sorted({str(layer.attributes["teacher"]["name"]) for layer in open_store(store).every_layer()})
+    found = [workspace.runs / name for name in names if runs.is_run(workspace.runs / name)]
+    students = {str(student) for run in found if (student := runs.read_config(run).get("student"))}
+    if len(students) != 1:
+        raise MissingError(f"the runs that made the words of {store} ({', '.join(names)}) name no one; give --config")
+    return CONFIGS / students.pop()
 
 
 def val_shards(workspace: Workspace) -> Path:

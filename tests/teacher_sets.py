@@ -5,13 +5,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from bowstore.data.index import build_index
-from bowstore.models.registry import build_backbone
-from bowstore.models.saved import save_backbone
-from bowstore.train.config import TrainConfig
+from bowstore.models.saved import network_of, save_backbone
 
 IMAGES = 96
 
@@ -34,17 +31,13 @@ def write_shards(folder: Path, images: int, *, seed: int = 0, prefix: str = "img
 
 
 def write_teacher(path: Path, *, seed: int = 0, **values: object) -> Path:
-    config = TrainConfig.model_validate(
-        {
-            "name": "tiny-rotnet",
-            "task": "rotation",
-            "view": {"size": 16, "resize": 16, "cutmix": False},
-            "model": {"arch": "wrn-10-1"},
-            "student": "tiny-bownet",
-            **values,
-        }
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        save_backbone(path, build_backbone(config.model), config)
+    of_run = {
+        "name": "tiny-rotnet",
+        "task": "rotation",
+        "seed": seed,
+        "view": {"size": 16, "resize": 16, "cutmix": False},
+        "model": {"arch": "wrn-10-1"},
+    }
+    network = network_of({**of_run, **values}, "test")
+    save_backbone(path, network.fresh(), network)
     return path

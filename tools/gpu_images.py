@@ -254,7 +254,7 @@ def imagenette(check: Check) -> None:
 
 def _learned(check: Check, run: Path) -> None:
     """The first and the last logged loss of a run, which has to have fallen, but in a dry run."""
-    from bowstore.train.metrics import read_metrics
+    from bowstore.runs import read_metrics
 
     lines = read_metrics(run)
     first, last = lines[0]["loss"], lines[-1]["loss"]

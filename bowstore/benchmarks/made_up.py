@@ -37,7 +37,7 @@ def made_up_store(path: Path, index: Index, *, words: int, grid: int, channels: 
     maps = draw.choice(words, (len(index), grid, grid), p=share_K / share_K.sum()).astype(np.uint16)
     hashes, digests = np.asarray(index.key_hash), np.asarray(index.digest)
     writer = create_store(path, fingerprint=index.fingerprint, key_hash_N=hashes, image_digest_N=digests)
-    teacher = {"arch": "made up", "layer": LAYER, "weights_sha256": "0", "name": "made up", "student": None}
+    teacher = {"arch": "made up", "layer": LAYER, "weights_sha256": "0", "name": "made up"}
     spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=(grid, grid), channels=channels)
     layer = writer.add_layer(LAYER, spec, np.zeros((words, channels), np.float32))
     for chunk in range(layer.chunks):

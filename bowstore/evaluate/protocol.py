@@ -18,8 +18,8 @@ from bowstore.config import Strict, dump
 from bowstore.environment import device_name, library_versions
 from bowstore.errors import CorruptError, DataError, UsageError
 from bowstore.files import make_folder, read_json, write_json
+from bowstore.runs import result_path, result_paths
 
-EVAL_FOLDER = "eval"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -244,11 +244,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
-def result_path(run: Path, protocol_id: str) -> Path:
-    """Where a run directory keeps the result of a protocol."""
-    return run / EVAL_FOLDER / f"{protocol_id.replace('/', '-')}.json"
-
-
 def write_result(run: Path, result: Result) -> Path:
     """Write `result` into its place in a run directory, atomically; return the place."""
     path = result_path(run, result.protocol)
@@ -277,7 +272,7 @@ def read_result(path: Path) -> Result:
 
 def read_results(run: Path) -> list[Result]:
     """All results of a run directory, by file name; empty where nothing was evaluated."""
-    return [read_result(path) for path in sorted((run / EVAL_FOLDER).glob("[!.]*.json"))]
+    return [read_result(path) for path in result_paths(run)]
 
 
 def result_table(result: Result, name: str = "this run") -> str:

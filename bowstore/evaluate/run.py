@@ -1,10 +1,8 @@
 """Evaluations of a run on disk: which network, which protocol, where the result goes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bowstore.config import Compile, StorageConfig, dump
 from bowstore.data.index import open_index
@@ -14,9 +12,9 @@ from bowstore.evaluate.protocol import Result, result_table
 from bowstore.evaluate.splits import known_dataset, share_no_class
 from bowstore.evaluate.svm import CostList
 from bowstore.evaluate.voc import evaluate_voc07
-from bowstore.models.registry import build_backbone
 from bowstore.models.saved import LoadedBackbone, load_backbone
 from bowstore.progress import say
+from bowstore.runs import results_folder
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def evaluate_run_linear(
         loaded.backbone,
         train=train,
         test=test,
-        view=loaded.view,
+        view=loaded.saved.view,
         out=out,
         config=LinearConfig(seed=seed, standardise=standardise, held_out=test is None),
         dataset=known_dataset(*indexes),
@@ -118,7 +116,7 @@ def evaluate_run_voc07(
     result = evaluate_voc07(
         loaded.backbone,
         voc=voc,
-        view=loaded.view,
+        view=loaded.saved.view,
         out=out,
         costs=costs,
         layers=layers or None,
@@ -133,11 +131,7 @@ def evaluate_run_voc07(
 
 def _load(path: Path, random_init: bool) -> tuple[LoadedBackbone, str, Path]:
     """The network, its name, and the folder that takes its results."""
-    loaded = load_backbone(path)
-    out = path if path.is_dir() else path.with_suffix("")
+    loaded, out = load_backbone(path), results_folder(path, random_init=random_init)
     if not random_init:
-        return loaded, loaded.name, out
-    torch.manual_seed(int(loaded.config["seed"]))
-    backbone = build_backbone(loaded.model).eval()
-    fresh = LoadedBackbone(backbone, loaded.model, loaded.view, f"{loaded.name} (random)", loaded.config)
-    return fresh, fresh.name, out / "random"
+        return loaded, loaded.saved.name, out
+    return replace(loaded, backbone=loaded.saved.fresh().eval()), f"{loaded.saved.name} (random)", out

@@ -1,16 +1,16 @@
-"""Trained networks on disk: runs, checkpoints and exported files, and how to get the network back.
+"""Trained networks on disk: checkpoints and exported files, and how to get the network back.
 
-A checkpoint is read with `weights_only=True`. A finished run also holds `backbone.safetensors`, the network alone
-with what is needed to rebuild it. Both hold a digest over all that is in them (`content_digest`): inside the file,
-because a file and one beside it cannot be replaced together.
+A checkpoint is read with `weights_only=True`. A finished run also holds the network alone with what rebuilds it
+(`SavedNetwork`): no more, so that a training option that is renamed orphans no teacher. Both hold a digest over all
+that is in them (`content_digest`): inside the file, because a file and one beside it cannot be replaced together.
 """
 
 import io
 import json
 import os
-import re
 import stat
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from bowstore.config import ModelConfig, ViewConfig, dump, validate
+from bowstore import runs
+from bowstore.config import ModelConfig, Seed, Strict, Text, ViewConfig, dump, validate, value_differences
 from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
@@ -26,35 +27,53 @@ from bowstore.models.registry import Backbone, build_backbone
 from bowstore.models.weights import content_digest
 from bowstore.progress import say
 from bowstore.torchrun import ranks
-from bowstore.train.config import TrainConfig, differences
-from bowstore.yaml_file import read_yaml
 
-BACKBONE_FILE = "backbone.safetensors"
-CONFIG_FILE = "config.yaml"
-CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_VERSION = 2
 _WITHOUT_DIGEST = 1  # the version of checkpoints that had none
 _PARTS = {"step": int, "config": dict, "inputs": dict, "backbone": dict, "head": dict, "optimizer": dict}
-_CHECKPOINT = re.compile(r"step-(\d+)\.pt")
+
+
+class SavedNetwork(Strict):
+    """What rebuilds a network, and what it was trained as."""
+
+    model: ModelConfig = ModelConfig()
+    view: ViewConfig = ViewConfig()
+    name: Text
+    task: Text
+    seed: Seed = 0
+
+    def fresh(self) -> Backbone:
+        """The network at its random initialisation, that of its run, on the CPU; the caller's generator stays."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return build_backbone(self.model)
 
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A trained network and where it comes from.
+    """A trained network and what is recorded of it.
 
     Attributes:
         backbone: on the CPU, in eval mode.
-        model: how to build it.
-        view: the views it was trained with.
-        name: the run's name.
-        config: the run's whole configuration as plain values.
+        saved: its architecture, views, name, task and seed.
     """
 
     backbone: Backbone
-    model: ModelConfig
-    view: ViewConfig
-    name: str
-    config: dict[str, Any]
+    saved: SavedNetwork
+
+
+def network_of(values: Mapping[str, Any], origin: str) -> SavedNetwork:
+    """What rebuilds a network, of what an export records, or of a run's configuration, of whatever version.
+
+    Args:
+        values: plain values.
+        origin: where they are from, for messages.
+
+    Raises:
+        UsageError: they describe no network.
+    """
+    own = {name: values[name] for name in SavedNetwork.model_fields.keys() & values.keys()}
+    return validate(SavedNetwork, own | {"task": runs.task_name(values)}, origin)
 
 
 def checkpoint_bytes(state: dict[str, Any]) -> memoryview:
@@ -126,7 +145,7 @@ def _checked(state: dict[str, Any], path: Path, *, shown: bool) -> dict[str, Any
             f"{path} has checkpoint format {version}, this bowstore reads {_WITHOUT_DIGEST} and {CHECKPOINT_VERSION}; "
             f"use the bowstore that wrote it, or move it out of its folder to go on without it"
         )
-    if _CHECKPOINT.fullmatch(path.name) and step_of(path.name) != state["step"]:
+    if runs.step_of(path) not in (-1, state["step"]):
         raise CorruptError(f"{path} holds step {state['step']}: it was renamed, or copied over another one")
     return state
 
@@ -150,7 +169,7 @@ def newest_checkpoint(run: Path, *, shown: bool = True) -> dict[str, Any] | None
         MismatchError: the newest sound one is of another version.
         OSError: the machine could not read one, which says nothing about the file.
     """
-    paths = checkpoints(run)
+    paths = runs.checkpoints(run)
     error: CorruptError | None = None
     for path in paths:
         if error and shown:
@@ -172,10 +191,10 @@ def newest_checkpoint(run: Path, *, shown: bool = True) -> dict[str, Any] | None
     return None
 
 
-def save_backbone(path: Path, backbone: Backbone, config: TrainConfig) -> None:
-    """Write the network alone, as safetensors with the run's configuration and a digest in its metadata."""
+def save_backbone(path: Path, backbone: Backbone, network: SavedNetwork) -> None:
+    """Write the network alone, as safetensors with what rebuilds it and a digest in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    metadata = {"bowstore": json.dumps(dump(config))}
+    metadata = {"bowstore": json.dumps(dump(network))}
     metadata["digest"] = content_digest({"metadata": metadata, "tensors": tensors})
     with atomic_file(path) as file:
         file.write(safetensors.torch.save(tensors, metadata=metadata))
@@ -193,44 +212,48 @@ def load_backbone(path: Path) -> LoadedBackbone:
             run's export.
     """
     run, checkpoint = path if path.is_dir() else None, None
-    if run and not is_finished(run):
+    if run and not runs.is_finished(run):
         checkpoint = newest_checkpoint(run)
         if checkpoint is None:
-            read_run_config(run)  # which says so of a folder that is no run
+            runs.read_config(run)  # which says so of a folder that is no run
             raise MissingError(f"run {path} holds no checkpoint yet; let `bowstore train` reach its first one")
-        state, values = checkpoint["backbone"], checkpoint["config"]
         if ranks().first:
             say(f"run {run} is not finished: its newest checkpoint is used, of step {checkpoint['step']}")
     else:
-        path = run / BACKBONE_FILE if run else path
-        data = _file_bytes(path, "file" if path.suffix == ".safetensors" else "checkpoint")
-        if is_safetensors(data[:64]) or (path.suffix == ".safetensors" and not is_torch(data[:64])):
-            state, values = _export(data, path)
+        path = run / runs.BACKBONE_FILE if run else path
+        data = _file_bytes(path, "file" if runs.is_export(path) else "checkpoint")
+        if is_safetensors(data[:64]) or (runs.is_export(path) and not is_torch(data[:64])):
+            state, network = _export(data, path)
         else:
             checkpoint = _checkpoint(data, path)
-            state, values = checkpoint["backbone"], checkpoint["config"]
-    config = validate(TrainConfig, values, str(path))
+    if checkpoint:
+        state, network = checkpoint["backbone"], network_of(checkpoint["config"], str(path))
     if run is not None:
-        _check_own(run, config, finished=checkpoint is None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # what a network draws when it is built, and does not save, is that of the run
-        backbone = build_backbone(config.model)
+        _check_own(run, network, finished=checkpoint is None)
+    backbone = network.fresh()  # what a network draws when it is built, and does not save, is that of the run
     load_weights(backbone, state, str(path))
-    return LoadedBackbone(backbone.eval(), config.model, config.view, config.name, values)
+    return LoadedBackbone(backbone.eval(), network)
 
 
-def _check_own(run: Path, config: TrainConfig, *, finished: bool) -> None:
-    """Compare the configuration in a run's export or checkpoint with the run's: another run's file is whole, too."""
-    if not (run / CONFIG_FILE).exists() or not (found := differences(read_run_config(run), config)):
+def _check_own(run: Path, network: SavedNetwork, *, finished: bool) -> None:
+    """Compare the network in a run's export or checkpoint with the run's: another run's file is whole, too."""
+    path = run / runs.CONFIG_FILE
+    if not path.exists() or not (found := other_network(network_of(runs.read_config(run), str(path)), network)):
         return
     if finished:
-        raise MismatchError(
-            f"{run / BACKBONE_FILE} is of another run than {run / CONFIG_FILE} ({found[0]}); restore both from one copy"
-        )
+        raise MismatchError(f"{run / runs.BACKBONE_FILE} is of another run than {path} ({found}); {RESTORE_BOTH}")
     say(  # no error: so it is after a --resume that has not reached a checkpoint yet
-        f"warning: the newest checkpoint of {run} was written under another configuration than its {CONFIG_FILE} holds "
-        f"({found[0]})"
+        f"warning: the newest checkpoint of {run} was written under another configuration than its {path.name} holds "
+        f"({found})"
     )
+
+
+RESTORE_BOTH = "restore both from one copy"
+
+
+def other_network(old: SavedNetwork, new: SavedNetwork, *, free: Sequence[str] = ()) -> str | None:
+    """The first thing in which two networks differ, but for keys in `free`, in words; None for nothing."""
+    return next(iter(value_differences(dump(old), dump(new), free=free)), None)
 
 
 def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
@@ -252,50 +275,10 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], origin
     module.load_state_dict(state)
 
 
-def is_finished(run: Path) -> bool:
-    """Whether a run reached its end."""
-    return (run / BACKBONE_FILE).exists()
+def load_export(path: Path) -> tuple[dict[str, torch.Tensor], SavedNetwork]:
+    """The tensors of an exported network, checked, and what rebuilds it.
 
-
-def read_run_config(run: Path) -> TrainConfig:
-    """The configuration that a run directory holds.
-
-    Raises:
-        MissingError: it is not a run directory.
-    """
-    path = run / CONFIG_FILE
-    if not path.exists():
-        raise MissingError(f"{run} is not a run directory (it has no {CONFIG_FILE})")
-    return validate(TrainConfig, read_yaml(path), str(path))
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run / CHECKPOINT_FOLDER / f"step-{step:09d}.pt"
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, newest first.
-
-    Raises:
-        OSError: their folder is there and cannot be listed.
-    """
-    folder = run / CHECKPOINT_FOLDER
-    try:
-        names = os.listdir(folder)  # Path.glob would find nothing in a folder that it may not read
-    except FileNotFoundError:
-        return []
-    return [folder / name for name in sorted(names, key=step_of, reverse=True) if _CHECKPOINT.fullmatch(name)]
-
-
-def step_of(name: str) -> int:
-    """The step in a checkpoint's name; -1 for another name."""
-    match = _CHECKPOINT.fullmatch(name)
-    return int(match[1]) if match else -1
-
-
-def load_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of an exported network, checked, and the configuration of its run as plain values.
+    Older files hold the whole configuration of their run instead, of which this is a part.
 
     Raises:
         MissingError: no such file.
@@ -306,7 +289,7 @@ def load_export(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return _export(_file_bytes(path, "file"), path)
 
 
-def _export(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _export(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], SavedNetwork]:
     if kind := other_kind(io.BytesIO(data)):
         raise CorruptError(f"{path} is no network that bowstore exported: it is {kind}")
     try:
@@ -319,12 +302,12 @@ def _export(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str,
         raise CorruptError(f"{path} is not a whole safetensors file ({_first_line(error)}); {_REDO}") from error
     digest = metadata.pop("digest", None)
     if values is None and digest is None:
-        raise MismatchError(f"{path} was not written by bowstore (no configuration in it); {_foreign(path)}")
+        raise MismatchError(f"{path} was not written by bowstore (no network is recorded in it); {_foreign(path)}")
     if digest is None and len(metadata) == 1:
         say(f"{path} was written before exported networks had a digest: its weights were not checked")
     elif digest != content_digest({"metadata": metadata, "tensors": tensors}):
         raise CorruptError(f"{path} differs from the digest that was recorded in it when it was written; {_REDO}")
-    return tensors, values
+    return tensors, network_of(values if isinstance(values, dict) else {}, str(path))
 
 
 _REDO = "restore it from a copy, or move it away and give its `bowstore train` command again, which writes it anew"

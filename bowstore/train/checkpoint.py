@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bowstore.files import atomic_file, make_folder
-from bowstore.models.saved import checkpoint_bytes, checkpoint_path, checkpoints, step_of
+from bowstore.models.saved import checkpoint_bytes
+from bowstore.runs import checkpoint_path, checkpoints, step_of
 
 _DAMAGED, _DIVERGED = "damaged", "diverged"
 
@@ -34,7 +35,7 @@ class Checkpoints:
         self.unproven = start is not None
         if writes and start is not None:
             for path in checkpoints(run):
-                if step_of(path.name) > start:
+                if step_of(path) > start:
                     path.rename(aside(path, _DAMAGED))
 
     def save(self, state: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from bowstore.config import (
     dump,
     find_config,
     validate,
+    value_differences,
 )
 from bowstore.errors import MissingError
 from bowstore.limits import MAX_BATCH, MAX_FLOAT
@@ -144,15 +145,4 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """In what two runs differ that decides what is learned, a phrase each; how they are run may change within one."""
-    return _differences(dump(old), dump(new), free=("runtime", "student"))
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], *, free: Sequence[str] = (), prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted((old.keys() | new.keys()).difference(free)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, prefix=f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} is {before} there, {after} here")
-    return found
+    return value_differences(dump(old), dump(new), free=("runtime", "student"))

@@ -23,6 +23,7 @@ from bowstore.files import exclusive_lock, sweep_temporary
 from bowstore.models import saved
 from bowstore.progress import say
 from bowstore.remote import fetch_store
+from bowstore.runs import BACKBONE_FILE, CHECKPOINT_FOLDER, is_finished
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.compiling import another_way, compiles, compiles_here
 from bowstore.train.config import RuntimeConfig, TrainConfig
@@ -113,7 +114,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         begun = _start(run, config, steps, network, optimizer, meter, task, world, resume=resume)
         start, first = begun.step, begun.step or 0
         _same_start(first, task, config, world)
-        if first >= steps or (start is None and saved.is_finished(run)):
+        if first >= steps or (start is None and is_finished(run)):
             return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
         compiled = compiles_here(compiles(config, network, steps, world.device), world)
         model = build_objective(task, config, world, compiled=compiled)
@@ -124,8 +125,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
                 say(f"warning: of the configuration without effect: {line}")
             write_config(run, config)
             write_environment(run, world, task.inputs, compiled=compiled)
-            sweep_temporary(run / saved.CHECKPOINT_FOLDER)
-            (run / saved.BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
+            sweep_temporary(run / CHECKPOINT_FOLDER)
+            (run / BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
 
         # --- the loop
         from bowstore.data.pipeline import train_batches  # DALI: steps on data that is there already go without
@@ -341,8 +342,8 @@ def _state(
 
 
 def _finish(run: Path, config: TrainConfig, network: Network, world: World, report: TrainReport) -> TrainReport:
-    if world.first and not saved.is_finished(run):
-        saved.save_backbone(run / saved.BACKBONE_FILE, network.backbone, config)
+    if world.first and not is_finished(run):
+        saved.save_backbone(run / BACKBONE_FILE, network.backbone, saved.network_of(dump(config), config.name))
     world.barrier()
     return report
 

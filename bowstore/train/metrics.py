@@ -17,12 +17,11 @@ from torch import Tensor
 from bowstore.data.views import Batch
 from bowstore.files import atomic_file, open_end
 from bowstore.progress import Progress, say
+from bowstore.runs import BOARD_FOLDER, METRICS_FILE, lost_lines, metric_lines
 from bowstore.train.checkpoint import aside
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.schedule import steps_per_epoch, total_steps
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
@@ -30,19 +29,19 @@ class MetricsLog:
 
     def __init__(self, run: Path, step: int) -> None:
         path = run / METRICS_FILE
-        lines, unread = _read_lines(path)
-        if unread:
+        lines, problems = metric_lines(run)
+        for problem in problems:
             copy = aside(path, "damaged")
             with atomic_file(copy) as file:
                 file.write(path.read_bytes())
-            say(f"warning: {_told(path, unread)}; the file as it was is kept as {copy.name}")
+            say(f"warning: {problem}; the file as it was is kept as {copy.name}")
         with atomic_file(path) as file:
             file.writelines((json.dumps(line) + "\n").encode() for line in lines if line["step"] <= step)
         self._file = io.TextIOWrapper(open_end(path), encoding="utf-8", line_buffering=True)
         # Its writer follows links; nobody can lay one under a name that cannot be foreseen.
         suffix = f".{secrets.token_hex(4)}"
         writer = _summary_writer()
-        self._board = writer(str(run / "tensorboard"), purge_step=step + 1, filename_suffix=suffix) if writer else None
+        self._board = writer(str(run / BOARD_FOLDER), purge_step=step + 1, filename_suffix=suffix) if writer else None
 
     def write(self, step: int, values: dict[str, float], order: str) -> None:
         """Record the values of one step and the digest of its keys."""
@@ -73,75 +72,16 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics, in order; a line that cannot be read is left out with a warning.
-
-    The last line may be cut: a process that is killed while it writes leaves it so, and it is written again.
-    """
-    path = run / METRICS_FILE
-    lines, unread = _read_lines(path)
-    if unread:
-        say(f"warning: {_told(path, unread)}")
-    return lines
-
-
-def unreadable_lines(run: Path) -> list[str]:
-    """What is wrong with a run's metrics file, in lines for people; empty if nothing is."""
-    path = run / METRICS_FILE
-    _, unread = _read_lines(path)
-    return [_told(path, unread)] if unread else []
-
-
-def lost_lines(run: Path, logged: int | None) -> list[str]:
-    """Whether the metrics lack what was logged before a checkpoint, in lines for people.
-
-    Args:
-        run: the run directory.
-        logged: `last_logged` of the checkpoint.
-    """
-    path = run / METRICS_FILE
-    steps = [line["step"] for line in _read_lines(path)[0]]
-    if not logged or logged in steps:
-        return []
-    have = f"holds no line before step {min(steps)}" if steps and min(steps) > logged else "lacks that line"
-    have = have if steps else "holds no line" if path.exists() else "is not there"
-    return [f"step {logged} was logged before the newest checkpoint, and {path} {have}; restore it from a copy"]
-
-
 def last_logged(state: dict[str, Any]) -> int | None:
     """The step of the last line that was logged before a checkpoint; 0 for none, None if it does not say."""
     return state["step"] - state["meter"]["steps"] if "meter" in state else None
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines that are objects with a step, and the numbers (from 1) of the others."""
-    try:
-        texts = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], []
-    lines, unread = [], []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text.decode())
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and type(line.get("step")) is int:
-            lines.append(line)
-        elif number < len(texts):  # what follows the last line feed is a cut line, or empty
-            unread.append(number)
-    return lines, unread
-
-
-def _told(path: Path, unread: list[int]) -> str:
-    some = ", ".join(map(str, unread[:3])) + (", ..." if len(unread) > 3 else "")
-    return f"{len(unread)} lines of {path} are no JSON objects with a step (line {some}) and are left out"
-
-
 def _keep_log_of_lost(run: Path, checkpoint_every_steps: int) -> None:
     """Before a run begins anew: keep the log of one that had checkpoints, which are gone."""
-    path = run / METRICS_FILE
-    last = max((line["step"] for line in _read_lines(path)[0]), default=0)
+    last = max((line["step"] for line in metric_lines(run)[0]), default=0)
     if last >= checkpoint_every_steps:
+        path = run / METRICS_FILE
         copy = path.rename(aside(path, "before"))
         say(
             f"warning: {run} has no checkpoint, though it was trained to step {last}: it begins anew, and the log of "

@@ -7,28 +7,28 @@ from typing import Any
 
 import torch
 
+from bowstore import runs
 from bowstore.config import dump, validate
 from bowstore.data.gpu_decode import gpu_decoding
 from bowstore.environment import device_name, library_versions
 from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import atomic_file, write_json
-from bowstore.models.saved import (
-    BACKBONE_FILE,
-    CONFIG_FILE,
-    checkpoint_path,
-    checkpoints,
-    is_finished,
-    load_export,
-    read_run_config,
-)
+from bowstore.models.saved import load_export, network_of, other_network
 from bowstore.models.weights import content_digest
 from bowstore.progress import say
 from bowstore.train.config import TrainConfig, differences
 from bowstore.train.distributed import World
-from bowstore.train.metrics import METRICS_FILE
 from bowstore.yaml_file import write_yaml
 
-_ENVIRONMENT_FILE = "environment.json"
+
+def read_run_config(run: Path) -> TrainConfig:
+    """The configuration that a run directory holds.
+
+    Raises:
+        MissingError: it is not a run directory.
+        UsageError: values that this bowstore does not know.
+    """
+    return validate(TrainConfig, runs.read_config(run), str(run / runs.CONFIG_FILE))
 
 
 def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
@@ -38,10 +38,10 @@ def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
         MismatchError: another configuration is there and `resume` is false; the message names the first difference.
             Or files where a run's go that no run left.
     """
-    if not (checkpoints(run) or is_finished(run)):
+    if not (runs.checkpoints(run) or runs.is_finished(run)):
         _refuse_foreign(run)
         return
-    if not (run / CONFIG_FILE).exists():
+    if not (run / runs.CONFIG_FILE).exists():
         return  # lost: what the checkpoints say is compared
     found = differences(read_run_config(run), config)
     if found and not resume:
@@ -69,10 +69,10 @@ def check_start(
             that is not of the last checkpoint.
     """
     if state is None:
-        if is_finished(run):
+        if runs.is_finished(run):
             _check_lone_export(run, config)
         return
-    path = checkpoint_path(run, state["step"])
+    path = runs.checkpoint_path(run, state["step"])
     found = differences(validate(TrainConfig, state["config"], str(path)), config)
     if found and not resume:
         raise MismatchError(
@@ -87,18 +87,23 @@ def check_start(
     if state["step"] < steps:
         for difference in found if shown else ():
             say(f"resumed with {difference}")
-    elif is_finished(run) and content_digest(load_export(run / BACKBONE_FILE)[0]) != content_digest(state["backbone"]):
+        return
+    export = run / runs.BACKBONE_FILE
+    if export.exists() and content_digest(load_export(export)[0]) != content_digest(state["backbone"]):
         raise MismatchError(
-            f"{run / BACKBONE_FILE} holds other weights than {path.name}: it is of another run or time; move it away, "
-            f"and the same command writes it anew"
+            f"{export} holds other weights than {path.name}: it is of another run or time; move it away, and the same "
+            f"command writes it anew"
         )
 
 
 def _check_lone_export(run: Path, config: TrainConfig) -> None:
-    path = run / BACKBONE_FILE
-    if found := differences(validate(TrainConfig, load_export(path)[1], str(path)), config):
+    path = run / runs.BACKBONE_FILE
+    found = other_network(load_export(path)[1], network_of(dump(config), config.name))
+    if not found and (run / runs.CONFIG_FILE).exists():  # what it does not record, the run's configuration says
+        found = next(iter(differences(read_run_config(run), config)), None)
+    if found:
         raise MismatchError(
-            f"{path} is of another configuration ({found[0]}), and there is no checkpoint to go on from; take another "
+            f"{path} is of another configuration ({found}), and there is no checkpoint to go on from; take another "
             f"--name"
         )
 
@@ -106,11 +111,13 @@ def _check_lone_export(run: Path, config: TrainConfig) -> None:
 def _refuse_foreign(run: Path) -> None:
     """Refuse to write over files of a user's; what a run leaves that ended before its first checkpoint is no such."""
     try:
-        if (run / CONFIG_FILE).read_bytes() == write_yaml(dump(read_run_config(run))):
+        read_run_config(run)
+        # As a bowstore of whatever version spells what it says: with a user's remarks it is another text.
+        if (run / runs.CONFIG_FILE).read_bytes() == write_yaml(runs.read_config(run)):
             return
     except (FileNotFoundError, BowstoreError):
         pass
-    there = [name for name in (CONFIG_FILE, _ENVIRONMENT_FILE, METRICS_FILE) if os.path.lexists(run / name)]
+    there = [name for name in runs.WRITTEN if os.path.lexists(run / name)]
     if there:
         raise MismatchError(
             f"{run / there[0]} is there, and no run of bowstore wrote it; take another --name, or move it away"
@@ -119,14 +126,14 @@ def _refuse_foreign(run: Path) -> None:
 
 def write_config(run: Path, config: TrainConfig) -> None:
     """Record the resolved configuration, once everything it names has been found usable."""
-    with atomic_file(run / CONFIG_FILE) as file:
+    with atomic_file(run / runs.CONFIG_FILE) as file:
         file.write(write_yaml(dump(config)))
 
 
 def write_environment(run: Path, world: World, inputs: dict[str, str], *, compiled: bool) -> None:
     """Record versions, device and the identity of the inputs in `environment.json`."""
     write_json(
-        run / _ENVIRONMENT_FILE,
+        run / runs.ENVIRONMENT_FILE,
         {
             "versions": library_versions(),
             "device": device_name(world.device),

@@ -1,22 +1,21 @@
 """Checks of a run directory: does each file hold what was written into it?"""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bowstore.config import validate
+from bowstore import runs
+from bowstore.config import dump
 from bowstore.errors import BowstoreError
 from bowstore.files import read_json
-from bowstore.models import saved
+from bowstore.models.saved import RESTORE_BOTH, SavedNetwork, load_checkpoint, load_export, network_of, other_network
 from bowstore.models.weights import content_digest
-from bowstore.train.config import TrainConfig, differences
-from bowstore.train.metrics import last_logged, lost_lines, unreadable_lines
-
-# What nobody changes within a run; other values may be those of before a --resume.
-_IDENTITY = ("name ", "task ", "seed ", "model.")
+from bowstore.train.metrics import last_logged
+from bowstore.train.rundir import read_run_config
 
 
 @dataclass
@@ -38,11 +37,6 @@ class RunFindings:
     problems: list[str] = field(default_factory=list)
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is a run directory, complete or not."""
-    return any((path / name).exists() for name in (saved.CONFIG_FILE, saved.CHECKPOINT_FOLDER, saved.BACKBONE_FILE))
-
-
 def verify_run(path: Path) -> RunFindings:
     """Check all files of a run directory, or a checkpoint or an exported network alone.
 
@@ -51,25 +45,17 @@ def verify_run(path: Path) -> RunFindings:
     """
     found = RunFindings(path)
     if not path.is_dir():
-        found.exported = path.suffix == ".safetensors"
+        found.exported = runs.is_export(path)
         found.checkpoints = int(not found.exported)
         (_export if found.exported else _checkpoint)(found, path)
         return found
-    config = _config(found)
-    newest = _checkpoints(found, config)
-    if saved.is_finished(path):
+    network = _network(found)
+    newest = _checkpoints(found, network)
+    if runs.is_finished(path):
         found.exported = True
-        tensors, values = _export(found, path / saved.BACKBONE_FILE)
-        weights = newest.get("backbone")
-        if tensors and weights and content_digest(tensors) != content_digest(weights):
-            found.problems.append(
-                f"{path / saved.BACKBONE_FILE} holds other weights than the newest checkpoint: one of them is of "
-                f"another run or time; restore both from one copy"
-            )
-        elif values and config:
-            _check_config(found, path / saved.BACKBONE_FILE, values, config, keys=None)
-    found.problems += unreadable_lines(path) or (lost_lines(path, last_logged(newest)) if newest else [])
-    for file in (path / "environment.json", *sorted((path / "eval").glob("*.json"))):
+        _check_export(found, path / runs.BACKBONE_FILE, network, newest.get("backbone"))
+    found.problems += runs.metric_lines(path)[1] or (runs.lost_lines(path, last_logged(newest)) if newest else [])
+    for file in (path / runs.ENVIRONMENT_FILE, *runs.result_paths(path)):
         try:
             if file.exists():
                 read_json(file)
@@ -78,29 +64,31 @@ def verify_run(path: Path) -> RunFindings:
     return found
 
 
-def _config(found: RunFindings) -> TrainConfig | None:
+def _network(found: RunFindings) -> SavedNetwork | None:
+    """What the run's configuration says of its network, once all of it is found usable."""
     try:
-        return saved.read_run_config(found.path)
+        config = read_run_config(found.path)
     except BowstoreError as error:
         found.problems.append(str(error))
         return None
+    return network_of(dump(config), config.name)
 
 
-def _checkpoints(found: RunFindings, config: TrainConfig | None) -> dict[str, Any]:
+def _checkpoints(found: RunFindings, network: SavedNetwork | None) -> dict[str, Any]:
     """Check all; what the newest holds, if it is sound."""
-    paths = saved.checkpoints(found.path)
+    paths = runs.checkpoints(found.path)
     found.checkpoints = len(paths)
-    found.aside = sum(1 for _ in (found.path / saved.CHECKPOINT_FOLDER).glob("step-*.pt.*"))
+    found.aside = len(runs.set_aside(found.path))
     states = [_checkpoint(found, path) for path in paths]
     newest = states[0] if states else {}
-    if newest and config:  # older ones may be of before a --resume
-        _check_config(found, paths[0], newest["config"], config, keys=_IDENTITY)
+    if newest:  # older ones may be of before a --resume
+        _check_own(found, paths[0], network, newest["config"], free=("view",))
     return newest
 
 
 def _checkpoint(found: RunFindings, path: Path) -> dict[str, Any]:
     try:
-        state = saved.load_checkpoint(path)
+        state = load_checkpoint(path)
     except BowstoreError as error:
         if not os.path.lexists(path):  # the run goes on in another process, and has newer ones
             found.checkpoints -= 1
@@ -111,29 +99,40 @@ def _checkpoint(found: RunFindings, path: Path) -> dict[str, Any]:
     return state
 
 
-def _export(found: RunFindings, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _export(found: RunFindings, path: Path) -> tuple[dict[str, Tensor], SavedNetwork | None]:
     try:
-        tensors, values = saved.load_export(path)
+        tensors, network = load_export(path)
     except BowstoreError as error:
         found.problems.append(str(error))
-        return {}, {}
+        return {}, None
     _check_finite(found, path, tensors)
-    return tensors, values
+    return tensors, network
 
 
-def _check_config(
-    found: RunFindings, path: Path, values: dict[str, Any], config: TrainConfig, *, keys: tuple[str, ...] | None
+def _check_export(
+    found: RunFindings, path: Path, network: SavedNetwork | None, newest: dict[str, Tensor] | None
 ) -> None:
-    """Compare the configuration in a file with the run's; only what begins with one of the keys, if given."""
+    tensors, exported = _export(found, path)
+    if tensors and newest and content_digest(tensors) != content_digest(newest):
+        found.problems.append(
+            f"{path} holds other weights than the newest checkpoint: one of them is of another run or time; "
+            f"{RESTORE_BOTH}"
+        )
+    elif exported:
+        _check_own(found, path, network, dump(exported))
+
+
+def _check_own(
+    found: RunFindings, path: Path, network: SavedNetwork | None, values: dict[str, Any], *, free: Sequence[str] = ()
+) -> None:
+    """Compare what a file says of its network with the run's configuration, but for what a --resume may change."""
     try:
-        other = differences(validate(TrainConfig, values, str(path)), config)
+        if network and (other := other_network(network_of(values, str(path)), network, free=free)):
+            found.problems.append(
+                f"{path} is of another run than {found.path / runs.CONFIG_FILE} ({other}); {RESTORE_BOTH}"
+            )
     except BowstoreError as error:
         found.problems.append(str(error))
-        return
-    if other := [line for line in other if keys is None or line.startswith(keys)]:
-        found.problems.append(
-            f"{path} is of another run than {found.path / saved.CONFIG_FILE} ({other[0]}); restore both from one copy"
-        )
 
 
 def _check_finite(found: RunFindings, path: Path, tensors: dict[str, Tensor]) -> None:

@@ -39,7 +39,7 @@ class LayerSpec:
     """What a layer's words are, kept as its attributes.
 
     Attributes:
-        teacher: arch, layer, weights_sha256, precision, name, student.
+        teacher: arch, layer, weights_sha256, precision, name.
         view: the clean view: size, resize, squash, mean, std.
         vocabulary: how the vocabulary was made (seed, sample, iterations) and its health.
         words: K.

@@ -18,8 +18,11 @@ from bowstore.data.views import CleanView, clean_view
 from bowstore.errors import DataError, UsageError
 from bowstore.exact import exact_float32
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
+from bowstore.models.layouts import load_foreign
+from bowstore.models.library import library_view
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.registry import Backbone, build_backbone, is_arch
+from bowstore.models.saved import load_backbone
 from bowstore.models.weights import weights_sha256
 
 Precision = Literal["float32", "bfloat16"]
@@ -50,7 +53,6 @@ class Teacher:
         layers: in the order they were asked for.
         view: the clean view it sees.
         name: the run it comes from, or the architecture.
-        student: name of the configuration that trains on its words, if it names one.
         sha256: of its weights as they are used, heads left out.
         weights_file: name of the file they come from; None for random ones.
         weights_layout: how that file was read, or how random weights were drawn.
@@ -62,7 +64,6 @@ class Teacher:
     layers: tuple[TeacherLayer, ...]
     view: CleanView
     name: str
-    student: str | None
     sha256: str
     weights_file: str | None
     weights_layout: str
@@ -132,7 +133,6 @@ class Teacher:
             "weights_layout": self.weights_layout,
             "precision": self.precision,
             "name": self.name,
-            "student": self.student,
         }
 
 
@@ -143,7 +143,6 @@ class _Source:
     backbone: Backbone
     view: ViewConfig
     name: str
-    student: str | None
     weights_file: str | None
     weights_layout: str
 
@@ -189,27 +188,21 @@ def load_teacher(
 
 
 def _open_run(path: Path, weights: Path | None) -> _Source:
-    from bowstore.models.saved import load_backbone  # only here: the rest of words does not need train
-
     if weights:
         raise UsageError(f"weights {weights} go with an architecture (timm:NAME, torchvision:NAME), not with {path}")
     loaded = load_backbone(path)
-    student = loaded.config.get("student")
-    return _Source(loaded.backbone, loaded.view, loaded.name, student, path.name, "bowstore run")
+    return _Source(loaded.backbone, loaded.saved.view, loaded.saved.name, path.name, "bowstore run")
 
 
 def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> _Source:
-    from bowstore.models.layouts import load_foreign
-    from bowstore.models.library import library_view
-
     view = library_view(arch) if ":" in arch else ViewConfig()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build_backbone(ModelConfig(arch=arch), size)
     if weights is None:
-        return _Source(backbone, view, backbone.arch, None, None, f"random, seed {seed}")
+        return _Source(backbone, view, backbone.arch, None, f"random, seed {seed}")
     understood = load_foreign(backbone, weights)
-    return _Source(backbone, view, backbone.arch, None, understood.file, understood.text())
+    return _Source(backbone, view, backbone.arch, understood.file, understood.text())
 
 
 def _overridden(view: ViewConfig, size: int | None, resize: int | None) -> CleanView:
@@ -243,7 +236,6 @@ def _freeze(source: _Source, layers: Sequence[str], device: torch.device, view: 
         layers=tuple(TeacherLayer(name, *shapes[name]) for name in names),
         view=view,
         name=source.name,
-        student=source.student,
         sha256=sha256,
         weights_file=source.weights_file,
         weights_layout=source.weights_layout,

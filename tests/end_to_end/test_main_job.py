@@ -18,7 +18,7 @@ from voc_devkit import write_devkit
 from bowstore.cli import main
 from bowstore.data.synthetic import write_images
 from bowstore.models.saved import newest_checkpoint
-from bowstore.train.metrics import read_metrics
+from bowstore.runs import read_metrics
 from bowstore.words.store import open_store
 
 QUICK = ["--set", "runtime.log_every_steps=1", "--set", "runtime.checkpoint_every_steps=4", "--set", "optim.batch=16"]

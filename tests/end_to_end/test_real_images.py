@@ -13,16 +13,14 @@ from shard_sets import real_data
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from bowstore.config import ModelConfig, ViewConfig, validate
+from bowstore.config import ModelConfig, ViewConfig
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.shards import make_shards
 from bowstore.data.views import clean_view
-from bowstore.models.registry import build_backbone
-from bowstore.models.saved import save_backbone
-from bowstore.train.config import TrainConfig
+from bowstore.models.saved import SavedNetwork, save_backbone
 from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
 from bowstore.words.store import open_store
@@ -78,9 +76,8 @@ def test_the_train_view_of_photographs_is_whole(photographs: Path) -> None:
 
 
 def test_resnet50_words_have_the_papers_size(photographs: Path, tmp_path: Path) -> None:
-    config = validate(TrainConfig, {"name": "t", "task": "rotation", "view": {"cutmix": False}}, "test")
-    torch.manual_seed(0)
-    save_backbone(tmp_path / "teacher.safetensors", build_backbone(ModelConfig(arch="resnet50")), config)
+    network = SavedNetwork(name="t", task="rotation", model=ModelConfig(arch="resnet50"))
+    save_backbone(tmp_path / "teacher.safetensors", network.fresh(), network)
     words = EncodeConfig(
         teacher=tmp_path / "teacher.safetensors",
         layers=("conv4",),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner, Result
 from servers import serve, serve_s3, upload
@@ -20,10 +19,8 @@ from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.reader import ShardReader, fetched, read_mode
 from bowstore.errors import BowstoreError, CorruptError, UsageError
-from bowstore.models.registry import build_backbone
-from bowstore.models.saved import save_backbone
-from bowstore.train.config import TrainConfig
-from bowstore.train.metrics import read_metrics
+from bowstore.models.saved import network_of, save_backbone
+from bowstore.runs import read_metrics
 
 SPLITS = ("train", "val")
 VIEW = {"size": 16, "resize": 16}
@@ -47,9 +44,8 @@ def workspace(make_shard_set: ShardMaker, tmp_path: Path, monkeypatch: pytest.Mo
     make_shard_set(48, per_shard=12, folder="there/shards/train")
     make_shard_set(16, per_shard=16, folder="there/shards/val", first=48)
     teacher = {"name": "t", "task": "rotation", "view": {**VIEW, "cutmix": False}, "model": MODEL}
-    config = TrainConfig.model_validate(teacher)
-    torch.manual_seed(0)
-    save_backbone(Path("teacher.safetensors"), build_backbone(config.model), config)
+    network = network_of(teacher, "test")
+    save_backbone(Path("teacher.safetensors"), network.fresh(), network)
     Path("train.yaml").write_text(yaml.safe_dump(TRAIN))
     storage = {"cache": str(tmp_path / "cache"), "retries": 1, "timeout_s": 20}
     Path("bowstore.yaml").write_text(yaml.safe_dump({"shards": "there/shards/train", "storage": storage}))

@@ -15,8 +15,7 @@ from bowstore.evaluate.linear import LinearConfig, evaluate_linear, learning_rat
 from bowstore.evaluate.protocol import Result, read_result
 from bowstore.evaluate.run import evaluate_run_linear
 from bowstore.models.registry import build_backbone
-from bowstore.models.saved import save_backbone
-from bowstore.train.config import TrainConfig
+from bowstore.models.saved import network_of, save_backbone
 
 QUICK = LinearConfig(epochs=5)
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -238,13 +237,11 @@ class TestWhole:
         """Asked for, or because the workspace's test shards hold other classes, as MiniImageNet's splits do."""
         train = write_shards(tmp_path / "train", 60, 0, names=self.names)
         novel = write_shards(tmp_path / "novel", 8, 1, names=("red", "blue"))
-        config = TrainConfig.model_validate(
-            {"name": "r", "task": "words", "view": dump(self.view), "model": {"arch": "wrn-10-1"}}
-        )
-        torch.manual_seed(0)
+        of_run = {"name": "r", "task": "words", "view": dump(self.view), "model": {"arch": "wrn-10-1"}}
+        network = network_of(of_run, "test")
         path = tmp_path / "runs" / "r.safetensors"
         path.parent.mkdir()
-        save_backbone(path, build_backbone(config.model), config)
+        save_backbone(path, network.fresh(), network)
         results = []
         for test, by_default in ((None, False), (novel, True)):
             evaluated = evaluate_run_linear(path, train=train, test=test, by_default=by_default, standardise=True)

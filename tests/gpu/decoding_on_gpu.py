@@ -21,9 +21,9 @@ from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import CleanView, clean_view
+from bowstore.runs import read_metrics
 from bowstore.train.config import TrainConfig
 from bowstore.train.loop import train
-from bowstore.train.metrics import read_metrics
 from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
 from bowstore.words.store import open_store

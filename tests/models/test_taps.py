@@ -17,10 +17,9 @@ from bowstore.models.heads import RotationHead
 from bowstore.models.layers import describe_layers
 from bowstore.models.library import library_view
 from bowstore.models.registry import Backbone, build_backbone
-from bowstore.models.saved import load_backbone, save_backbone
+from bowstore.models.saved import SavedNetwork, load_backbone, save_backbone
 from bowstore.models.taps import Layout, probe, without_data
 from bowstore.models.weights import weights_sha256
-from bowstore.train.config import TrainConfig
 
 VIT = "timm:vit_tiny_patch16_224"
 
@@ -299,8 +298,8 @@ def test_a_student_of_timm(tmp_path: Path) -> None:
         assert torch.equal(pooled, network.forward_features(images).mean((2, 3)))
     assert pooled.shape == (2, backbone.features)
     assert RotationHead(backbone)(backbone.feature_maps(images, ("conv5",))["conv5"]).shape == (2, 4)
-    config = TrainConfig.model_validate({"name": "s", "task": "words", "model": {"arch": arch}})
-    save_backbone(tmp_path / "s.safetensors", backbone, config)
+    saved = SavedNetwork(name="s", task="words", model=ModelConfig(arch=arch))
+    save_backbone(tmp_path / "s.safetensors", backbone, saved)
     again = load_backbone(tmp_path / "s.safetensors").backbone
     with torch.no_grad():
         assert torch.equal(again(images), pooled)

@@ -13,11 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from bowstore.config import ModelConfig
+from bowstore import runs
+from bowstore.config import ModelConfig, dump
 from bowstore.errors import CorruptError, MismatchError, TrainingError
 from bowstore.models import saved
 from bowstore.models.registry import build_backbone
-from bowstore.models.saved import checkpoint_bytes, load_backbone, load_checkpoint, newest_checkpoint, save_backbone
+from bowstore.models.saved import (
+    checkpoint_bytes,
+    load_backbone,
+    load_checkpoint,
+    network_of,
+    newest_checkpoint,
+    save_backbone,
+)
 from bowstore.models.weights import content_digest
 from bowstore.train import loop
 from bowstore.train.checkpoint import Checkpoints, prune, save_checkpoint
@@ -55,8 +63,8 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 def write_export(path: Path) -> Path:
-    config = TrainConfig(name="small", task="rotation", model=ModelConfig(**SMALL), view={"cutmix": False})  # type: ignore[arg-type]
-    save_backbone(path, build_backbone(config.model), config)
+    network = network_of({"name": "small", "task": "rotation", "model": SMALL}, "test")
+    save_backbone(path, network.fresh(), network)
     return path
 
 
@@ -140,8 +148,8 @@ def test_a_checkpoint_of_before_digests_is_loaded_with_a_line_and_its_archive_ch
 def test_a_flipped_bit_of_an_export_is_found_or_changes_nothing(tmp_path: Path) -> None:
     path = write_export(tmp_path / "backbone.safetensors")
     data = path.read_bytes()
-    tensors, values = saved.load_export(path)
-    whole, header = content_digest([tensors, values]), 8 * (8 + int.from_bytes(data[:8], "little"))
+    tensors, network = saved.load_export(path)
+    whole, header = content_digest([tensors, dump(network)]), 8 * (8 + int.from_bytes(data[:8], "little"))
     draw = np.random.default_rng(0)
     bits = [*draw.choice(header, 60, replace=False).tolist(), *draw.integers(header, 8 * len(data), 60).tolist()]
     for bit in bits:
@@ -152,15 +160,15 @@ def test_a_flipped_bit_of_an_export_is_found_or_changes_nothing(tmp_path: Path) 
             pass
         else:
             assert bit < header
-            assert content_digest(list(found)) == whole, f"bit {bit}"
+            assert content_digest([found[0], dump(found[1])]) == whole, f"bit {bit}"
 
 
 def test_an_export_of_before_digests_is_loaded_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_export(tmp_path / "backbone.safetensors")
-    tensors, values = saved.load_export(path)
-    path.write_bytes(saved.safetensors.torch.save(tensors, metadata={"bowstore": json.dumps(values)}))
+    tensors, network = saved.load_export(path)
+    path.write_bytes(saved.safetensors.torch.save(tensors, metadata={"bowstore": json.dumps(dump(network))}))
     assert capsys.readouterr().err == ""
-    assert load_backbone(path).name == "small"
+    assert load_backbone(path).saved.name == "small"
     line = f"{path} was written before exported networks had a digest: its weights were not checked"
     assert capsys.readouterr().err.splitlines() == [line]
 
@@ -225,11 +233,11 @@ def test_files_of_other_kinds_are_called_by_their_names(tmp_path: Path) -> None:
 def test_an_export_is_known_by_its_bytes(tmp_path: Path) -> None:
     path = write_export(tmp_path / "backbone.safetensors")
     path.rename(tmp_path / "teacher.bin")
-    assert load_backbone(tmp_path / "teacher.bin").name == "small"
+    assert load_backbone(tmp_path / "teacher.bin").saved.name == "small"
     config = json.loads(TrainConfig(name="small", task="words", model=ModelConfig(**SMALL)).model_dump_json())  # type: ignore[arg-type]
     state = {**small_state(), "config": config, "backbone": build_backbone(ModelConfig(**SMALL)).state_dict()}  # type: ignore[arg-type]
     (tmp_path / "step.safetensors").write_bytes(checkpoint_bytes(state))
-    assert load_backbone(tmp_path / "step.safetensors").name == "small"
+    assert load_backbone(tmp_path / "step.safetensors").saved.name == "small"
 
 
 # --- the newest sound one
@@ -255,13 +263,13 @@ def test_a_run_of_damaged_checkpoints_is_refused(make_config: Make, tmp_path: Pa
     for path in write_checkpoints(run, 1, 2):
         path.write_bytes(flipped(path.read_bytes(), 8 * 500))
     (run / "config.yaml").write_text(json.dumps(json.loads(config.model_dump_json())))
-    before = {path: path.read_bytes() for path in saved.checkpoints(run)}
+    before = {path: path.read_bytes() for path in runs.checkpoints(run)}
     with pytest.raises(
         CorruptError,
         match=r"no checkpoint of .* is sound, and there are 2 \(the last tried: .*step-000000001.*\); restore one fr",
     ):
         loop.train(config, tmp_path / "runs")
-    assert {path: path.read_bytes() for path in saved.checkpoints(run)} == before
+    assert {path: path.read_bytes() for path in runs.checkpoints(run)} == before
 
 
 @pytest.mark.parametrize(
@@ -284,7 +292,7 @@ def test_an_error_of_the_machine_stops_the_run_and_costs_no_checkpoint(
     run = tmp_path / "runs" / config.name
     write_checkpoints(run, 1, 2)
     (run / "config.yaml").write_text(json.dumps(json.loads(config.model_dump_json())))
-    before = {path: path.read_bytes() for path in saved.checkpoints(run)}
+    before = {path: path.read_bytes() for path in runs.checkpoints(run)}
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
@@ -297,7 +305,7 @@ def test_an_error_of_the_machine_stops_the_run_and_costs_no_checkpoint(
         assert raised.value is error
         with pytest.raises(type(error)):
             loop.train(config, tmp_path / "runs")
-    assert {path: path.read_bytes() for path in saved.checkpoints(run)} == before
+    assert {path: path.read_bytes() for path in runs.checkpoints(run)} == before
 
 
 def test_a_folder_of_checkpoints_that_cannot_be_listed_stops_the_run(
@@ -308,7 +316,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed_stops_the_run(
     def refuse(path: Path) -> list[str]:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(saved.os, "listdir", refuse)
+    monkeypatch.setattr(runs.os, "listdir", refuse)
     with pytest.raises(PermissionError):
         newest_checkpoint(tmp_path)
 
@@ -349,7 +357,7 @@ def test_a_checkpoint_that_was_passed_over_is_set_aside_and_never_deleted(
         "step-000000011.pt.damaged": b"damaged",
         "step-000000012.pt.damaged": b"damaged too",
     }
-    assert [path.name for path in saved.checkpoints(run)] == ["step-000000012.pt"]
+    assert [path.name for path in runs.checkpoints(run)] == ["step-000000012.pt"]
     assert "step-000000011.pt is no checkpoint of bowstore: it is text" in capsys.readouterr().err
 
 
@@ -357,12 +365,12 @@ def test_a_second_damaged_checkpoint_of_a_step_gets_another_name(tmp_path: Path)
     for data in (b"one", b"two"):
         write_checkpoints(tmp_path, 4, 5)[1].write_bytes(data)
         Checkpoints(tmp_path, keep=2, start=4, writes=False)
-        assert [path.name for path in saved.checkpoints(tmp_path)] == ["step-000000005.pt", "step-000000004.pt"]
+        assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-000000005.pt", "step-000000004.pt"]
         Checkpoints(tmp_path, keep=2, start=4, writes=True)
     folder = tmp_path / "checkpoints"
     assert (folder / "step-000000005.pt.damaged").read_bytes() == b"one"
     assert (folder / "step-000000005.pt.damaged-2").read_bytes() == b"two"
-    assert [path.name for path in saved.checkpoints(tmp_path)] == ["step-000000004.pt"]
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-000000004.pt"]
 
 
 def test_old_checkpoints_go_once_the_newest_is_proved(tmp_path: Path) -> None:
@@ -437,13 +445,13 @@ def test_a_rate_too_high_in_a_second_sitting_loses_no_good_checkpoint(
     config = make_config(optim={"epochs": 1, "milestones": []}, runtime={"keep_checkpoints": 1})
     loop.train(config, tmp_path / "runs")
     run = tmp_path / "runs" / config.name
-    (good,) = saved.checkpoints(run)
+    (good,) = runs.checkpoints(run)
     before = good.read_bytes()
     runtime = {"checkpoint_every_steps": save, "keep_checkpoints": 1}
     for _ in range(2):
         with pytest.raises(TrainingError, match=r"--resume to go on from step-000000004\.pt"):
             loop.train(make_config(optim={"epochs": 3, "lr": 1e38}, runtime=runtime), tmp_path / "runs", resume=True)
-        assert saved.checkpoints(run) == [good]
+        assert runs.checkpoints(run) == [good]
         assert good.read_bytes() == before
     assert loop.train(make_config(optim={"epochs": 3}), tmp_path / "runs", resume=True).steps == 12
 
@@ -467,4 +475,4 @@ def test_what_is_not_finite_is_never_saved(
     monkeypatch.setattr(loop, "train_step", step)
     with pytest.raises(TrainingError, match=r"^the weights are not finite by step 10 .*go on from step-000000005\.pt"):
         loop.train(make_config("rotation"), tmp_path / "runs")
-    assert [path.name for path in saved.checkpoints(tmp_path / "runs" / "rotation-run")] == ["step-000000005.pt"]
+    assert [path.name for path in runs.checkpoints(tmp_path / "runs" / "rotation-run")] == ["step-000000005.pt"]

@@ -17,10 +17,10 @@ from bowstore.environment import choose_device
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import newest_checkpoint
 from bowstore.models.weights import content_digest
+from bowstore.runs import read_metrics
 from bowstore.train import compiling, loop
 from bowstore.train.compiling import another_way, compiles, run_flops
 from bowstore.train.config import RuntimeConfig, TrainConfig, load_train_config
-from bowstore.train.metrics import read_metrics
 from bowstore.train.tasks import Network
 
 Make = Callable[..., TrainConfig]

@@ -24,9 +24,9 @@ from bowstore.data.index import build_index
 from bowstore.errors import BowstoreError, DataError, MismatchError
 from bowstore.models.saved import checkpoints
 from bowstore.progress import say
+from bowstore.runs import read_metrics
 from bowstore.train import distributed, lifeline
 from bowstore.train.config import TrainConfig
-from bowstore.train.metrics import read_metrics
 
 KEYS = distinct_keys(90)  # 5 steps of 16 an epoch, 10 images left over
 STEPS = 15

@@ -21,10 +21,11 @@ from bowstore.data.index import open_index
 from bowstore.models.registry import Backbone
 from bowstore.models.saved import newest_checkpoint
 from bowstore.models.weights import content_digest
+from bowstore.runs import read_metrics
 from bowstore.train import loop, metrics, tasks
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.metrics import Meter, MetricsLog, read_metrics
+from bowstore.train.metrics import Meter, MetricsLog
 from bowstore.train.schedule import step_seed
 from bowstore.train.step import Measured
 from bowstore.words.store import open_store

@@ -10,7 +10,8 @@ import pytest
 
 from bowstore.config import Workspace
 from bowstore.errors import MismatchError, MissingError
-from bowstore.models.saved import checkpoints, load_backbone, newest_checkpoint
+from bowstore.models.saved import load_backbone, newest_checkpoint
+from bowstore.runs import checkpoints
 from bowstore.train import loop
 from bowstore.train.checkpoint import Checkpoints
 from bowstore.train.config import TrainConfig
@@ -82,7 +83,7 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_only_by_demand(
     ):
         loop.train(make(seed=0), runs / "0")
     assert [line.split(" than ")[0] for line in problems(run)] == [f"{run}/checkpoints/{other.name} is of another run"]
-    assert load_backbone(run).config["seed"] == 1
+    assert load_backbone(run).saved.seed == 1
     said = capsys.readouterr().err
     assert f"run {run} is not finished: its newest checkpoint is used, of step 6" in said
     assert (
@@ -166,7 +167,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_looked_for(runs: Path, monkeypa
     run = runs / "0" / "run"
     newest, before = checkpoints(run)
     listed = [[newest, before], [before]]
-    monkeypatch.setattr("bowstore.models.saved.checkpoints", lambda _run: listed.pop(0))
+    monkeypatch.setattr("bowstore.runs.checkpoints", lambda _run: listed.pop(0))
     newest.unlink()
     assert newest_checkpoint(run)["step"] == 6  # type: ignore[index]
     listed.append([newest, before])

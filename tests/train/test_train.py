@@ -17,10 +17,10 @@ from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError
 from bowstore.files import exclusive_lock
 from bowstore.models import saved
 from bowstore.models.saved import load_backbone, newest_checkpoint
+from bowstore.runs import read_metrics
 from bowstore.train import loop
 from bowstore.train.config import OptimConfig, TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.metrics import read_metrics
 from bowstore.train.schedule import learning_rate, total_steps
 from bowstore.train.step import Measured
 from bowstore.train.tasks import build_task

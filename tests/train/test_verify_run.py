@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from bowstore import runs
 from bowstore.cli import main
 from bowstore.errors import UsageError
-from bowstore.models import saved
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig
 from bowstore.verify import PathReport, verify_path
@@ -52,12 +52,12 @@ def test_a_sound_run_has_no_problem(run: Path) -> None:
         f"{run}: 2 checkpoints and 1 exported networks; 1 checkpoints set aside earlier\nno problem found"
     )
     assert verify_path(run.parent).sound
-    for path in (saved.checkpoints(run)[0], run / "backbone.safetensors"):
+    for path in (runs.checkpoints(run)[0], run / "backbone.safetensors"):
         assert verify_path(path).sound
 
 
 def test_every_damage_to_a_run_is_named(run: Path) -> None:
-    new, old = saved.checkpoints(run)
+    new, old = runs.checkpoints(run)
     flip(new, new.stat().st_size // 2)
     old.write_bytes(b"")
     flip(run / "backbone.safetensors", -50)

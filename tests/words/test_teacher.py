@@ -11,7 +11,6 @@ from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
-from bowstore.train.config import TrainConfig
 from bowstore.words.lanes import one_thread_each, workers
 from bowstore.words.teacher import TeacherLayer, load_teacher
 
@@ -84,7 +83,6 @@ def test_provenance(teacher_file: Path) -> None:
         "weights_layout": "bowstore run",
         "precision": "float32",
         "name": "tiny-rotnet",
-        "student": "tiny-bownet",
     }
     assert (teacher.view.size, teacher.view.resize, teacher.view.squash) == (16, 16, False)
 
@@ -108,7 +106,6 @@ def test_weights_of_another_codebase(tmp_path: Path) -> None:
         "weights_layout": "torchvision names in state_dict behind 'module.encoder_q.'",
         "precision": "float32",
         "name": "resnet18",
-        "student": None,
     }
     assert same.weights_layout == "torchvision names, without fc"
     assert [layer.name for layer in moco.layers] == ["conv4"]
@@ -174,7 +171,7 @@ def test_teachers_that_cannot_be_loaded(teacher_file: Path, tmp_path: Path) -> N
         load_teacher("torchvision:resnet18", ("conv4",), CPU, weights=tmp_path / "w.pth")
     loaded = load_backbone(teacher_file)
     loaded.backbone.state_dict()["stages.block1.0.bn1.weight"][0] = torch.nan
-    save_backbone(tmp_path / "nan.safetensors", loaded.backbone, TrainConfig.model_validate(loaded.config))
+    save_backbone(tmp_path / "nan.safetensors", loaded.backbone, loaded.saved)
     with pytest.raises(DataError, match=r"tiny-rotnet hold NaN or infinity in 1 of \d+ tensors \(stages\.block1"):
         load_teacher(tmp_path / "nan.safetensors", ("block3",), CPU)
 

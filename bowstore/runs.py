@@ -1,0 +1,209 @@
+"""The layout of a run directory, and what its files say as plain values.
+
+runs/NAME/config.yaml           the resolved configuration
+          environment.json      versions, device, the command, the identity of the inputs
+          lineage.json          what it was made of: the images, the words and the network that made these
+          metrics.jsonl         a line each logging step; tensorboard/ has the same
+          checkpoints/          step-N.pt, the newest few
+          backbone.safetensors  the network alone, once the run is finished
+          eval/                 a JSON file each protocol; random/eval/ those of the network before training
+
+The one place that spells these names. Loads no torch, and reads runs of any version of bowstore.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bowstore.errors import MissingError
+from bowstore.progress import say
+from bowstore.yaml_file import read_yaml
+
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+LINEAGE_FILE = "lineage.json"
+METRICS_FILE = "metrics.jsonl"
+BOARD_FOLDER = "tensorboard"
+CHECKPOINT_FOLDER = "checkpoints"
+BACKBONE_FILE = "backbone.safetensors"
+WRITTEN = (CONFIG_FILE, ENVIRONMENT_FILE, LINEAGE_FILE, METRICS_FILE)  # at the start of a run
+_EVAL_FOLDER = "eval"
+_RANDOM_FOLDER = "random"
+_EXPORT_SUFFIX, _CHECKPOINT_SUFFIX = ".safetensors", ".pt"
+_CHECKPOINT = re.compile(rf"step-(\d+){re.escape(_CHECKPOINT_SUFFIX)}")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run directory, complete or not."""
+    return any((path / name).exists() for name in (CONFIG_FILE, CHECKPOINT_FOLDER, BACKBONE_FILE))
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run reached its end."""
+    return (run / BACKBONE_FILE).exists()
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file is an exported network, by its name."""
+    return path.suffix == _EXPORT_SUFFIX
+
+
+def is_network(path: Path) -> bool:
+    """Whether a path is a checkpoint's or an exported network's file, by its name."""
+    return path.is_file() and path.suffix in (_CHECKPOINT_SUFFIX, _EXPORT_SUFFIX)
+
+
+def below(folder: Path) -> list[Path]:
+    """Run directories in a folder of runs, by name."""
+    return sorted(path.parent for path in folder.glob(f"[!.]*/{CONFIG_FILE}"))
+
+
+def finished_below(folder: Path) -> list[Path]:
+    """Finished runs in a folder of runs, the one that finished last first."""
+    exports = sorted(folder.glob(f"[!.]*/{BACKBONE_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent for path in exports]
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration that a run directory holds, as plain values: of any version of bowstore.
+
+    Raises:
+        MissingError: it is not a run directory.
+        UsageError: the file is no YAML.
+    """
+    path = run / CONFIG_FILE
+    if not path.exists():
+        raise MissingError(f"{run} is not a run directory (it has no {CONFIG_FILE})")
+    return read_yaml(path)
+
+
+def task_name(config: Mapping[str, Any]) -> Any:
+    """The name of the task in a run's configuration as plain values; None if there is none.
+
+    Runs of before tasks had settings of their own say `task: NAME`, later ones `task: {name: NAME, ...}`.
+    """
+    task = config.get("task")
+    return task.get("name") if isinstance(task, Mapping) else task
+
+
+# --- checkpoints
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINT_FOLDER / f"step-{step:09d}{_CHECKPOINT_SUFFIX}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, newest first.
+
+    Raises:
+        OSError: their folder is there and cannot be listed.
+    """
+    return sorted(
+        (path for path in _checkpoint_files(run) if _CHECKPOINT.fullmatch(path.name)),
+        key=step_of,
+        reverse=True,
+    )
+
+
+def set_aside(run: Path) -> list[Path]:
+    """Checkpoints that were set aside, as damaged or diverged.
+
+    Raises:
+        OSError: their folder is there and cannot be listed.
+    """
+    return [path for path in _checkpoint_files(run) if _CHECKPOINT.match(path.name) and step_of(path) < 0]
+
+
+def _checkpoint_files(run: Path) -> list[Path]:
+    folder = run / CHECKPOINT_FOLDER
+    try:
+        return [folder / name for name in os.listdir(folder)]  # Path.glob finds nothing in a folder it may not read
+    except FileNotFoundError:
+        return []
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for another name."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+# --- metrics
+
+
+def metric_lines(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of a run's metrics that can be read, in order, and what is wrong with the file, in lines for people.
+
+    The last line may be cut: a process that is killed while it writes leaves it so, and it is written again.
+    """
+    path = run / METRICS_FILE
+    try:
+        texts = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], []
+    lines, unread = [], []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text.decode())
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        elif number < len(texts):  # what follows the last line feed is a cut line, or empty
+            unread.append(number)
+    some = ", ".join(map(str, unread[:3])) + (", ..." if len(unread) > 3 else "")
+    told = f"{len(unread)} lines of {path} are no JSON objects with a step (line {some}) and are left out"
+    return lines, [told] if unread else []
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics, in order; a line that cannot be read is left out with a warning."""
+    lines, problems = metric_lines(run)
+    for problem in problems:
+        say(f"warning: {problem}")
+    return lines
+
+
+def lost_lines(run: Path, logged: int | None) -> list[str]:
+    """Whether the metrics lack what was logged before a checkpoint, in lines for people.
+
+    Args:
+        run: the run directory.
+        logged: the last step that was logged before the checkpoint; None if it does not say.
+    """
+    path = run / METRICS_FILE
+    steps = [line["step"] for line in metric_lines(run)[0]]
+    if not logged or logged in steps:
+        return []
+    have = f"holds no line before step {min(steps)}" if steps and min(steps) > logged else "lacks that line"
+    have = have if steps else "holds no line" if path.exists() else "is not there"
+    return [f"step {logged} was logged before the newest checkpoint, and {path} {have}; restore it from a copy"]
+
+
+# --- results
+
+
+def result_path(run: Path, protocol_id: str) -> Path:
+    """Where a run directory keeps the result of a protocol."""
+    return run / _EVAL_FOLDER / f"{protocol_id.replace('/', '-')}.json"
+
+
+def result_paths(run: Path) -> list[Path]:
+    """The result files of a run directory, by name; none where nothing was evaluated."""
+    return sorted((run / _EVAL_FOLDER).glob("[!.]*.json"))
+
+
+def results_folder(path: Path, *, random_init: bool = False) -> Path:
+    """The folder that takes the results of a network as a run directory does: the run's own, or one beside a file.
+
+    Args:
+        path: run directory, checkpoint or exported network.
+        random_init: the results are those of the network before training.
+    """
+    folder = path if path.is_dir() else path.with_suffix("")
+    return folder / _RANDOM_FOLDER if random_init else folder

@@ -1,0 +1,74 @@
+"""What lies where in a run directory, without torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bowstore import runs
+from bowstore.errors import MissingError, UsageError
+
+
+def make_run(folder: Path, name: str, *, task: str = "task: words", finished_at: int | None = None) -> Path:
+    run = folder / name
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"name: {name}\n{task}\n")
+    if finished_at is not None:
+        (run / "backbone.safetensors").touch()
+        os.utime(run / "backbone.safetensors", (finished_at, finished_at))
+    return run
+
+
+def test_a_folder_of_runs(tmp_path: Path) -> None:
+    assert (runs.below(tmp_path / "none"), runs.finished_below(tmp_path / "none")) == ([], [])
+    late, begun, early = (make_run(tmp_path, n, finished_at=t) for n, t in (("a", 9), ("b", None), ("c", 5)))
+    make_run(tmp_path, ".hidden", finished_at=7)
+    (tmp_path / "notes").mkdir()
+    assert runs.below(tmp_path) == [late, begun, early]
+    assert runs.finished_below(tmp_path) == [late, early]
+    assert [runs.is_run(path) for path in (late, begun, tmp_path / "notes", tmp_path)] == [True, True, False, False]
+    assert (runs.is_finished(late), runs.is_finished(begun)) == (True, False)
+
+
+def test_the_task_of_a_configuration_of_any_version(tmp_path: Path) -> None:
+    for number, (task, name) in enumerate(
+        (("task: words", "words"), ("task: {name: rotation, blocks: 2}", "rotation"), ("task: {form: count}", None),
+         ("seed: 1", None))
+    ):  # fmt: skip
+        assert runs.task_name(runs.read_config(make_run(tmp_path, str(number), task=task))) == name
+    with pytest.raises(MissingError, match=r"none is not a run directory \(it has no config\.yaml\)"):
+        runs.read_config(tmp_path / "none")
+    with pytest.raises(UsageError, match=r"config\.yaml is not a YAML file"):
+        runs.read_config(make_run(tmp_path, "bad", task="task: ["))
+
+
+def test_checkpoints_and_what_was_set_aside(tmp_path: Path) -> None:
+    assert runs.checkpoints(tmp_path) == runs.set_aside(tmp_path) == []
+    assert runs.checkpoint_path(tmp_path, 12) == tmp_path / "checkpoints/step-000000012.pt"
+    (tmp_path / "checkpoints").mkdir()
+    names = ("step-5.pt", "step-000000012.pt", "step-000000007.pt.damaged", "step-000000007.pt.damaged-2", "notes.pt")
+    for name in names:
+        (tmp_path / "checkpoints" / name).touch()
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-000000012.pt", "step-5.pt"]
+    assert {path.name for path in runs.set_aside(tmp_path)} == set(names[2:4])
+
+
+def test_where_results_go(tmp_path: Path) -> None:
+    file = tmp_path / "teacher.safetensors"
+    file.touch()
+    assert runs.results_folder(tmp_path) == tmp_path
+    assert runs.results_folder(file, random_init=True) == tmp_path / "teacher" / "random"
+    assert runs.result_path(tmp_path, "voc07-svm/fair") == tmp_path / "eval" / "voc07-svm-fair.json"
+    assert runs.result_paths(tmp_path) == []
+    (tmp_path / "eval").mkdir()
+    for name in ("b.json", "a.json", ".a.json", "a.txt"):
+        (tmp_path / "eval" / name).touch()
+    assert [path.name for path in runs.result_paths(tmp_path)] == ["a.json", "b.json"]
+
+
+def test_it_loads_nothing_heavy() -> None:
+    code = "import sys, bowstore.runs; print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
