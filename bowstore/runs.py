@@ -31,7 +31,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 BACKBONE_FILE = "backbone.safetensors"
 WRITTEN = (CONFIG_FILE, ENVIRONMENT_FILE, LINEAGE_FILE, METRICS_FILE)  # at the start of a run
 _EVAL_FOLDER = "eval"
-_RANDOM_FOLDER = "random"
+RANDOM_FOLDER = "random"
 _EXPORT_SUFFIX, _CHECKPOINT_SUFFIX = ".safetensors", ".pt"
 _CHECKPOINT = re.compile(rf"step-(\d+){re.escape(_CHECKPOINT_SUFFIX)}")
 
@@ -206,4 +206,4 @@ def results_folder(path: Path, *, random_init: bool = False) -> Path:
         random_init: the results are those of the network before training.
     """
     folder = path if path.is_dir() else path.with_suffix("")
-    return folder / _RANDOM_FOLDER if random_init else folder
+    return folder / RANDOM_FOLDER if random_init else folder

@@ -15,6 +15,7 @@ ALLOWED = {
     "train": {"train", "data", "models", "words"},
     "evaluate": {"evaluate", "data", "models"},
     "report": {"report", "data", "words"},
+    "recipes": {"recipes", "data", "words", "train", "evaluate", "workspace"},
 }
 EVERYWHERE = {
     "beginnings",

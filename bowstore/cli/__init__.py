@@ -13,8 +13,9 @@ from bowstore.cli.data import data_group, index, shards, verify
 from bowstore.cli.encoding import encode
 from bowstore.cli.evaluate import evaluate
 from bowstore.cli.gallery import words
-from bowstore.cli.jobs import demo, init, train
+from bowstore.cli.jobs import train
 from bowstore.cli.layers import layers
+from bowstore.cli.recipes import demo, init, run
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,5 +36,5 @@ def main(debug: bool) -> None:
     """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 
-for command in (init, data_group, shards, index, verify, layers, encode, words, train, evaluate, demo, bench):
+for command in (init, data_group, shards, index, verify, layers, encode, words, train, evaluate, run, demo, bench):
     main.add_command(command)

@@ -1,23 +1,10 @@
-"""Commands of the main job: init, train, demo."""
+"""The command that trains."""
 
 from pathlib import Path
 
 import click
 
 from bowstore.cli.common import PATH, SEED, TEXT, emit
-
-
-@click.command()
-@click.argument("folder", type=PATH, default=Path())
-@click.option(
-    "--recipe", type=click.Choice(["cifar10", "imagenette", "imagenet"]), help="Copy a recipe's configurations too."
-)
-def init(folder: Path, recipe: str | None) -> None:
-    """Write bowstore.yaml (paths and defaults of a workspace) into FOLDER."""
-    from bowstore.workspace import init_workspace
-
-    written = [str(path) for path in init_workspace(folder, recipe)]
-    emit(written, "\n".join(written), as_json=False)
 
 
 @click.command()
@@ -54,15 +41,3 @@ def train(
     report = run_train(resolve_train(workspace, config, overrides, flags), workspace.runs, resume=resume)
     if report.first:
         emit(report.as_dict(), report.text(), as_json)
-
-
-@click.command()
-@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="Folder of the demo's workspace.")
-@click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
-def demo(out: Path, seed: int, as_json: bool) -> None:
-    """The whole job on rendered images: random, RotNet and BoWNet side by side, in minutes on two cores."""
-    from bowstore.demo import run_demo
-
-    result = run_demo(out, seed=seed)
-    emit(result.as_dict(), result.text(), as_json)

@@ -20,7 +20,7 @@ from bowstore.data.resize import resized_by
 from bowstore.errors import MismatchError, UsageError
 from bowstore.words.arithmetic import Arithmetic
 from bowstore.words.config import EncodeConfig
-from bowstore.words.layer import Layer
+from bowstore.words.layer import VOCABULARY_SETTINGS, Layer, map_text
 from bowstore.words.store import Store
 from bowstore.words.teacher import Teacher, TeacherLayer
 
@@ -128,7 +128,7 @@ class Job:
         if self.source:
             vocabulary["vocabulary"] = self.source.vocabulary_layer(plan.name).attributes["vocabulary_digest"]
         elif self.base is None:
-            vocabulary = {name: getattr(config, name) for name in _VOCABULARY_SETTINGS}
+            vocabulary = {name: getattr(config, name) for name in VOCABULARY_SETTINGS}
             vocabulary["vocabulary taken from"] = None
         if (self.source or self.base) and config.pca is not None:
             vocabulary |= {"pca": config.pca, "whiten": config.whiten}
@@ -138,7 +138,7 @@ class Job:
             "precision": config.precision,
             "clean view": view_values(self.teacher),
             "border": config.border,
-            "map": _map(plan.channels, plan.grid),
+            "map": map_text(plan.channels, plan.grid),
             "K": plan.words,
             **vocabulary,
         }
@@ -150,19 +150,7 @@ class Job:
             MismatchError: names the first setting that differs.
         """
         plan = next(plan for plan in self.layers if plan.name == layer.name)
-        made = layer.attributes
-        have = {
-            "teacher architecture": made["teacher"]["arch"],
-            "teacher weights": made["teacher"]["weights_sha256"],
-            "precision": made["teacher"]["precision"],
-            "clean view": made["view"],
-            "border": layer.border,
-            "map": _map(layer.channels, layer.grid),
-            "K": layer.words,
-            "vocabulary": made["vocabulary_digest"],
-            "vocabulary taken from": made["vocabulary"].get("taken_from"),
-            **{name: made["vocabulary"].get(name) for name in _VOCABULARY_SETTINGS},
-        }
+        have = layer.made_with()
         remedy = "use the same value, or encode into a new store"
         if self.base or (self.source and layer.path == self.source.path):
             flag = "--append" if self.base else "--vocabulary"
@@ -177,13 +165,6 @@ class Job:
                     f"layer {layer.name!r} of word store {layer.path} was made with {name} {have[name]}, now it is "
                     f"{want}; {remedy}"
                 )
-
-
-def _map(channels: int, grid: tuple[int, int]) -> str:
-    return f"{channels} x {grid[0]} x {grid[1]}"
-
-
-_VOCABULARY_SETTINGS = ("seed", "sample_per_word", "iterations", "pca", "whiten")
 
 
 def view_values(teacher: Teacher) -> dict[str, Any]:

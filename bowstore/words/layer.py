@@ -32,6 +32,7 @@ _ABOUT_ROWS = ("dataset", "key_hash_digest", "image_digest_digest")  # attribute
 FOUND = ("document_frequency", "nearest", "nearest_distance")  # arrays of what was found over all words
 MIN_CHUNK_BYTES = 1 << 20
 CHUNK_STEP_ROWS = 768
+VOCABULARY_SETTINGS = ("seed", "sample_per_word", "iterations", "pca", "whiten")  # of `EncodeConfig`, as recorded
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ def chunk_rows(images: int, grid: tuple[int, int]) -> int:
 def bytes_per_image(grid: tuple[int, int]) -> int:
     """The most that words, key hash and digest of an image take on a disk."""
     return 2 * grid[0] * grid[1] + 16
+
+
+def map_text(channels: int, grid: tuple[int, int]) -> str:
+    """A map's shape, for messages."""
+    return f"{channels} x {grid[0]} x {grid[1]}"
 
 
 class Layer:
@@ -146,6 +152,22 @@ class Layer:
             f"are from another state of the store (a copy that was cut short, a roll-back) or were changed; copy the "
             f"whole store again, or {repair_of(self.path)}"
         )
+
+    def made_with(self) -> dict[str, Any]:
+        """What must be the same to go on with the layer, by the names that messages use."""
+        teacher, vocabulary = self.attributes["teacher"], self.attributes["vocabulary"]
+        return {
+            "teacher architecture": teacher["arch"],
+            "teacher weights": teacher["weights_sha256"],
+            "precision": teacher["precision"],
+            "clean view": self.attributes["view"],
+            "border": self.border,
+            "map": map_text(self.channels, self.grid),
+            "K": self.words,
+            "vocabulary": self.attributes["vocabulary_digest"],
+            "vocabulary taken from": vocabulary.get("taken_from"),
+            **{name: vocabulary.get(name) for name in VOCABULARY_SETTINGS},
+        }
 
     def rows(self, chunk: int) -> slice:
         """The rows of a chunk."""

@@ -1,0 +1,143 @@
+"""A recipe's file: found, read, and its stages checked and put in the order of running. Loads no torch."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from bowstore.config import CONFIGS, Place, Seed, Strict, Text, bundled_configs, validate
+from bowstore.errors import MissingError, UsageError
+from bowstore.overrides import apply_overrides
+from bowstore.recipes.kinds import KINDS, Spec
+from bowstore.yaml_file import read_yaml, shown
+
+RECIPES = "recipes"  # the folder, in configs/
+
+
+class RecipeFile(Strict):
+    """What stands in the file."""
+
+    title: Text | None = Field(None, description="line above the table of results")
+    folder: Place | None = Field(None, description="all relative places below lie in it; null: the current directory")
+    runs: Place | None = Field(None, description="of run directories; null: the workspace's")
+    result: Place | None = Field(None, description="file of the results; null: NAME.recipe.json in runs")
+    seed: Seed | None = Field(None, description="of all training and encoding; null: what their configurations say")
+    stages: dict[str, dict[str, Any]] = Field({}, description="by name")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, checked.
+
+    Attributes:
+        name: of its file, without the extension.
+        path: its file.
+        file: what stands there.
+        stages: by name, each behind its inputs.
+    """
+
+    name: str
+    path: Path
+    file: RecipeFile
+    stages: dict[str, Spec]
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Recipes that come with bowstore, by name."""
+    return {path.stem: path for path in sorted((bundled_configs() / RECIPES).glob("*.yaml"))}
+
+
+def find_recipe(recipe: Path) -> Path:
+    """The file that is meant: the path itself, or by a bare name the workspace's or bowstore's own.
+
+    Raises:
+        MissingError: there is none; the message lists those that come with bowstore.
+    """
+    names = (recipe, recipe.with_name(f"{recipe.name}.yaml")) if recipe.name else (recipe,)
+    folders = (Path(), CONFIGS / RECIPES, bundled_configs() / RECIPES) if recipe.parent == Path() else (Path(),)
+    for path in (folder / name for folder in folders for name in names):
+        if path.is_file():
+            return path
+    if recipe.parent == CONFIGS / RECIPES and (path := bundled_configs() / RECIPES / recipe.name).is_file():
+        return path
+    raise MissingError(
+        f"no recipe {recipe}; those that come with bowstore go by their bare names: {', '.join(bundled_recipes())}"
+    )
+
+
+def load_recipe(recipe: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read and check a recipe: stages of known kinds, with inputs that are there, of the right kind, without a circle.
+
+    Args:
+        recipe: a file, or the name of one (`find_recipe`).
+        overrides: `stages.NAME.KEY=value`, from --set.
+
+    Raises:
+        MissingError: no such file.
+        UsageError: it is no recipe; the message names the stage.
+    """
+    path = find_recipe(recipe)
+    file = validate(RecipeFile, apply_overrides(read_yaml(path), overrides), str(path))
+    if not file.stages:
+        raise UsageError(f"{path} has no stages; write some below `stages:`")
+    stages = {name: _stage(name, values, f"{path}: stage {name!r}") for name, values in file.stages.items()}
+    for name, spec in stages.items():
+        _check_inputs(name, spec, stages, path)
+    return Recipe(path.stem, path, file, _in_order(stages, path))
+
+
+def kind_of(spec: Spec) -> str:
+    """A stage's kind."""
+    return next(kind for kind, model in KINDS.items() if type(spec) is model)
+
+
+def stage_of(reference: str) -> str:
+    """The stage that an input names, without a split."""
+    return reference.partition("/")[0]
+
+
+def _stage(name: str, values: dict[str, Any], where: str) -> Spec:
+    if "/" in name or not name.strip():
+        raise UsageError(f"{where}: a stage's name is text without a slash")
+    kinds = ["eval"] if "eval" in values else [kind for kind in KINDS if kind in values]  # eval has an input `train`
+    if len(kinds) != 1:
+        near = [match for key in values for match in difflib.get_close_matches(key, KINDS, n=1)]
+        hint = f"did you mean {near[0]!r}?" if near and not kinds else f"the kinds are {', '.join(KINDS)}"
+        what = "is of kinds " + " and ".join(kinds) if kinds else f"with {shown(sorted(values))} is of no known kind"
+        raise UsageError(f"{where} {what}; {hint}")
+    spec = validate(KINDS[kinds[0]], {**values, kinds[0]: values[kinds[0]] or {}}, where)
+    return spec
+
+
+def _check_inputs(name: str, spec: Spec, stages: dict[str, Spec], path: Path) -> None:
+    for role, reference in spec.inputs():
+        stage, where = stage_of(reference), f"{path}: stage {name!r}: input `{role}: {reference}`"
+        if stage not in stages:
+            near = difflib.get_close_matches(stage, stages, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the stages are {', '.join(stages)}"
+            raise UsageError(f"{where}: no stage {stage!r}; {hint}")
+        kind, wanted = kind_of(stages[stage]), spec.takes[role]
+        if kind not in wanted:
+            raise UsageError(f"{where} is a stage of kind {kind}, and must be one of kind {' or '.join(wanted)}")
+        if "/" in reference and kind != "shards":
+            raise UsageError(f"{where}: only shards have splits; write {stage!r}")
+
+
+def _in_order(stages: dict[str, Spec], path: Path) -> dict[str, Spec]:
+    """Each stage behind its inputs, else in the order of the file."""
+    ordered: dict[str, Spec] = {}
+
+    def visit(name: str, behind: tuple[str, ...]) -> None:
+        if name in behind:
+            circle = " -> ".join((*behind[behind.index(name) :], name))
+            raise UsageError(f"{path}: stages wait for each other in a circle: {circle}; take one input out")
+        if name not in ordered:
+            for _, reference in stages[name].inputs():
+                visit(stage_of(reference), (*behind, name))
+            ordered[name] = stages[name]
+
+    for name in stages:
+        visit(name, ())
+    return ordered

@@ -1,0 +1,251 @@
+"""What of a recipe is done: read off what lies on the disk, without torch and without changing anything."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from bowstore import runs
+from bowstore.config import validate
+from bowstore.data.records import PARTS_FOLDER, PLAN_FILE, read_manifest
+from bowstore.data.synthetic import MARKER
+from bowstore.data.table import INDEX_FILE, read_header
+from bowstore.errors import MissingError
+from bowstore.files import read_json
+from bowstore.recipes.plan import (
+    Cell,
+    EncodeStep,
+    EvalStep,
+    ImagesStep,
+    Plan,
+    ShardsStep,
+    Step,
+    TrainStep,
+    in_stage,
+    result_file,
+)
+from bowstore.remote import is_remote
+from bowstore.train.config import TrainConfig, differences
+from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
+from bowstore.words.store import Store
+
+_SPLITS = ("train", "val", "test")
+
+
+class State(NamedTuple):
+    """How far a stage is.
+
+    Attributes:
+        so_far: done, begun, or neither.
+        problem: what lies there is of other settings: what differs, and what to do; empty if nothing.
+    """
+
+    so_far: Literal["done", "begun", "to do"]
+    problem: str = ""
+
+
+TO_DO, BEGUN, DONE = State("to do"), State("begun"), State("done")
+
+
+@singledispatch
+def state_of(step: Step) -> State:
+    """How far a stage is.
+
+    Raises:
+        BowstoreError: files that cannot be read.
+    """
+    raise NotImplementedError(step.kind)
+
+
+@state_of.register
+def _(step: ImagesStep) -> State:
+    if step.render is None:
+        return DONE if step.out.exists() else TO_DO
+    try:
+        marker = read_json(step.out / MARKER)
+    except MissingError:
+        return TO_DO
+    for name, value in step.render:
+        if marker.get(name) != value:
+            problem = f"{step.out} holds images of {name} {marker.get(name)}, not {value}; name another `out:`"
+            return State("done", problem)
+    return DONE if marker.get("complete") else BEGUN
+
+
+@state_of.register
+def _(step: ShardsStep) -> State:
+    if is_remote(step.train):
+        return DONE
+    begun = False
+    for folder in (step.out / split for split in _SPLITS):
+        manifest = read_manifest(folder) if folder.is_dir() else None
+        if manifest is None:
+            begun |= (folder / PARTS_FOLDER / PLAN_FILE).exists()
+            continue
+        made = manifest.values["settings"]
+        for name in ("seed", "per_shard"):
+            if made[name] != (value := getattr(step.config, name)):
+                return State(
+                    "done", f"{folder} was made with {name} {made[name]}, not {value}; set it back, or take another OUT"
+                )
+    if begun:
+        return BEGUN
+    return DONE if (step.train / INDEX_FILE).exists() else TO_DO
+
+
+@state_of.register
+def _(step: TrainStep) -> State:
+    return run_state(step.run, step.config)
+
+
+def run_state(run: Path, config: TrainConfig) -> State:
+    """How far a run is."""
+    if not (run / runs.CONFIG_FILE).exists():
+        return TO_DO
+    so_far: Literal["done", "begun"] = "done" if runs.is_finished(run) else "begun"
+    there = validate(TrainConfig, runs.read_config(run), str(run / runs.CONFIG_FILE))
+    if found := differences(there, config):
+        remedy = "set it back, or give the stage another `name:`"
+        return State(so_far, f"run directory {run} holds another configuration ({found[0]}); {remedy}")
+    made_of = read_json(run / runs.ENVIRONMENT_FILE).get("inputs", {}) if so_far == "done" else {}
+    here = fingerprint(config.shards) if config.shards else None
+    if here and made_of.get("shards") not in (None, here):
+        return State(so_far, f"{run} was trained on other images than {config.shards} holds; give it another `name:`")
+    return State(so_far)
+
+
+@state_of.register
+def _(step: EncodeStep) -> State:
+    if is_remote(step.store) or not step.store.exists():
+        return TO_DO
+    layers = {layer.name: layer for layer in Store(step.store).every_layer()}
+    for problem in _store_problems(step, layers):
+        return State("begun", f"{problem}; set it back, or name another `store:`")
+    there = [layers[name] for name in step.config.layers if name in layers]
+    if len(there) == len(step.config.layers) and all(layer.complete for layer in there):
+        return DONE
+    return BEGUN if there else TO_DO
+
+
+def _store_problems(step: EncodeStep, layers: dict[str, Layer]) -> Iterator[str]:
+    here, there = fingerprint(step.on), Store(step.store).fingerprint
+    if here and here != there:
+        yield f"word store {step.store} was made of data set {there}, but {step.on} is {here}"
+    weights = run_weights(Path(step.config.teacher))
+    config = step.config
+    for place, name in enumerate(config.layers):
+        if name not in layers:
+            continue
+        made = layers[name].made_with()
+        asked = {
+            "K": config.num_words[0]
+            if len(config.num_words) == 1
+            else config.num_words[place]
+            if config.num_words
+            else made["K"]
+        }
+        asked |= {"precision": config.precision, "border": config.border}
+        if config.vocabulary is None:
+            asked |= {key: getattr(config, key) for key in VOCABULARY_SETTINGS}
+        if weights:
+            asked["teacher weights"] = weights
+        for key, value in asked.items():
+            if made[key] != value:
+                yield f"layer {name!r} of word store {step.store} was made with {key} {made[key]}, not {value}"
+
+
+@state_of.register
+def _(step: EvalStep) -> State:
+    missing = [cell for cell in step.cells if not cell_is_done(cell)]
+    if not missing:
+        return DONE
+    return BEGUN if len(missing) < len(step.cells) else TO_DO
+
+
+def cell_is_done(cell: Cell) -> bool:
+    """Whether the result of these weights, images and settings is there."""
+    path = result_file(cell)
+    try:
+        result = read_json(path)
+        inputs, settings = result["inputs"], result["settings"]
+        recorded = {**settings, **settings.get("probe", {})}
+    except (MissingError, KeyError, TypeError, AttributeError):
+        return False
+    for role, place in cell.settings.data().items():
+        if role and (here := fingerprint(place)) and inputs.get(role) != here:
+            return False
+    if any(recorded.get(name) != value for name, value in cell.settings.decisive().items()):
+        return False
+    if cell.random:  # the run's own seed and network, unless its configuration was written since
+        return path.stat().st_mtime >= (cell.run / runs.CONFIG_FILE).stat().st_mtime
+    return bool(inputs.get("weights_sha256") == run_weights(cell.run))
+
+
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+          "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+
+
+def run_weights(run: Path) -> str | None:
+    """`weights_sha256` of a finished run's network, read from its file; None where there is none."""
+    try:
+        data = (run / runs.BACKBONE_FILE).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8 : 8 + length])
+        digest, blob = hashlib.sha256(), memoryview(data)[8 + length :]
+        for name in sorted(entries.keys() - {"__metadata__"}):
+            entry = entries[name]
+            digest.update(f"{name}\ntorch.{_TYPES[entry['dtype']]}\n{tuple(entry['shape'])}\n".encode())
+            digest.update(blob[slice(*entry["data_offsets"])])
+        return digest.hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # who loads it says what is wrong
+
+
+def fingerprint(shards: Path) -> str | None:
+    """The fingerprint in an index; None where there is none here, or it cannot be read."""
+    if is_remote(shards):
+        return None
+    try:
+        return str(read_header(shards / INDEX_FILE).meta["fingerprint"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def is_wanted(step: Step, plan: Plan) -> bool:
+    """Whether anybody still needs what a stage makes: images need not be there once they have become shards."""
+    if not isinstance(step, ImagesStep):
+        return True
+    readers = [other for other in plan.steps.values() if isinstance(other, ShardsStep) and other.src == step.out]
+    return not readers or any(state_of(reader).so_far != "done" for reader in readers)
+
+
+def overview(plan: Plan) -> list[dict[str, Any]]:
+    """The stages in the order of running, as plain values: what each reads and writes, and how far it is."""
+    shown = []
+    for step in plan.steps.values():
+        with in_stage(step.name, plan.recipe):
+            state = state_of(step)
+            wanted = is_wanted(step, plan)
+        shown.append(
+            {
+                "stage": step.name,
+                "kind": step.kind,
+                "state": state.so_far if wanted or state == DONE else "not needed",
+                "problem": state.problem,
+                "reads": list(step.reads),
+                "writes": list(step.writes),
+            }
+        )
+    return shown
+
+
+def overview_text(plan: Plan) -> str:
+    """The stages for people, a few lines each."""
+    lines = [f"{plan.recipe.path}{'' if plan.seed is None else f', seed {plan.seed}'}"]
+    for stage in overview(plan):
+        lines += ["", f"{stage['stage']} ({stage['kind']}): {stage['state']}"]
+        lines += [f"  refused: {stage['problem']}"] if stage["problem"] else []
+        lines += [f"  {what:<6} {place}" for what in ("reads", "writes") for place in stage[what]]
+    return "\n".join(lines)

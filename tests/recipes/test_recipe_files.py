@@ -1,0 +1,186 @@
+"""Recipe files: what is refused, in one line, before anything runs; order, places and what is done."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from bowstore.cli import main
+from bowstore.config import Workspace
+from bowstore.errors import MissingError, UsageError
+from bowstore.recipes.file import bundled_recipes, find_recipe, load_recipe
+from bowstore.recipes.plan import EncodeStep, EvalStep, Plan, ShardsStep, TrainStep, make_plan
+from bowstore.recipes.state import overview
+
+SMALL = """
+stages:
+  images: {render: {train: 120, val: 60}}
+  data:   {shards: {}, images: images}
+  rotnet: {train: cifar10_rotnet.yaml, on: data}
+  words:  {encode: {layers: [block3], num_words: [16]}, teacher: rotnet, on: data}
+  bownet: {train: cifar10_bownet.yaml, words: words, on: data}
+  linear: {eval: linear, of: [rotnet, bownet], random: bownet, train: data, test: data}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def plan_of(text: str, **how: Any) -> Plan:
+    Path("r.yaml").write_text(text)
+    return make_plan(load_recipe(Path("r.yaml")), Workspace(), **how)
+
+
+# What of SMALL is replaced, by what, and what is said of it.
+MISTAKES = [
+    (
+        "rotnet: {train",
+        "rotnet: {trian",
+        r"stage 'rotnet' with \['on', 'trian'\] is of no known kind; did you mean 'train'",
+    ),
+    (
+        "rotnet: {train",
+        "rotnet: {what",
+        r"is of no known kind; the kinds are render, download, shards, train, encode, eval",
+    ),
+    ("rotnet: {", "rotnet: {encode: {}, ", r"stage 'rotnet' is of kinds train and encode; the kinds are"),
+    (
+        "shards: {}",
+        "shards: {per_shards: 9}",
+        r"unknown configuration key 'shards\.per_shards'; did you mean 'per_shard'\?",
+    ),
+    ("{}, images: images", "{}", r"stage 'data': .*name the images once: by `images: STAGE`, or by `src`"),
+    ("num_words", "num_word", r"'words': encode: unknown configuration key 'num_word'; did you mean 'num_words'\?"),
+    ("bownet.yaml", "bownet.yaml, set: {optim.epoch: 2}", r"key 'optim\.epoch'; did you mean 'epochs'\?"),
+    ("cifar10_bownet.yaml", "nobody.yaml", r"stage 'bownet': no configuration file nobody\.yaml"),
+    ("eval: linear", "eval: liner", r"stage 'linear': no protocol 'liner'"),
+    (
+        "eval: linear",
+        "eval: {linear: {seeds: 1}}",
+        r"eval linear: unknown configuration key 'seeds'; did you mean 'seed'",
+    ),
+    ("eval: linear", "eval: [3]", r"eval: 3 is no protocol; write its name"),
+    ("teacher: rotnet, ", "", r"stage 'words': no teacher; name the stage that trains it"),
+    ("words: words, ", "", r"stage 'bownet': .*is of task words; name the stage that makes them"),
+    (
+        "rotnet.yaml",
+        "rotnet.yaml, words: words",
+        r"stages wait for each other in a circle: rotnet -> words -> rotnet; take",
+    ),
+    ("of: [rotnet, bownet], random: bownet, ", "", r"stage 'linear': .*name the networks: `of: \[STAGE"),
+    ("teacher: rotnet", "teacher: rotnett", r"`teacher: rotnett`: no stage 'rotnett'; did you mean 'rotnet'\?"),
+    ("teacher: rotnet", "teacher: data", r"`teacher: data` is a stage of kind shards, and must be one of kind train"),
+    ("teacher: rotnet", "teacher: rotnet/val", r"only shards have splits; write 'rotnet'"),
+    (
+        "bownet.yaml",
+        "bownet.yaml, name: cifar10_rotnet",
+        r"'rotnet' and 'bownet' both write runs/cifar10_rotnet; give .*name",
+    ),
+    (
+        "[block3]",
+        "[block2, block3]",
+        r"stage 'words' makes layers block2, block3; name one of them, as in `set: \{words\.",
+    ),
+    ("  linear:", "  a/b:", r"stage 'a/b': a stage's name is text without a slash"),
+    (
+        "  linear:",
+        "  again: {encode: {layers: [block3], num_words: [9]}, teacher: bownet}\n  linear:",
+        r"stages 'words' and 'again' both write data/words\.zarr/block3; give one of them another `store:`",
+    ),
+    (SMALL, "stages: {}", r"r\.yaml has no stages; write some below `stages:`"),
+    (SMALL, "stage: {}", r"r\.yaml: unknown configuration key 'stage'; did you mean 'stages'\?"),
+    (SMALL, "stages: {", r"r\.yaml is not a YAML file: .*line 1"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), MISTAKES)
+def test_bad_recipes_are_one_line_that_names_the_stage(old: str, new: str, message: str) -> None:
+    assert old in SMALL
+    with pytest.raises((UsageError, MissingError), match=message) as error:
+        plan_of(SMALL.replace(old, new))
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("r.yaml")
+
+
+def test_a_recipe_that_is_not_there() -> None:
+    with pytest.raises(MissingError, match=r"no recipe nothing; those that come with bowstore .*: .*demo"):
+        load_recipe(Path("nothing"))
+    result = CliRunner().invoke(main, ["run"])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+    assert "no recipe was named; `bowstore run RECIPE`, or `recipe: RECIPE` in bowstore.yaml" in result.stderr
+
+
+def test_a_name_means_the_workspaces_recipe_before_bowstores() -> None:
+    assert find_recipe(Path("demo")) == bundled_recipes()["demo"]
+    own = Path("configs/recipes/demo.yaml")
+    assert find_recipe(own) == bundled_recipes()["demo"], "as docs and headers of configurations write it"
+    own.parent.mkdir(parents=True)
+    own.write_text(SMALL)
+    assert find_recipe(Path("demo")) == find_recipe(Path("demo.yaml")) == find_recipe(own) == own
+
+
+def test_stages_come_behind_their_inputs_in_whatever_order_they_are_written() -> None:
+    head, *stages = SMALL.strip().splitlines()
+    for lines in (stages, stages[::-1], stages[3:] + stages[:3]):
+        names = list(plan_of("\n".join((head, *lines))).steps)
+        assert names == ["images", "data", "rotnet", "words", "bownet", "linear"]
+
+
+def test_places_are_the_workspaces_unless_named() -> None:
+    steps = plan_of(SMALL, seed=3).steps
+    data, rotnet, words, bownet, linear = (steps[name] for name in ("data", "rotnet", "words", "bownet", "linear"))
+    assert isinstance(data, ShardsStep)
+    assert (data.src, data.out, data.train, data.test) == tuple(
+        map(Path, ("data/images", "data/shards", "data/shards/train", "data/shards/val"))
+    )
+    assert isinstance(rotnet, TrainStep)
+    assert (rotnet.run, rotnet.config.seed, rotnet.config.shards) == (Path("runs/cifar10_rotnet"), 3, data.train)
+    assert isinstance(words, EncodeStep)
+    assert (words.store, words.config.teacher, words.config.seed) == (Path("data/words.zarr"), rotnet.run, 3)
+    assert isinstance(bownet, TrainStep)
+    assert bownet.reads == ("data/shards/train", "data/words.zarr/block3")
+    assert isinstance(linear, EvalStep)
+    assert [(cell.row, cell.run.name, cell.random) for cell in linear.cells] == [
+        ("random network", "cifar10_bownet", True),
+        ("rotnet", "cifar10_rotnet", False),
+        ("bownet", "cifar10_bownet", False),
+    ]
+
+
+def test_the_demo_lies_as_it_always_did() -> None:
+    plan = make_plan(load_recipe(bundled_recipes()["demo"]), Workspace(), seed=2, folder=Path("out"))
+    assert str(plan.result) == "out/seed-2/demo.json"
+    assert [place for step in plan.steps.values() for place in step.writes][:5] == [
+        "out/images", "out/shards", "out/seed-2/runs/demo_rotnet", "out/seed-2/words.zarr/block3",
+        "out/seed-2/runs/demo_bownet",
+    ]  # fmt: skip
+    assert [line["state"] for line in overview(plan)] == ["to do"] * 6
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_bundled_recipes_can_be_planned(name: str) -> None:
+    path = bundled_recipes()[name]
+    steps = make_plan(load_recipe(path), Workspace()).steps
+    assert {step.kind for step in steps.values()} >= {"shards", "train", "encode", "eval"}
+    assert all(word in path.read_text() for word in ("# Command:", "# Hardware:", "# Expected:"))
+
+
+def test_a_dry_run_loads_no_torch_and_writes_nothing() -> None:
+    code = (
+        "import sys, json; from click.testing import CliRunner; from bowstore.cli import main;"
+        "result = CliRunner().invoke(main, ['run', 'demo', '--dry-run', '--json']);"
+        "assert result.exit_code == 0, result.output;"
+        "print([m for m in ('torch', 'nvidia.dali', 'faiss', 'sklearn') if m in sys.modules]);"
+        "print(json.dumps([line['stage'] for line in json.loads(result.stdout)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    heavy, stages = done.stdout.splitlines()
+    assert heavy == "[]"
+    assert json.loads(stages) == ["images", "shards", "RotNet", "words", "BoWNet", "linear"]
+    assert list(Path().iterdir()) == []
