@@ -61,12 +61,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Computing(Strict):
-    """With what is computed: the base of every configuration that says so; results differ by rounding alone."""
+class OnDevice(Strict):
+    """Where something is computed."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where networks run; auto: a GPU if one can be used"
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what computes; auto: a GPU if one can be used")
+
+
+class Computing(OnDevice):
+    """With what a network is run over images: the base of every configuration that says so."""
+
     threads: Threads | None = Field(None, description="decoding threads; null: one a core")
     compile: Compile = Field("auto", description="run the network compiled; auto: where that pays")
 

@@ -5,6 +5,7 @@ MAX_BATCH = 2**20
 MAX_FLOAT = 3e38  # what float32 holds
 MAX_SEED = 2**32 - 1
 MAX_THREADS = 1024  # and processes
+KEPT_IMAGES = 16  # nearest to each word, in a store
 MAX_WORDS = 65535  # ids are uint16, and 65535 itself means "not written"
 
 

@@ -5,7 +5,7 @@ from bowstore.environment import cores
 
 
 def test_bench_assign_times_all_ways_on_the_same_vectors() -> None:
-    result = bench_assign(images=2, positions=9, dimensions=12, words=40, rounds=3, device=torch.device("cpu"))
+    result = bench_assign(images=2, positions=9, dimensions=12, num_words=40, rounds=3, device=torch.device("cpu"))
     value = result.as_dict()
     rates = value["images_per_second"]
     assert list(rates) == ["assign", "matrix product", "FAISS"]

@@ -104,7 +104,7 @@ for name in ("words.assign", "words.assign_triton", "words.assign_kernels", "wor
     importlib.import_module("bowstore." + name)
 import torch
 from bowstore.benchmarks import assign
-result = assign.bench_assign(images=2, positions=9, dimensions=16, words=50, rounds=1, device=torch.device("cpu"))
+result = assign.bench_assign(images=2, positions=9, dimensions=16, num_words=50, rounds=1, device=torch.device("cpu"))
 print([timing.name for timing in result.timings])
 """
     assert run(code).strip() == "['assign', 'matrix product']"

@@ -141,7 +141,9 @@ def test_options_of_every_command_are_its_models() -> None:
                     assert shown is not None, (words, name)
                     assert shown[1] == ", ".join(str(item).lower() if item is True else str(item) for item in value)
                 bounds = {
-                    key: bound for key, bound in _schema(model, name).items() if key in ("minimum", "maximum", "enum")
+                    key.replace("exclusiveM", "m"): bound
+                    for key, bound in _schema(model, name).items()
+                    if key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "enum")
                 }
                 if isinstance(option.type, click.IntRange | click.FloatRange):
                     assert (bounds.get("minimum"), bounds.get("maximum")) == (option.type.min, option.type.max), name

@@ -27,7 +27,6 @@ from bowstore.data.reader import ShardReader
 from bowstore.data.views import clean_view
 from bowstore.environment import cores
 from bowstore.train.config import TrainConfig
-from bowstore.words.config import EncodeConfig
 
 _LEVELS = 255 * torch.tensor(ViewConfig().std)[:, None, None]  # of grey, in a normalised pixel's unit
 
@@ -188,23 +187,23 @@ def train(check: Check) -> None:
 
 def encode(check: Check) -> None:
     """`bowstore bench encode` in both precisions: over the slower of view and trunk, and over the view."""
+    from bowstore.benchmarks.config import EncodeBench
     from bowstore.benchmarks.encode import bench_encode
 
     index = photographs(check)
     for precision in ("float32", "bfloat16"):
         config = validate(
-            EncodeConfig,
+            EncodeBench,
             check.size(
-                {"teacher": "torchvision:resnet50", "layers": ["conv4"], "k": [20_000]},
-                {"teacher": "torchvision:resnet50", "layers": ["conv4"], "k": [20_000]},
-                {"teacher": "wrn-10-1", "layers": ["block3"], "k": [20], "size": 32, "resize": 40, "batch": 4},
+                {"teacher": "torchvision:resnet50", "layers": ["conv4"], "num_words": [20_000]},
+                {"teacher": "torchvision:resnet50", "layers": ["conv4"], "num_words": [20_000]},
+                {"teacher": "wrn-10-1", "layers": ["block3"], "num_words": [20], "size": 32, "resize": 40, "batch": 4},
             )
-            | {"precision": precision},
+            | {"precision": precision, "images": check.size(20_000, 10_000, 12), "rounds": check.size(3, 2, 1)}
+            | {"device": check.device.type},
             "check",
         )
-        result = bench_encode(
-            index.root, config, images=check.size(20_000, 10_000, 12), rounds=check.size(3, 2, 1), device=check.device
-        )
+        result = bench_encode(index.root, config)
         check.bench(result, f"{precision}, ")
         rates = {timing.name: timing.rates for timing in result.timings}
         for other, name in (("clean view alone", "decoding"), ("teacher alone", "the trunk")):

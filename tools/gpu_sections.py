@@ -181,7 +181,7 @@ def assign(check: Check) -> None:
     images, dimensions, k = check.size((256, 1024, 20000), (256, 1024, 20000), (2, 16, 300))
     with check.heard():
         result = bench_assign(
-            images=images, positions=check.size(196, 196, 9), dimensions=dimensions, words=k,
+            images=images, positions=check.size(196, 196, 9), dimensions=dimensions, num_words=k,
             rounds=check.size(5, 3, 2), device=check.device,
         )  # fmt: skip
     check.bench(result)
@@ -200,7 +200,12 @@ def kmeans(check: Check) -> None:
 
     vectors, dimensions, k = check.size((5_120_000, 1024, 20_000), (5_120_000, 1024, 20_000), (600, 8, 20))
     result = bench_kmeans(
-        vectors=vectors, dimensions=dimensions, words=k, iterations=25, rounds=check.size(3, 1, 2), device=check.device
+        vectors=vectors,
+        dimensions=dimensions,
+        num_words=k,
+        iterations=25,
+        rounds=check.size(3, 1, 2),
+        device=check.device,
     )
     check.bench(result)
     for timing in result.timings:

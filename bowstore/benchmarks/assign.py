@@ -31,7 +31,7 @@ _SCORES = 1 << 30  # of a matrix product that are held at a time
 
 
 def bench_assign(
-    *, images: int, positions: int, dimensions: int, words: int, rounds: int, device: torch.device
+    *, images: int, positions: int, dimensions: int, num_words: int, rounds: int, device: torch.device
 ) -> BenchResult:
     """Images/s of `assign`, of the float32 matrix product of the same shape, and of FAISS's exhaustive search.
 
@@ -42,11 +42,11 @@ def bench_assign(
         images: in a batch.
         positions: feature vectors of an image.
         dimensions: of a vector.
-        words: K.
+        num_words: K.
         rounds: interleaved rounds, after one to warm up.
         device: where features and words lie.
     """
-    features_ND, vocabulary_KD = _vectors(images * positions, dimensions, words, device)
+    features_ND, vocabulary_KD = _vectors(images * positions, dimensions, num_words, device)
     prepared = prepare_words(vocabulary_KD)
     ways: dict[str, Way] = {
         "assign": _spread(features_ND, lambda part_ND: partial(assign, part_ND, prepared)),
@@ -59,7 +59,7 @@ def bench_assign(
     if prepared.fast:  # last, because compiling takes its time: the figure has been said, whatever becomes of the rest
         others = _other_searches(features_ND, prepared, prepared.fast)
         rates |= _rates("bench assign, other searches", others, rounds, images, device)
-    operations = 2.0 * positions * dimensions * words
+    operations = 2.0 * positions * dimensions * num_words
     teraflops = {name: operations * statistics.median(values) / 1e12 for name, values in rates.items()}
     return BenchResult(
         protocol="bench/assign",
@@ -69,7 +69,7 @@ def bench_assign(
             "images": images,
             "positions": positions,
             "dimensions": dimensions,
-            "words": words,
+            "words": num_words,
             "threads": cores() if device.type == "cpu" else torch.get_num_threads(),
         },
         unit="images",
@@ -102,12 +102,12 @@ def _spread(features_ND: Tensor, make: Callable[[Tensor], Way]) -> Way:
     return all_ways
 
 
-def _vectors(count: int, dimensions: int, words: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _vectors(count: int, dimensions: int, num_words: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features (N, D) and words (K, D), rectified mixtures of the same few factors."""
     generator = torch.Generator(device).manual_seed(0)
     mixture = torch.randn(_FACTORS, dimensions, generator=generator, device=device)
     features = torch.randn(count, _FACTORS, generator=generator, device=device) @ mixture
-    vocabulary = torch.randn(words, _FACTORS, generator=generator, device=device) @ mixture
+    vocabulary = torch.randn(num_words, _FACTORS, generator=generator, device=device) @ mixture
     return features.relu_(), vocabulary.relu_()
 
 

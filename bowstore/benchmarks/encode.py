@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bowstore.benchmarks.config import EncodeBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import StorageConfig
 from bowstore.data.feed import PREFETCH
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader, fetched
-from bowstore.environment import cores, device_name
+from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress
@@ -119,24 +120,19 @@ class _Bench:
 
 def bench_encode(
     shards: Path,
-    config: EncodeConfig,
-    *,
-    images: int,
-    rounds: int,
-    device: torch.device,
+    config: EncodeBench,
     storage: StorageConfig | None = None,
 ) -> BenchResult:
     """Images/s of the clean view alone, of the teacher alone as far as its deepest layer, and of the whole pass.
 
     Args:
         shards: folder of indexed shards.
-        config: teacher, layers and K; the vocabulary is made of vectors of the first images, without k-means.
-        images: of a round; those of a smaller set come by again.
-        rounds: interleaved rounds, after one to warm up.
-        device: where the teacher runs.
+        config: teacher, layers and K; the vocabulary is made of vectors of the first images, without k-means. A set
+            smaller than a round comes by again; one round more warms up.
         storage: how shards are read.
     """
-    bench = _prepare(fetched(open_index(shards, storage)), config, images, device)
+    device, rounds = choose_device(config.device), config.rounds
+    bench = _prepare(fetched(open_index(shards, storage)), config, config.images, device)
     batches, job = bench.view(), bench.job
     shares: dict[str, float] = {}
 

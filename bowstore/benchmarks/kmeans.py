@@ -25,7 +25,7 @@ def bench_kmeans(
     *,
     vectors: int,
     dimensions: int,
-    words: int,
+    num_words: int,
     iterations: int,
     rounds: int,
     device: torch.device,
@@ -36,7 +36,7 @@ def bench_kmeans(
     Args:
         vectors: of the sample.
         dimensions: of a vector.
-        words: K.
+        num_words: K.
         iterations: of a vocabulary, for the table's remark.
         rounds: interleaved iterations that are timed, after two to warm up: the first is exact in every way.
         device: where k-means runs.
@@ -45,19 +45,19 @@ def bench_kmeans(
     Raises:
         UsageError: fewer vectors than words, or a backend that does not run here.
     """
-    if words > vectors:
-        raise UsageError(f"--K {words} words need as many vectors, --vectors {vectors} are fewer; raise it")
-    there = _there(words, dimensions, device)
+    if num_words > vectors:
+        raise UsageError(f"--K {num_words} words need as many vectors, --vectors {vectors} are fewer; raise it")
+    there = _there(num_words, dimensions, device)
     for backend in backends:
         if backend not in there:
             raise UsageError(f"--backend {backend} does not run {_why_not(backend)}; choose one of {', '.join(there)}")
-    default = default_backend((vectors, dimensions), words, device)
+    default = default_backend((vectors, dimensions), num_words, device)
     chosen = tuple(backends) or (there if device.type == "cpu" else (default,))
     sample_Sp = _vectors(vectors, dimensions, device if set(chosen) == {"torch"} else torch.device("cpu"))
     ways: dict[str, Lloyd] = {
-        backend: TorchLloyd(sample_Sp, words, 0, device)
+        backend: TorchLloyd(sample_Sp, num_words, 0, device)
         if backend == "torch"
-        else make_lloyd(backend, sample_Sp.numpy(), words, 0, device)
+        else make_lloyd(backend, sample_Sp.numpy(), num_words, 0, device)
         for backend in chosen
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -76,7 +76,7 @@ def bench_kmeans(
         protocol="bench/kmeans",
         device=f"{device_name(device)}, {cores()} cores",
         inputs={},
-        settings={"vectors": vectors, "dimensions": dimensions, "words": words, "iterations": iterations},
+        settings={"vectors": vectors, "dimensions": dimensions, "words": num_words, "iterations": iterations},
         unit="iterations",
         timings=[Timing(name, values, f"{whole[name]:.3g} s a vocabulary") for name, values in rates.items()],
         figures={f"seconds_{name}": value for name, value in whole.items()},

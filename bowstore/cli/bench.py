@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from bowstore.cli.common import BATCH, COMPILE, COUNT, DEVICES, PATH, SHARE, SIZE, TEXT, THREADS, emit
-from bowstore.limits import MAX_BATCH
+from bowstore.cli.common import PATH, TEXT, emit
+from bowstore.cli.options import Command, fields
 
-F = TypeVar("F", bound=Callable[..., Any])
+_SHARDS = click.option("--shards", type=PATH, help="Indexed shards.  [default: the workspace's]")
+_STORE = click.option("--store", type=PATH, help="Word store.  [default: the workspace's]")
+_LAYER = click.option("--layer", type=TEXT, help="Layer of the store.  [default: its only one]")
 
 
 @click.group()
@@ -17,267 +19,171 @@ def bench() -> None:
     """What each stage can do on this machine, and which one binds; results go to RUNS/bench/NAME.json."""
 
 
-def _options(*extra: Callable[[F], F]) -> Callable[[F], F]:
-    """Options that the benchmarks of stages share, and a command's own."""
-    common: tuple[Callable[[F], F], ...] = (
-        click.option("--shards", "shards_dir", type=PATH, help="Indexed shards.  [default: the workspace's]"),
-        click.option("--rounds", type=COUNT, default=5, show_default=True, help="Interleaved rounds."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone."),
-    )
+def _benchmark(model: str, *extra: Any, **how: Any) -> Callable[[Callable[..., None]], click.Command]:
+    """A command of `bench`: the options of its configuration, those it has besides, and --json."""
 
-    def decorate(command: F) -> F:
-        for option in reversed((*extra, *common)):
-            command = option(command)
-        return command
+    def decorate(function: Callable[..., None]) -> click.Command:
+        json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
+        for option in reversed((*extra, fields("given", f"bowstore.benchmarks.config:{model}", **how), json)):
+            function = option(function)
+        return bench.command(cls=Command)(function)
 
     return decorate
 
 
-_BATCH = click.option(
-    "--batch", type=click.IntRange(4, MAX_BATCH), default=64, show_default=True, help="Images a batch."
-)
-_STORE = click.option("--store", type=PATH, help="Word store.  [default: the workspace's]")
-_LAYER = click.option("--layer", type=TEXT, help="Layer of the store.  [default: its only one]")
-
-
-@bench.command()
-@_options(
+@_benchmark(
+    "LoaderBench",
     click.option("--config", type=PATH, help="Take view and batch from a training configuration."),
-    click.option("--size", type=SIZE, default=224, show_default=True, help="Side of the view, pixels."),
-    _BATCH,
-    click.option("--batches", type=COUNT, default=12, show_default=True, help="Timed batches a round."),
-    click.option("--threads", type=THREADS, help="Decoding threads.  [default: one a core]"),
-    click.option("--device", type=DEVICES, default="auto", show_default=True),
-    click.option("--hw-load", "hw_loads", type=SHARE, multiple=True, help="GPU: sweep these shares."),
-    click.option(
-        "--decode",
-        "ways",
-        type=click.Choice(["slice", "image"]),
-        multiple=True,
-        help="Sweep: windows alone, whole images that are then cut.",
-    ),
+    _SHARDS,
+    flags={"hw_loads": "--hw-load", "ways": "--decode"},
 )
-def loader(
-    config: Path | None,
-    size: int,
-    batch: int,
-    batches: int,
-    threads: int | None,
-    device: str,
-    hw_loads: tuple[float, ...],
-    ways: tuple[Any, ...],
-    shards_dir: Path | None,
-    rounds: int,
-    as_json: bool,
-) -> None:
+def loader(config: Path | None, shards: Path | None, given: dict[str, Any], as_json: bool) -> None:
     """The train view stage by stage, planning and reading first, and which stage binds."""
+    from bowstore.benchmarks.config import LoaderBench
     from bowstore.benchmarks.loader import LoaderSettings, bench_loader
     from bowstore.config import ViewConfig, load_workspace
-    from bowstore.environment import choose_device, cores_per_rank
+    from bowstore.environment import cores_per_rank
     from bowstore.train.config import load_train_config
 
     workspace = load_workspace()
-    view = ViewConfig(size=size, resize=max(size, 256))
+    settings = _settings(LoaderBench, given)
+    size = settings.pop("size")
+    settings["view"] = ViewConfig(size=size, resize=max(size, 256))
+    settings["threads"] = settings["threads"] or cores_per_rank()
     if config:
         loaded = load_train_config(config)
-        view, batch = loaded.view, loaded.optim.batch
-    settings = LoaderSettings(
-        view, batch, threads or cores_per_rank(), choose_device(device), batches, rounds, hw_loads, ways
-    )
-    result = bench_loader(shards_dir or workspace.shards, settings, workspace.storage)
+        settings |= {"view": loaded.view, "batch": loaded.optim.batch}
+    result = bench_loader(shards or workspace.shards, LoaderSettings(**settings), workspace.storage)
     _keep(workspace, "loader", result, as_json)
 
 
-@bench.command()
-@_options(
-    _BATCH,
-    click.option("--batches", type=COUNT, default=200, show_default=True, help="Timed batches a round."),
-)
-def reader(batch: int, batches: int, shards_dir: Path | None, rounds: int, as_json: bool) -> None:
+@_benchmark("ReaderBench", _SHARDS)
+def reader(shards: Path | None, given: dict[str, Any], as_json: bool) -> None:
     """Encoded bytes of random rows: from memory maps, and by single reads as on a network file system."""
+    from bowstore.benchmarks.config import ReaderBench
     from bowstore.benchmarks.reader import bench_reader
     from bowstore.config import load_workspace
 
     workspace = load_workspace()
-    shards = shards_dir or workspace.shards
-    result = bench_reader(shards, batch=batch, batches=batches, rounds=rounds, storage=workspace.storage)
+    result = bench_reader(shards or workspace.shards, **_settings(ReaderBench, given), storage=workspace.storage)
     _keep(workspace, "reader", result, as_json)
 
 
-@bench.command()
-@_options(_STORE, _LAYER)
-def store(store: Path | None, layer: str | None, shards_dir: Path | None, rounds: int, as_json: bool) -> None:
+@_benchmark("StoreBench", _STORE, _LAYER, _SHARDS)
+def store(store: Path | None, layer: str | None, shards: Path | None, given: dict[str, Any], as_json: bool) -> None:
     """A word store: bulk load with every check, and the join of its keys with the shards'."""
+    from bowstore.benchmarks.config import StoreBench
     from bowstore.benchmarks.store import bench_store
     from bowstore.config import load_workspace
 
     workspace = load_workspace()
-    shards = shards_dir or (workspace.shards if workspace.shards.exists() else None)
-    result = bench_store(store or workspace.store, shards, rounds=rounds, layer=layer, storage=workspace.storage)
+    shards = shards or (workspace.shards if workspace.shards.exists() else None)
+    settings = _settings(StoreBench, given)
+    result = bench_store(store or workspace.store, shards, layer=layer, storage=workspace.storage, **settings)
     _keep(workspace, "store", result, as_json)
 
 
-@bench.command()
-@_options(
-    _STORE,
-    _LAYER,
-    click.option("--batch", type=BATCH, default=256, show_default=True, help="Rows a batch."),
-    click.option("--batches", type=COUNT, default=200, show_default=True, help="Timed batches a round."),
-    click.option("--device", type=DEVICES, default="auto", show_default=True),
-)
-def targets(
-    store: Path | None,
-    layer: str | None,
-    batch: int,
-    batches: int,
-    device: str,
-    shards_dir: Path | None,
-    rounds: int,
-    as_json: bool,
-) -> None:
+@_benchmark("TargetsBench", _STORE, _LAYER, _SHARDS)
+def targets(store: Path | None, layer: str | None, shards: Path | None, given: dict[str, Any], as_json: bool) -> None:
     """Bags of random rows from every tier: words on the device, in host memory, on disk."""
+    from bowstore.benchmarks.config import TargetsBench
     from bowstore.benchmarks.targets import bench_targets
     from bowstore.config import load_workspace
-    from bowstore.environment import choose_device
 
     workspace = load_workspace()
     result = bench_targets(
         store or workspace.store,
-        shards_dir or workspace.shards,
+        shards or workspace.shards,
         layer=layer,
-        batch=batch,
-        batches=batches,
-        rounds=rounds,
-        device=choose_device(device),
         storage=workspace.storage,
+        **_settings(TargetsBench, given),
     )
     _keep(workspace, "targets", result, as_json)
 
 
-@bench.command()
-@click.option("--config", type=PATH, help="YAML file.  [default: as for `bowstore train`]")
-@click.option(
-    "--set", "overrides", type=TEXT, multiple=True, metavar="KEY=VALUE", help="Override, for example optim.batch=64."
-)
-@_options(
-    click.option("--store", type=PATH, help="Word store."),
-    click.option("--steps", type=click.IntRange(5), default=30, show_default=True, help="Timed steps a round."),
+@_benchmark(
+    "TrainBench",
+    click.option("--config", type=PATH, help="YAML file.  [default: as for `bowstore train`]"),
+    click.option(
+        "--set", "overrides", type=TEXT, multiple=True, metavar="KEY=VALUE", help="Override, as in optim.batch=64."
+    ),
+    _SHARDS,
+    _STORE,
 )
 def train(
     config: Path | None,
     overrides: tuple[str, ...],
+    shards: Path | None,
     store: Path | None,
-    steps: int,
-    shards_dir: Path | None,
-    rounds: int,
+    given: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Training with the loader over the same step on resident data."""
+    from bowstore.benchmarks.config import TrainBench
     from bowstore.benchmarks.train import bench_training
     from bowstore.config import load_workspace
     from bowstore.workspace import resolve_train
 
     workspace = load_workspace()
-    resolved = resolve_train(workspace, config, overrides, {"shards": shards_dir, "words.store": store})
-    result = bench_training(resolved, steps=steps, rounds=rounds)
+    resolved = resolve_train(workspace, config, overrides, {"shards": shards, "words.store": store})
+    result = bench_training(resolved, **_settings(TrainBench, given))
     if result:
         _keep(workspace, "train", result, as_json)
 
 
-@bench.command()
-@click.option("--images", type=COUNT, default=32, show_default=True, help="Images a round.")
-@click.option("--positions", type=COUNT, default=196, show_default=True, help="Vectors an image.")
-@click.option("--dimensions", type=COUNT, default=1024, show_default=True)
-@click.option("--K", "words", type=COUNT, default=20000, show_default=True, help="Number of words.")
-@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Interleaved rounds.")
-@click.option("--device", type=DEVICES, default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
-def assign(images: int, positions: int, dimensions: int, words: int, rounds: int, device: str, as_json: bool) -> None:
+@_benchmark("AssignBench", flags={"num_words": "--K"})
+def assign(given: dict[str, Any], as_json: bool) -> None:
     """The nearest word of each vector, against the matrix product of the same shape and FAISS's search."""
     from bowstore.benchmarks.assign import bench_assign
+    from bowstore.benchmarks.config import AssignBench
     from bowstore.config import load_workspace
-    from bowstore.environment import choose_device
 
-    result = bench_assign(
-        images=images,
-        positions=positions,
-        dimensions=dimensions,
-        words=words,
-        rounds=rounds,
-        device=choose_device(device),
-    )
-    _keep(load_workspace(), "assign", result, as_json)
+    _keep(load_workspace(), "assign", bench_assign(**_settings(AssignBench, given)), as_json)
 
 
-@bench.command()
-@_options(
-    click.option(
-        "--teacher", type=TEXT, help="As for `bowstore encode`.  [default: the workspace's, or torchvision:resnet50]"
-    ),
-    click.option("--weights", type=PATH, help="Weights file of a timm or torchvision teacher."),
-    click.option(
-        "--layer", "layers", type=TEXT, multiple=True, default=["conv4"], show_default=True, help="Several in one pass."
-    ),
-    click.option("--K", "num_words", type=COUNT, multiple=True, default=[2000], show_default=True),
-    click.option("--size", type=SIZE, help="Side of the clean view, pixels."),
-    click.option("--resize", type=click.IntRange(8), help="Short side before the crop, pixels."),
-    click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
-    click.option("--batch", type=BATCH, help="Images a batch.  [default: 16, 256 on a GPU]"),
-    click.option("--images", type=COUNT, default=256, show_default=True, help="Images a round."),
-    COMPILE,
-    click.option("--device", type=DEVICES, default="auto", show_default=True),
+@_benchmark(
+    "EncodeBench",
+    _SHARDS,
+    leave_out=("threads", "border", "pca", "whiten", "vocabulary", "seed", "sample_per_word", "iterations"),
+    flags={"layers": "--layer", "num_words": "--K"},
+    otherwise={"teacher": "as for `bowstore encode`, or torchvision:resnet50"},
 )
-def encode(
-    teacher: str | None, images: int, device: str, shards_dir: Path | None, rounds: int, as_json: bool, **values: Any
-) -> None:
+def encode(shards: Path | None, given: dict[str, Any], as_json: bool) -> None:
     """The pass of `bowstore encode` over the slower of the clean view alone and the teacher alone."""
+    from bowstore.benchmarks.config import EncodeBench
     from bowstore.benchmarks.encode import bench_encode
     from bowstore.config import load_workspace, validate
-    from bowstore.environment import choose_device
     from bowstore.errors import MissingError
-    from bowstore.words.config import EncodeConfig
     from bowstore.workspace import resolve_teacher
 
     workspace = load_workspace()
     try:
-        values["teacher"] = resolve_teacher(workspace, teacher)
+        teacher = resolve_teacher(workspace, given.get("teacher"))
     except MissingError:
-        if teacher:
+        if "teacher" in given:
             raise
-        values["teacher"] = "torchvision:resnet50"
-    result = bench_encode(
-        shards_dir or workspace.shards,
-        validate(EncodeConfig, values, "bench encode"),
-        images=images,
-        rounds=rounds,
-        device=choose_device(device),
-        storage=workspace.storage,
-    )
-    _keep(workspace, "encode", result, as_json)
+        teacher = "torchvision:resnet50"
+    config = validate(EncodeBench, {**given, "teacher": teacher}, "bench encode")
+    _keep(workspace, "encode", bench_encode(shards or workspace.shards, config, workspace.storage), as_json)
 
 
-@bench.command()
-@click.option("--vectors", type=COUNT, default=51200, show_default=True, help="Of the sample.")
-@click.option("--dimensions", type=COUNT, default=1024, show_default=True)
-@click.option("--K", "words", type=COUNT, default=200, show_default=True, help="Number of words.")
-@click.option("--iterations", type=COUNT, default=25, show_default=True, help="Of a vocabulary.")
-@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Timed iterations.")
-@click.option(
-    "--backend",
-    "backends",
-    type=click.Choice(["faiss", "super", "torch"]),
-    multiple=True,
-    help="Only these.  [default: all on a CPU; on a GPU what encode takes]",
-)
-@click.option("--device", type=DEVICES, default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
-def kmeans(device: str, as_json: bool, backends: tuple[Any, ...], **values: int) -> None:
+@_benchmark("KmeansBench", flags={"num_words": "--K", "backends": "--backend"})
+def kmeans(given: dict[str, Any], as_json: bool) -> None:
     """k-means by FAISS, by the search of its SuperKMeans, and by our own iteration over a resident sample."""
+    from bowstore.benchmarks.config import KmeansBench
     from bowstore.benchmarks.kmeans import bench_kmeans
     from bowstore.config import load_workspace
+
+    _keep(load_workspace(), "kmeans", bench_kmeans(**_settings(KmeansBench, given)), as_json)
+
+
+def _settings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """A benchmark's settings by name, with the device that they mean."""
+    from bowstore.config import validate
     from bowstore.environment import choose_device
 
-    _keep(load_workspace(), "kmeans", bench_kmeans(**values, backends=backends, device=choose_device(device)), as_json)
+    settings = dict(validate(model, given, "bench"))
+    return settings | {"device": choose_device(settings["device"])} if "device" in settings else settings
 
 
 def _keep(workspace: Any, name: str, result: Any, as_json: bool) -> None:

@@ -1,37 +1,21 @@
 """The command that shows words: words."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from bowstore.cli.common import PATH, SEED, TEXT, emit
+from bowstore.cli.common import PATH, emit
+from bowstore.cli.options import command, fields
 
-_KEPT = 16  # nearest images of a word that a store keeps
 
-
-@click.command()
+@command()
 @click.argument("store", type=PATH, required=False)
-@click.option("--shards", "shards_dir", type=PATH, help="Shards that hold the images.  [default: the workspace's]")
-@click.option("--layer", type=TEXT, help="Layer of the store.  [default: all that are complete]")
+@click.option("--shards", type=PATH, help="Shards that hold the images.  [default: the workspace's]")
 @click.option("--out", type=PATH, default=Path("words.html"), show_default=True, help="Page to write.")
-@click.option("--word", "named", type=click.IntRange(0), multiple=True, help="Show only this word, larger; repeatable.")
-@click.option("--words", type=click.IntRange(1, 100), default=16, show_default=True, help="Words a gallery.")
-@click.option("--examples", type=click.IntRange(1, _KEPT), help="Images a word.  [default: 8, with --word 16]")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random words.")
-@click.option("--reencoded", is_flag=True, help="The shards hold other encodings of the store's images.")
+@fields("given", "bowstore.report.config:Wish", flags={"words": "--word", "per_gallery": "--words"})
 @click.option("--json", "as_json", is_flag=True, help="Print what is shown as JSON alone.")
-def words(
-    store: Path | None,
-    shards_dir: Path | None,
-    layer: str | None,
-    out: Path,
-    named: tuple[int, ...],
-    words: int,
-    examples: int | None,
-    seed: int,
-    reencoded: bool,
-    as_json: bool,
-) -> None:
+def words(store: Path | None, shards: Path | None, out: Path, given: dict[str, Any], as_json: bool) -> None:
     """Write a page that shows the words of STORE: their nearest images, how they are used, what goes with them.
 
     \b
@@ -40,16 +24,10 @@ def words(
 
     One HTML file that needs nothing else. STORE may be a URL.  [default: the workspace's]
     """  # noqa: D301 - click reads the backspace as "do not wrap"
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace, validate
+    from bowstore.report.config import Wish
     from bowstore.report.page import write_words_page
-    from bowstore.report.words import Wish
 
-    workspace = load_workspace()
-    report = write_words_page(
-        store or workspace.store,
-        shards_dir or workspace.shards,
-        out,
-        Wish(layer=layer, words=named, per_gallery=words, examples=examples, seed=seed, reencoded=reencoded),
-        workspace.storage,
-    )
+    workspace, wish = load_workspace(), validate(Wish, given, "words")
+    report = write_words_page(store or workspace.store, shards or workspace.shards, out, wish, workspace.storage)
     emit(report.as_dict(), report.text(), as_json)

@@ -32,7 +32,8 @@ from bowstore.progress import Progress
 from bowstore.remote import fetch_store, is_remote, local_only
 from bowstore.remote.urls import shown, url_of
 from bowstore.report import plots
-from bowstore.report.words import MIN_COMMON_IMAGES, Example, LayerWords, Neighbour, Wish, Word, collect
+from bowstore.report.config import Wish
+from bowstore.report.words import MIN_COMMON_IMAGES, Example, LayerWords, Neighbour, Word, collect
 from bowstore.words.store import open_store
 
 _PIXEL_ART = 64  # views up to this side are embedded whole, and enlarged without blur

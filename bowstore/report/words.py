@@ -19,41 +19,15 @@ from bowstore.data.index import Index
 from bowstore.data.views import CleanView
 from bowstore.errors import MissingError, UsageError
 from bowstore.progress import Progress, say
+from bowstore.report.config import Wish
 from bowstore.words.arrays import reading
 from bowstore.words.layer import Layer
 from bowstore.words.nearest import NearestImages
 from bowstore.words.statistics import health_warnings
 from bowstore.words.store import Store, index_rows
 
-EXAMPLES, EXAMPLES_OF_NAMED = 8, 16
 NEIGHBOURS = 6
 MIN_COMMON_IMAGES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What somebody wants to see.
-
-    Attributes:
-        layer: None for all complete layers, a section each.
-        words: only these; empty for the galleries.
-        per_gallery: words a gallery.
-        examples: images a word, at most as many as the store keeps; None for 8, or 16 of named words.
-        seed: of the gallery of random words.
-        reencoded: the shards hold other encodings of the store's images.
-    """
-
-    layer: str | None = None
-    words: tuple[int, ...] = ()
-    per_gallery: int = 16
-    examples: int | None = None
-    seed: int = 0
-    reencoded: bool = False
-
-    @property
-    def examples_shown(self) -> int:
-        """Images a word."""
-        return self.examples or (EXAMPLES_OF_NAMED if self.words else EXAMPLES)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class TrainConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder below runs/")
     task: Literal["rotation", "words"]
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of weights, order and augmentation")
     shards: Place | None = Field(None, description="shards with their index; null: the workspace's")
     images: Count | None = Field(None, description="use at most so many, the first rows")
     view: ViewConfig = ViewConfig()

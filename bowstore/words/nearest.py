@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from bowstore.errors import CorruptError, is_machine_error
 from bowstore.files import atomic_file
+from bowstore.limits import KEPT_IMAGES
 
-KEPT_IMAGES = 16
 NO_ROW = -1
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 import bowstore
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import fsync_path, leftovers, temporary_path
+from bowstore.limits import KEPT_IMAGES
 from bowstore.remote import reserve_room
 from bowstore.words.arrays import (
     array,
@@ -33,7 +34,7 @@ from bowstore.words.arrays import (
     sweep,
 )
 from bowstore.words.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
-from bowstore.words.nearest import KEPT_IMAGES, NO_ROW, NearestImages, NearestSearch
+from bowstore.words.nearest import NO_ROW, NearestImages, NearestSearch
 from bowstore.words.statistics import WordStatistics
 from bowstore.words.store import FORMAT, FORMAT_VERSION, open_root
 

@@ -5,8 +5,8 @@ from page_reader import Page
 from teacher_sets import IMAGES, write_shards, write_teacher
 from word_stores import make_store, small_chunks
 
+from bowstore.report.config import Wish
 from bowstore.report.page import WordsReport, write_words_page
-from bowstore.report.words import Wish
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from word_stores import add_layer, make_store
 from bowstore.data.index import open_index
 from bowstore.data.reader import ShardReader
 from bowstore.report import plots
+from bowstore.report.config import Wish
 from bowstore.report.page import Box, Geometry, WordsReport, write_words_page
-from bowstore.report.words import Wish
 from bowstore.words.store import open_store
 
 

@@ -19,8 +19,9 @@ from bowstore.cli.gallery import words as words_command
 from bowstore.config import StorageConfig
 from bowstore.data.index import open_index
 from bowstore.errors import CorruptError, MismatchError, MissingError
+from bowstore.report.config import Wish
 from bowstore.report.page import WordsReport, write_words_page
-from bowstore.report.words import Wish, choose_words, collect, count_words, index_rows, strongest_neighbours
+from bowstore.report.words import choose_words, collect, count_words, index_rows, strongest_neighbours
 from bowstore.words.layer import Layer
 from bowstore.words.store import open_store
 from bowstore.words.store_writer import StoreWriter

@@ -400,7 +400,7 @@ def test_bench_assign_says_its_figure_before_it_tries_three_tilings(
     monkeypatch.setattr("bowstore.words.assign.runs_triton", lambda device: True)
     monkeypatch.setattr(assign_triton, "fits", lambda tiles, device: True)
     monkeypatch.setattr("bowstore.benchmarks.assign.compute_workers", lambda device: 1)  # as one stream of a GPU
-    result = bench_assign(images=1, positions=5, dimensions=8, words=40, rounds=1, device=torch.device("cpu"))
+    result = bench_assign(images=1, positions=5, dimensions=8, num_words=40, rounds=1, device=torch.device("cpu"))
     names = [timing.name for timing in result.timings]
     assert names == [
         "assign", "matrix product", "FAISS", "float16 product", "float32 reference", "256x128x64 8 warps 4 stages",
