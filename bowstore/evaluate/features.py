@@ -21,6 +21,7 @@ from bowstore.data.reader import ImageSource
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.exact import exact_float32
+from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import (
     EAGER,
     CannotCompileError,
@@ -30,7 +31,6 @@ from bowstore.models.compiled import (
     way_of,
 )
 from bowstore.models.memory import FROZEN_FORMAT
-from bowstore.models.registry import Backbone
 from bowstore.progress import Progress, say
 
 MAX_DIMS = 9216

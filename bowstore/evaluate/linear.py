@@ -28,8 +28,8 @@ from bowstore.evaluate.features import POOLED, compiled_features, extract, varia
 from bowstore.evaluate.protocol import Result, new_result, write_result
 from bowstore.evaluate.splits import Split, check_classes, check_labels, open_splits
 from bowstore.gpu import free_memory
+from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN
-from bowstore.models.registry import Backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.progress import Progress
 

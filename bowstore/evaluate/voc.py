@@ -36,8 +36,8 @@ from bowstore.evaluate.svm import (
     check_problem,
     evaluate_svms,
 )
+from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN
-from bowstore.models.registry import Backbone
 from bowstore.models.weights import weights_sha256
 
 Split = Literal["trainval", "test"]

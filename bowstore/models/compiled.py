@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from bowstore.config import Compile
+from bowstore.models.backbone import Backbone
 from bowstore.models.memory import FROZEN_FORMAT
-from bowstore.models.registry import Backbone
 from bowstore.models.taps import without_data
 from bowstore.progress import say
 from bowstore.torchrun import ranks
@@ -101,8 +103,6 @@ def tell_fallback(problem: str) -> None:
 
 def flops(backbone: Backbone, use: Use, size: int) -> int:
     """Floating-point operations of an image, twice the multiplications."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         use(without_data(backbone).eval(), torch.zeros(1, 3, size, size, device="meta"))
     return int(counter.get_total_flops())
@@ -113,7 +113,7 @@ def compiler_problem(device: torch.device) -> str | None:
     if device.type != "cpu":
         return None
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler  # makes its folder
+        from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds, and makes a folder, which may fail
     except OSError as error:
         return _unwritable(error)
     try:
@@ -175,9 +175,6 @@ def compile_frozen(
 def _graph(
     run: Callable[[Tensor], tuple[Tensor, ...]], images_BCHW: Tensor, device: torch.device, threads: int
 ) -> Callable[[Tensor], Any]:
-    import torch._inductor
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     traced = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(images_BCHW)
     options: dict[str, Any] = {"freezing": True}
     if device.type == "cpu":

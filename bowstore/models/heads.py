@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bowstore.models.registry import Backbone, extra_residual_group, mean_pool
+from bowstore.models.backbone import Backbone, mean_pool
+from bowstore.models.residual import StagedBackbone, torchvision_models, wide_sizes
+from bowstore.models.wide_resnet import Group
 
 _LEAST_NORM = 1e-12
 
@@ -59,3 +61,33 @@ class RotationHead(nn.Module):
     def forward(self, map_BChw: Tensor) -> Tensor:
         """Logits (B, 4) of 0, 90, 180, 270 degrees."""
         return exact_linear(mean_pool(self.stage(map_BChw)), self.linear.weight, self.linear.bias)
+
+
+def group_depth(backbone: Backbone) -> int:
+    """Residual blocks of a backbone's last group: (D - 4) / 6 of WRN-D, 3 of ResNet-50; 1 where there is no group."""
+    if sizes := wide_sizes(backbone.arch):
+        return (sizes[0] - 4) // 6
+    staged = isinstance(backbone, StagedBackbone)
+    last = getattr(backbone.root(), "conv5" if staged else "layer4", None)
+    return len(last) if isinstance(last, nn.Sequential) else 1
+
+
+def extra_residual_group(backbone: Backbone, blocks: int | None = None) -> nn.Module:
+    """One more group of the backbone's kind and width, its first block of stride 2 (the rotation head's, section 4).
+
+    Args:
+        backbone: whose last map it takes.
+        blocks: its depth; None for that of the backbone's own last group (`group_depth`).
+    """
+    width, blocks = backbone.features, blocks or group_depth(backbone)
+    if wide_sizes(backbone.arch):
+        return nn.Sequential(Group(width, width, stride=2, blocks=blocks), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    kinds = torchvision_models().resnet
+    # A bottleneck's width is four times its inner one.
+    plain = backbone.arch in ("resnet18", "resnet34") or width % kinds.Bottleneck.expansion
+    block = kinds.BasicBlock if plain else kinds.Bottleneck
+    inner = width // block.expansion
+    downsample = nn.Sequential(nn.Conv2d(width, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
+    first: nn.Module = block(width, inner, stride=2, downsample=downsample)
+    # A single block stands alone, so that weights of such heads keep their names.
+    return first if blocks == 1 else nn.Sequential(first, *(block(width, inner) for _ in range(blocks - 1)))

@@ -7,7 +7,8 @@ import torch
 
 from bowstore.config import ModelConfig
 from bowstore.errors import UsageError
-from bowstore.models.registry import LayerInfo, build_backbone
+from bowstore.models.backbone import LayerInfo
+from bowstore.models.registry import build_backbone
 
 
 @dataclass(frozen=True)

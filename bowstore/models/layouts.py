@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError, is_machine_error
+from bowstore.models.backbone import Backbone
 from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
-from bowstore.models.registry import Backbone
 
 _MAX_DEPTH = 8
 # A tensor whose first name holds one of these words belongs to a head, a queue or a decoder.

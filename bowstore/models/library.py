@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from bowstore.config import ViewConfig, validate
 from bowstore.errors import UsageError, is_machine_error
-from bowstore.models.registry import Backbone, LayerInfo, resnet_spellings, unknown_arch
+from bowstore.models.backbone import Backbone, LayerInfo
+from bowstore.models.residual import resnet_spellings, torchvision_models, unknown_arch
 from bowstore.models.taps import Layout, Probed, as_map
 
+LIBRARIES = ("torchvision:", "timm:")
 _TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
 _TIMM_HEADS = ("head", "fc_norm", "attn_pool", "pre_logits")
 # Their published weights expect images normalised otherwise than all the others'.
@@ -128,10 +130,8 @@ def library_view(arch: str) -> ViewConfig:
     _check_name(arch)
     if library == "torchvision":
         return ViewConfig()
-    import timm
-
     try:
-        config = timm.get_pretrained_cfg(name)
+        config = _timm().get_pretrained_cfg(name)
     except RuntimeError as error:
         raise UsageError(f"{arch}: {error}") from error
     assert config is not None, "the name was checked"
@@ -146,14 +146,11 @@ def library_view(arch: str) -> ViewConfig:
 def _check_name(arch: str) -> None:
     library, _, name = arch.partition(":")
     if library == "torchvision":
-        import torchvision
-
-        known = [n for n in torchvision.models.list_models(module=torchvision.models) if n not in _NOT_TAKEN]
+        models = torchvision_models()
+        known = [n for n in models.list_models(module=models) if n not in _NOT_TAKEN]
         is_known = name in known
     elif library == "timm":
-        import timm
-
-        known, is_known = timm.list_models(), timm.is_model(name)  # is_model knows tags: NAME.TAG
+        known, is_known = _timm().list_models(), _timm().is_model(name)  # is_model knows tags: NAME.TAG
     else:
         raise unknown_arch(arch, [f"torchvision:{name}", f"timm:{name}"])
     if not is_known:
@@ -161,23 +158,19 @@ def _check_name(arch: str) -> None:
 
 
 def _torchvision_network(name: str, size: int) -> nn.Module:
-    import torchvision
-
     sizes: dict[str, Any] = {"image_size": size} if name.startswith("vit_") else {}
     if name.startswith("maxvit"):
         sizes = {"input_size": (size, size)}
-    network: nn.Module = torchvision.models.get_model(name, weights=None, **sizes)
+    network: nn.Module = torchvision_models().get_model(name, weights=None, **sizes)
     return _without(network, _TORCHVISION_HEADS)
 
 
 def _timm_network(name: str, size: int) -> nn.Module:
-    import timm
-
     def create(**sizes: Any) -> nn.Module:
-        network: Any = timm.create_model(name, pretrained=False, num_classes=0, **sizes)
+        network: Any = _timm().create_model(name, pretrained=False, num_classes=0, **sizes)
         return _without(network, _TIMM_HEADS)
 
-    config = timm.get_pretrained_cfg(name)
+    config = _timm().get_pretrained_cfg(name)
     assert config is not None, "the name was checked"
     if not config.fixed_input_size:
         return create()
@@ -186,6 +179,13 @@ def _timm_network(name: str, size: int) -> nn.Module:
     except TypeError:
         return create(img_size=size)
     return network if getattr(network, "dynamic_img_size", False) else create(img_size=size)
+
+
+def _timm() -> Any:
+    """Timm, loaded when first asked for: it takes seconds, and no other network needs it."""
+    import timm
+
+    return timm
 
 
 def _without(network: nn.Module, heads: Sequence[str]) -> nn.Module:

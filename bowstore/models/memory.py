@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from bowstore.models.registry import Backbone, StagedBackbone
+from bowstore.models.backbone import Backbone
+from bowstore.models.residual import StagedBackbone
 
 _WIDE_CHANNELS = 64
 _STEM = ("conv1", "pool1")

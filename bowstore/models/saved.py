@@ -22,8 +22,9 @@ from bowstore import runs
 from bowstore.config import ModelConfig, Seed, Strict, Text, ViewConfig, dump, validate, value_differences
 from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
+from bowstore.models.backbone import Backbone
 from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
-from bowstore.models.registry import Backbone, build_backbone
+from bowstore.models.registry import build_backbone
 from bowstore.models.weights import content_digest
 from bowstore.progress import say
 from bowstore.torchrun import ranks

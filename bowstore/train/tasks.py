@@ -19,9 +19,10 @@ from bowstore.config import StorageConfig
 from bowstore.data.index import Index
 from bowstore.data.plan import Plan
 from bowstore.data.views import Batch
+from bowstore.models.backbone import Backbone
 from bowstore.models.heads import CosineHead, RotationHead
 from bowstore.models.memory import training_format
-from bowstore.models.registry import Backbone, build_backbone
+from bowstore.models.registry import build_backbone
 from bowstore.progress import say
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from bowstore.models.registry import Backbone
+from bowstore.models.backbone import Backbone
 
 _IMAGES = 2
 _EFFECTIVE_SHARE = 0.9

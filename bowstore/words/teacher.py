@@ -17,11 +17,12 @@ from bowstore.config import Compile, ModelConfig, ViewConfig, validate
 from bowstore.data.views import CleanView, clean_view
 from bowstore.errors import DataError, UsageError
 from bowstore.exact import exact_float32
+from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
 from bowstore.models.layouts import load_foreign
 from bowstore.models.library import library_view
 from bowstore.models.memory import FROZEN_FORMAT
-from bowstore.models.registry import Backbone, build_backbone, is_arch
+from bowstore.models.registry import build_backbone, is_arch
 from bowstore.models.saved import load_backbone
 from bowstore.models.weights import weights_sha256
 

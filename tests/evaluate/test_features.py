@@ -26,8 +26,9 @@ from bowstore.evaluate.features import (
     layer_taps,
     variation,
 )
+from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import Compiled
-from bowstore.models.registry import Backbone, build_backbone
+from bowstore.models.registry import build_backbone
 
 CPU = torch.device("cpu")
 # Protocols 3.3: channels, side of the map, window, side of the result, dimensions.

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bowstore.config import ModelConfig
 from bowstore.models import compiled
+from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, CannotCompileError, compile_frozen, flops, way_of
-from bowstore.models.registry import Backbone, build_backbone
+from bowstore.models.registry import build_backbone
 
 CPU = torch.device("cpu")
 

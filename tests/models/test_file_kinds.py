@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from bowstore.config import ModelConfig
 from bowstore.errors import BowstoreError, CorruptError, DataError, UsageError
+from bowstore.models.backbone import Backbone
 from bowstore.models.layouts import load_foreign
-from bowstore.models.registry import Backbone, build_backbone
+from bowstore.models.registry import build_backbone
 from bowstore.models.weights import weights_sha256
 
 ARCH = "wrn-10-1"

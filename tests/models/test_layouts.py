@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from bowstore.config import ModelConfig
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
+from bowstore.models.backbone import Backbone
 from bowstore.models.layouts import Understood, load_foreign
-from bowstore.models.registry import Backbone, build_backbone
+from bowstore.models.registry import build_backbone
 
 State = dict[str, Tensor]
 VIT = "timm:vit_tiny_patch16_224"

@@ -8,8 +8,8 @@ from torchvision.models.resnet import Bottleneck
 
 from bowstore.config import ModelConfig
 from bowstore.errors import MismatchError, UsageError
-from bowstore.models.heads import CosineHead, RotationHead
-from bowstore.models.registry import build_backbone, group_depth
+from bowstore.models.heads import CosineHead, RotationHead, group_depth
+from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_weights
 from bowstore.models.wide_resnet import Group
 from bowstore.train.config import TrainConfig

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from bowstore.cli import main
 from bowstore.config import ModelConfig
 from bowstore.errors import UsageError
+from bowstore.models.backbone import Backbone
 from bowstore.models.heads import RotationHead
 from bowstore.models.layers import describe_layers
 from bowstore.models.library import library_view
-from bowstore.models.registry import Backbone, build_backbone
+from bowstore.models.registry import build_backbone
 from bowstore.models.saved import SavedNetwork, load_backbone, save_backbone
 from bowstore.models.taps import Layout, probe, without_data
 from bowstore.models.weights import weights_sha256

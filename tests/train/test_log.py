@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from bowstore.cli import main
 from bowstore.data.index import open_index
-from bowstore.models.registry import Backbone
+from bowstore.models.backbone import Backbone
 from bowstore.models.saved import newest_checkpoint
 from bowstore.models.weights import content_digest
 from bowstore.runs import read_metrics

@@ -20,7 +20,7 @@ from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.errors import BowstoreError, CorruptError, DataError, MismatchError, MissingError, UsageError
-from bowstore.models import registry
+from bowstore.models import residual
 from bowstore.words import layer as layer_module
 from bowstore.words.encode_report import EncodeReport
 from bowstore.words.store import Store, join_rows, open_store
@@ -451,7 +451,7 @@ def test_conv1_of_an_older_store_is_not_taken_for_the_map_before_the_pooling(
 ) -> None:
     """What was called conv1 is pool1 now: the same weights, the same name, another map."""
     values: dict[str, Any] = {"teacher": "resnet18", "size": 16, "resize": 16, "layers": ("conv1",), "num_words": (4,)}
-    plain = registry._resnet_stages
+    plain = residual._resnet_stages
 
     def older(arch: str) -> Any:
         stages, channels = plain(arch)
@@ -460,7 +460,7 @@ def test_conv1_of_an_older_store_is_not_taken_for_the_map_before_the_pooling(
         return stages, channels
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_resnet_stages", older)
+        patch.setattr(residual, "_resnet_stages", older)
         store = run(**values).store
     told = r"was made with map 64 x 4 x 4, now it is 64 x 8 x 8; in older stores conv1 .*: it is pool1 now"
     with pytest.raises(MismatchError, match=told):

@@ -1,0 +1,161 @@
+"""Residual networks as chains of named stages: torchvision's, and wide ones.
+
+Legend: B batch, C channels, H W pixels, h w feature map.
+"""
+
+import difflib
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from bowstore.errors import UsageError
+from bowstore.models.backbone import Backbone
+from bowstore.models.taps import Probed
+from bowstore.models.wide_resnet import wide_resnet_stages
+
+RESNETS = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
+RESNET_STAGES = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
+_WIDE = re.compile(r"wrn-(\d+)-(\d+)")
+_STEM_NOTES = {"conv1": "before the max-pool", "pool1": "= maxpool"}
+
+
+class StagedBackbone(Backbone):
+    """A convolutional network as a chain of named stages."""
+
+    def __init__(self, arch: str, stages: "OrderedDict[str, nn.Module]", channels: dict[str, int]) -> None:
+        super().__init__()
+        self.arch = arch
+        self.layers = tuple(stages)
+        self.channels = channels
+        self.features = channels[self.layers[-1]]
+        self.stages = nn.ModuleDict(stages)
+
+    def root(self) -> nn.Module:
+        """The stages."""
+        return self.stages
+
+    def trunk(self, images_BCHW: Tensor) -> Tensor:
+        """Map of the last stage."""
+        map_BChw = images_BCHW
+        for stage in self.stages.values():
+            map_BChw = stage(map_BChw)
+        return map_BChw
+
+    def feature_maps(self, images_BCHW: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """As `Backbone.feature_maps`; between stages the network is simply cut."""
+        if not all(layer in self.layers for layer in layers):
+            return super().feature_maps(images_BCHW, layers)
+        wanted = set(layers)
+        maps: dict[str, Tensor] = {}
+        map_BChw = images_BCHW
+        for name, stage in self.stages.items():
+            map_BChw = stage(map_BChw)
+            if name in wanted:
+                maps[name] = map_BChw
+            if len(maps) == len(wanted):
+                break
+        return maps
+
+    def aliases(self, probed: Sequence[Probed], size: int) -> dict[str, tuple[str, str]]:
+        """Torchvision's names of a residual network's stages, as notes."""
+        if self.arch not in RESNETS:
+            return {}
+        notes = _STEM_NOTES | {ours: f"= {theirs}" for ours, theirs in RESNET_STAGES.items()}
+        return {name: (name, note) for name, note in notes.items()}
+
+    def synonym(self, layer: str) -> str:
+        """Torchvision's `layer3.2` is `conv4.2` here, and its `maxpool` is `pool1`."""
+        first, dot, rest = layer.partition(".")
+        stage = ({theirs: ours for ours, theirs in RESNET_STAGES.items()} | {"maxpool": "pool1"}).get(first, first)
+        return f"{stage}{dot}{rest}" if stage in self.layers else layer
+
+    def spellings(self) -> dict[str, dict[str, str]]:
+        """Bowstore's own names; for residual networks torchvision's too, and those of numbered children."""
+        own = list(self.state_dict())
+        if self.arch not in RESNETS:
+            return {"bowstore": {name: name for name in own}}
+        plain = {_torchvision_name(name): name for name in own}
+        theirs = resnet_spellings(list(plain))
+        return {
+            kind: {spelt: plain[name] for spelt, name in names.items()}
+            for kind, names in {"torchvision": {name: name for name in plain}, **theirs}.items()
+        }
+
+
+def resnet_spellings(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Other names of a residual network's tensors (`conv1.weight`, `layer1.0.conv1.weight`...), by kind of file.
+
+    `bowstore`: conv1 to conv5. `numbered`: `nn.Sequential(*network.children())`, the idiom of many
+    self-supervised codebases (lightly among them): 0 conv1, 1 bn1, 4 to 7 the four stages.
+    """
+    stage = {theirs: ours for ours, theirs in RESNET_STAGES.items()}
+    number = {"conv1": 0, "bn1": 1, **{theirs: 4 + n for n, theirs in enumerate(RESNET_STAGES.values())}}
+    spelt: dict[str, dict[str, str]] = {"bowstore": {}, "numbered": {}}
+    for name in names:
+        first, _, rest = name.partition(".")
+        spelt["bowstore"][f"stages.{stage[first]}.{rest}" if first in stage else f"stages.conv1.{name}"] = name
+        spelt["numbered"][f"{number.get(first, first)}.{rest}"] = name
+    return spelt
+
+
+def _torchvision_name(own: str) -> str:
+    _, stage, rest = own.split(".", 2)
+    return f"{RESNET_STAGES[stage]}.{rest}" if stage in RESNET_STAGES else rest
+
+
+def residual_backbone(arch: str, strides: tuple[int, int, int]) -> StagedBackbone:
+    """A network by its name here, randomly initialised; `strides` are those of a wide one's groups.
+
+    Raises:
+        UsageError: no wide network has that depth or width.
+    """
+    if not (sizes := wide_sizes(arch)):
+        return StagedBackbone(arch, *_resnet_stages(arch))
+    depth, width = sizes
+    if (depth - 4) % 6 or depth < 10 or width < 1:
+        raise UsageError(f"model.arch {arch!r}: depth {depth} must be 6 n + 4 (10, 16, 22, 28...)")
+    return StagedBackbone(arch, *wide_resnet_stages(depth, width, strides))
+
+
+def wide_sizes(arch: str) -> tuple[int, int] | None:
+    """Depth and width in a wide ResNet's name; None for other names."""
+    match = _WIDE.fullmatch(arch)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def unknown_arch(arch: str, known: Sequence[str]) -> UsageError:
+    """The error for a name that is not among `known`."""
+    near = difflib.get_close_matches(arch, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UsageError(
+        f"model.arch {arch!r} is unknown; {hint}known: wrn-DEPTH-WIDTH, {', '.join(RESNETS)}, "
+        "torchvision:NAME, timm:NAME"
+    )
+
+
+def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, int]]:
+    """Torchvision's network under the paper's names: conv1 (the stem), pool1 (its pooling), conv2 to conv5 (layer4)."""
+    net: Any = torchvision_models().get_model(arch, weights=None)
+    stages: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu)),
+        pool1=net.maxpool,
+        **{ours: getattr(net, theirs) for ours, theirs in RESNET_STAGES.items()},
+    )
+    channels = dict.fromkeys(("conv1", "pool1"), net.conv1.out_channels)
+    for name in RESNET_STAGES:
+        last: Any = list(stages[name].children())[-1]
+        channels[name] = (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels
+    return stages, channels
+
+
+def torchvision_models() -> Any:
+    """torchvision.models, loaded when first asked for: it takes seconds, and wide networks need none of it."""
+    import torchvision
+
+    return torchvision.models
