@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import open_index
 from bowstore.data.shards import make_shards
 
@@ -49,7 +50,7 @@ class Sample(NamedTuple):
 
 def shards_of(source: Path, out: Path, **arguments: Any) -> dict[str, dict[str, Sample]]:
     """Make shards in this process and read them back through the index: samples by key, by split."""
-    reports = make_shards(source, out, workers=1, **arguments)
+    reports = make_shards(source, out, ShardsConfig(workers=1, **arguments))
     found = {}
     for report in reports:
         index = open_index(report.folder)

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
 
 from bowstore.data import downloads
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import build_index
 from bowstore.data.shards import make_shards
 from bowstore.data.verify import _free_name, verify_folder
@@ -65,7 +66,7 @@ def test_shards_write_over_nothing_of_others(tmp_path: Path, name: str, content:
     place.parent.mkdir(parents=True)
     place.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        make_shards(source(tmp_path), tmp_path / "out", workers=1)
+        make_shards(source(tmp_path), tmp_path / "out", ShardsConfig(workers=1))
     assert str(place) in str(caught.value) or str(place.parent) in str(caught.value)
     assert "move it away" in str(caught.value)
     assert place.read_bytes() == content
@@ -73,11 +74,11 @@ def test_shards_write_over_nothing_of_others(tmp_path: Path, name: str, content:
 
 
 def test_shards_clear_only_their_own_records(tmp_path: Path) -> None:
-    make_shards(source(tmp_path), tmp_path / "out", workers=1)
+    make_shards(source(tmp_path), tmp_path / "out", ShardsConfig(workers=1))
     (tmp_path / "out/train/train-000000.tar").unlink()
     notes = tmp_path / "out/train/.parts/notes.txt"
     notes.write_bytes(PRECIOUS)
-    make_shards(tmp_path / "source", tmp_path / "out", workers=1)
+    make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(workers=1))
     assert notes.read_bytes() == PRECIOUS
     assert (tmp_path / "out/train/train-000000.tar").exists()
 
@@ -120,7 +121,7 @@ def test_index_leaves_idx_files_that_are_not_dali_s(tmp_path: Path, capsys: pyte
 
 
 def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
-    make_shards(source(tmp_path), tmp_path / "out", workers=1)
+    make_shards(source(tmp_path), tmp_path / "out", ShardsConfig(workers=1))
     tar = tmp_path / "out/train/train-000000.tar"
     earlier, idx = tar.with_name(f"{tar.name}.damaged"), tar.with_suffix(".idx")
     earlier.write_bytes(PRECIOUS)

@@ -11,6 +11,7 @@ from source_sets import tiny_image, write_file
 
 from bowstore.cli import main
 from bowstore.config import load_workspace
+from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import KINDS, Kind
 from bowstore.errors import CorruptError, UsageError
@@ -78,7 +79,8 @@ def test_a_plugin_of_the_workspace_is_a_source_like_any_other(tmp_path: Path, mo
     assert "bowstore shards images data/shards" in run("data").stdout
     assert "webdataset|one]" in "".join(run("shards", "--help").output.split())
     # Two shards are written by two processes, which find the kind by its name; one that has no name finds it by itself.
-    assert [report.written for report in make_shards(Path("images"), Path("twice"), per_shard=2, workers=2)] == [3]
+    (report,) = make_shards(Path("images"), Path("twice"), ShardsConfig(per_shard=2, workers=2))
+    assert report.written == 3
     # A workspace without plugins knows none of another's.
     (tmp_path / "other").mkdir()
     load_workspace(tmp_path / "other")

@@ -14,6 +14,7 @@ from servers import serve
 from shard_sets import encode_jpeg, textured_image, write_store, write_tar
 
 from bowstore.config import StorageConfig
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import build_index
 from bowstore.data.shards import make_shards
 from bowstore.files import atomic_file, file_digest, write_json
@@ -146,7 +147,7 @@ def test_a_shard_is_safe_before_its_record_and_all_before_the_manifest(tmp_path:
         path.write_bytes(encode_jpeg(textured_image(number, 24, 24)))
     (tmp_path / "out").mkdir()
     with watch() as disk:
-        make_shards(tmp_path / "source", tmp_path / "out", per_shard=2, workers=1)
+        make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(per_shard=2, workers=1))
         assert disk.early == []
         assert [line for line in disk.lost(tmp_path / "out") if ".lock" not in line] == []
     named = disk.names("rename")

@@ -10,6 +10,7 @@ from voc_devkit import write_devkit
 
 from bowstore.cli import main
 from bowstore.config import Workspace
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import build_index, open_index
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import list_source
@@ -44,18 +45,19 @@ def test_a_devkit_from_a_mac(tmp_path: Path) -> None:
 def test_shards_from_a_mac(tmp_path: Path) -> None:
     for number in range(3):
         write_file(tmp_path / f"source/train/ant/{number}.jpg", tiny_image(number))
-    make_shards(tmp_path / "source", tmp_path / "out", per_shard=2, workers=1)
+    make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(per_shard=2, workers=1))
     before = open_index(tmp_path / "out/train").fingerprint
     _litter(tmp_path / "out")
     done = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--deep", "--workers", "1"])
     assert done.exit_code == 0, done.output
-    (report,) = make_shards(tmp_path / "source", tmp_path / "out", per_shard=2, workers=1)
+    (report,) = make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(per_shard=2, workers=1))
     assert not report.new
     (tmp_path / "out/train/index.safetensors").unlink()
     assert build_index(tmp_path / "out/train").fingerprint == before
     shutil.rmtree(tmp_path / "out/train")
     write_file(tmp_path / "out/train/._train-000000.tar", APPLE_DOUBLE)
-    assert [report.new for report in make_shards(tmp_path / "source", tmp_path / "out", per_shard=2, workers=1)] == [1]
+    (report,) = make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(per_shard=2, workers=1))
+    assert report.new
 
 
 def test_runs_and_results_from_a_mac(tmp_path: Path) -> None:

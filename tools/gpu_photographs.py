@@ -11,6 +11,7 @@ import numpy as np
 from gpu_process import Check
 from PIL import Image
 
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.shards import make_shards
 from bowstore.data.table import INDEX_FILE
@@ -36,7 +37,9 @@ def photographs(check: Check) -> Index:
             images.mkdir(parents=True, exist_ok=True)
             for number in range(max(least, len(found))):
                 (images / f"{number:05d}.jpg").write_bytes(found[number % len(found)])
-            make_shards(folder / "images", folder / "shards", per_shard=512, workers=check.size(None, None, 1))
+            make_shards(
+                folder / "images", folder / "shards", ShardsConfig(per_shard=512, workers=check.size(None, None, 1))
+            )
     return open_index(folder / "shards/train")
 
 

@@ -4,12 +4,13 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import click
 
-from bowstore.cli.common import COUNT, PATH, SEED, TEXT, THREADS, Registered, emit
-from bowstore.data.sources import KINDS, Folders
-from bowstore.data.sources.arrange import CLASSES, SPLITS
+from bowstore.cli.common import PATH, TEXT, THREADS, Registered, emit
+from bowstore.cli.options import command, fields
+from bowstore.data.sources import KINDS
 
 _WIDTH = 110
 
@@ -60,38 +61,12 @@ def download(name: str, folder: Path, as_json: bool) -> None:
     emit({"name": name, "paths": paths, "shards": command}, f"{', '.join(paths)}; next: {command}", as_json)
 
 
-@click.command()
+@command()
 @click.argument("src", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--source", "kind", type=Registered(KINDS), help="What SRC is; default: found by its layout.")
-@click.option(
-    "--list", "lists", type=TEXT, multiple=True, metavar="[SPLIT=]FILE", help="List or CSV of the images below SRC."
-)
-@click.option(
-    "--label-field",
-    type=TEXT,
-    metavar="NAME",
-    help="CSV column, JSON key or extension of the label; `none` takes all without labels, class folders too.",
-)
-@click.option(
-    "--folders", type=click.Choice([CLASSES, SPLITS]), help="What folders of SRC are that could be classes or splits."
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the one global shuffle.")
-@click.option("--per-shard", type=COUNT, default=4096, show_default=True, help="Images a shard.")
-@click.option("--workers", type=THREADS, help="Processes; default: one a core.")
+@fields("given", "bowstore.data.config:ShardsConfig", flags={"lists": "--list"}, types={"source": Registered(KINDS)})
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON alone.")
-def shards(
-    src: Path,
-    out: Path,
-    kind: str | None,
-    lists: tuple[str, ...],
-    label_field: str | None,
-    folders: Folders | None,
-    seed: int,
-    per_shard: int,
-    workers: int | None,
-    as_json: bool,
-) -> None:
+def shards(src: Path, out: Path, given: dict[str, Any], as_json: bool) -> None:
     """Turn the images of SRC into WebDataset shards in OUT.
 
     \b
@@ -112,24 +87,16 @@ def shards(
     The report ends with what in SRC became no image, and with classes without images. A second run does nothing, an
     interrupted one goes on.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace, validate
+    from bowstore.data.config import ShardsConfig
     from bowstore.data.shards import make_shards
     from bowstore.data.shards_report import closing_line
     from bowstore.remote import local_only
 
     load_workspace()
     local_only(out, "write into a local folder, then copy it there")
-    reports = make_shards(
-        src,
-        out,
-        kind=kind,
-        lists=lists,
-        label_field=label_field,
-        folders=folders,
-        seed=seed,
-        per_shard=per_shard,
-        workers=workers,
-    )
+    load_workspace()
+    reports = make_shards(src, out, validate(ShardsConfig, given, "shards"))
     lines = [*(report.summary() for report in reports), closing_line(reports)]
     emit([report.as_dict() for report in reports], "\n".join(lines), as_json)
 

@@ -33,6 +33,7 @@ class Fields(click.Argument):
         only: names of fields, in the order of --help; none: all.
         leave_out: names of fields that get no option.
         flags: how options are spelled that do not have the field's name with dashes.
+        types: of options whose values the field's type does not bound, as names in a registry.
         otherwise: what goes for fields that were not given, where it is not the model that says so.
     """
 
@@ -44,11 +45,12 @@ class Fields(click.Argument):
         only: Sequence[str] = (),
         leave_out: Sequence[str] = (),
         flags: Mapping[str, str] | None = None,
+        types: "Mapping[str, click.ParamType[Any]] | None" = None,
         otherwise: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(param_decls, required=False, expose_value=False)
         self._source, self._only, self._leave_out = model, only, leave_out
-        self.flags, self.otherwise = flags or {}, otherwise or {}
+        self.flags, self.types, self.otherwise = flags or {}, types or {}, otherwise or {}
 
     @cached_property
     def model(self) -> "type[BaseModel]":
@@ -81,7 +83,7 @@ class Fields(click.Argument):
         if bare is bool:
             return value([own_name, f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None)
         if get_origin(bare) is not tuple:
-            return value([own_name, flag], type=option_type(bare, notes))
+            return value([own_name, flag], type=self.types.get(name) or option_type(bare, notes))
         first, *others = get_args(bare)
         if others == [Ellipsis]:
             return value([own_name, flag], type=option_type(first), multiple=True)

@@ -30,11 +30,12 @@ import xxhash
 from PIL import __version__ as pillow_version
 
 from bowstore import __version__
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import build_index, open_index
 from bowstore.data.records import MANIFEST_FILE, PARTS_FOLDER, PLAN_FILE, QUARANTINE_FILE, read_identity, read_manifest
 from bowstore.data.shard_writer import Record, ShardJob, read_record, write_shards
 from bowstore.data.shards_report import ShardsReport
-from bowstore.data.sources import FOLDER, Folders, PassedOver, Source, Split, list_source
+from bowstore.data.sources import FOLDER, PassedOver, Source, Split, list_source
 from bowstore.data.table import INDEX_FILE
 from bowstore.data.tar import TARS
 from bowstore.errors import BowstoreError, DataError, MismatchError, UsageError
@@ -77,14 +78,7 @@ class _Plan:
 def make_shards(
     source: Path,
     out: Path,
-    *,
-    kind: str | None = None,
-    lists: Sequence[str] = (),
-    label_field: str | None = None,
-    folders: Folders | None = None,
-    seed: int = 0,
-    per_shard: int = 4096,
-    workers: int | None = None,
+    config: ShardsConfig = ShardsConfig(),  # noqa: B008 - frozen
 ) -> list[ShardsReport]:
     """Write the images of a source as shards, with index and manifest, to `out/<split>`.
 
@@ -94,19 +88,13 @@ def make_shards(
     Args:
         source: file or folder in one of the layouts of `bowstore.data.sources`.
         out: folder for the splits; made if it is not there.
-        kind: name of the layout; None to find out.
-        lists: as in `bowstore.data.sources.list_source`.
-        label_field: as in `bowstore.data.sources.list_source`.
-        folders: as in `bowstore.data.sources.list_source`.
-        seed: of the one global shuffle.
-        per_shard: source images in a shard.
-        workers: processes; None for one a core; 1 for none beside this one.
+        config: what the source is, as in `bowstore.data.sources.list_source`, and how it is cut.
 
     Returns:
         A report for each split, in the order train, val, test.
 
     Raises:
-        UsageError: an argument out of range or of another kind, or `out` is or lies in `source`.
+        UsageError: settings that the source does not take, or `out` is or lies in `source`.
         MissingError: no `source`.
         DataError: a source of no kind or several, nothing to write, classes that differ between splits, files that
             change underneath.
@@ -114,12 +102,11 @@ def make_shards(
         BusyError: another process writes to `out`.
         BowstoreError: the disk is full, `out` cannot be written, a worker died.
     """
-    for name, value, low in (("seed", seed, 0), ("per_shard", per_shard, 1), ("workers", workers, 1)):
-        if value is not None and value < low:
-            raise UsageError(f"{name} is {value}; it must be at least {low}")
-    found = list_source(source, kind, lists=lists, label_field=label_field, folders=folders)
+    found = list_source(
+        source, config.source, lists=config.lists, label_field=config.label_field, folders=config.folders
+    )
     _check_places(source, out, found.splits)
-    settings = {"seed": seed, "per_shard": per_shard}
+    settings = {"seed": config.seed, "per_shard": config.per_shard}
     plans = [
         _Plan(found.source, out / split.name, split, _identity(found.source.kind, split, settings))
         for split in found.splits
@@ -129,7 +116,7 @@ def make_shards(
             _refuse_other_content(plan)
         reports = []
         for plan in plans:
-            reports.append(_make_split(plan, found.passed_over, workers or len(os.sched_getaffinity(0))))
+            reports.append(_make_split(plan, found.passed_over, config.workers or len(os.sched_getaffinity(0))))
     return reports
 
 

@@ -5,11 +5,12 @@ other stages, and where it writes.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Count, Listed, Place, Seed, Strict, Text, Threads
+from bowstore.config import Count, Listed, Place, Seed, Strict, Text
+from bowstore.data.config import ShardsConfig
 
 Kinds = tuple[str, ...]
 IMAGES: Kinds = ("render", "download")
@@ -53,17 +54,10 @@ class DownloadSpec(Spec):
     out: Place = Path("data")
 
 
-class ShardsConfig(Strict):
+class ImagesToShards(ShardsConfig):
     """Images to shards, as `bowstore shards` has it."""
 
     src: Place | None = Field(None, description="file or folder with the images; null: the stage's input")
-    source: Text | None = Field(None, description="what it is; null: found by its layout")
-    lists: Listed[Text] = Field((), description="[SPLIT=]FILE, lists of the images")
-    label_field: Text | None = None
-    folders: Literal["classes", "splits"] | None = None
-    seed: Seed = Field(0, description="of the one global shuffle")
-    per_shard: Count = 4096
-    workers: Threads | None = None
 
 
 class ShardsSpec(Spec):
@@ -71,7 +65,7 @@ class ShardsSpec(Spec):
 
     takes = {"images": IMAGES}  # noqa: RUF012 - pydantic keeps it out of the fields
 
-    shards: ShardsConfig
+    shards: ImagesToShards
     images: Text | None = Field(None, description="the images; or shards.src")
     out: Place | None = Field(None, description="folder of the splits; null: the workspace's shards")
 

@@ -15,9 +15,9 @@ from bowstore.recipes.kinds import (
     DownloadSpec,
     EncodeSpec,
     EvalSpec,
+    ImagesToShards,
     RenderConfig,
     RenderSpec,
-    ShardsConfig,
     ShardsSpec,
     Spec,
     TrainSpec,
@@ -67,7 +67,7 @@ class ShardsStep(Step):
     out: Path
     train: Path
     test: Path
-    config: ShardsConfig
+    config: ImagesToShards
 
     @property
     def known_whole(self) -> bool:

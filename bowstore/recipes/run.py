@@ -123,10 +123,7 @@ def _(step: ShardsStep, workspace: Workspace) -> None:
     if state_of(step) == DONE and not step.src.exists():
         say(f"{step.out}: complete; {step.src}, of which it was made, is not there to be compared")
         return
-    settings = dict(step.config)
-    kind = settings.pop("source")
-    del settings["src"]
-    for report in make_shards(step.src, step.out, kind=kind, **settings):
+    for report in make_shards(step.src, step.out, step.config):
         say(report.summary())
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from source_sets import tiny_image, write_file
 from tar_files import JPEG, write_members
 
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import Index, build_index, open_index
 from bowstore.data.reader import ShardReader
 from bowstore.data.records import MANIFEST_FILE, QUARANTINE_FILE
@@ -36,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def golden(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("golden")
-    make_shards(source, out, per_shard=2, workers=1)
+    make_shards(source, out, ShardsConfig(per_shard=2, workers=1))
     return out
 
 
@@ -184,11 +185,11 @@ def test_records_of_shards(folder: Path, source: Path, name: str) -> None:
         path.write_bytes(text)
         survives(f"{what}: verify", lambda: verify_folder(folder))
         survives(f"{what}: index", lambda: build_index(folder))
-        survives(f"{what}: shards", lambda: make_shards(source, folder.parent, per_shard=2, workers=1))
+        survives(f"{what}: shards", lambda: make_shards(source, folder.parent, ShardsConfig(per_shard=2, workers=1)))
     path.write_text(json.dumps(value | ({"counts": None} if name == MANIFEST_FILE else {"source": 1})))
     if name != ".parts/train-000000.json":
         with pytest.raises(CorruptError, match=rf"{path.name} is damaged \(\w+: Input should be .*(sets it|move it) a"):
-            make_shards(source, folder.parent, per_shard=2, workers=1)
+            make_shards(source, folder.parent, ShardsConfig(per_shard=2, workers=1))
 
 
 def test_a_list_of_what_was_left_out(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from source_sets import (
     write_file,
 )
 
+from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import Source, list_splits, open_source
 from bowstore.data.sources.plain_pickle import read_plain_pickle
@@ -72,19 +73,22 @@ def test_packed_and_extracted_are_the_same_source(archive: Path, tmp_path: Path)
     folder = _extracted(tmp_path / "x", FOLDER_10, cifar10_files())
     renamed = archive.with_name("downloaded.tgz")
     shutil.copy(archive, renamed)
-    make_shards(archive, tmp_path / "out", workers=1)
+    make_shards(archive, tmp_path / "out", ShardsConfig(workers=1))
     for source in (
         folder,
         folder.parent,
         write_file(tmp_path / "y" / archive.name, archive.read_bytes()).parent,
         renamed,
     ):
-        assert [report.new for report in make_shards(source, tmp_path / "out", workers=1)] == [False, False]
+        assert [report.new for report in make_shards(source, tmp_path / "out", ShardsConfig(workers=1))] == [
+            False,
+            False,
+        ]
 
 
 def test_workers_write_the_same_bytes(archive: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
-        make_shards(archive, tmp_path / f"out{workers}", per_shard=5, workers=workers)
+        make_shards(archive, tmp_path / f"out{workers}", ShardsConfig(per_shard=5, workers=workers))
     for path in (tmp_path / "out1").rglob("*.tar"):
         assert path.read_bytes() == (tmp_path / "out2" / path.relative_to(tmp_path / "out1")).read_bytes()
 

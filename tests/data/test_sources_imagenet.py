@@ -29,6 +29,7 @@ from imagenet_sets import (
 from shard_sets import real_data
 from source_sets import classes_of, shards_of, tiny_image, write_file, write_members
 
+from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import NO_LABEL, find_source, list_source, list_splits
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError, UsageError
@@ -411,13 +412,13 @@ def test_an_archive_that_changes_after_listing(images: ImageNet, tmp_path: Path)
 
 def test_running_on_gives_the_same_bytes(images: ImageNet, tmp_path: Path) -> None:
     source, out = write_archives(tmp_path / "source", images), tmp_path / "out"
-    make_shards(source, out, per_shard=3, workers=1)
+    make_shards(source, out, ShardsConfig(per_shard=3, workers=1))
     before = _tars(out)
     (out / "train/train-000001.tar").unlink()
     (out / "train/manifest.json").unlink()
-    assert [report.new for report in make_shards(source, out, per_shard=3, workers=1)] == [True, False]
+    assert [report.new for report in make_shards(source, out, ShardsConfig(per_shard=3, workers=1))] == [True, False]
     assert _tars(out) == before
-    assert [report.new for report in make_shards(source, out, per_shard=3, workers=1)] == [False, False]
+    assert [report.new for report in make_shards(source, out, ShardsConfig(per_shard=3, workers=1))] == [False, False]
 
 
 def test_listing_reads_headers_alone(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from source_sets import cifar10_files, cifar100_files, tiny_image, write_cifar, 
 from voc_devkit import write_devkit
 
 from bowstore.cli import main
+from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import KINDS, find_source, list_splits
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
@@ -110,19 +111,19 @@ def _manifest(out: Path) -> dict[str, object]:
 def test_manifests_say_the_kind_unless_it_is_folder(tmp_path: Path) -> None:
     """Manifests of folders stay as they were before there were kinds."""
     source = _folder(tmp_path / "source")
-    make_shards(source, tmp_path / "a", workers=1)
+    make_shards(source, tmp_path / "a", ShardsConfig(workers=1))
     assert set(_manifest(tmp_path / "a")) == {"images", "size_bytes", "listing"}
     lists = [str(write_file(tmp_path / "list.txt", "train/ant/1.jpg 1\n"))]
-    make_shards(source, tmp_path / "b", workers=1, lists=lists)
+    make_shards(source, tmp_path / "b", ShardsConfig(workers=1, lists=lists))
     assert set(_manifest(tmp_path / "b")) == {"images", "size_bytes", "listing", "kind", "labels"}
     assert _manifest(tmp_path / "b")["kind"] == "list"
     with pytest.raises(MismatchError, match=r"b/train holds shards of a source of kind list, not folder; take anoth"):
-        make_shards(source, tmp_path / "b", workers=1)
+        make_shards(source, tmp_path / "b", ShardsConfig(workers=1))
     with pytest.raises(MismatchError, match=r"a/train holds shards of a source of kind folder, not list; take another"):
-        make_shards(source, tmp_path / "a", workers=1, lists=lists)
+        make_shards(source, tmp_path / "a", ShardsConfig(workers=1, lists=lists))
     write_file(tmp_path / "list.txt", "train/ant/1.jpg 2\n")
     with pytest.raises(MismatchError, match=r"b/train holds shards of the same 1 images with other labels or keys"):
-        make_shards(source, tmp_path / "b", workers=1, lists=lists)
+        make_shards(source, tmp_path / "b", ShardsConfig(workers=1, lists=lists))
 
 
 def _run(*arguments: object) -> Result:

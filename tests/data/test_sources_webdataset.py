@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_sets import classes_of, shards_of, tiny_image, write_file, write_members
 
+from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import MAX_KEY_BYTES, NO_LABEL, Source, list_splits, open_source
 from bowstore.errors import CorruptError, DataError, MissingError
@@ -313,12 +314,13 @@ def test_a_tar_that_changes_after_listing(tmp_path: Path) -> None:
 def test_running_on_gives_the_same_bytes(tmp_path: Path) -> None:
     for shard in range(2):
         write_members(tmp_path / f"s/{shard}.tar", [(f"{shard}-{n}.jpg", tiny_image(n)) for n in range(5)])
-    make_shards(tmp_path / "s", tmp_path / "out", per_shard=3, workers=1)
+    few = ShardsConfig(per_shard=3, workers=1)
+    make_shards(tmp_path / "s", tmp_path / "out", few)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out/train").glob("*.tar")}
     (tmp_path / "out/train/train-000001.tar").unlink()
-    assert [report.new for report in make_shards(tmp_path / "s", tmp_path / "out", per_shard=3, workers=1)] == [True]
+    assert [report.new for report in make_shards(tmp_path / "s", tmp_path / "out", few)] == [True]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out/train").glob("*.tar")} == before
-    assert [report.new for report in make_shards(tmp_path / "s", tmp_path / "out", per_shard=3, workers=1)] == [False]
+    assert [report.new for report in make_shards(tmp_path / "s", tmp_path / "out", few)] == [False]
 
 
 _PARTS = st.text(st.sampled_from("ab.A _-é%'~_"), min_size=1, max_size=5).filter(lambda part: set(part) - {"."})

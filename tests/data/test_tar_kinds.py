@@ -19,6 +19,7 @@ from source_sets import shards_of
 from tar_files import BLOCK, JPEG, encode, write_members
 
 from bowstore.data import scan
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import build_index, open_index
 from bowstore.data.shards import make_shards
 from bowstore.data.table import INDEX_FILE
@@ -59,7 +60,7 @@ def test_what_is_no_tar_is_told_by_its_first_bytes(tmp_path: Path, data: bytes, 
     with pytest.raises(CorruptError, match=rf"a\.tar is no tar but {kind}"):
         build_index(tmp_path / "in")
     with pytest.raises(CorruptError, match=rf"a\.tar is no tar but {kind}"):
-        make_shards(tmp_path / "in", tmp_path / "out", workers=1)
+        make_shards(tmp_path / "in", tmp_path / "out", ShardsConfig(workers=1))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_links_are_refused_with_the_remedy(tmp_path: Path, kind: bytes, message:
     with pytest.raises(DataError, match=message):
         build_index(tmp_path / "in")
     with pytest.raises(DataError, match=message):
-        make_shards(tmp_path / "in", tmp_path / "out", workers=1)
+        make_shards(tmp_path / "in", tmp_path / "out", ShardsConfig(workers=1))
 
 
 @pytest.mark.parametrize("digits", [20, 4301, 6000])
@@ -257,11 +258,12 @@ def test_a_source_with_pipes_is_never_waited_for(tmp_path: Path) -> None:
     write_members(tmp_path / "tars/train-0.tar", [("b.jpg", JPEG)])
     os.mkfifo(tmp_path / "tars/train-1.tar")
     with pytest.raises(DataError, match=r"train-1\.tar is a named pipe and not a file"):
-        make_shards(tmp_path / "tars", tmp_path / "out", kind="webdataset", workers=1)
+        make_shards(tmp_path / "tars", tmp_path / "out", ShardsConfig(source="webdataset", workers=1))
     (tmp_path / "files").mkdir()
     (tmp_path / "files/a.jpg").write_bytes(JPEG)
     os.mkfifo(tmp_path / "files/b.jpg")
-    assert [report.written for report in make_shards(tmp_path / "files", tmp_path / "out", workers=1)] == [1]
+    (report,) = make_shards(tmp_path / "files", tmp_path / "out", ShardsConfig(workers=1))
+    assert report.written == 1
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "block3/zarr.json", "block3/words/c/0/0/0", "key_hash/c/0"])

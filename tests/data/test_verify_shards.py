@@ -16,6 +16,7 @@ from shard_sets import encode_jpeg, textured_image
 from tar_files import BLOCK, edit, encode, flip, places, with_webp_size, write_members
 
 from bowstore.cli import main
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import INDEX_FILE, Index, build_index, open_index
 from bowstore.data.reader import ShardReader
 from bowstore.data.shard_check import Problem
@@ -272,7 +273,7 @@ def own(tmp_path: Path) -> Path:
         path = tmp_path / "source/train" / f"c{number % 2}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(tiny(number))
-    make_shards(tmp_path / "source", tmp_path / "out", per_shard=3, workers=1)
+    make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(per_shard=3, workers=1))
     return tmp_path / "out/train"
 
 
@@ -294,7 +295,7 @@ def test_a_damaged_shard_is_set_aside_and_written_again(own: Path, tmp_path: Pat
     )
     assert (own / "train-000001.tar.damaged").read_bytes() == damaged
     assert not (own / ".parts/train-000001.json").exists()
-    make_shards(tmp_path / "source", tmp_path / "out", per_shard=3, workers=1)
+    make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(per_shard=3, workers=1))
     after = state(own)
     assert {name: digest for name, (digest, _) in after.items()} == {
         name: digest for name, (digest, _) in before.items()
@@ -315,7 +316,7 @@ def test_all_kinds_of_damage_to_own_shards_end_well(own: Path, tmp_path: Path) -
     assert {problem.kind for problem in found(own)} == {"manifest", "index", "tar"}
     report = verify_folder(own, repair=True)
     assert report.left
-    make_shards(tmp_path / "source", tmp_path / "out", per_shard=3, workers=1)
+    make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(per_shard=3, workers=1))
     assert verify_folder(own).problems == []
     assert {name: file_digest(own / name) for name in files} == files
 
@@ -326,7 +327,7 @@ def test_a_manifest_that_is_gone_is_written_again(own: Path, tmp_path: Path) -> 
     assert "manifest.json is missing: the shards are not complete" in problem.message
     assert "run the same `bowstore shards` command again" in verify_folder(own, repair=True).repairs[0]
     before = state(own)
-    make_shards(tmp_path / "source", tmp_path / "out", per_shard=3, workers=1)
+    make_shards(tmp_path / "source", tmp_path / "out", ShardsConfig(per_shard=3, workers=1))
     assert state(own) == before
     assert found(own) == []
 

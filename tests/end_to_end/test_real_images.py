@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import ModelConfig, ViewConfig
+from bowstore.data.config import ShardsConfig
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Schedule, plans
@@ -45,7 +46,7 @@ def unpack(archive: Path, folder: Path, count: int, *, every: int = 1) -> Path:
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")
     unpack(real_data("imagenet-sample-250.tar"), folder / "images", 24)
-    (report,) = make_shards(folder / "images", folder / "shards", workers=1)
+    (report,) = make_shards(folder / "images", folder / "shards", ShardsConfig(workers=1))
     assert report.written == report.found == 24
     return folder / "shards" / "train"
 
@@ -93,7 +94,7 @@ def test_resnet50_words_have_the_papers_size(photographs: Path, tmp_path: Path) 
 
 def test_cifar_images_pass(tmp_path: Path) -> None:
     unpack(real_data("cifar10-jpeg.tar.gz"), tmp_path / "images", 200)
-    (report,) = make_shards(tmp_path / "images", tmp_path / "shards", workers=1)
+    (report,) = make_shards(tmp_path / "images", tmp_path / "shards", ShardsConfig(workers=1))
     assert report.written == 200
     index = open_index(tmp_path / "shards" / "train")
     assert set(index.height.tolist()) == set(index.width.tolist()) == {32}
