@@ -8,9 +8,10 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from bowstore.errors import UsageError
 from bowstore.limits import MAX_BATCH, MAX_COUNT, MAX_FLOAT, MAX_SEED, MAX_THREADS, path_problem, text_problem
@@ -59,6 +60,17 @@ class Strict(BaseModel):
     """Base of all configurations: frozen, no unknown keys, no value taken for one of another type, finite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_known(cls, values: Any) -> Any:
+        known = sorted(cls.model_fields)
+        for key in values if isinstance(values, dict) else ():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                raise PydanticCustomError("unknown_key", "{hint}", {"key": str(key), "hint": hint})
+        return values
 
 
 class OnDevice(Strict):
@@ -209,23 +221,13 @@ def validate(model: type[Model], values: dict[str, Any], origin: str) -> Model:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = _known_keys(model, first["loc"][:-1])
-            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise UsageError(f"{origin}: unknown configuration key {shown(where)}; {hint}") from error
+        if first["type"] == "unknown_key":
+            key = f"{where}{'.' if where else ''}{first['ctx']['key']}"
+            raise UsageError(f"{origin}: unknown configuration key {shown(key)}; {first['msg']}") from error
         problem = first["msg"].removeprefix("Value error, ")
         given = f" (got {shown(first['input'])})" if not isinstance(first["input"], dict) else ""
         remedy = f"; {_REMEDIES[first['type']]}" if first["type"] in _REMEDIES else ""
         raise UsageError(f"{origin}: {where or 'configuration'}: {problem}{given}{remedy}") from error
-
-
-def _known_keys(model: type[Strict], folders: Sequence[int | str]) -> list[str]:
-    for folder in folders:
-        annotation: Any = model.model_fields[str(folder)].annotation
-        options = (annotation, *get_args(annotation))
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, Strict))
-    return sorted(model.model_fields)
 
 
 def dump(config: Strict) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Values of the command line over those of a configuration file: `--set a.b=c`, and flags."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -10,9 +10,18 @@ from bowstore.yaml_file import problem_of, read_value
 
 
 def apply_overrides(
-    values: dict[str, Any], overrides: Iterable[str], flags: Mapping[str, Any] | None = None
+    values: dict[str, Any],
+    overrides: Iterable[str],
+    flags: Mapping[str, Any] | None = None,
+    meant: Callable[[str], str] = str,
 ) -> dict[str, Any]:
     """Return `values` with every `a.b=value` set, and every flag; values of flags are taken as they are.
+
+    Args:
+        values: of a file.
+        overrides: `a.b=value`.
+        flags: values by key.
+        meant: the key that a spelling of it means.
 
     Raises:
         UsageError: not of that form, no value, a key given twice, or a key below a value.
@@ -34,9 +43,9 @@ def apply_overrides(
             raise UsageError(f"--set {override!r}: {text!r} is not a YAML value: {problem_of(error)}") from error
         if isinstance(value, dict):
             raise UsageError(f"--set {override!r}: set the keys of a group one by one, as in {name}.KEY=VALUE")
-        _set(result, given, name, value, f"--set {override!r}")
+        _set(result, given, meant(name), value, f"--set {override!r}")
     for name, value in (flags or {}).items():
-        _set(result, given, name, value, f"--{name.rpartition('.')[2]} {value}")
+        _set(result, given, meant(name), value, f"--{name.rpartition('.')[2]} {value}")
     return result
 
 

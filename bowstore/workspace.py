@@ -11,6 +11,8 @@ from bowstore.files import atomic_file
 from bowstore.progress import say
 from bowstore.remote import RemoteFolder, fetch_store, is_remote
 from bowstore.train.config import TrainConfig, load_train_config
+from bowstore.train.tasks import TASKS
+from bowstore.train.tasks.base import called
 
 RECIPES = {
     "cifar10": ("cifar10_rotnet.yaml", "cifar10_bownet.yaml"),
@@ -68,24 +70,25 @@ def find_run(workspace: Workspace, name: str | Path) -> Path:
     raise MissingError(f"no run or file {str(name)!r}; runs in {workspace.runs}: {', '.join(there) or 'none'}")
 
 
-def newest_run(workspace: Workspace, *, task: str | None = None) -> Path:
-    """The run that finished last, of a task if given.
+def newest_run(workspace: Workspace, *, teacher: bool = False) -> Path:
+    """The run that finished last; with `teacher`, of a task whose networks make words.
 
     Raises:
         MissingError: there is none.
     """
     for run in runs.finished_below(workspace.runs):
         try:
-            if task is None or runs.task_name(runs.read_config(run)) == task:
+            if not teacher or TASKS.get(str(runs.task_name(runs.read_config(run)))).teacher:
                 return run
         except BowstoreError as error:  # perhaps of another task; and nobody asked for this one
             say(f"warning: {error}; the run is passed over")
-    kind = f"finished {task} run" if task else "finished run"
+    tasks = ", ".join(name for name in TASKS.names() if TASKS.get(name).teacher)
+    kind = f"finished run of a teacher (task {tasks})" if teacher else "finished run"
     raise MissingError(f"no {kind} in {workspace.runs}; `bowstore train --config ...` makes one, or name it by flag")
 
 
 def resolve_teacher(workspace: Workspace, teacher: str | None) -> str | Path:
-    """The teacher a command means: the flag, the workspace's, or the newest finished rotation run.
+    """The teacher a command means: the flag, the workspace's, or the newest finished run of a teacher's task.
 
     A run or file wins over an architecture of the same name.
 
@@ -96,7 +99,7 @@ def resolve_teacher(workspace: Workspace, teacher: str | None) -> str | Path:
 
     named = teacher or workspace.teacher
     if not named:
-        return newest_run(workspace, task="rotation")
+        return newest_run(workspace, teacher=True)
     there = any(path.exists() for path in (Path(named), workspace.runs / named))
     return named if not there and is_arch(named) else find_run(workspace, named)
 
@@ -107,7 +110,7 @@ def resolve_train(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """The configuration that `bowstore train` runs, with every path, the store's layer and the storage filled in.
+    """The configuration that `bowstore train` runs, with what the workspace says filled in: paths, storage, words.
 
     Without `config`: the workspace's, or else the student that the store's teacher names. URLs stay URLs.
 
@@ -115,28 +118,22 @@ def resolve_train(
         workspace: says what the others do not.
         config: file, or the name of one.
         overrides: `a.b=value`, from --set.
-        flags: values of other flags by key, `words.store` for one; None counts as not given.
+        flags: values of other flags by key, `task.store` for one; None counts as not given.
 
     Raises:
         MissingError: no configuration is named anywhere.
         UsageError: a key or value that cannot be used.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    path = config or workspace.config or _student(workspace, given.get("words.store", workspace.store))
+    path = config or workspace.config or _student(workspace, given.get("task.store", workspace.store))
     resolved = load_train_config(path, overrides, given)
-    if resolved.task != "words" and "words.store" in given:
-        raise UsageError(f"--store goes with task words, and {path} is of task {resolved.task}; leave it out")
     storage = resolved.runtime.storage or workspace.storage
     updates: dict[str, object] = {
         "shards": resolved.shards or workspace.shards,
         "runtime": resolved.runtime.model_copy(update={"storage": storage}),
     }
-    if resolved.task == "words":
-        from bowstore.words.store import open_store
-
-        words_store = resolved.words.store or workspace.store
-        layer = open_store(fetch_store(words_store, storage)).layer(resolved.words.layer).name
-        updates["words"] = resolved.words.model_copy(update={"store": words_store, "layer": layer})
+    if resolve := TASKS.get(resolved.task.name).resolve:
+        updates["task"] = called(resolve)(resolved.task, workspace.model_copy(update={"storage": storage}))
     return resolved.model_copy(update=updates)
 
 

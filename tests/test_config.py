@@ -39,7 +39,7 @@ def test_there_is_a_configuration_for_each_data_set() -> None:
 
 def test_imagenet_is_the_papers_recipe() -> None:
     config = load_train_config(find_config(Path("imagenet_conv4")))
-    assert (config.model.arch, config.words.form, config.optim.batch) == ("resnet50", "binary", 256)
+    assert (config.model.arch, config.task.form, config.optim.batch) == ("resnet50", "binary", 256)
     assert (config.optim.epochs, config.optim.milestones, config.optim.lr) == (140, (60, 100, 130), 0.03)
     assert config.optim.weight_decay == 1e-4
     assert config.view.cutmix
@@ -53,10 +53,13 @@ def test_imagenet_is_the_papers_recipe() -> None:
         ("optim.lr=-1", r"optim\.lr: Input should be greater than 0 \(got -1\)"),
         ("optim.lr=fast", r"optim\.lr: .*number.*\(got 'fast'\)"),
         ("view.area=[0.9,0.1]", r"area 0\.9\.\.0\.1 must satisfy 0 < low <= high <= 1"),
-        ("task=jigsaw", r"task: Input should be 'rotation' or 'words' \(got 'jigsaw'\)"),
+        ("task=jigsaw", r"no task 'jigsaw'; there are rotation, words, supervised"),
         ("name=a/b", r"name: .*pattern.*\(got 'a/b'\); use letters, digits and \. _ - .*; --name gives another name"),
         ('student=""', r"student: the text is empty \(is a shell variable not set\?\)"),
-        ('words.layer="a\\0"', r"words\.layer: the text holds a NUL character"),
+        ('name="a\\0"', r"name: .*pattern"),
+        ("words.layer=a", r"words\.layer: the task of .*cifar10_rotnet\.yaml is rotation, and this sets task words"),
+        ("task.block=2", r"unknown configuration key 'task\.block'; did you mean 'blocks'\?"),
+        ("rotation.blocks=0", r"task\.blocks: Input should be greater than or equal to 1 \(got 0\)"),
         ("view.cutmix=true", r"view\.cutmix must be false for task rotation"),
         ("optim.milestones=[3,2]", r"milestones \(3, 2\) must increase"),
         ("seed", r"--set 'seed' is not of the form key=value"),
@@ -117,7 +120,7 @@ def test_numbers_in_any_decimal_form_are_numbers(tmp_path: Path) -> None:
     config = load_train_config(path, ["optim.momentum=0", "words.gamma=1e1"])
     assert (config.optim.lr, config.optim.weight_decay, config.optim.factor) == (0.001, 0.0005, 1.0)
     assert (config.view.grey, config.view.hue, config.view.mean) == (1.0, 0.1, (0.0, 1.0, 2.0))
-    assert (config.optim.momentum, config.words.gamma) == (0.0, 10.0)
+    assert (config.optim.momentum, config.task.gamma) == (0.0, 10.0)
     assert config.name == "run"
     assert all(type(value) is float for value in (config.view.grey, *config.view.mean, config.optim.momentum))
 
@@ -231,9 +234,9 @@ def test_a_bundled_configuration_is_taken_by_its_bare_name_alone(
             load_train_config(Path(name))
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "cifar10_rotnet.yaml").write_text("task: words")
-    assert load_train_config(Path("cifar10_rotnet")).task == "words", "the workspace's own goes first"
+    assert load_train_config(Path("cifar10_rotnet")).task.name == "words", "the workspace's own goes first"
     assert capsys.readouterr().err == "configuration cifar10_rotnet: configs/cifar10_rotnet.yaml\n"
-    assert load_train_config(Path("configs/cifar10_rotnet.yaml")).task == "words"
+    assert load_train_config(Path("configs/cifar10_rotnet.yaml")).task.name == "words"
     assert capsys.readouterr().err == ""
     (tmp_path / "cifar10_rotnet").symlink_to("nowhere")
     with pytest.raises(MissingError, match="no configuration file cifar10_rotnet;"):
@@ -241,10 +244,10 @@ def test_a_bundled_configuration_is_taken_by_its_bare_name_alone(
 
 
 def test_flags_are_values_and_each_key_is_set_once(tmp_path: Path) -> None:
-    path = find_config(Path("cifar10_rotnet.yaml"))
+    path = find_config(Path("cifar10_bownet.yaml"))
     odd = tmp_path / "\U0001f600 #x: [null, 'a"
     config = load_train_config(path, ["seed=1"], {"name": "1e5", "shards": odd, "words.store": odd})
-    assert (config.name, config.shards, config.words.store, config.seed) == ("1e5", odd, odd, 1)
+    assert (config.name, config.shards, config.task.store, config.seed) == ("1e5", odd, odd, 1)
     (tmp_path / "again.yaml").write_bytes(write_yaml(dump(config)))
     assert validate(TrainConfig, read_yaml(tmp_path / "again.yaml"), "again") == config
     for overrides, flags, message in (

@@ -27,6 +27,7 @@ from bowstore.data.reader import ShardReader
 from bowstore.data.views import clean_view
 from bowstore.environment import cores
 from bowstore.train.config import TrainConfig
+from bowstore.train.tasks.settings import WordsSettings
 
 _LEVELS = 255 * torch.tensor(ViewConfig().std)[:, None, None]  # of grey, in a normalised pixel's unit
 
@@ -167,11 +168,10 @@ def train(check: Check) -> None:
             TrainConfig,
             {
                 "name": "check",
-                "task": "words",
+                "task": WordsSettings(store=store, layer=LAYER),
                 "shards": str(index.root),
                 "view": {**check.size({}, {}, {"size": 32, "resize": 40}), "cutmix": True},
                 "model": {"arch": check.size("resnet50", "resnet50", "wrn-10-1")},
-                "words": {"store": str(store), "layer": LAYER},
                 "optim": {"batch": check.size(256, 256, 8), "epochs": 1, "milestones": [], "warmup_epochs": 0},
                 "runtime": {"device": check.device.type},
             },

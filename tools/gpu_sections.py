@@ -289,7 +289,7 @@ def _bench_step(check: Check, ways: Any, teacher_layer: str | None = None) -> An
 
     settings = StepSettings(
         arch=check.size("resnet50", "resnet50", "wrn-10-1"), size=check.size(224, 224, 16),
-        batch=check.size(256, 256, 8), words=check.size(20_000, 20_000, 30), grid=check.size(14, 14, 4),
+        batch=check.size(256, 256, 8), num_words=check.size(20_000, 20_000, 30), grid=check.size(14, 14, 4),
         steps=check.size(20, 10, 2), rounds=check.size(5, 3, 2), device=check.device,
     )  # fmt: skip
     with check.heard(), tempfile.TemporaryDirectory(dir=check.scratch) as folder:

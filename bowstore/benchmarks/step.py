@@ -27,7 +27,8 @@ from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.loop import data_schedule, placed_network
 from bowstore.train.step import build_objective, build_optimizer, train_step, tuned
-from bowstore.train.tasks import Task, build_task
+from bowstore.train.tasks.settings import WordsSettings
+from bowstore.train.tasks.task import Task, build_task
 from bowstore.words.assign import assign, prepare_words
 from bowstore.words.teacher import load_teacher
 
@@ -40,7 +41,7 @@ class StepSettings:
         arch: of the network, and of the teacher.
         size: side of the images, pixels.
         batch: images a step.
-        words: K.
+        num_words: K.
         grid: cells of a word map, along a side.
         steps: a round.
         rounds: interleaved, after one to warm up.
@@ -50,7 +51,7 @@ class StepSettings:
     arch: str
     size: int
     batch: int
-    words: int
+    num_words: int
     grid: int
     steps: int
     rounds: int
@@ -105,7 +106,7 @@ def bench_step(
         protocol="bench/step",
         device=f"{device_name(settings.device)}, {cores()} cores",
         inputs={},
-        settings={name: getattr(settings, name) for name in ("arch", "size", "batch", "words", "grid", "steps")},
+        settings={name: getattr(settings, name) for name in ("arch", "size", "batch", "num_words", "grid", "steps")},
         unit="images",
         timings=[
             Timing(name, [images / spent for spent in values], f"{1e3 * _step(values, settings):.3g} ms a step")
@@ -119,16 +120,15 @@ def bench_step(
 def _made_up(settings: StepSettings, folder: Path) -> tuple[TrainConfig, Batch]:
     """The configuration, and a batch of noise as the graph would give it, on the device."""
     index = made_up_index(folder / "shards", 2 * settings.batch)
-    store = made_up_store(folder / "words.zarr", index, words=settings.words, grid=settings.grid)
+    store = made_up_store(folder / "words.zarr", index, words=settings.num_words, grid=settings.grid)
     config = validate(
         TrainConfig,
         {
             "name": "bench",
-            "task": "words",
+            "task": WordsSettings(store=store, layer=LAYER),
             "shards": str(index.root),
             "view": {"size": settings.size, "resize": settings.size, "cutmix": True},
             "model": {"arch": settings.arch},
-            "words": {"store": str(store), "layer": LAYER},
             "optim": {"batch": settings.batch, "epochs": 1, "milestones": [], "warmup_epochs": 0},
         },
         "bench step",
@@ -146,7 +146,7 @@ def _stepper(config: TrainConfig, way: StepWay, batch: Batch, device: torch.devi
     world = _alone(device)
     task = build_task(config, open_index(config.shards), world)
     network = placed_network(task, config, world)
-    compiled = compiles_here(compiles(config, network, 1, device), world)
+    compiled = compiles_here(compiles(config, task, 1, device), world)
     optimizer, model = build_optimizer(network, config), build_objective(task, config, world, compiled=compiled)
     return task, lambda: train_step(model, optimizer, task, batch, 1e-4)
 
@@ -160,7 +160,7 @@ def _teacher(layer: str, settings: StepSettings, images_BCHW: Tensor) -> Way:
     clean_BCHW = images_BCHW.float()
     vectors_ND = _vectors(teacher.maps(clean_BCHW))
     draw = torch.Generator().manual_seed(0)
-    some_K = torch.randint(len(vectors_ND), (settings.words,), generator=draw).to(settings.device)
+    some_K = torch.randint(len(vectors_ND), (settings.num_words,), generator=draw).to(settings.device)
     words = prepare_words(vectors_ND[some_K])
 
     def teach() -> Tensor:

@@ -21,10 +21,10 @@ from bowstore.progress import Progress
 from bowstore.train.compiling import compiles, compiles_here
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import joined
-from bowstore.train.loop import data_schedule, placed_network, with_local_store
+from bowstore.train.loop import data_schedule, placed_network
 from bowstore.train.schedule import total_steps
 from bowstore.train.step import build_objective, build_optimizer, train_step, tuned
-from bowstore.train.tasks import build_task
+from bowstore.train.tasks.task import build_task
 
 _WARM_STEPS = 5
 
@@ -44,10 +44,10 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
     with joined(config.runtime.device) as world, tuned(world.device, amp=config.runtime.amp):
         index = open_index(config.shards, config.runtime.storage)
         schedule = data_schedule(config, index, world)
-        task = build_task(with_local_store(config, world), index, world)
+        task = build_task(config, index, world)
         network = placed_network(task, config, world)
         length = total_steps(config.optim, schedule.steps_per_pass)
-        compiled = compiles_here(compiles(config, network, length, world.device), world)
+        compiled = compiles_here(compiles(config, task, length, world.device), world)
         optimizer, model = build_optimizer(network, config), build_objective(task, config, world, compiled=compiled)
         drain = PREFETCH + 2
         batches = train_batches(

@@ -125,7 +125,7 @@ def train(
     from bowstore.workspace import resolve_train
 
     workspace = load_workspace()
-    resolved = resolve_train(workspace, config, overrides, {"shards": shards, "words.store": store})
+    resolved = resolve_train(workspace, config, overrides, {"shards": shards, "task.store": store})
     result = bench_training(resolved, **_settings(TrainBench, given))
     if result:
         _keep(workspace, "train", result, as_json)

@@ -40,7 +40,7 @@ def train(
     from bowstore.workspace import resolve_train
 
     workspace = load_workspace()
-    resolved = resolve_train(workspace, config, overrides, {**given, "words.store": store})
+    resolved = resolve_train(workspace, config, overrides, {**given, "task.store": store})
     report = run_train(resolved, workspace.runs, resume=resume)
     if report.first:
         emit(report.as_dict(), report.text(), as_json)

@@ -24,21 +24,39 @@ def exact_linear(features_BC: Tensor, weight_KC: Tensor, bias_K: Tensor | None =
         return F.linear(features_BC.to(weight_KC.dtype), weight_KC, bias_K)
 
 
+class LinearHead(nn.Linear):
+    """A linear layer with bias over classes, exact under autocast."""
+
+    def forward(self, features_BC: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        return exact_linear(features_BC, self.weight, self.bias)
+
+
 class CosineHead(nn.Module):
     """Word logits gamma * f . w_k / ||w_k|| (paper, Eq. 5): one learnable scale, no bias.
 
     The features are not normalised. gamma starts at 1 and stays out of weight decay: begun at 10, training hardly
     leaves the loss of the words' mean frequencies (docs/results/gamma.md).
+
+    Args:
+        features: C.
+        num_words: K.
+        gamma: initial scale.
+        normalised: scale the features to length 1, too: the cosine classifier of few-shot learning (the paper's [19]),
+            whose logits are bounded by gamma, which therefore starts higher.
     """
 
-    def __init__(self, features: int, words: int, gamma: float = 1.0) -> None:
+    def __init__(self, features: int, num_words: int, gamma: float = 1.0, *, normalised: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(words, features))
+        self.weight = nn.Parameter(torch.empty(num_words, features))
         nn.init.normal_(self.weight, std=features**-0.5)
         self.gamma = nn.Parameter(torch.tensor(float(gamma)))
+        self._normalised = normalised
 
     def forward(self, features_BC: Tensor) -> Tensor:
         """Logits (B, K)."""
+        if self._normalised:
+            features_BC = F.normalize(features_BC.to(self.weight.dtype), dim=1, eps=_LEAST_NORM)
         # Scaled behind the product, by one number a word: a normalised copy of the weights would be 164 MB for
         # ResNet-50 and 20000 words, written and differentiated in every step.
         scale_K = self.gamma / torch.linalg.vector_norm(self.weight, dim=1).clamp_min(_LEAST_NORM)

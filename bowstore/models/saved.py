@@ -271,7 +271,7 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], origin
         raise MismatchError(
             f"{origin} does not fit the network: {len(missing)} missing {missing[:3]}, {len(extra)} unknown "
             f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; is model.arch the one it was trained with "
-            f"(and, for a rotation head, rotation.blocks: 1 in runs from before that setting)?"
+            f"(and, for a rotation head, task.blocks: 1 in runs from before that setting)?"
         )
     module.load_state_dict(state)
 

@@ -246,23 +246,24 @@ class _Maker:
             flags.setdefault("seed", self.seed)
         reads = [str(on)]
         config = load_train_config(file, (), flags)
+        task = config.task.model_dump()
         if spec.words:
             words = cast(EncodeStep, self.steps[spec.words])
-            if config.task != "words":
+            if "store" not in task:
                 raise UsageError(
-                    f"{file} is of task {config.task}, which learns no words; take `words: {spec.words}` out"
+                    f"{file} is of task {config.task.name}, which learns no words; take `words: {spec.words}` out"
                 )
-            layer = config.words.layer or words.config.layers[0]
-            if layer not in words.config.layers or (not config.words.layer and len(words.config.layers) > 1):
+            layer = task["layer"] or words.config.layers[0]
+            if layer not in words.config.layers or (not task["layer"] and len(words.config.layers) > 1):
                 raise UsageError(
                     f"stage {spec.words!r} makes layers {', '.join(words.config.layers)}; name one of them, as in "
-                    f"`set: {{words.layer: {words.config.layers[0]}}}`"
+                    f"`set: {{task.layer: {words.config.layers[0]}}}`"
                 )
-            flags |= {"words.store": words.store, "words.layer": layer}
+            flags |= {"task.store": words.store, "task.layer": layer}
             config = load_train_config(file, (), flags)
             reads.append(f"{words.store}/{layer}")
-        elif config.task == "words" and config.words.store is None:
-            raise UsageError(f"{file} is of task words; name the stage that makes them, as in `words: STAGE`")
+        elif task.get("store", "") is None:
+            raise UsageError(f"{file} learns words; name the stage that makes them, as in `words: STAGE`")
         run = self.workspace.runs / config.name
         return TrainStep(
             name=name, kind="train", reads=tuple(reads), writes=(str(run),), run=run, config=config, file=file,

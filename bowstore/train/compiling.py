@@ -9,7 +9,7 @@ from bowstore.models.compiled import flops
 from bowstore.progress import say
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.tasks import Network
+from bowstore.train.tasks.task import Task
 
 # On a CPU the compiled step of WRN-10-1 takes 0.87 to 0.92 of the time, and compiling 23 s of a core; WRN-16-2 gains
 # nothing, and ResNet-50 less than a tenth for 100 s (docs/results/training-throughput.md).
@@ -18,14 +18,14 @@ _NARROW_CHANNELS = 64
 _PASSES = 3  # forwards, and backwards to maps and to weights
 
 
-def compiles(config: TrainConfig, network: Network, steps: int, device: torch.device) -> bool:
+def compiles(config: TrainConfig, task: Task, steps: int, device: torch.device) -> bool:
     """Whether a run's step is to be compiled.
 
     As set; with `auto` on a GPU always, and on a CPU where the run is long enough to pay for it.
 
     Args:
         config: of the run.
-        network: what is trained.
+        task: what is trained.
         steps: of the whole run, whatever is left of it.
         device: where.
     """
@@ -34,17 +34,15 @@ def compiles(config: TrainConfig, network: Network, steps: int, device: torch.de
         return setting
     if device.type == "cuda":
         return True
-    narrow = max(network.backbone.channels.values()) <= _NARROW_CHANNELS
-    return narrow and run_flops(config, network, steps) >= _WORTHWHILE_FLOPS
+    narrow = max(task.network.backbone.channels.values()) <= _NARROW_CHANNELS
+    return narrow and run_flops(config, task, steps) >= _WORTHWHILE_FLOPS
 
 
-def run_flops(config: TrainConfig, network: Network, steps: int) -> float:
+def run_flops(config: TrainConfig, task: Task, steps: int) -> float:
     """Floating-point operations of a whole run, but for its head's: a fact of the configuration, not of the machine."""
-    views = config.optim.batch * (4 if config.task == "rotation" else 1)
-    image = flops(
-        network.backbone, lambda ghost, images: ghost.feature_maps(images, ghost.layers[-1:]), config.view.size
-    )
-    return float(_PASSES * image) * views * steps
+    backbone, size = task.network.backbone, config.view.size
+    image = flops(backbone, lambda ghost, images: ghost.feature_maps(images, ghost.layers[-1:]), size)
+    return float(_PASSES * image) * config.optim.batch * task.views * steps
 
 
 def compiles_here(wanted: bool, world: World) -> bool:

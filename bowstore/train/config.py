@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from bowstore.config import (
     Computing,
@@ -25,32 +25,17 @@ from bowstore.config import (
     validate,
     value_differences,
 )
-from bowstore.errors import MissingError
+from bowstore.errors import MissingError, UsageError
 from bowstore.limits import MAX_BATCH, MAX_FLOAT
 from bowstore.overrides import apply_overrides
 from bowstore.progress import say
 from bowstore.torchrun import ranks
+from bowstore.train.tasks import TASKS
+from bowstore.train.tasks.base import TaskSettings
 from bowstore.yaml_file import read_yaml
 
-
-class WordsConfig(Strict):
-    """Targets of the words task (paper, Eq. 3 and 4) and the cosine head's scale (Eq. 5)."""
-
-    store: Place | None = Field(None, description="word store; null: the workspace's")
-    layer: Text | None = Field(None, description="layer of the store; null: its only one")
-    form: Literal["count", "binary"] = "count"
-    reencoded: bool = Field(
-        False, description="the shards hold other encodings of the store's images (resized, compressed anew)"
-    )
-    gamma: Positive = Field(1.0, description="initial scale of the cosine logits")
-
-
-class RotationConfig(Strict):
-    """The rotation task's head: one more group of residual blocks before pooling (paper, section 4)."""
-
-    blocks: int | None = Field(
-        None, ge=1, le=100, description="its residual blocks; null: those of the backbone's last group"
-    )
+# Until tasks had settings of their own, `task: words` stood beside the groups `words:` and `rotation:`.
+_OLD_GROUPS = ("rotation", "words")
 
 
 class OptimConfig(Strict):
@@ -93,27 +78,65 @@ class RuntimeConfig(Computing):
     keep_checkpoints: Count = 2
 
 
+def _settings(value: Any) -> TaskSettings:
+    """Settings of a task by the model of its kind; `words` alone stands for `{name: words}`."""
+    if isinstance(value, TaskSettings):
+        return value
+    given = {"name": value} if isinstance(value, str) else value
+    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        raise ValueError(f"write a group with the task's name, as in {{name: {TASKS.names()[0]}}}")
+    return TASKS.get(given["name"]).settings.model_validate(given)
+
+
 class TrainConfig(Strict):
-    """One training run: the RotNet teacher (`task: rotation`) or BoWNet (`task: words`)."""
+    """One training run: a task by name with its settings, and how it is trained."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder below runs/")
-    task: Literal["rotation", "words"]
+    task: Annotated[SerializeAsAny[TaskSettings], BeforeValidator(_settings)]
     seed: Seed = Field(0, description="of weights, order and augmentation")
     shards: Place | None = Field(None, description="shards with their index; null: the workspace's")
     images: Count | None = Field(None, description="use at most so many, the first rows")
     view: ViewConfig = ViewConfig()
     model: ModelConfig = ModelConfig()
-    rotation: RotationConfig = RotationConfig()
-    words: WordsConfig = WordsConfig()
     optim: OptimConfig = OptimConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     student: Text | None = Field(None, description="configuration that trains on this teacher's words")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, values: Any) -> Any:
+        return of_today(values)[0] if isinstance(values, dict) else values
+
     @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        if self.task == "rotation" and self.view.cutmix:
-            raise ValueError("view.cutmix must be false for task rotation: a mixed image has no one rotation")
+    def _mixed_images_have_a_target(self) -> Self:
+        name = self.task.name
+        if self.view.cutmix and not TASKS.get(name).mixes:
+            raise ValueError(f"view.cutmix must be false for task {name}: a mixed image has no target there")
         return self
+
+
+def of_today(values: dict[str, Any], named: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Values of a configuration of any age as they are written today, `task: {name: words, form: count}`.
+
+    Args:
+        values: of a file.
+        named: the task to take instead of the file's.
+
+    Returns:
+        The values, and the settings in them of other tasks, by name, which are left out.
+    """
+    given = values.get("task")
+    if given is None or isinstance(given, str):
+        own, groups = given, {name: values[name] for name in _OLD_GROUPS if isinstance(values.get(name), dict)}
+        values = {key: value for key, value in values.items() if key not in groups}
+    elif isinstance(given, dict) and isinstance(given.get("name"), str):
+        own = given["name"]
+        groups = {own: {key: value for key, value in given.items() if key != "name"}}
+    else:  # which validation refuses
+        return values, {}
+    if (name := named or own) is None:
+        return values, groups
+    return {**values, "task": {"name": name, **groups.pop(name, {})}}, groups
 
 
 def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -140,7 +163,48 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
             f"no configuration file {path}; those that come with bowstore go by their bare names: {known}"
         ) from error
     values.setdefault("name", path.stem)
-    return validate(TrainConfig, apply_overrides(values, overrides, flags), str(path))
+    values = _of_one_task(values, overrides, flags or {}, path)
+    task = values.get("task")
+    name = task["name"] if isinstance(task, dict) else None
+
+    def today(key: str) -> str:
+        group, dot, rest = key.partition(".")
+        if not dot or group not in _OLD_GROUPS:
+            return "task.name" if key == "task" else key
+        if group != name:
+            raise UsageError(f"{key}: the task of {path} is {name}, and this sets task {group}; leave it out")
+        return f"task.{rest}"
+
+    return validate(TrainConfig, apply_overrides(values, overrides, flags, today), str(path))
+
+
+def _of_one_task(
+    values: dict[str, Any], overrides: Sequence[str], flags: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """The values with the settings of the task that the file or --set names; says which others are left out."""
+    pairs = (override.partition("=") for override in overrides)
+    named = next((text.strip(" '\"") for key, _, text in pairs if key.strip() in ("task", "task.name")), None)
+    values, others = of_today(values, named)
+    task = values.get("task", {}).get("name")
+    for other, group in others.items():
+        defaults = dump(TASKS.get(other).settings.model_validate({"name": other}))
+        if any(defaults.get(key) != value for key, value in group.items()) and ranks().first:
+            say(f"warning: {path}: the settings of task {other} are left out: the task is {task}")
+    for flag in flags:
+        setting = flag.removeprefix("task.")
+        if setting != flag and task and setting not in TASKS.get(task).settings.model_fields:
+            raise UsageError(f"--{setting}: task {task} of {path} has none; leave it out")
+    return values
+
+
+def learned(config: TrainConfig) -> dict[str, Any]:
+    """Values of what decides what is learned; not where things lie, which may differ from machine to machine."""
+    return _without_places(config.model_dump(exclude={"runtime"}))
+
+
+def _without_places(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.items() if not isinstance(value, Path)}
+    return {key: _without_places(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -22,18 +22,17 @@ from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import exclusive_lock, sweep_temporary
 from bowstore.models import saved
 from bowstore.progress import say
-from bowstore.remote import fetch_store
 from bowstore.runs import BACKBONE_FILE, CHECKPOINT_FOLDER, is_finished
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.compiling import another_way, compiles, compiles_here
-from bowstore.train.config import RuntimeConfig, TrainConfig
+from bowstore.train.config import TrainConfig, learned
 from bowstore.train.distributed import World, joined
 from bowstore.train.health import diverged, unsound
 from bowstore.train.metrics import Meter, RunLog, last_logged
 from bowstore.train.rundir import check_run, check_start, write_config, write_environment
 from bowstore.train.schedule import images_in_use, learning_rate, step_seed, total_steps, without_effect
 from bowstore.train.step import build_objective, build_optimizer, load_optimizer, pad_stem, train_step, tuned
-from bowstore.train.tasks import Network, Task, build_task
+from bowstore.train.tasks.task import Network, Task, build_task
 
 _STOPPED_EXIT_CODE = 143
 _ASK_EVERY_STEPS = 8
@@ -83,7 +82,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
     """Train one configuration to its end, going on from the newest checkpoint where there is one.
 
     Args:
-        config: with `shards`, and for task words `words.store`, resolved.
+        config: with `shards` and what the task takes from the workspace resolved.
         runs: folder of run directories.
         resume: go on in a run directory that holds another configuration.
 
@@ -106,7 +105,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         steps = total_steps(config.optim, schedule.steps_per_pass)
 
         # --- network, optimiser, state
-        task = build_task(with_local_store(config, world), index, world)
+        task = build_task(config, index, world)
         world.assembled()  # collectives that come too early would time out
         network = placed_network(task, config, world)
         optimizer = build_optimizer(network, config)
@@ -116,7 +115,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         _same_start(first, task, config, world)
         if first >= steps or (start is None and is_finished(run)):
             return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
-        compiled = compiles_here(compiles(config, network, steps, world.device), world)
+        compiled = compiles_here(compiles(config, task, steps, world.device), world)
         model = build_objective(task, config, world, compiled=compiled)
         if world.first:
             if line := another_way(begun.compiled, compiled):
@@ -145,8 +144,9 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         )
         log = None
         if world.first:
+            per_pass = schedule.steps_per_pass
             log = RunLog(
-                config, run, task.constants, first=first, logged=begun.logged, steps_per_pass=schedule.steps_per_pass
+                config, run, task.constants, task.dead, first=first, logged=begun.logged, steps_per_pass=per_pass
             )
             stack.callback(log.close)
         stop_requested = stack.enter_context(_stop_signal())
@@ -215,19 +215,6 @@ def data_schedule(config: TrainConfig, index: Index, world: World) -> Schedule:
         UsageError: the batch does not fit the images or the ranks.
     """
     return Schedule(images_in_use(config, len(index)), config.optim.batch, config.seed, world.rank, world.size)
-
-
-def with_local_store(config: TrainConfig, world: World) -> TrainConfig:
-    """The configuration with the local copy of a remote word store in its place; on every rank of a machine the same.
-
-    Raises:
-        BowstoreError: the store cannot be fetched.
-    """
-    if config.words.store is None:
-        return config
-    store = fetch_store(config.words.store, config.runtime.storage, display=world.first)
-    world.assembled()
-    return config.model_copy(update={"words": config.words.model_copy(update={"store": store})})
 
 
 def placed_network(task: Task, config: TrainConfig, world: World) -> Network:
@@ -306,12 +293,10 @@ def _restore(
 
 def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> None:
     """Refuse ranks that would train something else, each with what its own machine holds."""
-    words = config.words.model_copy(update={"store": None})  # where things lie may differ; what they are is in inputs
-    learned = config.model_copy(update={"shards": None, "words": words, "runtime": RuntimeConfig()})
     for value, what in (
         (str(first), f"starts at step {first}, others elsewhere: all ranks need the same runs folder"),
         (str(task.inputs), "has other shards or words than the others: all machines need the same copies"),
-        (str(dump(learned)), "has another configuration than the others: all machines need the same files"),
+        (str(learned(config)), "has another configuration than the others: all machines need the same files"),
     ):
         if not world.same(value):
             raise MismatchError(f"rank {world.rank} {what}")

@@ -22,6 +22,9 @@ from bowstore.train.checkpoint import aside
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.schedule import steps_per_epoch, total_steps
+from bowstore.train.tasks.task import Dead
+
+_DEAD_SHARE = 0.995  # of the loss of a run that learns nothing; a noisy loss lies on both sides of it
 
 
 class MetricsLog:
@@ -243,6 +246,7 @@ class RunLog:
         config: TrainConfig,
         run: Path,
         constants: dict[str, float],
+        dead: Dead | None = None,
         *,
         first: int,
         logged: int | None,
@@ -253,7 +257,7 @@ class RunLog:
         if not first:
             _keep_log_of_lost(run, config.runtime.checkpoint_every_steps)
         self._metrics = MetricsLog(run, first)
-        self._constants = constants
+        self._constants, self._dead = constants, dead
         self._epoch_steps = steps_per_epoch(config.optim, steps_per_pass)
         self._warned = False
         self.last: dict[str, float] = {}
@@ -268,14 +272,9 @@ class RunLog:
         self.last = {"epoch": step / self._epoch_steps, **values, **self._constants}
         self._metrics.write(step, {**self.last, "images_per_second": self.progress.rate}, order)
         self.progress.advance(0, note=f"loss {values['loss']:.4f}")
-        marginal = self._constants.get("marginal_loss")
-        if marginal is not None and step >= 2 * self._epoch_steps and values["loss"] > 0.995 * marginal:
-            if not self._warned:
-                say(
-                    f"warning: the loss {values['loss']:.4f} is still that of predicting the words' mean "
-                    f"frequencies ({marginal:.4f}): nothing is learned (gamma {values['gamma']:.3g}); try a lower "
-                    f"optim.lr or words.gamma"
-                )
+        dead = self._dead
+        if dead and not self._warned and step >= 2 * self._epoch_steps and values["loss"] > _DEAD_SHARE * dead.loss:
+            say(f"warning: {dead.sentence.format(**values)}")
             self._warned = True
 
     def sync(self) -> None:

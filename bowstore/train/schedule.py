@@ -3,7 +3,7 @@
 import numpy as np
 
 from bowstore.config import ModelConfig
-from bowstore.train.config import OptimConfig, RotationConfig, TrainConfig, WordsConfig
+from bowstore.train.config import OptimConfig, TrainConfig
 
 
 def images_in_use(config: TrainConfig, rows: int) -> int:
@@ -47,10 +47,6 @@ def without_effect(config: TrainConfig) -> list[str]:
         )
     if config.model.strides != ModelConfig().strides and not config.model.arch.startswith("wrn-"):
         lines.append(f"model.strides are those of a wide ResNet: {config.model.arch} has its own")
-    if config.task == "rotation" and config.words != WordsConfig():
-        lines.append("words: task rotation has none")
-    if config.task == "words" and config.rotation != RotationConfig():
-        lines.append("rotation: task words has no rotation head")
     return lines
 
 

@@ -16,7 +16,7 @@ from bowstore.data.views import Batch
 from bowstore.errors import TrainingError, UsageError
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.tasks import Network, Task
+from bowstore.train.tasks.task import Network, Task
 
 _PADDED_CHANNELS = 4
 
@@ -59,9 +59,10 @@ class Objective(nn.Module):
 
 
 def build_objective(task: Task, config: TrainConfig, world: World, *, compiled: bool) -> nn.Module:
-    """The objective in train mode, behind DDP and torch.compile where they apply; the network is on its device."""
+    """The objective in the task's modes, behind DDP and torch.compile where they apply; its network is placed."""
     gpu = world.device.type == "cuda"
-    model: Any = Objective(task, amp=config.runtime.amp).train()
+    task.modes(task.network)
+    model: Any = Objective(task, amp=config.runtime.amp)
     if world.size > 1:
         model = DistributedDataParallel(model, device_ids=[world.device.index] if gpu else None)
     if compiled:

@@ -99,6 +99,12 @@ def bag_entropy(bag: Bag) -> Tensor:
     return entropy_B.mean()
 
 
+def weight_at(bag: Bag, word_B: Tensor) -> Tensor:
+    """Mean weight in the bags of one word an image, word_B int64 (B,)."""
+    hit_BM: Tensor = bag.words_BM == word_B[:, None]
+    return (hit_BM * bag.weights_BM).sum(1).mean()
+
+
 class MeanBag:
     """The mean bag over all rows, added up block by block.
 

@@ -30,7 +30,7 @@ from bowstore.errors import CorruptError, DataError, MismatchError
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.loop import data_schedule
-from bowstore.train.tasks import Task, build_task
+from bowstore.train.tasks.task import Task, build_task
 from bowstore.words.bags import Bag
 
 CPU = torch.device("cpu")

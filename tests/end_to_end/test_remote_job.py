@@ -98,7 +98,7 @@ def test_remote_shards_and_store_give_the_same_words_and_run(
         call("train", "--config", "train.yaml", "--name", "remote", *places)
         assert learned("remote") == learned("local")
         assert len(learned("remote")) == 2
-        assert yaml.safe_load(Path("runs/remote/config.yaml").read_text())["words"]["store"].startswith(f"{protocol}:")
+        assert yaml.safe_load(Path("runs/remote/config.yaml").read_text())["task"]["store"].startswith(f"{protocol}:")
         assert "48 images in 4 shards" in call("verify", f"{url}/shards/train")
         assert "no problem found" in call("verify", f"{url}/words.zarr", "--shards", f"{url}/shards/train")
 

@@ -11,7 +11,7 @@ from bowstore.config import ModelConfig
 from bowstore.models.registry import build_backbone
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.tasks import build_task
+from bowstore.train.tasks.task import build_task
 
 # Small networks of many kinds, and the heads behind their last maps.
 NETWORKS = {

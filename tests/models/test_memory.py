@@ -11,7 +11,7 @@ from bowstore.config import ModelConfig
 from bowstore.models.heads import CosineHead
 from bowstore.models.memory import training_format
 from bowstore.models.registry import build_backbone
-from bowstore.train.tasks import Network
+from bowstore.train.tasks.task import Network, pooled
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 def test_a_training_step_is_as_exact_as_float32_can_be() -> None:
     """With channels last the statistics of a batch norm are plain sums: 6e-6 off here, and gradients with them."""
     torch.manual_seed(0)
-    network = Network(build_backbone(ModelConfig(arch="resnet18")), nn.Identity(), pooled=True)
+    network = Network(build_backbone(ModelConfig(arch="resnet18")), nn.Identity(), pooled)
     norm = network.backbone.stages["conv1"].bn1  # type: ignore[operator, union-attr]
     maps = torch.randn(64, 64, 32, 32) + 1
     results = []
@@ -73,7 +73,7 @@ def test_images_are_brought_into_the_networks_format() -> None:
     seen: dict[str, list[bool]] = {}
     for arch in ("wrn-10-1", "wrn-10-4"):
         backbone = build_backbone(ModelConfig(arch=arch))
-        network = Network(backbone, CosineHead(backbone.features, 5), pooled=True)
+        network = Network(backbone, CosineHead(backbone.features, 5), pooled)
         network.to(memory_format=network.memory_format(CPU))
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -14,7 +14,7 @@ from bowstore.models.saved import load_weights
 from bowstore.models.wide_resnet import Group
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.tasks import build_task
+from bowstore.train.tasks.task import build_task
 
 
 @pytest.mark.parametrize(
@@ -154,5 +154,5 @@ def test_the_depth_of_the_rotation_head_is_a_setting() -> None:
         config = TrainConfig.model_validate({**values, "rotation": {"blocks": blocks}})
         heads[blocks] = build_task(config, index, World(0, 1, torch.device("cpu"))).network.head
         assert len(heads[blocks].stage[0]) == (blocks or 2)  # type: ignore[index, arg-type]
-    with pytest.raises(MismatchError, match=r"and, for a rotation head, rotation\.blocks: 1 in runs from before that"):
+    with pytest.raises(MismatchError, match=r"and, for a rotation head, task\.blocks: 1 in runs from before that"):
         load_weights(heads[None], heads[1].state_dict(), "runs/old")

@@ -67,7 +67,7 @@ MISTAKES = [
     ),
     ("eval: linear", "eval: [3]", r"eval: 3 is no protocol; write its name"),
     ("teacher: rotnet, ", "", r"stage 'words': no teacher; name the stage that trains it"),
-    ("words: words, ", "", r"stage 'bownet': .*is of task words; name the stage that makes them"),
+    ("words: words, ", "", r"stage 'bownet': .*learns words; name the stage that makes them"),
     (
         "rotnet.yaml",
         "rotnet.yaml, words: words",
@@ -85,7 +85,7 @@ MISTAKES = [
     (
         "[block3]",
         "[block2, block3]",
-        r"stage 'words' makes layers block2, block3; name one of them, as in `set: \{words\.",
+        r"stage 'words' makes layers block2, block3; name one of them, as in `set: \{task\.",
     ),
     ("  linear:", "  a/b:", r"stage 'a/b': a stage's name is text without a slash"),
     (

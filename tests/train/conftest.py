@@ -15,16 +15,16 @@ Make = Callable[..., TrainConfig]
 def make_config(make_shard_set: ShardMaker, tmp_path: Path) -> Make:
     index = make_shard_set(72)
 
-    def make(task: str = "words", **changes: Any) -> TrainConfig:
+    def make(task: str = "words", settings: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
         if task == "words" and not (tmp_path / "words.zarr").exists():
             write_store(tmp_path / "words.zarr", index)
+        words = {"store": str(tmp_path / "words.zarr"), "layer": "block3"}
         values: dict[str, Any] = {
             "name": f"{task}-run",
-            "task": task,
+            "task": {"name": task, **(words if task == "words" else {}), **(settings or {})},
             "shards": str(index.root),
-            "view": {"size": 16, "resize": None, "cutmix": task == "words"},
+            "view": {"size": 16, "resize": None, "cutmix": task != "rotation"},
             "model": {"arch": "wrn-10-1", "strides": [2, 2, 1]},
-            "words": {"store": str(tmp_path / "words.zarr"), "layer": "block3"} if task == "words" else {},
             "optim": {"batch": 16, "epochs": 3, "lr": 0.05, "milestones": [2]},
             "runtime": {"log_every_steps": 2, "checkpoint_every_steps": 5, "threads": 1},
         }

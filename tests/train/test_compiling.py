@@ -21,25 +21,26 @@ from bowstore.runs import read_metrics
 from bowstore.train import compiling, loop
 from bowstore.train.compiling import another_way, compiles, run_flops
 from bowstore.train.config import RuntimeConfig, TrainConfig, load_train_config
-from bowstore.train.tasks import Network
+from bowstore.train.tasks.task import Network, Task, pooled
 
 Make = Callable[..., TrainConfig]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def network(arch: str) -> Network:
+def task_of(arch: str, views: int = 1) -> Task:
     with torch.device("meta"):
-        return Network(build_backbone(ModelConfig(arch=arch)), torch.nn.Identity(), pooled=True)
+        network = Network(build_backbone(ModelConfig(arch=arch)), torch.nn.Identity(), pooled)
+    return Task(network=network, bring=tuple, make=tuple, loss=tuple, inputs={}, views=views)  # type: ignore[arg-type]
 
 
 def test_long_runs_of_narrow_networks_are_compiled_on_a_cpu_and_all_runs_on_a_gpu(make_config: Make) -> None:
     config = make_config(model={"arch": "wrn-10-1"}, view={"size": 32}, optim={"batch": 32})
-    narrow, wide = network("wrn-10-1"), network("wrn-10-4")
+    narrow, wide = task_of("wrn-10-1"), task_of("wrn-10-4")
     assert config.runtime.compile == "auto"
     flops = run_flops(config, narrow, 1)
     long = int(1e14 / flops) + 1
     assert [compiles(config, narrow, steps, CPU) for steps in (1, long - 2, long)] == [False, False, True]
-    for wider in (network("wrn-16-2"), wide):
+    for wider in (task_of("wrn-16-2"), wide):
         assert not compiles(config, wider, 1000 * long, CPU)
     assert compiles(config, narrow, 1, GPU)
     for setting in (True, False):
@@ -53,9 +54,8 @@ def test_operations_of_a_run_are_counted(make_config: Make) -> None:
     macs = 1024 * 9 * 3 * 16  # stem
     for c_in, c_out, cells in ((16, 16, 1024), (16, 32, 256), (32, 64, 64)):
         macs += cells * 9 * (c_in * c_out + c_out * c_out) + (cells * c_in * c_out if c_in != c_out else 0)
-    assert run_flops(config, network("wrn-10-1"), 5) == 3 * 2 * macs * 8 * 5
-    turned = make_config("rotation", model={"arch": "wrn-10-1"}, view={"size": 32}, optim={"batch": 8})
-    assert run_flops(turned, network("wrn-10-1"), 5) == 4 * 3 * 2 * macs * 8 * 5
+    assert run_flops(config, task_of("wrn-10-1"), 5) == 3 * 2 * macs * 8 * 5
+    assert run_flops(config, task_of("wrn-10-1", views=4), 5) == 4 * 3 * 2 * macs * 8 * 5
 
 
 @pytest.mark.parametrize("name", ["demo_rotnet.yaml", "demo_bownet.yaml", "cifar10_rotnet.yaml", "cifar10_bownet.yaml"])
@@ -63,7 +63,7 @@ def test_runs_of_minutes_stay_as_they_are(name: str) -> None:
     config = load_train_config(bundled_configs() / name)
     per_pass = (10_000 if "demo" in name else 50_000) // config.optim.batch
     steps = loop.total_steps(config.optim, per_pass)
-    assert not compiles(config, network(config.model.arch), steps, choose_device("cpu"))
+    assert not compiles(config, task_of(config.model.arch, views=4), steps, choose_device("cpu"))
 
 
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:

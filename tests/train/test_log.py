@@ -22,12 +22,14 @@ from bowstore.models.backbone import Backbone
 from bowstore.models.saved import newest_checkpoint
 from bowstore.models.weights import content_digest
 from bowstore.runs import read_metrics
-from bowstore.train import loop, metrics, tasks
+from bowstore.train import loop, metrics
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.metrics import Meter, MetricsLog
 from bowstore.train.schedule import step_seed
 from bowstore.train.step import Measured
+from bowstore.train.tasks import task as task_module
+from bowstore.train.tasks import words as words_module
 from bowstore.words.store import open_store
 
 Make = Callable[..., TrainConfig]
@@ -63,7 +65,7 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 
 def with_dropout(patch: pytest.MonkeyPatch, seen: Callable[[torch.Tensor], None] = lambda mask: None) -> None:
     """Networks whose last map loses half of its values in training; `seen` is shown each mask."""
-    original = tasks.build_backbone
+    original = task_module.build_backbone
 
     def drop(module: Any, _: Any, map_BChw: torch.Tensor) -> torch.Tensor:
         mask = F.dropout(torch.ones_like(map_BChw), 0.5, module.training)
@@ -76,7 +78,7 @@ def with_dropout(patch: pytest.MonkeyPatch, seen: Callable[[torch.Tensor], None]
         backbone.stages["block3"].register_forward_hook(drop)  # type: ignore[union-attr]
         return backbone
 
-    patch.setattr(tasks, "build_backbone", build)
+    patch.setattr(task_module, "build_backbone", build)
 
 
 # --- metrics.jsonl
@@ -136,7 +138,7 @@ def test_means_are_the_same_on_three_ranks_wherever_a_run_stopped() -> None:
 
 
 def test_gamma_is_logged_as_it_was_in_the_step(make_config: Make, tmp_path: Path) -> None:
-    config = make_config(words={"gamma": 1.25}, runtime={"log_every_steps": 1, "checkpoint_every_steps": 1})
+    config = make_config(settings={"gamma": 1.25}, runtime={"log_every_steps": 1, "checkpoint_every_steps": 1})
     train_to(config, tmp_path / "runs", 3)
     run = tmp_path / "runs" / config.name
     gammas = [line["gamma"] for line in read_metrics(run)]
@@ -149,18 +151,18 @@ def test_gamma_is_logged_as_it_was_in_the_step(make_config: Make, tmp_path: Path
 @pytest.mark.parametrize("form", ["count", "binary"])
 @pytest.mark.parametrize("images", [17, 40, 72])
 def test_the_marginal_is_that_of_the_images_in_use(make_config: Make, form: str, images: int) -> None:
-    config = make_config(words={"form": form}, images=images)
+    config = make_config(settings={"form": form}, images=images)
     assert config.shards is not None
-    assert config.words.store is not None
-    words = open_store(config.words.store).load_words()[:images].reshape(images, -1).astype(int)
+    assert config.task.store is not None
+    words = open_store(config.task.store).load_words()[:images].reshape(images, -1).astype(int)
     bags = np.zeros((images, 32))
     for image, row in enumerate(words):
         for word in row if form == "count" else sorted(set(row)):
             bags[image, word] += 1
     mean = (bags / bags.sum(1, keepdims=True)).mean(0)
     expected = -sum(p * np.log(p) for p in mean if p)
-    task = tasks.build_task(config, open_index(config.shards), World(0, 1, torch.device("cpu")))
-    assert task.constants["marginal_loss"] == pytest.approx(expected, abs=1e-9)
+    built = task_module.build_task(config, open_index(config.shards), World(0, 1, torch.device("cpu")))
+    assert built.constants["marginal_loss"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_lines_that_cannot_be_read_are_named_and_none_is_lost(
@@ -296,9 +298,9 @@ def test_the_loss_is_the_mean_of_all_steps_and_scalars_are_those_of_the_lines_st
         measured.append(original(*args, **kwargs))
         return measured[-1]
 
-    entropy = tasks.bag_entropy
+    entropy = words_module.bag_entropy
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(tasks, "bag_entropy", lambda bag: entropies.append(entropy(bag)) or entropies[-1])
+    monkeypatch.setattr(words_module, "bag_entropy", lambda bag: entropies.append(entropy(bag)) or entropies[-1])
     config = make_config(runtime={"log_every_steps": 5, "checkpoint_every_steps": 100})
     loop.train(config, tmp_path / "runs")
     lines = log_of(tmp_path / "runs" / config.name)

@@ -207,7 +207,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(runs: Path, capsys: pytest.Cap
     broken.mkdir()
     (broken / "config.yaml").write_text("task: [")
     (broken / "backbone.safetensors").touch()
-    assert newest_run(Workspace(runs=runs / "0"), task="rotation") == runs / "0" / "run"
+    assert newest_run(Workspace(runs=runs / "0"), teacher=True) == runs / "0" / "run"
     assert "broken/config.yaml is not a YAML file" in capsys.readouterr().err
 
 
@@ -215,15 +215,13 @@ def test_a_run_that_cannot_be_read_hides_no_other(runs: Path, capsys: pytest.Cap
     ("task", "changes", "lines"),
     [
         ("words", {"optim": {"epochs": 3, "milestones": [1, 2], "warmup_epochs": 1.0}}, []),
-        ("rotation", {"rotation": {"blocks": 2}, "optim": {"epochs": 3, "warmup_epochs": 3.0, "milestones": []}},
+        ("rotation", {"settings": {"blocks": 2}, "optim": {"epochs": 3, "warmup_epochs": 3.0, "milestones": []}},
          []),
         ("words", {"optim": {"epochs": 2, "milestones": [1, 2, 5]}}, ["optim.milestones [2, 5] lie at or"]),
         ("words", {"optim": {"epochs": 4, "milestones": [1], "warmup_epochs": 2.5}}, ["optim.milestones [1] lie"]),
         ("words", {"optim": {"epochs": 2, "warmup_epochs": 3.0, "milestones": []}}, ["optim.warmup_epochs 3 are more"]),
         ("words", {"model": {"arch": "resnet18"}}, ["model.strides are those of a wide ResNet: resnet18 has its own"]),
         ("words", {"model": {"arch": "resnet18", "strides": [1, 2, 2]}}, []),
-        ("words", {"rotation": {"blocks": 2}}, ["rotation: task words has no rotation head"]),
-        ("rotation", {"words": {"form": "binary"}}, ["words: task rotation has none"]),
     ],
 )  # fmt: skip
 def test_what_a_configuration_says_in_vain_is_told(

@@ -21,7 +21,7 @@ from bowstore.errors import MismatchError
 from bowstore.models.saved import newest_checkpoint
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig
-from bowstore.train.tasks import Network
+from bowstore.train.tasks.task import Network
 
 KEYS = distinct_keys(90)  # 5 steps of 16 an epoch, 10 images left over
 STEPS = 15

@@ -20,7 +20,7 @@ from bowstore.train import loop, step
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.step import PaddedConv2d, build_objective, build_optimizer, pad_stem, train_step, tuned
-from bowstore.train.tasks import Task, build_task
+from bowstore.train.tasks.task import Task, build_task
 from bowstore.words.bags import bag_of
 
 Make = Callable[..., TrainConfig]
@@ -38,7 +38,7 @@ def made(config: TrainConfig) -> tuple[Task, Batch]:
 
 
 @pytest.mark.parametrize("changes", [
-    {"task": "rotation"}, {}, {"words": {"form": "binary"}}, {"view": {"cutmix": False}},
+    {"task": "rotation"}, {}, {"settings": {"form": "binary"}}, {"view": {"cutmix": False}},
 ])  # fmt: skip
 def test_inputs_network_targets_and_loss_are_one_graph(make_config: Make, changes: dict[str, Any]) -> None:
     """Traced without a break; the values of what was traced are those of the step as it is."""
@@ -58,7 +58,7 @@ def test_inputs_network_targets_and_loss_are_one_graph(make_config: Make, change
 
 @pytest.mark.parametrize("form", ["count", "binary"])
 def test_the_objective_is_the_tasks_loss(make_config: Make, form: str) -> None:
-    config = make_config(words={"form": form})
+    config = make_config(settings={"form": form})
     task, batch = made(config)
     model = build_objective(task, config, ALONE, compiled=False)
     images_BCHW, bag = task.prepare(batch)

@@ -23,7 +23,7 @@ from bowstore.train.config import OptimConfig, TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.schedule import learning_rate, total_steps
 from bowstore.train.step import Measured
-from bowstore.train.tasks import build_task
+from bowstore.train.tasks.task import build_task
 from bowstore.words.store import open_store
 
 Make = Callable[..., TrainConfig]
@@ -203,10 +203,10 @@ def test_changed_words_stop_a_resumed_run(make_config: Make, tmp_path: Path, mon
         interrupt_at(patch, 8)
         with pytest.raises(Interrupted):
             loop.train(config, tmp_path / "runs")
-    assert config.words.store is not None
+    assert config.task.store is not None
     assert config.shards is not None
-    shutil.rmtree(config.words.store)
-    write_store(config.words.store, open_index(config.shards), seed=9)
+    shutil.rmtree(config.task.store)
+    write_store(config.task.store, open_index(config.shards), seed=9)
     with pytest.raises(MismatchError, match="words changed since the checkpoint"):
         loop.train(config, tmp_path / "runs")
 
@@ -217,8 +217,8 @@ def permuted_config(make_config: Make, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("bowstore.words.layer.MIN_CHUNK_BYTES", 1)
     monkeypatch.setattr("bowstore.words.layer.CHUNK_STEP_ROWS", 20)
     config = make_config()
-    assert config.words.store is not None
-    store = open_store(config.words.store)
+    assert config.task.store is not None
+    store = open_store(config.task.store)
     order = np.random.default_rng(3).permutation(len(store))
     images = store.image_digest()
     assert images is not None
@@ -231,7 +231,7 @@ def permuted_config(make_config: Make, tmp_path: Path, monkeypatch: pytest.Monke
 
     def make(targets: str, **changes: Any) -> TrainConfig:
         runtime = {"targets": targets, "storage": {"cache": str(tmp_path / "cache")}}
-        return make_config(words={"store": str(tmp_path / "permuted.zarr")}, runtime=runtime, **changes)
+        return make_config(settings={"store": str(tmp_path / "permuted.zarr")}, runtime=runtime, **changes)
 
     return make
 
@@ -241,12 +241,12 @@ def test_all_target_tiers_train_the_same_weights(
     make_config: Make, permuted_config: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str], form: str
 ) -> None:
     optim = {"epochs": 2, "milestones": []}
-    loop.train(make_config(words={"form": form}, optim=optim), tmp_path / "plain")
+    loop.train(make_config(settings={"form": form}, optim=optim), tmp_path / "plain")
     expected, lines = weights(tmp_path / "plain" / "words-run"), read_metrics(tmp_path / "plain" / "words-run")
     assert re.search(r"^targets: resident, 2\.30 kB of words \(at most a quarter of", capfd.readouterr().err, re.M)
     for targets in ("auto", "resident", "host", "streamed"):
         config = permuted_config(targets, optim=optim)
-        config = config.model_copy(update={"words": config.words.model_copy(update={"form": form})})
+        config = config.model_copy(update={"task": config.task.model_copy(update={"form": form})})
         loop.train(config, tmp_path / targets)
         assert equal(weights(tmp_path / targets / "words-run"), expected), targets
         last = read_metrics(tmp_path / targets / "words-run")[-1]

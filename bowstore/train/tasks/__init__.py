@@ -1,0 +1,18 @@
+"""Training tasks: what a network learns to predict. Here their names; a task's module is imported when it is asked for.
+
+Loads no torch.
+"""
+
+from bowstore.plugins import Registry
+from bowstore.train.tasks.base import Kind
+
+TASKS = Registry(
+    "task",
+    "bowstore.tasks",
+    Kind,
+    {
+        "rotation": "bowstore.train.tasks.settings:ROTATION",
+        "words": "bowstore.train.tasks.settings:WORDS",
+        "supervised": "bowstore.train.tasks.settings:SUPERVISED",
+    },
+)

@@ -1,0 +1,51 @@
+"""What a training task is to the rest: its name, its settings, and where its code is. Loads no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bowstore.config import Strict, Workspace
+from bowstore.plugins import Plugin
+
+if TYPE_CHECKING:  # with torch
+    from bowstore.train.tasks.task import Job, Task
+
+
+class TaskSettings(Strict):
+    """Settings of a task; each kind has its own below this.
+
+    Attributes:
+        name: of the task.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind(Plugin):
+    """A training task.
+
+    Attributes:
+        name: in a configuration, as in `task: {name: words}`; a plugin is a module that holds such a value.
+        settings: the model of what else stands there.
+        build: makes the task of its settings and a job; as "module:name" it is imported only to be called.
+        teacher: whether the newest finished run of this task makes words where nobody names a teacher.
+        mixes: whether an image with a part of another pasted into it (CutMix) has a target.
+        resolve: fills in what the settings leave to the workspace, whose storage is the run's own; None for nothing.
+    """
+
+    settings: type[TaskSettings]
+    build: "str | Callable[[Any, Job], Task]"
+    teacher: bool = True
+    mixes: bool
+    resolve: str | Callable[[Any, Workspace], TaskSettings] | None = None
+
+
+def called(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself; that of "module:name" is imported now."""
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found

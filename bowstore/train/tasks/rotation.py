@@ -1,0 +1,48 @@
+"""RotNet: which of four rotations an image is in; all four of each image are in the batch (paper, section 4).
+
+Legend: B batch, C channels, H W pixels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bowstore.models.heads import RotationHead
+from bowstore.train.tasks.settings import RotationSettings
+from bowstore.train.tasks.task import Dead, Job, Network, Task, last_map
+
+_ROTATIONS = 4
+_CHANCE = math.log(_ROTATIONS)
+
+
+def build(settings: RotationSettings, job: Job) -> Task:
+    """The task of a job."""
+    return Task(
+        network=Network(job.backbone, RotationHead(job.backbone, settings.blocks), last_map),
+        bring=lambda batch: (batch.images_BCHW,),
+        make=_make,
+        loss=_loss,
+        constants={"chance_loss": _CHANCE},
+        inputs={"shards": job.index.fingerprint},
+        views=_ROTATIONS,
+        dead=Dead(
+            _CHANCE,
+            f"the loss {{loss:.4f}} is still that of guessing the rotation ({_CHANCE:.4f}): nothing is learned; try a "
+            f"lower optim.lr",
+        ),
+    )
+
+
+def _make(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    images_BHWC = images_BCHW.permute(0, 2, 3, 1)
+    # Joined as they lie in memory, channels last: joined as BCHW they would be copied once more for the network.
+    turned_BHWC = torch.cat([torch.rot90(images_BHWC, quarter, (1, 2)) for quarter in range(_ROTATIONS)])
+    label_B = torch.arange(_ROTATIONS, device=images_BCHW.device).repeat_interleave(len(images_BCHW))
+    return turned_BHWC.permute(0, 3, 1, 2), label_B
+
+
+def _loss(logits_B4: Tensor, label_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    accuracy = (logits_B4.detach().argmax(1) == label_B).float().mean()
+    return F.cross_entropy(logits_B4.float(), label_B), {"accuracy": accuracy}

@@ -1,0 +1,76 @@
+"""The tasks that come with bowstore: their settings and what holds for each. Loads no torch."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from bowstore.config import Place, Positive, Text, Workspace
+from bowstore.remote import fetch_store
+from bowstore.train.tasks.base import Kind, TaskSettings
+
+
+class RotationSettings(TaskSettings):
+    """RotNet: which of four rotations an image is in. Its head is one more group of residual blocks (paper, 4)."""
+
+    name: Literal["rotation"] = "rotation"
+    blocks: int | None = Field(
+        None, ge=1, le=100, description="residual blocks of the head; null: those of the backbone's last group"
+    )
+
+
+class WordsSettings(TaskSettings):
+    """BoWNet: the image's bag of words (paper, Eq. 3 and 4), by the cosine head of Eq. 5."""
+
+    name: Literal["words"] = "words"
+    store: Place | None = Field(None, description="word store; null: the workspace's")
+    layer: Text | None = Field(None, description="layer of the store; null: its only one")
+    form: Literal["count", "binary"] = "count"
+    reencoded: bool = Field(
+        False, description="the shards hold other encodings of the store's images (resized, compressed anew)"
+    )
+    gamma: Positive = Field(1.0, description="initial scale of the cosine logits")
+
+
+class SupervisedSettings(TaskSettings):
+    """The image's class: the upper reference of the paper's tables."""
+
+    name: Literal["supervised"] = "supervised"
+    head: Literal["linear", "cosine"] = Field(
+        "linear", description="linear: with bias; cosine: scaled cosines of features and class weights"
+    )
+    gamma: Positive = Field(10.0, description="initial scale of the cosine head's logits")
+
+    @model_validator(mode="after")
+    def _has_gamma(self) -> Self:
+        if self.head == "linear" and self.gamma != type(self).model_fields["gamma"].default:
+            raise ValueError(f"gamma {self.gamma:g} is the scale of head cosine; leave it out with head linear")
+        return self
+
+
+def _in_workspace(settings: WordsSettings, workspace: Workspace) -> WordsSettings:
+    """With the workspace's store, where none is named, and the name of its only layer."""
+    from bowstore.words.store import open_store  # Zarr: only where a store is opened
+
+    store = settings.store or workspace.store
+    layer = open_store(fetch_store(store, workspace.storage)).layer(settings.layer).name
+    return settings.model_copy(update={"store": store, "layer": layer})
+
+
+ROTATION = Kind(
+    name="rotation", settings=RotationSettings, build="bowstore.train.tasks.rotation:build", mixes=False
+)  # fmt: skip
+WORDS = Kind(
+    name="words",
+    settings=WordsSettings,
+    build="bowstore.train.tasks.words:build",
+    teacher=False,
+    mixes=True,
+    resolve=_in_workspace,
+)
+SUPERVISED = Kind(
+    name="supervised",
+    settings=SupervisedSettings,
+    build="bowstore.train.tasks.supervised:build",
+    teacher=False,
+    mixes=True,
+)

@@ -1,0 +1,142 @@
+"""A training task as the loop sees it: a network, how a batch becomes inputs and targets, and the loss.
+
+What comes after a batch's tensors are on the device is made of tensors alone, so that it can be compiled with the
+network.
+
+Legend: B batch, C channels, H W pixels, h w feature map.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bowstore.data.index import Index
+from bowstore.data.plan import Plan
+from bowstore.data.views import Batch
+from bowstore.models.backbone import Backbone
+from bowstore.models.memory import training_format
+from bowstore.models.registry import build_backbone
+from bowstore.progress import say
+from bowstore.train.config import TrainConfig
+from bowstore.train.distributed import World
+from bowstore.train.tasks import TASKS
+from bowstore.train.tasks.base import called
+
+Features = Callable[[Backbone, Tensor], Tensor]
+
+
+def pooled(backbone: Backbone, images_BCHW: Tensor) -> Tensor:
+    """The pooled feature (B, C)."""
+    feature_BC: Tensor = backbone(images_BCHW)
+    return feature_BC
+
+
+def last_map(backbone: Backbone, images_BCHW: Tensor) -> Tensor:
+    """The last map (B, C, h, w)."""
+    last = backbone.layers[-1]
+    return backbone.feature_maps(images_BCHW, (last,))[last]
+
+
+class Network(nn.Module):
+    """A backbone and a head as one module, so that DDP and torch.compile see the whole step.
+
+    Args:
+        backbone: the network to keep.
+        head: maps what `features` gives to logits.
+        features: of the backbone and images: `pooled`, `last_map`, or a function of a task's own.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module, features: Features) -> None:
+        super().__init__()
+        self.backbone, self.head, self._features = backbone, head, features
+        self._formats = {device: training_format(backbone, device) for device in ("cpu", "cuda")}
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits."""
+        images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format(images_BCHW.device))
+        return self.head(self._features(self.backbone, images_BCHW))  # type: ignore[no-any-return]
+
+    def memory_format(self, device: torch.device) -> torch.memory_format:
+        """How weights and maps lie in memory (`bowstore.models.memory`)."""
+        return self._formats[device.type]
+
+
+class Dead(NamedTuple):
+    """How a run that learns nothing looks.
+
+    Attributes:
+        loss: what it stays at, nats.
+        sentence: what it says and what may help; `{name}` stands for a value of the log.
+    """
+
+    loss: float
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One training task.
+
+    Attributes:
+        network: images to logits.
+        bring: a batch's images and whatever its targets are made of, on the device.
+        make: network inputs and targets of these tensors.
+        loss: (logits, targets) to the scalar loss, and to further scalars that cost next to nothing: of all of these
+            the log has the mean over the steps.
+        inputs: identity of the data the run depends on; a resumed run must find the same.
+        scalars: (logits, targets) to scalars of a step that is logged, and of no other.
+        ahead: the host's part of a batch's targets, called in the reading thread; `bring` finds it in the batch.
+        constants: numbers of the whole run for the log of rank 0, such as the marginal's loss.
+        modes: puts the network's modules into train or eval mode, once before the first step.
+        views: network inputs an image.
+        dead: how a run looks that learns nothing; None if that cannot be told, and on ranks other than 0.
+        lineage: what the targets come from, as plain values.
+    """
+
+    network: Network
+    bring: Callable[[Batch], tuple[Tensor, ...]]
+    make: Callable[..., tuple[Tensor, Any]]
+    loss: Callable[[Tensor, Any], tuple[Tensor, dict[str, Tensor]]]
+    inputs: dict[str, str]
+    scalars: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
+    ahead: Callable[[Plan], Any] | None = None
+    constants: dict[str, float] = field(default_factory=dict)
+    modes: Callable[[Network], object] = nn.Module.train
+    views: int = 1
+    dead: Dead | None = None
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Network inputs and targets of a batch."""
+        return self.make(*self.bring(batch))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a task is built for.
+
+    Attributes:
+        config: of the run, paths and layer filled in.
+        backbone: freshly initialised from the configuration's seed, which torch's generator goes on with.
+        index: of the images.
+        world: who this process is among the ranks.
+    """
+
+    config: TrainConfig
+    backbone: Backbone
+    index: Index
+    world: World
+
+
+def build_task(config: TrainConfig, index: Index, world: World) -> Task:
+    """The task of a configuration, its network randomly initialised from the configuration's seed."""
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(config.model)
+    if (frozen := backbone.freeze_unused()) and world.first:
+        names = ", ".join(sorted({name.rpartition(".")[0] for name in frozen}))
+        say(f"{names} of {backbone.arch}: behind {backbone.layers[-1]}, the last map that is used; not trained")
+    task: Task = called(TASKS.get(config.task.name).build)(config.task, Job(config, backbone, index, world))
+    return task
