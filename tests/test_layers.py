@@ -13,7 +13,7 @@ ALLOWED = {
     "models": {"models"},
     "words": {"words", "data", "models"},
     "train": {"train", "data", "models", "words"},
-    "evaluate": {"evaluate", "data", "models"},
+    "evaluate": {"evaluate", "data", "models", "train"},
     "report": {"report", "data", "words"},
     "recipes": {"recipes", "data", "words", "train", "evaluate", "workspace"},
 }
@@ -32,6 +32,7 @@ EVERYWHERE = {
     "remote",
     "runs",
     "torchrun",
+    "workspace",
     "yaml_file",
 }
 # train may know the store and the targets, never how words are made
@@ -85,13 +86,24 @@ class Hidden:
 
 sys.meta_path.insert(0, Hidden())
 for name in ("data.views", "data.plan", "models.registry", "models.heads", "models.saved", "words.bags",
-             "words.targets", "train.tasks.task", "train.tasks.words", "train.metrics", "train.loop"):
+             "words.targets", "train.tasks.task", "train.tasks.words", "train.metrics", "train.loop", "evaluate.runner",
+             "evaluate.linear", "evaluate.voc"):
     importlib.import_module("bowstore." + name)
 from bowstore.config import ModelConfig
 from bowstore.models.registry import build_backbone
 print(build_backbone(ModelConfig(arch="wrn-10-1")).features)
 """
     assert run(code).strip() == "64"
+
+
+def test_results_and_what_protocols_are_load_no_torch() -> None:
+    code = (
+        "import sys, bowstore.evaluate.results, bowstore.evaluate.config;"
+        "from bowstore.evaluate.protocols import PROTOCOLS;"
+        "print([kind.describe(kind.settings()).id for kind in PROTOCOLS.values()][:2]);"
+        "print([m for m in ('torch', 'sklearn', 'nvidia.dali', 'zarr') if m in sys.modules])"
+    )
+    assert run(code).splitlines() == ["['linear/bownet-cifar', 'voc07-svm/fair']", "[]"]
 
 
 def test_assignment_and_its_benchmark_need_torch_alone() -> None:

@@ -15,7 +15,7 @@ from bowstore.data.index import build_index, open_index
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import list_source
 from bowstore.errors import MissingError
-from bowstore.evaluate.protocol import read_results
+from bowstore.evaluate.results import read_results
 from bowstore.evaluate.voc import read_split
 from bowstore.workspace import find_run, newest_run
 

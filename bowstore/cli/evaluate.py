@@ -20,10 +20,8 @@ def _run_options(command: Any) -> Any:
         COMPILE,
         click.option("--device", type=DEVICES, default="auto", show_default=True),
         click.option("--batch", type=BATCH, default=128, show_default=True, help="Images a batch."),
-        click.option("--random", "random_init", is_flag=True, help="The run's network at its random initialisation."),
-        click.option(
-            "--run", "name", type=TEXT, help="Run, checkpoint or .safetensors.  [default: newest finished run]"
-        ),
+        click.option("--random", is_flag=True, help="The run's network at its random initialisation."),
+        click.option("--run", type=TEXT, help="Run, checkpoint or .safetensors.  [default: newest finished run]"),
     ):
         command = option(command)
     return command
@@ -31,39 +29,17 @@ def _run_options(command: Any) -> Any:
 
 @evaluate.command()
 @_run_options
-@click.option("--train", "train_shards", type=PATH, help="Labelled train shards.  [default: the workspace's]")
-@click.option("--test", "test_shards", type=PATH, help="Labelled test shards.  [default: the workspace's]")
+@click.option("--train", type=PATH, help="Labelled train shards.  [default: the workspace's]")
+@click.option("--test", type=PATH, help="Labelled test shards.  [default: the workspace's]")
 @click.option("--held-out", is_flag=True, help="Test on a tenth of each train class (another protocol id).")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the order of training.")
 @click.option("--standardise", is_flag=True, help="Standardise features (another protocol id).")
 def linear(
-    name: str | None,
-    random_init: bool,
-    train_shards: Path | None,
-    test_shards: Path | None,
-    held_out: bool,
-    as_json: bool,
-    **how: Any,
+    train: Path | None, test: Path | None, held_out: bool, seed: int, standardise: bool, as_json: bool, **config: Any
 ) -> None:
     """Linear classifier on frozen pooled features (the paper's CIFAR-100 and MiniImageNet protocol)."""
-    from bowstore.config import load_workspace
-    from bowstore.errors import UsageError
-    from bowstore.evaluate.run import evaluate_run_linear
-    from bowstore.workspace import val_shards
-
-    if held_out and test_shards:
-        raise UsageError(f"--held-out tests on train images, --test on {test_shards}; leave one of them out")
-    workspace = load_workspace()
-    result = evaluate_run_linear(
-        _run_path(workspace, name),
-        train=train_shards or workspace.shards,
-        test=None if held_out else test_shards or val_shards(workspace),
-        by_default=test_shards is None,
-        random_init=random_init,
-        storage=workspace.storage,
-        **how,
-    )
-    emit(result.as_dict(), result.text(), as_json)
+    settings = {"train": train, "test": test, "held_out": held_out, "seed": seed, "standardise": standardise}
+    _evaluate("linear", settings, config, as_json)
 
 
 @evaluate.command()
@@ -72,17 +48,21 @@ def linear(
 @click.option("--costs", type=click.Choice(["fair", "vissl", "obow"]), default="fair", show_default=True)
 @click.option("--layer", "layers", type=TEXT, multiple=True, help="Layers.  [default: the last two stages]")
 @click.option("--jobs", type=THREADS, help="Parallel SVM fits.  [default: one a core]")
-def voc07(name: str | None, random_init: bool, voc: Path | None, as_json: bool, **how: Any) -> None:
+def voc07(
+    voc: Path | None, costs: str, layers: tuple[str, ...], jobs: int | None, as_json: bool, **config: Any
+) -> None:
     """Linear SVMs on frozen features of VOC2007, 20 classes, mean average precision (the paper's Table 4)."""
-    from bowstore.config import load_workspace
-    from bowstore.evaluate.run import evaluate_run_voc07
+    _evaluate("voc07", {"voc": voc, "costs": costs, "layers": layers, "jobs": jobs}, config, as_json)
+
+
+def _evaluate(name: str, settings: dict[str, Any], config: dict[str, Any], as_json: bool) -> None:
+    from bowstore.config import load_workspace, validate
+    from bowstore.evaluate.config import EvalConfig
+    from bowstore.evaluate.protocols import PROTOCOLS
+    from bowstore.evaluate.runner import evaluate
 
     workspace = load_workspace()
-    result = evaluate_run_voc07(_run_path(workspace, name), voc=voc or workspace.voc, random_init=random_init, **how)
+    kind = PROTOCOLS.get(name)
+    origin = f"eval {name}"
+    result = evaluate(kind, validate(kind.settings, settings, origin), validate(EvalConfig, config, origin), workspace)
     emit(result.as_dict(), result.text(), as_json)
-
-
-def _run_path(workspace: Any, name: str | None) -> Path:
-    from bowstore.workspace import find_run, newest_run
-
-    return find_run(workspace, name) if name else newest_run(workspace)

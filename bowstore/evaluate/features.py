@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bowstore.config import Compile
-from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ImageSource
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import (
-    EAGER,
     CannotCompileError,
     Compiled,
     compile_frozen,
@@ -37,6 +36,7 @@ MAX_DIMS = 9216
 COLLAPSED = 1e-3  # variation below which features tell no images apart; those of random networks vary by 0.05 and more
 _SLICE = 1024  # images at a time, so that sums in float64 need little memory
 Batches = Iterable[tuple[NDArray[np.int64], Tensor]]
+Allocate = Callable[[Mapping[str, int]], dict[str, NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
@@ -165,41 +165,51 @@ def layer_taps(
     }
 
 
+def pooled_output(_backbone: Backbone, _settings: Any, _size: int) -> Mapping[str, Tap]:
+    """The one tap of most protocols: "pooled", the network's output."""
+    return POOLED
+
+
+def trunk_of(
+    backbone: Backbone, taps: Mapping[str, Tap], setting: Compile, *, images: int, size: int, device: torch.device
+) -> str:
+    """How the network of `extract` runs: `EAGER` or `FROZEN`, by the setting and the work of the whole evaluation.
+
+    Args:
+        backbone: the network.
+        taps: where features are taken, by name.
+        setting: true, false or auto.
+        images: of all calls of `extract` together.
+        size: side of the square input, pixels.
+        device: where the network runs.
+    """
+    return way_of(setting, backbone, partial(_tap, taps=taps), images=images, size=size, device=device)
+
+
 def compiled_features(
-    backbone: Backbone,
-    taps: Mapping[str, Tap],
-    setting: Compile,
-    *,
-    images: int,
-    size: int,
-    batch: int,
-    device: torch.device,
+    backbone: Backbone, taps: Mapping[str, Tap], *, required: bool, size: int, batch: int, device: torch.device
 ) -> Compiled | None:
-    """The network and its taps as one compiled function for `extract`, where setting and work say so; else None.
+    """The network and its taps as one compiled function for `extract`; None where it cannot be compiled.
 
     Args:
         backbone: the network; moved to `device`.
         taps: where features are taken, by name.
-        setting: true, false or auto.
-        images: of all calls of `extract` together.
+        required: refuse to do without.
         size: side of the square input, pixels.
         batch: images a forward pass.
         device: where the network runs.
 
     Raises:
-        UsageError: compiling was asked for, and is not possible.
+        UsageError: it is required, and not possible.
     """
-    use = partial(_tap, taps=taps)
-    if way_of(setting, backbone, use, images=images, size=size, device=device) == EAGER:
-        return None
     say("compiling the network (10 to 50 s)")
     backbone.to(device).to(memory_format=FROZEN_FORMAT)
-    threads = torch.get_num_threads()
+    use, threads = partial(_tap, taps=taps), torch.get_num_threads()
     try:
         with evaluating(backbone), exact_float32():
             return compile_frozen(backbone, use, batch=batch, size=size, device=device, threads=threads)
     except CannotCompileError as error:
-        if setting is True:
+        if required:
             raise UsageError(f"{error}; leave --compile out to do without") from error
         tell_fallback(str(error))
         return None
@@ -217,13 +227,13 @@ def extract(
     threads: int | None = None,
     compiled: Compiled | None = None,
     what: str = "features",
+    allocate: Allocate | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Features of `rows` (N,) in their order, float32 (N, d) for each tap by its name.
 
     The backbone is moved to `device`, its weights are laid out as images come, and it runs in eval mode without
     gradients, in full float32 (no TF32, no autocast): its batch-norm statistics stay as they are, and it gets its modes
-    back. Memory: N * d * 4 bytes for each tap, on the host. A tap whose features
-    are (all but) the same for all images is warned of: the network has collapsed, and its scores are chance.
+    back. Memory: N * d * 4 bytes for each tap, on the host, unless `allocate` finds another place.
 
     Args:
         backbone: the network.
@@ -236,13 +246,16 @@ def extract(
         threads: decoding threads; None for one a core.
         compiled: `compiled_features` of the same network, taps, size and batch; None runs the network as it is.
         what: name of the step in the progress line.
+        allocate: makes the arrays (N, d), by the widths d of the taps; None for memory.
 
     Raises:
         DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
     """
+    from bowstore.data.pipeline import clean_batches  # DALI: protocols and their results go without
+
     batches = clean_batches(source, view, rows, batch=batch, device=device, threads=threads)
     backbone.to(device).to(memory_format=FROZEN_FORMAT)
-    return collect(backbone, batches, rows, taps, compiled=compiled, name_of=source.name, what=what)
+    return collect(backbone, batches, rows, taps, compiled=compiled, name_of=source.name, what=what, allocate=allocate)
 
 
 def collect(
@@ -254,6 +267,7 @@ def collect(
     compiled: Compiled | None = None,
     name_of: Callable[[int], str] = "row {}".format,
     what: str = "features",
+    allocate: Allocate | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """`extract` behind the pipeline: run the network over `batches` and fill one array a tap.
 
@@ -265,6 +279,7 @@ def collect(
         compiled: runs network and taps; None for the network as it is.
         name_of: name of a row for messages.
         what: name of the step in the progress line.
+        allocate: as for `extract`.
 
     Raises:
         DataError: as `extract`.
@@ -280,23 +295,38 @@ def collect(
             stop = start + len(rows_B)
             if not np.array_equal(rows_B, rows[start:stop]):
                 raise MismatchError(f"{what}: images {start} to {stop - 1} came in another order than asked for")
-            for name, pooled_Bd in run(images_BCHW).items():
-                values_Bd = pooled_Bd.float().cpu().numpy()
+            pooled = {name: pooled_Bd.float().cpu().numpy() for name, pooled_Bd in run(images_BCHW).items()}
+            features = features or (allocate or partial(_in_memory, len(rows)))(
+                {name: values_Bd.shape[1] for name, values_Bd in pooled.items()}
+            )
+            for name, values_Bd in pooled.items():
                 _refuse_non_finite(values_Bd, rows_B, f"{what}: {taps[name]}", name_of)
-                if name not in features:
-                    features[name] = np.empty((len(rows), values_Bd.shape[1]), np.float32)
                 features[name][start:stop] = values_Bd
             start = stop
             progress.advance(len(rows_B))
     if start != len(rows):
         raise MismatchError(f"{what}: {start} of {len(rows)} images came out of the pipeline")
-    for name, values_Nd in features.items():
-        if (share := variation(values_Nd)) < COLLAPSED and len(rows) > 1:
-            say(
-                f"warning: {what}: {taps[name]} is the same for all {len(rows)} images (it varies by {share:.1g} of "
-                f"its size, less than {COLLAPSED:g}): the network has collapsed, and no score of it says anything"
-            )
     return features
+
+
+def _in_memory(images: int, widths: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
+    return {name: np.empty((images, width), np.float32) for name, width in widths.items()}
+
+
+def warn_of_collapse(what: str, shares: Mapping[str, float], images: int) -> None:
+    """Warn of features that are (all but) the same for all images: the network has collapsed, and scores are chance.
+
+    Args:
+        what: name of the features.
+        shares: `variation` by tap.
+        images: how many there are.
+    """
+    for tap, share in shares.items():
+        if share < COLLAPSED and images > 1:
+            say(
+                f"warning: {what}: {tap} is the same for all {images} images (it varies by {share:.1g} of its size, "
+                f"less than {COLLAPSED:g}): the network has collapsed, and no score of it says anything"
+            )
 
 
 def variation(features_Nd: NDArray[np.float32]) -> float:

@@ -1,6 +1,4 @@
-"""Linear classification on frozen, pooled features (paper 4.1.2).
-
-The protocols are linear/bownet-cifar and, on standardised features, linear/standardised.
+"""One linear layer trained on features that lie in memory, or are mapped there (paper 4.1.2).
 
 Legend: N training images, M test images, B batch, d feature width, K classes.
 """
@@ -8,8 +6,7 @@ Legend: N training images, M test images, B batch, d feature width, K classes.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -19,18 +16,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bowstore.config import Compile, StorageConfig, Strict, ViewConfig, dump
-from bowstore.data.reader import ShardReader, fetched
-from bowstore.data.views import CleanView, clean_view
+from bowstore.config import Strict, dump
 from bowstore.environment import choose_device
 from bowstore.errors import DataError
-from bowstore.evaluate.features import POOLED, compiled_features, extract, variation
-from bowstore.evaluate.protocol import Result, new_result, write_result
-from bowstore.evaluate.splits import Split, check_classes, check_labels, open_splits
+from bowstore.evaluate.protocol import Features, Scores
+from bowstore.evaluate.protocols.linear import LinearSettings
+from bowstore.evaluate.splits import check_classes, check_labels
 from bowstore.gpu import free_memory
-from bowstore.models.backbone import Backbone
-from bowstore.models.compiled import EAGER, FROZEN
-from bowstore.models.weights import weights_sha256
 from bowstore.progress import Progress
 
 _TOP = 5
@@ -52,19 +44,12 @@ class LinearConfig(Strict):
     batch: int = Field(default=128, ge=1, description="paper silent; an epoch's last may be smaller")
     seed: int = Field(default=0, ge=0, lt=2**32, description="order of the images")
     standardise: bool = Field(default=False, description="by mean and deviation of the train split")
-    held_out: bool = Field(default=False, description="a tenth of each train class is the test split")
 
     @model_validator(mode="after")
     def _momentum(self) -> Self:
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum above 0; set nesterov: false")
         return self
-
-    @property
-    def protocol(self) -> str:
-        """Protocol id: standardised features are another protocol, and so is a test split that was held out."""
-        name = "standardised" if self.standardise else "bownet-cifar"
-        return f"linear/{name}-held-out" if self.held_out else f"linear/{name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,87 +147,26 @@ def linear_probe(
     )
 
 
-def evaluate_linear(
-    backbone: Backbone,
-    *,
-    train: Path,
-    test: Path | None,
-    view: ViewConfig,
-    out: Path,
-    config: LinearConfig | None = None,
-    dataset: str | None = None,
-    run: str | None = None,
-    batch: int = 256,
-    threads: int | None = None,
-    device: torch.device | None = None,
-    compile: Compile = "auto",
-    storage: StorageConfig | None = None,
-) -> Result:
-    """Probe the pooled features of a backbone and write `eval/<protocol>.json` into a run directory.
-
-    Args:
-        backbone: the frozen network.
-        train: shards with labels.
-        test: shards with labels of the same classes; None, with `config.held_out`, for a tenth of each train class.
-        view: the clean view's size, resize and normalisation.
-        out: run directory.
-        config: the probe; None for the paper's.
-        dataset: "cifar100" or "miniimagenet" where the shards are the paper's: shows its figures beside.
-        run: name of the run that the weights come from.
-        batch: images a forward pass.
-        threads: decoding threads; None for one a core.
-        device: where to run; None for the GPU where there is one.
-        compile: run the network compiled; auto decides by the number of images.
-        storage: how shards are read, and where copies of remote ones lie.
+def score(features: Features, settings: LinearSettings) -> Scores:
+    """The probe of the protocol `linear`, trained on the split "train" and tested on "test".
 
     Raises:
-        MismatchError: train and test have other classes, or are the same images.
-        DataError: as `linear_probe` and `features.extract`.
+        DataError: as `linear_probe`.
     """
-    config, device, start = config or LinearConfig(), device or choose_device("auto"), time.monotonic()
-    assert config.held_out == (test is None), "the protocol's id says what was tested on"
-    splits = open_splits(train, test, storage)
-    clean, images = clean_view(view), sum(map(len, splits.values()))
-    compiled = compiled_features(backbone, POOLED, compile, images=images, size=clean.size, batch=batch, device=device)
-    how = {"batch": batch, "device": device, "threads": threads, "compiled": compiled}
-    features = {
-        split: _pooled(backbone, part, clean, what=f"{split} features", **how) for split, part in splits.items()
-    }
+    train, test = features["train"], features["test"]
+    config = LinearConfig(seed=settings.seed, standardise=settings.standardise)
     probe = linear_probe(
-        features["train"],
-        splits["train"].label,
-        features["test"],
-        splits["test"].label,
+        train["pooled"],
+        train.labels,
+        test["pooled"],
+        test.labels,
         config=config,
-        classes=len(splits["train"].index.classes) or None,
-        device=device,
+        classes=len(train.classes) or None,
+        device=torch.device(features.device),
     )
-    result = new_result(
-        config.protocol,
-        metrics=probe.metrics,
-        settings={
-            "arch": backbone.arch,
-            "trunk": FROZEN if compiled else EAGER,
-            "probe": dump(config),
-            "view": asdict(clean),
-            "dims": features["train"].shape[1],
-            "classes": probe.classes,
-            "images": {split: len(part) for split, part in splits.items()},
-        },
-        inputs={split: part.index.fingerprint for split, part in splits.items()}
-        | {"weights_sha256": weights_sha256(backbone.state_dict()), "run": run, "dataset": dataset},
-        details=probe.details | {"variation": {split: variation(values) for split, values in features.items()}},
-        device=device,
-        seconds=time.monotonic() - start,
+    return Scores(
+        metrics=probe.metrics, details=probe.details, settings={"probe": dump(config), "classes": probe.classes}
     )
-    write_result(out, result)
-    return result
-
-
-def _pooled(backbone: Backbone, split: Split, clean: CleanView, *, what: str, **how: Any) -> NDArray[np.float32]:
-    """The pooled features of a split, (N, d)."""
-    reader = ShardReader(fetched(split.index))
-    return extract(backbone, reader, clean, split.rows, taps=POOLED, what=what, **how)["pooled"]
 
 
 def standardised(train_Nd: Tensor, test_Md: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,6 @@
 Legend: N images of a split, K classes.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,9 @@ from numpy.typing import NDArray
 
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
+from bowstore.data.reader import ShardReader, fetched
 from bowstore.errors import DataError, MismatchError
+from bowstore.evaluate.protocol import DataSets, LabelledSplit
 
 _HELD_OUT = 10  # one image in so many of each class
 _CIFAR100 = (100, 50_000, 10_000)  # classes, train images, test images
@@ -21,29 +21,21 @@ _MINIIMAGENET = (64, 38_400)  # base classes, their images
 _MINIIMAGENET_CLASSES = "189dcceae09565aa"  # xxh3-64 of the sorted base classes (Ravi and Larochelle, 2017)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Some images of shards.
-
-    Attributes:
-        index: of the shards.
-        rows: int64 (N,), ascending.
-    """
-
-    index: Index
-    rows: NDArray[np.int64]
-
-    @cached_property
-    def label(self) -> NDArray[np.int32]:
-        """int32 (N,), a place in the index's classes; -1 where there is none."""
-        return np.asarray(self.index.label[self.rows])
-
-    def __len__(self) -> int:
-        return len(self.rows)
+def labelled(index: Index, rows: NDArray[np.int64] | None = None) -> LabelledSplit:
+    """All images of shards, or some of their rows, int64 (N,)."""
+    rows = np.arange(len(index), dtype=np.int64) if rows is None else rows
+    return LabelledSplit(
+        open=lambda: ShardReader(fetched(index)),
+        rows=rows,
+        labels=np.asarray(index.label[rows]),
+        classes=index.classes,
+        fingerprint=index.fingerprint,
+        content=index.columns_digest,
+    )
 
 
-def open_splits(train: Path, test: Path | None, storage: StorageConfig | None) -> dict[str, Split]:
-    """Both splits, once they fit each other and have labels: what can be wrong before an image is read.
+def open_splits(train: Path, test: Path | None, storage: StorageConfig | None = None) -> DataSets:
+    """Train and test images, once they fit each other and have labels: what can be wrong before an image is read.
 
     Args:
         train: labelled shards.
@@ -54,34 +46,30 @@ def open_splits(train: Path, test: Path | None, storage: StorageConfig | None) -
         MismatchError: other classes in both, or the same images.
         DataError: as `check_labels` and `check_classes`.
     """
-    if test is None:
-        splits = _held_out(open_index(train, storage), train)
+    index = open_index(train, storage)
+    tested = open_index(test, storage) if test else None
+    if tested is None:
+        splits = _held_out(index, train)
     else:
-        splits = {name: _whole(open_index(path, storage)) for name, path in (("train", train), ("test", test))}
-        _check_pair(splits, train, test)
+        _check_pair(index, tested)
+        splits = {"train": labelled(index), "test": labelled(tested)}
     for name, split in splits.items():
-        check_labels(name, split.label)
-    check_classes(splits["train"].label, splits["test"].label, len(splits["train"].index.classes) or None)
-    return splits
+        check_labels(name, split.labels)
+    check_classes(splits["train"].labels, splits["test"].labels, len(index.classes) or None)
+    return DataSets(splits=splits, dataset=known_dataset(index, tested))
 
 
-def _whole(index: Index) -> Split:
-    return Split(index, np.arange(len(index), dtype=np.int64))
-
-
-def _check_pair(splits: dict[str, Split], train: Path, test: Path) -> None:
-    indexes = [split.index for split in splits.values()]
-    if indexes[0].fingerprint == indexes[1].fingerprint:
-        raise MismatchError(f"{train} and {test} hold the same images; name another split's shards as test")
-    classes = [index.classes for index in indexes]
-    if classes[0] != classes[1]:
+def _check_pair(train: Index, test: Index) -> None:
+    if train.fingerprint == test.fingerprint:
+        raise MismatchError(f"{train.root} and {test.root} hold the same images; name another split's shards as test")
+    if train.classes != test.classes:
         raise MismatchError(
-            f"{train} has {len(classes[0])} classes and {test} {len(classes[1])}, or other ones; "
+            f"{train.root} has {len(train.classes)} classes and {test.root} {len(test.classes)}, or other ones; "
             "write both splits from one data set, or hold a tenth of each train class out (--held-out)"
         )
 
 
-def _held_out(index: Index, train: Path) -> dict[str, Split]:
+def _held_out(index: Index, train: Path) -> dict[str, LabelledSplit]:
     """A tenth of each class, at least one image, as the test split; the rest as the train split.
 
     The images with the least key hashes: the same ones in whatever order and shards the images lie.
@@ -101,7 +89,7 @@ def _held_out(index: Index, train: Path) -> dict[str, Split]:
     held = [order[at : at + max(1, n // _HELD_OUT)] for at, n in zip(first.tolist(), count.tolist(), strict=True)]
     is_held = np.zeros(len(index), bool)
     is_held[np.concatenate(held)] = True
-    return {"train": Split(index, np.flatnonzero(~is_held)), "test": Split(index, np.flatnonzero(is_held))}
+    return {"train": labelled(index, np.flatnonzero(~is_held)), "test": labelled(index, np.flatnonzero(is_held))}
 
 
 def share_no_class(train: Index, test: Index) -> bool:
@@ -130,7 +118,7 @@ def check_labels(split: str, labels: NDArray[np.integer]) -> None:
     if len(missing):
         raise DataError(
             f"{split}: {len(missing)} of {len(labels)} images have no label (first: row {missing[0]}); "
-            "a linear probe needs shards made from a source with labels"
+            "an evaluation needs shards made from a source with labels"
         )
 
 

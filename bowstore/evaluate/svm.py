@@ -5,10 +5,10 @@ Needs no torch: worker processes import this module alone.
 Legend: N training images, M test images, d feature width, K classes, C costs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from warnings import catch_warnings, simplefilter
 
 import joblib
@@ -22,14 +22,6 @@ from threadpoolctl import threadpool_limits
 from bowstore.errors import BowstoreError, DataError, UsageError
 from bowstore.progress import Progress
 
-CostList = Literal["fair", "vissl", "obow"]
-_POWERS = tuple(0.5**power for power in range(4, 20))
-# In the order in which the public codes try them: of equally good costs the first is taken.
-COSTS: Mapping[CostList, tuple[float, ...]] = {
-    "fair": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, *_POWERS),
-    "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
-    "obow": (0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 5.0, *_POWERS),
-}
 NORM_EPSILON = 1e-5
 MAX_ITERATIONS = 2000
 FOLDS = 3

@@ -1,51 +1,45 @@
-"""VOC07 classification: the devkit's image lists, and the protocols voc07-svm/fair, /vissl and /obow.
+"""VOC07 classification (`protocols/voc07.py`): the devkit's image lists, features, and SVMs.
 
-The details are those of the public codes (protocols 3.1). Both splits are seen without augmentation: short
-side to `resize`, then the whole image squashed to a square, by linear interpolation with antialias. (FAIR
-resized with OpenCV without antialias, VISSL with PIL's antialiased bilinear.)
+The details are those of the public codes (protocols 3.1). Both splits are seen without augmentation: short side to
+256, then the whole image squashed to a square, by linear interpolation with antialias. (FAIR resized with OpenCV
+without antialias, VISSL with PIL's antialiased bilinear.)
 
 Legend: N images, K classes.
 """
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.config import Compile, ViewConfig
+from bowstore.config import Workspace
 from bowstore.data.file_reader import FileReader
-from bowstore.data.views import CleanView, clean_view
-from bowstore.environment import choose_device
 from bowstore.errors import DataError, MismatchError, MissingError
-from bowstore.evaluate.features import Tap, compiled_features, extract, layer_taps, variation
-from bowstore.evaluate.protocol import Result, new_result, write_result
+from bowstore.evaluate.features import Tap, layer_taps
+from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
+from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings
 from bowstore.evaluate.svm import (
     ABSENT,
-    COSTS,
     IGNORED,
     NORM_EPSILON,
     PRESENT,
-    CostList,
     SvmScores,
     check_problem,
     evaluate_svms,
 )
 from bowstore.models.backbone import Backbone
-from bowstore.models.compiled import EAGER, FROZEN
-from bowstore.models.weights import weights_sha256
 
 Split = Literal["trainval", "test"]
 _LABELS = {"1": PRESENT, "-1": ABSENT, "0": IGNORED}
 _LAST_STAGES = 2
 _VOC07_SHAPE = (5011, 4952, 20)  # images in trainval and test, classes
 
-_SIZE, _RESIZE = 224, 256  # pixels (protocols, section 3.1)
+_VIEW = {"size": 224, "resize": 256, "squash": True}  # pixels (protocols 3.1), whatever the network was trained at
+_SEED = 0  # liblinear's
 
 
 @dataclass(frozen=True)
@@ -147,105 +141,15 @@ def _read_list(path: Path) -> dict[str, int]:
     return labels
 
 
-def evaluate_voc07(
-    backbone: Backbone,
-    *,
-    voc: Path,
-    view: ViewConfig,
-    out: Path,
-    costs: CostList = "fair",
-    layers: Sequence[str] | None = None,
-    jobs: int | None = None,
-    seed: int = 0,
-    run: str | None = None,
-    batch: int = 64,
-    threads: int | None = None,
-    device: torch.device | None = None,
-    compile: Compile = "auto",
-) -> Result:
-    """Train linear SVMs on VOC07 trainval, test them, write `eval/voc07-svm-<costs>.json` into a run folder.
-
-    Args:
-        backbone: the frozen network.
-        voc: devkit folder with JPEGImages and ImageSets, holding both splits.
-        view: its normalisation is used; size and resize are the protocol's, 224 and 256.
-        out: run directory.
-        costs: the public code whose cost list (and, for obow, pooling) is used.
-        layers: which maps; None for the last two stages (obow: the last).
-        jobs: processes that fit SVMs; None for one a core. The result does not depend on it.
-        seed: liblinear's.
-        run: name of the run that the weights come from.
-        batch: images a forward pass.
-        threads: decoding threads; None for one a core.
-        device: where the network runs; None for the GPU where there is one.
-        compile: run the network compiled; auto decides by the number of images.
+def data(settings: Voc07Settings, _workspace: Workspace) -> DataSets:
+    """Both splits, once they fit each other and the SVMs: what can be wrong before an image is read.
 
     Raises:
-        MissingError, DataError: as `read_split`, `features.extract` and `svm.evaluate_svms`.
+        MissingError, DataError: as `read_split` and `svm.check_problem`.
         MismatchError: the two splits have other classes, or share images.
-        UsageError: a layer that the backbone does not have.
     """
-    device, start = device or choose_device("auto"), time.monotonic()
-    splits = _open_splits(voc, COSTS[costs], jobs)
-    train, test = splits.values()
-    # The protocol fixes the geometry, whatever size the network was trained at.
-    clean = replace(clean_view(view, squash=True), size=_SIZE, resize=_RESIZE)
-    taps = _taps(backbone.to(device), layers, costs, clean.size)
-    images = sum(len(split.paths) for split in splits.values())
-    compiled = compiled_features(backbone, taps, compile, images=images, size=clean.size, batch=batch, device=device)
-    how: dict[str, Any] = {"batch": batch, "device": device, "threads": threads, "compiled": compiled}
-    features = [
-        _features(backbone, split, clean, taps, what=f"{name} features", **how) for name, split in splits.items()
-    ]
-    dims = {layer: values_Nd.shape[1] for layer, values_Nd in features[0].items()}
-    varied = _variation(features)
-    scores = _score_layers(features, train, test, costs=COSTS[costs], seed=seed, jobs=jobs)
-    result = new_result(
-        f"voc07-svm/{costs}",
-        metrics=_metrics(scores),
-        settings={
-            "arch": backbone.arch,
-            "trunk": FROZEN if compiled else EAGER,
-            "view": asdict(clean),
-            "layers": {layer: {"pool": str(tap.pool), "dims": dims[layer]} for layer, tap in taps.items()},
-            "norm_epsilon": NORM_EPSILON,
-            "costs": list(COSTS[costs]),
-            "seed": seed,
-            "images": {name: len(split.ids) for name, split in splits.items()},
-        },
-        inputs={"train": train.fingerprint, "test": test.fingerprint, "dataset": _dataset(train, test)}
-        | {"weights_sha256": weights_sha256(backbone.state_dict()), "run": run},
-        details={layer: _details(score, train.classes) | varied[layer] for layer, score in scores.items()},
-        device=device,
-        seconds=time.monotonic() - start,
-    )
-    write_result(out, result)
-    return result
-
-
-def _features(
-    backbone: Backbone, split: VocSplit, view: CleanView, taps: Mapping[str, Tap], **how: Any
-) -> dict[str, NDArray[np.float32]]:
-    """`features.extract` of all images of a split."""
-    return extract(backbone, FileReader(split.paths), view, np.arange(len(split.paths)), taps=taps, **how)
-
-
-def _variation(features: Sequence[dict[str, NDArray[np.float32]]]) -> dict[str, dict[str, Any]]:
-    """How much the features of a layer vary, by split (`features.variation`), as a part of the layer's details."""
-    names = ("trainval", "test")
-    return {
-        layer: {"variation": {name: variation(part[layer]) for name, part in zip(names, features, strict=True)}}
-        for layer in features[0]
-    }
-
-
-def _dataset(train: VocSplit, test: VocSplit) -> str | None:
-    """The real VOC07 by its numbers, or nothing: the paper's figures are shown only beside the former."""
-    return "voc07" if (len(train.ids), len(test.ids), len(train.classes)) == _VOC07_SHAPE else None
-
-
-def _open_splits(voc: Path, costs: Sequence[float], jobs: int | None) -> dict[Split, VocSplit]:
-    """Both splits, once they fit each other and the SVMs: what can be wrong before an image is read."""
+    voc = settings.voc
+    assert voc is not None, "resolved"
     train, test = read_split(voc, "trainval"), read_split(voc, "test")
     if train.classes != test.classes:
         different = sorted(set(train.classes) ^ set(test.classes))
@@ -259,47 +163,66 @@ def _open_splits(voc: Path, costs: Sequence[float], jobs: int | None) -> dict[Sp
             f"{voc}: {len(shared)} images are in both trainval and test (first: {min(shared)}); "
             "extract the devkit again"
         )
-    check_problem(train.labels_NK, test.labels_NK, train.classes, costs, jobs=jobs)
-    return {"trainval": train, "test": test}
+    check_problem(train.labels_NK, test.labels_NK, train.classes, COSTS[settings.costs], jobs=settings.jobs)
+    shape = len(train.ids), len(test.ids), len(train.classes)
+    return DataSets(
+        splits={"trainval": _labelled(train, "train"), "test": _labelled(test, "test")},
+        view=_VIEW,
+        dataset="voc07" if shape == _VOC07_SHAPE else None,  # the real one can be told by its numbers
+    )
 
 
-def _taps(backbone: Backbone, layers: Sequence[str] | None, costs: CostList, size: int) -> dict[str, Tap]:
-    """The last two stages pooled to about 9k dimensions, or as obow does it: the last, averaged everywhere."""
-    obow = costs == "obow"
-    stages = layers or backbone.layers[-1 if obow else -_LAST_STAGES :]
-    return layer_taps(backbone, stages, size=size, everywhere=obow, count_padding=costs == "vissl")
+def _labelled(split: VocSplit, role: str) -> LabelledSplit:
+    changed = [path.stat().st_mtime_ns for path in split.paths]
+    return LabelledSplit(
+        open=lambda: FileReader(split.paths),
+        rows=np.arange(len(split.paths)),
+        labels=split.labels_NK,
+        classes=split.classes,
+        fingerprint=split.fingerprint,
+        content=xxhash.xxh3_128_hexdigest(repr((split.paths, changed)).encode()),
+        role=role,
+    )
 
 
-def _score_layers(
-    features: Sequence[dict[str, NDArray[np.float32]]],
-    train: VocSplit,
-    test: VocSplit,
-    *,
-    costs: Sequence[float],
-    seed: int,
-    jobs: int | None,
-) -> dict[str, SvmScores]:
-    """Scores by layer; each layer's features are taken out of `features`, to be freed when its SVMs are done."""
-    return {
+def taps(backbone: Backbone, settings: Voc07Settings, size: int) -> Mapping[str, Tap]:
+    """The last two stages pooled to about 9k dimensions, or as obow does it: the last, averaged everywhere.
+
+    Raises:
+        UsageError: a layer that the backbone does not have.
+    """
+    obow = settings.costs == "obow"
+    layers = settings.layers or backbone.layers[-1 if obow else -_LAST_STAGES :]
+    return layer_taps(backbone, layers, size=size, everywhere=obow, count_padding=settings.costs == "vissl")
+
+
+def score(features: Features, settings: Voc07Settings) -> Scores:
+    """Train SVMs on trainval and test them, for each layer; mean average precision of each and of the best.
+
+    Raises:
+        DataError: as `svm.evaluate_svms`.
+    """
+    train, test, costs = features["trainval"], features["test"], COSTS[settings.costs]
+    scores = {
         layer: evaluate_svms(
-            features[0].pop(layer),
-            train.labels_NK,
-            features[1].pop(layer),
-            test.labels_NK,
+            train[layer],
+            train.labels.astype(np.int8),
+            test[layer],
+            test.labels.astype(np.int8),
             classes=train.classes,
             costs=costs,
-            seed=seed,
-            jobs=jobs,
+            seed=_SEED,
+            jobs=settings.jobs,
             what=f"svm {layer}",
         )
-        for layer in list(features[0])
+        for layer in train.taps
     }
-
-
-def _metrics(scores: Mapping[str, SvmScores]) -> dict[str, float]:
-    """Mean average precision of each layer and of the best one."""
-    means = {f"map_{layer}": score.mean_average_precision for layer, score in scores.items()}
-    return means | {"map_best": max(means.values())}
+    means = {f"map_{layer}": found.mean_average_precision for layer, found in scores.items()}
+    return Scores(
+        metrics=means | {"map_best": max(means.values())},
+        details={layer: _details(found, train.classes) for layer, found in scores.items()},
+        settings={"norm_epsilon": NORM_EPSILON, "costs": list(costs), "seed": _SEED},
+    )
 
 
 def _details(score: SvmScores, classes: Sequence[str]) -> dict[str, Any]:

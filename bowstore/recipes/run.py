@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
-from bowstore.config import Workspace
+from bowstore.config import Workspace, validate
 from bowstore.data.downloads import fetch
 from bowstore.data.shards import make_shards
 from bowstore.data.synthetic import write_images
 from bowstore.errors import MismatchError
-from bowstore.evaluate.protocol import Result, comparison_table, read_result
-from bowstore.evaluate.run import evaluate_run_linear, evaluate_run_voc07
+from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.kept import FeatureSets
+from bowstore.evaluate.protocols import PROTOCOLS
+from bowstore.evaluate.results import Result, comparison_table, read_result
+from bowstore.evaluate.runner import evaluate
 from bowstore.files import make_folder, write_json
 from bowstore.progress import format_seconds, say, timed
-from bowstore.recipes.evaluations import LinearSettings, Voc07Settings
 from bowstore.recipes.plan import (
     Cell,
     EncodeStep,
@@ -140,21 +142,18 @@ def _(step: EncodeStep, workspace: Workspace) -> None:
 
 @run_step.register
 def _(step: EvalStep, workspace: Workspace) -> None:
+    kept = FeatureSets()
     for cell in step.cells:
         if not cell_is_done(cell):
-            _evaluate(cell, workspace)
+            _evaluate(cell, workspace, kept)
 
 
-def _evaluate(cell: Cell, workspace: Workspace) -> None:
-    settings = cell.settings
-    how: dict[str, Any] = {"batch": settings.batch, "device": settings.device, "compile": settings.compile}
-    if isinstance(settings, LinearSettings):
-        evaluate_run_linear(
-            cell.run, train=settings.train, test=None if settings.held_out else settings.test, random_init=cell.random,
-            standardise=settings.standardise, seed=settings.seed, storage=workspace.storage, **how,
-        )  # fmt: skip
-    elif isinstance(settings, Voc07Settings):
-        evaluate_run_voc07(
-            cell.run, voc=settings.voc, random_init=cell.random, costs=settings.costs, layers=settings.layers,
-            jobs=settings.jobs, **how,
-        )  # fmt: skip
+def _evaluate(cell: Cell, workspace: Workspace, kept: FeatureSets) -> None:
+    """Evaluate one network; what the protocols share of it is computed once a stage."""
+    kind = PROTOCOLS.get(cell.protocol)
+    asked = {name: getattr(cell.settings, name) for name in kind.settings.model_fields if hasattr(cell.settings, name)}
+    if asked.get("held_out"):
+        del asked["test"]
+    shared = {name: getattr(cell.settings, name) for name in ("batch", "device", "compile")}
+    config = EvalConfig(run=str(cell.run), random=cell.random, **shared)
+    evaluate(kind, validate(kind.settings, asked, f"eval {cell.protocol}"), config, workspace, kept=kept)

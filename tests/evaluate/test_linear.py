@@ -8,13 +8,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from bowstore.config import ModelConfig, ViewConfig, dump, validate
+from bowstore.config import ViewConfig, Workspace, dump, validate
 from bowstore.data.index import build_index
 from bowstore.errors import DataError, MismatchError, UsageError
-from bowstore.evaluate.linear import LinearConfig, evaluate_linear, learning_rate, linear_probe, standardised
-from bowstore.evaluate.protocol import Result, read_result
-from bowstore.evaluate.run import evaluate_run_linear
-from bowstore.models.registry import build_backbone
+from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.linear import LinearConfig, learning_rate, linear_probe, standardised
+from bowstore.evaluate.protocols.linear import KIND, LinearSettings, describe
+from bowstore.evaluate.results import Result, read_result
+from bowstore.evaluate.runner import evaluate
 from bowstore.models.saved import network_of, save_backbone
 
 QUICK = LinearConfig(epochs=5)
@@ -42,10 +43,13 @@ def test_defaults_where_the_paper_is_silent() -> None:
 
 
 def test_standardised_features_are_another_protocol() -> None:
-    assert LinearConfig().protocol == "linear/bownet-cifar"
-    assert LinearConfig(standardise=True).protocol == "linear/standardised"
-    assert LinearConfig(held_out=True).protocol == "linear/bownet-cifar-held-out"
-    assert LinearConfig(held_out=True, standardise=True).protocol == "linear/standardised-held-out"
+    for settings, protocol_id in (
+        (LinearSettings(), "linear/bownet-cifar"),
+        (LinearSettings(standardise=True), "linear/standardised"),
+        (LinearSettings(held_out=True), "linear/bownet-cifar-held-out"),
+        (LinearSettings(held_out=True, standardise=True), "linear/standardised-held-out"),
+    ):
+        assert (describe(settings).id, describe(settings).version) == (protocol_id, 1)
 
 
 def test_nesterov_needs_momentum() -> None:
@@ -204,30 +208,30 @@ class TestWhole:
     view = ViewConfig(size=16, resize=None)
     names = ("dark", "light")
 
-    def evaluate(self, tmp_path: Path, train: Path, test: Path, config: LinearConfig | None = None) -> Result:
-        torch.manual_seed(0)
-        backbone = build_backbone(ModelConfig(arch="wrn-10-1"))
-        return evaluate_linear(
-            backbone, train=train, test=test, view=self.view, out=tmp_path / "run", config=config, run="r", batch=8
-        )
+    def evaluate(self, tmp_path: Path, workspace: Workspace, **settings: object) -> Result:
+        of_run = {"name": "r", "task": "words", "view": dump(self.view), "model": {"arch": "wrn-10-1"}}
+        network, path = network_of(of_run, "test"), tmp_path / "run.safetensors"
+        save_backbone(path, network.fresh(), network)
+        kind = validate(LinearSettings, settings, "eval linear")
+        return evaluate(KIND, kind, EvalConfig(run=str(path), batch=8), workspace).result
 
     def test_from_shards_to_result_file(self, tmp_path: Path) -> None:
         train = write_shards(tmp_path / "train", 30, 0, names=self.names)
         test = write_shards(tmp_path / "test", 11, 1, names=self.names)
-        config = LinearConfig(epochs=10, standardise=True)
-        result = self.evaluate(tmp_path, train, test, config)
+        result = self.evaluate(tmp_path, Workspace(), train=train, test=test, standardise=True)
         assert read_result(tmp_path / "run" / "eval" / "linear-standardised.json") == result
-        assert result.metrics == {"top1": 1.0}
+        assert (result.metrics, result.headline) == ({"top1": 1.0}, "top1")
         assert result.inputs["run"] == "r"
         assert result.inputs["train"] != result.inputs["test"]
         assert len(result.inputs["weights_sha256"] or "") == 64
         assert result.settings["images"] == {"train": 30, "test": 11}
-        assert result.settings["dims"] == 64
-        assert result.settings["probe"]["epochs"] == 10
-        assert len(result.details["losses"]) == 10
+        assert result.settings["taps"] == {"pooled": {"of": "pooled output", "dims": 64}}
+        assert result.settings["probe"]["epochs"] == 60
+        assert result.settings["options"]["standardise"] is True
+        assert len(result.details["losses"]) == 60
         assert result.details["variation"].keys() == {"train", "test"}
         assert min(result.details["variation"].values()) > 0.01
-        again = self.evaluate(tmp_path, train, test, config)
+        again = self.evaluate(tmp_path, Workspace(shards=train, val_shards=test), standardise=True)
         assert again.details["losses"] == result.details["losses"]
         assert again.inputs == result.inputs
 
@@ -237,44 +241,40 @@ class TestWhole:
         """Asked for, or because the workspace's test shards hold other classes, as MiniImageNet's splits do."""
         train = write_shards(tmp_path / "train", 60, 0, names=self.names)
         novel = write_shards(tmp_path / "novel", 8, 1, names=("red", "blue"))
-        of_run = {"name": "r", "task": "words", "view": dump(self.view), "model": {"arch": "wrn-10-1"}}
-        network = network_of(of_run, "test")
-        path = tmp_path / "runs" / "r.safetensors"
-        path.parent.mkdir()
-        save_backbone(path, network.fresh(), network)
+        workspace = Workspace(shards=train, val_shards=novel)
         results = []
-        for test, by_default in ((None, False), (novel, True)):
-            evaluated = evaluate_run_linear(path, train=train, test=test, by_default=by_default, standardise=True)
-            told = capsys.readouterr().err
+        for held_out in (True, False):
+            results.append(self.evaluate(tmp_path, workspace, held_out=held_out, standardise=True))
             line = f"{novel} holds other classes than {train}: a tenth of each train class is held out"
-            assert (line in told) == by_default
-            results.append(evaluated.result)
+            assert (line in capsys.readouterr().err) == (not held_out)
         assert results[0].protocol == results[1].protocol == "linear/standardised-held-out"
         assert results[0].metrics == results[1].metrics == {"top1": 1.0}
         assert results[0].settings["images"] == {"train": 54, "test": 6}
         assert results[0].inputs["dataset"] is None
-        assert read_result(tmp_path / "runs" / "r" / "eval" / "linear-standardised-held-out.json") == results[1]
+        assert read_result(tmp_path / "run" / "eval" / "linear-standardised-held-out.json") == results[1]
         with pytest.raises(
             MismatchError, match=r"or other ones; .* hold a tenth of each train class out \(--held-out\)"
         ):
-            evaluate_run_linear(path, train=train, test=novel)
+            self.evaluate(tmp_path, workspace, test=novel)
+        with pytest.raises(UsageError, match=r"eval linear: .*held_out tests on train images, test on .*novel; leave"):
+            self.evaluate(tmp_path, workspace, test=novel, held_out=True)
 
     def test_same_images_twice(self, tmp_path: Path) -> None:
         train = write_shards(tmp_path / "train", 6, 0, names=self.names)
         with pytest.raises(MismatchError, match="hold the same images"):
-            self.evaluate(tmp_path, train, train)
+            self.evaluate(tmp_path, Workspace(), train=train, test=train)
 
     def test_other_classes(self, tmp_path: Path) -> None:
         train = write_shards(tmp_path / "train", 6, 0, names=self.names)
         test = write_shards(tmp_path / "test", 6, 1, names=("light", "dark"))
         with pytest.raises(MismatchError, match=r"2 classes and .* 2, or other ones"):
-            self.evaluate(tmp_path, train, test)
+            self.evaluate(tmp_path, Workspace(), train=train, test=test)
 
     def test_no_labels_is_said_before_any_feature(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         train = write_shards(tmp_path / "train", 6, 0, labelled=False, names=self.names)
         test = write_shards(tmp_path / "test", 6, 1, names=self.names)
         with pytest.raises(DataError, match="train: 6 of 6 images have no label"):
-            self.evaluate(tmp_path, train, test)
+            self.evaluate(tmp_path, Workspace(), train=train, test=test)
         assert "features" not in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 

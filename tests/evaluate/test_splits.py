@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from bowstore.errors import DataError
 from bowstore.evaluate import splits
@@ -61,26 +62,30 @@ def test_miniimagenet_is_its_base_classes_with_a_test_split_of_their_own() -> No
 
 def labelled(labels: list[int], seed: int = 0) -> Any:
     keys = np.random.default_rng(seed).permutation(len(labels)).astype(np.uint64) * 977
-    return Sized(images=len(labels), classes=(), label=np.array(labels, np.int32), key_hash=keys)
+    return _sized(np.array(labels, np.int32), keys)
+
+
+def _sized(label: NDArray[np.int32], key_hash: NDArray[np.uint64]) -> Any:
+    return Sized(images=len(label), classes=(), label=label, key_hash=key_hash, fingerprint="f", columns_digest="c")
 
 
 def test_a_tenth_of_each_class_is_held_out() -> None:
     index = labelled([0] * 30 + [1] * 7 + [2] * 19)
     parts = splits._held_out(index, Path("train"))
     held = parts["test"].rows
-    assert np.bincount(parts["test"].label).tolist() == [3, 1, 1]
-    assert np.bincount(parts["train"].label).tolist() == [27, 6, 18]
+    assert np.bincount(parts["test"].labels).tolist() == [3, 1, 1]
+    assert np.bincount(parts["train"].labels).tolist() == [27, 6, 18]
     assert sorted([*held, *parts["train"].rows]) == list(range(56))
     for label in range(3):
         hashes = {row: int(index.key_hash[row]) for row in np.flatnonzero(index.label == label).tolist()}
-        least = sorted(hashes, key=lambda row: hashes[row])[: len(held[parts["test"].label == label])]
-        assert sorted(least) == held[parts["test"].label == label].tolist()
+        least = sorted(hashes, key=lambda row: hashes[row])[: len(held[parts["test"].labels == label])]
+        assert sorted(least) == held[parts["test"].labels == label].tolist()
 
 
 def test_the_held_out_images_do_not_depend_on_their_order() -> None:
     index = labelled([0, 1, 2] * 20)
     order = np.random.default_rng(5).permutation(60)
-    other = Sized(images=60, classes=(), label=index.label[order], key_hash=index.key_hash[order])
+    other = _sized(index.label[order], index.key_hash[order])
     keys = [set(some.key_hash[splits._held_out(some, Path("train"))["test"].rows].tolist()) for some in (index, other)]
     assert keys[0] == keys[1]
 

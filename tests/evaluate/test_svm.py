@@ -12,9 +12,9 @@ from sklearn.svm import LinearSVC
 
 from bowstore.errors import BowstoreError, DataError, UsageError
 from bowstore.evaluate import svm
+from bowstore.evaluate.protocols.voc07 import COSTS, CostList
 from bowstore.evaluate.svm import (
     ABSENT,
-    COSTS,
     IGNORED,
     PRESENT,
     average_precision,
@@ -86,7 +86,7 @@ class TestAveragePrecision:
 
 class TestCosts:
     @pytest.mark.parametrize(("name", "count"), [("fair", 26), ("vissl", 11), ("obow", 23)])
-    def test_lengths(self, name: svm.CostList, count: int) -> None:
+    def test_lengths(self, name: CostList, count: int) -> None:
         assert len(COSTS[name]) == len(set(COSTS[name])) == count
 
     def test_ends(self) -> None:

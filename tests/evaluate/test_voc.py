@@ -2,14 +2,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from voc_devkit import write_devkit
 
-from bowstore.config import ModelConfig, ViewConfig
+from bowstore.config import ViewConfig, Workspace, dump
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
-from bowstore.evaluate.protocol import Result, read_result, result_table
-from bowstore.evaluate.voc import evaluate_voc07, read_split
-from bowstore.models.registry import build_backbone
+from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.protocols.voc07 import KIND, Voc07Settings
+from bowstore.evaluate.results import Result, read_result, result_table
+from bowstore.evaluate.runner import evaluate
+from bowstore.evaluate.voc import read_split
+from bowstore.models.saved import network_of, save_backbone
 
 
 @pytest.fixture
@@ -110,17 +112,19 @@ class TestWhole:
     view = ViewConfig(size=24, resize=28)
 
     def evaluate(self, voc: Path, out: Path, **options: object) -> Result:
-        torch.manual_seed(0)
-        backbone = build_backbone(ModelConfig(arch="wrn-10-1"))
-        settings = {"costs": "vissl", "jobs": 1, "batch": 8, "run": "demo"} | options
-        return evaluate_voc07(backbone, voc=voc, view=self.view, out=out, **settings)  # type: ignore[arg-type]
+        of_run = {"name": "r", "task": "words", "view": dump(self.view), "model": {"arch": "wrn-10-1"}}
+        network = network_of(of_run, "test")
+        save_backbone(out.with_suffix(".safetensors"), network.fresh(), network)
+        settings = Voc07Settings.model_validate({"costs": "vissl", "jobs": 1} | options)
+        run = EvalConfig(run=str(out.with_suffix(".safetensors")), batch=8)
+        return evaluate(KIND, settings, run, Workspace(voc=voc)).result
 
     def test_from_devkit_to_result_file(self, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("bowstore.evaluate.voc.COSTS", {"vissl": (0.1, 1.0, 10.0)})
         result = self.evaluate(voc, tmp_path / "run")
         assert read_result(tmp_path / "run" / "eval" / "voc07-svm-vissl.json") == result
         layers = [name.removeprefix("map_") for name in result.metrics if name != "map_best"]
-        assert layers == list(result.settings["layers"]) == list(result.details)
+        assert layers == list(result.settings["taps"]) == list(result.details)
         assert len(layers) == 2
         assert result.metrics["map_best"] == max(result.metrics.values())
         for layer in layers:
@@ -141,8 +145,8 @@ class TestWhole:
     ) -> None:
         monkeypatch.setattr("bowstore.evaluate.voc.COSTS", {"obow": (1.0,)})
         result = self.evaluate(voc, tmp_path, costs="obow")
-        (layer,) = result.settings["layers"]
-        assert result.settings["layers"][layer] == {"pool": "average grid 1x1", "dims": 64}
+        (layer,) = result.settings["taps"]
+        assert result.settings["taps"][layer] == {"of": f"{layer} average grid 1x1", "dims": 64}
         assert result.protocol == "voc07-svm/obow"
 
     def test_layers_are_chosen_by_name(self, voc: Path, tmp_path: Path) -> None:
@@ -152,8 +156,6 @@ class TestWhole:
     def test_problems_are_said_before_any_feature(
         self, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        with pytest.raises(UsageError, match="at least 1 job"):
-            self.evaluate(voc, tmp_path, jobs=0)
         path = main(voc, "red_trainval.txt")
         lines = path.read_text().splitlines()
         path.write_text("\n".join(f"{line.split()[0]} {1 if n < 2 else -1}" for n, line in enumerate(lines)))

@@ -1,0 +1,11 @@
+"""Protocols by name: one module each, imported when its name is asked for. Loads no torch."""
+
+from bowstore.evaluate.protocol import Kind
+from bowstore.plugins import Registry
+
+PROTOCOLS: Registry[Kind] = Registry(
+    "protocol",
+    "bowstore.protocols",
+    Kind,
+    {name: f"bowstore.evaluate.protocols.{name}:KIND" for name in ("linear", "voc07")},
+)

@@ -1,0 +1,71 @@
+"""Linear SVMs on VOC07 classification: voc07-svm/fair, /vissl and /obow, by the public code they follow."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from bowstore.config import Listed, Place, Strict, Text, Threads, Workspace
+from bowstore.evaluate.protocol import Kind, Protocol
+
+CostList = Literal["fair", "vissl", "obow"]
+_POWERS = tuple(0.5**power for power in range(4, 20))
+# In the order in which the public codes try them: of equally good costs the first is taken.
+COSTS: Mapping[CostList, tuple[float, ...]] = {
+    "fair": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, *_POWERS),
+    "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
+    "obow": (0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 5.0, *_POWERS),
+}
+_SOURCES = {"fair": "FAIR self-supervision benchmark; the paper's", "vissl": "VISSL", "obow": "obow"}
+_STATED = {
+    "images": "short side 256, the whole image squashed to 224 x 224",
+    "features": "average-pooled to about 9k dimensions, x / (||x|| + 1e-5) in float64",
+    "classifier": "LinearSVC a class: squared hinge, L2, dual, tol 1e-4, 2000 iterations, weights 2 to 1",
+    "difficult": "images with only difficult objects are negatives in training and dropped at test",
+    "cost": "a class's best mean average precision over 3 stratified folds; the first of equals",
+    "metric": "mean over classes of the all-points envelope average precision (not 11-point)",
+}
+_EVERYWHERE = {"features": "global average pool, x / (||x|| + 1e-5) in float64"}
+_CHOSEN = {
+    "resize": "linear with antialias (FAIR: OpenCV without; VISSL: PIL with), RGB",
+    "seed": "liblinear's seed is fixed; the sources leave it open",
+}
+
+
+class Voc07Settings(Strict):
+    """What a user sets of the VOC07 SVMs."""
+
+    voc: Place | None = Field(None, description="VOC devkit folder (VOC2007); null: the workspace's")
+    costs: CostList = Field("fair", description="cost list, by the code that uses it (another protocol id each)")
+    layers: Listed[Text] = Field((), description="layer of the network, more than once for several; null: last two")
+    jobs: Threads | None = Field(None, description="parallel SVM fits; null: one a core")
+
+
+def describe(settings: Voc07Settings) -> Protocol:
+    """Each list of costs is a protocol, and obow's has features of its own."""
+    costs = settings.costs
+    return Protocol(
+        id=f"voc07-svm/{costs}",
+        version=2,  # 1: conv1 of a residual network was the map behind its max-pool
+        description=f"VOC07 classification, one linear SVM a class, {len(COSTS[costs])} costs ({_SOURCES[costs]})",
+        headline="map_best",
+        stated=_STATED | (_EVERYWHERE if costs == "obow" else {}),
+        chosen=_CHOSEN,
+    )
+
+
+def resolve(settings: Voc07Settings, workspace: Workspace) -> Voc07Settings:
+    """The workspace's devkit where none is named."""
+    return settings.model_copy(update={"voc": settings.voc or workspace.voc})
+
+
+KIND = Kind(
+    name="voc07",
+    help="Linear SVMs on frozen features of VOC2007, 20 classes, mean average precision (the paper's Table 4).",
+    settings=Voc07Settings,
+    describe=describe,
+    resolve=resolve,
+    data="bowstore.evaluate.voc:data",
+    taps="bowstore.evaluate.voc:taps",
+    score="bowstore.evaluate.voc:score",
+)

@@ -1,0 +1,170 @@
+"""Result files of evaluations, and the tables that show them. Loads no torch.
+
+One owner for one rule: numbers of different protocols, versions or test images never share a column.
+A protocol's version grows whenever the numbers it gives for the same weights and images can change.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from bowstore.config import Listed, Strict, dump, validate
+from bowstore.errors import CorruptError, DataError
+from bowstore.files import make_folder, read_json, write_json
+from bowstore.runs import result_path, result_paths
+from bowstore.yaml_file import read_yaml
+
+PAPER_FOLDER = Path(__file__).parent / "paper"
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+_OLD_HEADLINE = "map_best"  # of files from before they named their headline; of others among them it was the first
+
+
+class Result(Strict):
+    """One evaluation, as its file holds it."""
+
+    protocol: str = Field(description="protocol id")
+    protocol_version: int
+    headline: str | None = Field(default=None, description="the metric that stands for all in a comparison")
+    metrics: dict[str, Finite] = Field(description="shares between 0 and 1; the headline metric is among them")
+    settings: dict[str, Any] = Field(description="everything that was set, as plain values")
+    inputs: dict[str, str | None] = Field(
+        description="fingerprints of train and test, weights_sha256, run, and dataset if it is a paper's"
+    )
+    details: dict[str, Any] = Field(default_factory=dict, description="curves, scores by class, chosen costs")
+    versions: dict[str, str]
+    device: str
+    created: str = Field(description="UTC, ISO 8601")
+    seconds: Finite = Field(description="wall clock of the evaluation")
+
+
+class PaperFigures(Strict):
+    """Rows of the paper that compare with a protocol on one data set.
+
+    Attributes:
+        protocol: id.
+        dataset: name, as in `DataSets.dataset`.
+        source: table and network.
+        metrics: names of the columns.
+        percent: figures by system; null where the paper has none.
+    """
+
+    protocol: str
+    dataset: str
+    source: str
+    metrics: Listed[str]
+    percent: dict[str, Listed[float | None]]
+
+
+class _PaperTable(Strict):
+    """A file of `paper/`."""
+
+    figures: Listed[PaperFigures]
+
+
+@cache
+def paper_figures() -> tuple[PaperFigures, ...]:
+    """All figures of the paper that something can be compared with, by the name of their file."""
+    tables = [validate(_PaperTable, read_yaml(path), str(path)) for path in sorted(PAPER_FOLDER.glob("*.yaml"))]
+    return tuple(figures for table in tables for figures in table.figures)
+
+
+def write_result(run: Path, result: Result) -> Path:
+    """Write `result` into its place in a run directory, atomically; return the place."""
+    path = result_path(run, result.protocol)
+    make_folder(path.parent)
+    write_json(path, dump(result))
+    return path
+
+
+def read_result(path: Path) -> Result:
+    """Read one result file.
+
+    Raises:
+        MissingError: no such file.
+        CorruptError: not a result file; the message names the first key that is wrong.
+    """
+    value = read_json(path)
+    try:
+        return Result.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise CorruptError(
+            f"{path} is not a result file ({where}: {first['msg']}); remove it and evaluate again"
+        ) from error
+
+
+def read_results(run: Path) -> list[Result]:
+    """All results of a run directory, by file name; empty where nothing was evaluated."""
+    return [read_result(path) for path in result_paths(run)]
+
+
+def result_table(result: Result, name: str = "this run") -> str:
+    """Metrics in percent, with the paper's rows below where there are comparable ones; plain aligned text.
+
+    Args:
+        result: the measurement.
+        name: what its row is called.
+    """
+    metrics = list(result.metrics)
+    rows = [["percent", *metrics, ""], [name, *(_percent(result.metrics[m]) for m in metrics), result.device]]
+    for paper in paper_figures():
+        if (paper.protocol, paper.dataset) == (result.protocol, result.inputs.get("dataset")):
+            for system, percent in paper.percent.items():
+                found = dict(zip(paper.metrics, percent, strict=True))
+                figures = [f"{figure:.1f} " if (figure := found.get(m)) is not None else "-" for m in metrics]
+                rows.append([f"paper: {system}", *figures, paper.source])
+    return f"{result.protocol} v{result.protocol_version}\n{_aligned(rows, left=(0, len(metrics) + 1))}"
+
+
+def comparison_table(results: Mapping[str, Sequence[Result]]) -> str:
+    """Headline metrics of several runs, one column for each protocol, version and set of test images.
+
+    Args:
+        results: the results of each run, by the run's name.
+
+    Raises:
+        DataError: a run has two results that belong into the same cell.
+    """
+    columns: dict[tuple[str, int, str], dict[str, str]] = {}
+    for run, measured in results.items():
+        for result in measured:
+            tested_on = result.inputs.get("dataset") or (result.inputs.get("test") or "unknown")[:8]
+            cells = columns.setdefault((result.protocol, result.protocol_version, tested_on), {})
+            if run in cells:
+                raise DataError(
+                    f"run {run} has two results of {result.protocol} v{result.protocol_version} "
+                    f"on {tested_on}; give one"
+                )
+            cells[run] = _percent(result.metrics[_headline(result)])
+    keys = sorted(columns)
+    rows = [
+        ["protocol", *(f"{protocol} v{version}" for protocol, version, _ in keys)],
+        ["test images", *(tested_on for _, _, tested_on in keys)],
+        *([run, *(columns[key].get(run, "-") for key in keys)] for run in results),
+    ]
+    return _aligned(rows)
+
+
+def _headline(result: Result) -> str:
+    named = result.headline or _OLD_HEADLINE
+    return named if named in result.metrics else next(iter(result.metrics))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
+    """Columns padded to their widest cell, to the right except for the columns of text in `left`."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
