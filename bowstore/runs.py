@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bowstore.errors import MissingError
+from bowstore.errors import CorruptError, MissingError
+from bowstore.files import read_json, write_json
 from bowstore.progress import say
 from bowstore.yaml_file import read_yaml
 
@@ -207,3 +208,60 @@ def results_folder(path: Path, *, random_init: bool = False) -> Path:
     """
     folder = path if path.is_dir() else path.with_suffix("")
     return folder / RANDOM_FOLDER if random_init else folder
+
+
+# --- lineage
+
+
+def run_of(path: Path) -> Path:
+    """The run directory that a network belongs to: the path itself, or that in which a file lies as a run's own."""
+    if path.parent.name == CHECKPOINT_FOLDER:
+        return path.parent.parent
+    return path.parent if path.name == BACKBONE_FILE else path
+
+
+def write_lineage(run: Path, *, name: str, task: str, inputs: Mapping[str, str], targets: Mapping[str, Any]) -> None:
+    """Record what a run is made of, as `read_lineage` gives it back.
+
+    Args:
+        run: the run directory.
+        name: the run's.
+        task: name of its task.
+        inputs: digests of the images and targets that it depends on.
+        targets: where the targets come from; with `teacher`, a network as word stores record it, whose words they are.
+    """
+    write_json(run / LINEAGE_FILE, {"name": name, "task": task, "inputs": dict(inputs), "targets": dict(targets)})
+
+
+def read_lineage(run: Path) -> dict[str, Any] | None:
+    """What a run was made of; None if that is not recorded, as in runs of before and of a folder that is none.
+
+    Raises:
+        CorruptError: the file is no such record.
+    """
+    path = run / LINEAGE_FILE
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict) or not isinstance(value.get("targets"), dict):
+        raise CorruptError(f"{path} does not say what the run was made of; move it away, `bowstore train` writes it")
+    return value
+
+
+def descent(lineage: Mapping[str, Any]) -> list[str]:
+    """How a run came about, the first thing first: `rotation`, `rotnet`, `256 words of block3`, `bownet`."""
+    targets = lineage["targets"]
+    if not (teacher := targets.get("teacher")):
+        return [str(lineage.get("task")), str(lineage.get("name"))]
+    return [
+        *_descent_of_teacher(teacher),
+        f"{targets.get('num_words')} words of {targets.get('layer')}",
+        str(lineage.get("name")),
+    ]
+
+
+def _descent_of_teacher(teacher: Mapping[str, Any]) -> list[str]:
+    if teacher.get("lineage"):
+        return descent(teacher["lineage"])
+    name, origin = teacher.get("name"), teacher.get("weights_file") or teacher.get("weights_layout")
+    return [str(name) if origin in (None, name) else f"{name} ({origin})"]

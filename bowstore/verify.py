@@ -34,6 +34,7 @@ class PathReport:
         odd: images of a deep check that every decoder reads, but not as plain RGB: how many of each kind.
         digest: a store's digest over vocabulary and words, where asked for.
         arithmetic: by which the words of a store's layers are made, by layer.
+        descent: of runs: how each came about, by its name (`bowstore.runs.descent`).
     """
 
     path: Path
@@ -45,6 +46,7 @@ class PathReport:
     odd: dict[str, int] = field(default_factory=dict)
     digest: str | None = None
     arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
+    descent: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -58,11 +60,14 @@ class PathReport:
             "odd": self.odd,
             "digest": self.digest,
             "arithmetic": self.arithmetic,
+            "descent": self.descent,
         }
 
     def text(self) -> str:
         """Lines for people: the problems, or that there are none; what was done about them; a digest last."""
-        lines = [f"{self.path}: {self.checked}", *_shown(self.problems)]
+        lines = [f"{self.path}: {self.checked}"]
+        lines += [f"lineage: {' -> '.join(steps)}" for steps in self.descent.values()]
+        lines += _shown(self.problems)
         if self.odd:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.odd.items()))
             lines.append(f"not plain RGB, though every decoder reads them: {kinds}")
@@ -193,6 +198,7 @@ def _verify_runs(path: Path, below: list[Path], *, repair: bool) -> PathReport:
         checked + (f"; {aside} checkpoints set aside earlier" if aside else ""),
         problems=[Problem(message, "run") for run in found for message in run.problems],
         sound=not any(run.problems for run in found),
+        descent={run.path.name: run.descent for run in found if run.descent},
     )
 
 

@@ -85,7 +85,7 @@ def write_words(
     keys = np.arange(1, len(maps) + 1, dtype=np.uint64) if key_hash_N is None else key_hash_N
     digests = keys if image_digest_N is None else image_digest_N
     writer = create_store(path, fingerprint=fingerprint, key_hash_N=keys, image_digest_N=digests)
-    teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t", "student": None}
+    teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t"}
     spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=maps.shape[1:], channels=8)
     fill_layer(writer, "block3", spec, maps)
     return path

@@ -86,8 +86,8 @@ class Hidden:
 
 sys.meta_path.insert(0, Hidden())
 for name in ("data.views", "data.plan", "models.registry", "models.heads", "models.saved", "words.bags",
-             "words.targets", "train.tasks.task", "train.tasks.words", "train.metrics", "train.loop", "evaluate.runner",
-             "evaluate.linear", "evaluate.voc"):
+             "words.targets", "words.teacher", "train.tasks.task", "train.tasks.words", "train.metrics", "train.loop",
+             "evaluate.runner", "evaluate.linear", "evaluate.voc"):
     importlib.import_module("bowstore." + name)
 from bowstore.config import ModelConfig
 from bowstore.models.registry import build_backbone

@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bowstore import runs
-from bowstore.errors import MissingError, UsageError
+from bowstore.errors import CorruptError, MissingError, UsageError
 
 
 def make_run(folder: Path, name: str, *, task: str = "task: words", finished_at: int | None = None) -> Path:
@@ -66,6 +67,45 @@ def test_where_results_go(tmp_path: Path) -> None:
     for name in ("b.json", "a.json", ".a.json", "a.txt"):
         (tmp_path / "eval" / name).touch()
     assert [path.name for path in runs.result_paths(tmp_path)] == ["a.json", "b.json"]
+
+
+def test_how_a_run_came_about(tmp_path: Path) -> None:
+    """The words of a second round are told down to the pretext task that all began with."""
+
+    def lineage(name: str, teacher: dict[str, Any] | None, task: str = "words") -> dict[str, Any]:
+        targets = {"store": "w.zarr", "layer": "block3", "num_words": 256, "teacher": teacher} if teacher else {}
+        runs.write_lineage(tmp_path, name=name, task=task, inputs={"shards": "0"}, targets=targets)
+        found = runs.read_lineage(tmp_path)
+        assert found == {"name": name, "task": task, "inputs": {"shards": "0"}, "targets": targets}
+        return found
+
+    rotnet = lineage("rotnet", None, "rotation")
+    x1 = lineage("bownet", {"name": "rotnet", "weights_file": "rotnet", "lineage": rotnet})
+    x2 = lineage("x2", {"name": "bownet", "weights_file": "bownet", "lineage": x1})
+    words = "256 words of block3"
+    assert runs.descent(x2) == ["rotation", "rotnet", words, "bownet", words, "x2"]
+    for teacher, told in (
+        ({"name": "rotnet", "weights_file": "rotnet", "student": None}, "rotnet"),  # as old stores have it
+        ({"name": "timm:a", "weights_file": None, "weights_layout": "random, seed 0"}, "timm:a (random, seed 0)"),
+        ({"name": "resnet50", "weights_file": "moco.pth", "lineage": None}, "resnet50 (moco.pth)"),
+        ({"name": "t"}, "t"),
+    ):
+        assert runs.descent(lineage("run", teacher)) == [told, words, "run"]
+
+
+def test_lineage_that_is_not_there_or_not_readable(tmp_path: Path) -> None:
+    assert runs.read_lineage(tmp_path) is None
+    for text in ("{", "[]", '{"targets": 3}'):
+        (tmp_path / "lineage.json").write_text(text)
+        with pytest.raises(CorruptError, match=r"lineage\.json (is not valid JSON|does not say what the run was made)"):
+            runs.read_lineage(tmp_path)
+
+
+def test_the_run_that_a_network_belongs_to(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    for path in (run, run / "backbone.safetensors", run / "checkpoints" / "step-000000005.pt"):
+        assert runs.run_of(path) == run
+    assert runs.run_of(tmp_path / "teacher.safetensors") == tmp_path / "teacher.safetensors"
 
 
 def test_it_loads_nothing_heavy() -> None:

@@ -22,7 +22,7 @@ from bowstore.errors import BowstoreError, MismatchError
 from bowstore.files import exclusive_lock, sweep_temporary
 from bowstore.models import saved
 from bowstore.progress import say
-from bowstore.runs import BACKBONE_FILE, CHECKPOINT_FOLDER, is_finished
+from bowstore.runs import BACKBONE_FILE, CHECKPOINT_FOLDER, is_finished, write_lineage
 from bowstore.train import checkpoint as ckpt
 from bowstore.train.compiling import another_way, compiles, compiles_here
 from bowstore.train.config import TrainConfig, learned
@@ -124,6 +124,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
                 say(f"warning: of the configuration without effect: {line}")
             write_config(run, config)
             write_environment(run, world, task.inputs, compiled=compiled)
+            write_lineage(run, name=config.name, task=config.task.name, inputs=task.inputs, targets=task.lineage)
             sweep_temporary(run / CHECKPOINT_FOLDER)
             (run / BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
 

@@ -27,6 +27,7 @@ class RunFindings:
         checkpoints: how many there are.
         aside: how many were set aside, as damaged or diverged.
         exported: whether there is an exported network.
+        descent: how it came about (`bowstore.runs.descent`); empty where that is not recorded.
         problems: all that is wrong, a line each.
     """
 
@@ -34,6 +35,7 @@ class RunFindings:
     checkpoints: int = 0
     aside: int = 0
     exported: bool = False
+    descent: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
 
 
@@ -55,6 +57,7 @@ def verify_run(path: Path) -> RunFindings:
         found.exported = True
         _check_export(found, path / runs.BACKBONE_FILE, network, newest.get("backbone"))
     found.problems += runs.metric_lines(path)[1] or (runs.lost_lines(path, last_logged(newest)) if newest else [])
+    _check_lineage(found, newest)
     for file in (path / runs.ENVIRONMENT_FILE, *runs.result_paths(path)):
         try:
             if file.exists():
@@ -133,6 +136,22 @@ def _check_own(
             )
     except BowstoreError as error:
         found.problems.append(str(error))
+
+
+def _check_lineage(found: RunFindings, newest: dict[str, Any]) -> None:
+    """Whether the record says of the data what the newest checkpoint does."""
+    path = found.path / runs.LINEAGE_FILE
+    try:
+        lineage = runs.read_lineage(found.path)
+    except BowstoreError as error:
+        found.problems.append(str(error))
+        return
+    if not lineage:
+        return
+    if newest and lineage.get("inputs") != newest["inputs"]:
+        found.problems.append(f"{path} tells of other shards or words than the newest checkpoint; {RESTORE_BOTH}")
+    else:
+        found.descent = tuple(runs.descent(lineage))
 
 
 def _check_finite(found: RunFindings, path: Path, tensors: dict[str, Tensor]) -> None:

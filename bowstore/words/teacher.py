@@ -5,7 +5,7 @@ Legend: B batch, C channels, H W pixels, c channels of a layer, h w word grid.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import floor
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.registry import build_backbone, is_arch
 from bowstore.models.saved import load_backbone
 from bowstore.models.weights import weights_sha256
+from bowstore.runs import read_lineage, run_of
 
 Precision = Literal["float32", "bfloat16"]
 _ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}  # what two ways of computing may differ by, of the largest value
@@ -46,6 +47,23 @@ class TeacherLayer:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a network comes from, as word stores record it.
+
+    Attributes:
+        name: the run it comes from, or the architecture.
+        weights_file: name of the file they come from; None for random ones.
+        weights_layout: how that file was read, or how random weights were drawn.
+        lineage: what its run was made of (`bowstore.runs.read_lineage`); None if it is of none, or that is not known.
+    """
+
+    name: str
+    weights_file: str | None
+    weights_layout: str
+    lineage: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Teacher:
     """A frozen backbone and the layers that are looked at.
 
@@ -53,10 +71,8 @@ class Teacher:
         backbone: in eval mode, without gradients, on its device.
         layers: in the order they were asked for.
         view: the clean view it sees.
-        name: the run it comes from, or the architecture.
+        origin: where it comes from.
         sha256: of its weights as they are used, heads left out.
-        weights_file: name of the file they come from; None for random ones.
-        weights_layout: how that file was read, or how random weights were drawn.
         precision: of its arithmetic.
         compiled: what runs the backbone; None for the backbone as it is.
     """
@@ -64,10 +80,8 @@ class Teacher:
     backbone: Backbone
     layers: tuple[TeacherLayer, ...]
     view: CleanView
-    name: str
+    origin: Origin
     sha256: str
-    weights_file: str | None
-    weights_layout: str
     precision: Precision = "float32"
     compiled: Compiled | None = None
 
@@ -130,22 +144,9 @@ class Teacher:
             "arch": self.backbone.arch,
             "layer": layer,
             "weights_sha256": self.sha256,
-            "weights_file": self.weights_file,
-            "weights_layout": self.weights_layout,
             "precision": self.precision,
-            "name": self.name,
+            **asdict(self.origin),
         }
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A network before it is frozen."""
-
-    backbone: Backbone
-    view: ViewConfig
-    name: str
-    weights_file: str | None
-    weights_layout: str
 
 
 def load_teacher(
@@ -183,27 +184,28 @@ def load_teacher(
     if not layers:
         raise UsageError("the teacher has no layer to look at; name one, for example --layer conv4")
     is_run = Path(spec).exists() or not is_arch(str(spec))
-    source = _open_run(Path(spec), weights) if is_run else _open_arch(str(spec), weights, size, seed)
-    teacher = _freeze(source, layers, device, _overridden(source.view, size, resize))
+    backbone, view, origin = _open_run(Path(spec), weights) if is_run else _open_arch(str(spec), weights, size, seed)
+    teacher = _freeze(backbone, origin, layers, device, _overridden(view, size, resize))
     return replace(teacher, precision=precision)
 
 
-def _open_run(path: Path, weights: Path | None) -> _Source:
+def _open_run(path: Path, weights: Path | None) -> tuple[Backbone, ViewConfig, Origin]:
     if weights:
         raise UsageError(f"weights {weights} go with an architecture (timm:NAME, torchvision:NAME), not with {path}")
     loaded = load_backbone(path)
-    return _Source(loaded.backbone, loaded.saved.view, loaded.saved.name, path.name, "bowstore run")
+    origin = Origin(loaded.saved.name, path.name, "bowstore run", read_lineage(run_of(path)))
+    return loaded.backbone, loaded.saved.view, origin
 
 
-def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> _Source:
+def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> tuple[Backbone, ViewConfig, Origin]:
     view = library_view(arch) if ":" in arch else ViewConfig()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build_backbone(ModelConfig(arch=arch), size)
     if weights is None:
-        return _Source(backbone, view, backbone.arch, None, f"random, seed {seed}")
+        return backbone, view, Origin(backbone.arch, None, f"random, seed {seed}")
     understood = load_foreign(backbone, weights)
-    return _Source(backbone, view, backbone.arch, understood.file, understood.text())
+    return backbone, view, Origin(backbone.arch, understood.file, understood.text())
 
 
 def _overridden(view: ViewConfig, size: int | None, resize: int | None) -> CleanView:
@@ -216,8 +218,9 @@ def _overridden(view: ViewConfig, size: int | None, resize: int | None) -> Clean
 
 
 @torch.no_grad()
-def _freeze(source: _Source, layers: Sequence[str], device: torch.device, view: CleanView) -> Teacher:
-    backbone = source.backbone
+def _freeze(
+    backbone: Backbone, origin: Origin, layers: Sequence[str], device: torch.device, view: CleanView
+) -> Teacher:
     names = [backbone.resolve(layer) for layer in layers]
     if len(set(names)) < len(names):
         raise UsageError(f"layers {', '.join(layers)} name {', '.join(names)}: give each layer once")
@@ -225,19 +228,12 @@ def _freeze(source: _Source, layers: Sequence[str], device: torch.device, view: 
     bad = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise DataError(
-            f"the weights of {source.name} hold NaN or infinity in {len(bad)} of {len(state)} tensors "
+            f"the weights of {origin.name} hold NaN or infinity in {len(bad)} of {len(state)} tensors "
             f"({', '.join(bad[:3])}); take another checkpoint"
         )
     sha256 = weights_sha256(state)
     backbone.eval().requires_grad_(False).to(device).to(memory_format=FROZEN_FORMAT)
     maps = backbone.feature_maps(torch.zeros(1, 3, view.size, view.size, device=device), names)
     shapes = {name: (c, (h, w)) for name, map_Bchw in maps.items() for _, c, h, w in [map_Bchw.shape]}
-    return Teacher(
-        backbone=backbone,
-        layers=tuple(TeacherLayer(name, *shapes[name]) for name in names),
-        view=view,
-        name=source.name,
-        sha256=sha256,
-        weights_file=source.weights_file,
-        weights_layout=source.weights_layout,
-    )
+    found = tuple(TeacherLayer(name, *shapes[name]) for name in names)
+    return Teacher(backbone, found, view, origin, sha256)

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from bowstore import runs
 from bowstore.cli import main
 from bowstore.errors import UsageError
+from bowstore.models import saved
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig
 from bowstore.verify import PathReport, verify_path
@@ -49,7 +50,8 @@ def test_a_sound_run_has_no_problem(run: Path) -> None:
     report = verify_path(run)
     assert messages(report) == []
     assert report.text() == (
-        f"{run}: 2 checkpoints and 1 exported networks; 1 checkpoints set aside earlier\nno problem found"
+        f"{run}: 2 checkpoints and 1 exported networks; 1 checkpoints set aside earlier\nlineage: rotation -> run\n"
+        f"no problem found"
     )
     assert verify_path(run.parent).sound
     for path in (runs.checkpoints(run)[0], run / "backbone.safetensors"):
@@ -65,13 +67,13 @@ def test_every_damage_to_a_run_is_named(run: Path) -> None:
         file.write(b"3\n")
     (run / "config.yaml").write_text("name: [")
     (run / "environment.json").write_text("{")
+    (run / "lineage.json").write_text("{")
     (run / "eval").mkdir()
     (run / "eval" / "linear.json").write_bytes(b"\xff")
     found = messages(verify_path(run))
-    assert [next(name for name in ("config.yaml", new.name, old.name, "backbone.safetensors", "metrics.jsonl",
-                                   "environment.json", "linear.json") if name in line) for line in found] == [
-        "config.yaml", new.name, old.name, "backbone.safetensors", "metrics.jsonl", "environment.json", "linear.json",
-    ]  # fmt: skip
+    names = ("config.yaml", new.name, old.name, "backbone.safetensors", "metrics.jsonl", "lineage.json",
+             "environment.json", "linear.json")  # fmt: skip
+    assert [next(name for name in names if name in line) for line in found] == [*names]
     result = CliRunner().invoke(main, ["verify", str(run), "--json"])
     assert result.exit_code == 1
     assert [problem["message"] for problem in json.loads(result.stdout)["problems"]] == found
@@ -84,6 +86,19 @@ def test_an_export_of_another_run_is_named(run: Path, make_config: Make, tmp_pat
     (line,) = messages(verify_path(run))
     assert line.startswith(f"{run / 'backbone.safetensors'} holds other weights than the newest checkpoint")
     assert messages(verify_path(run.parent)) == [line]
+
+
+def test_the_lineage_of_another_run_is_named(run: Path) -> None:
+    path = run / "lineage.json"
+    lineage = json.loads(path.read_text())
+    assert lineage == {
+        "name": "run", "task": "rotation", "targets": {},
+        "inputs": saved.load_checkpoint(runs.checkpoints(run)[0])["inputs"],
+    }  # fmt: skip
+    path.write_text(json.dumps({**lineage, "inputs": {"shards": "0" * 32}}))
+    assert messages(verify_path(run)) == [
+        f"{path} tells of other shards or words than the newest checkpoint; restore both from one copy"
+    ]
 
 
 def test_what_is_no_run_or_cannot_be_repaired(run: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from encoding import run_encode
 from bowstore.data.index import build_index
 from bowstore.words import layer as layer_module
 from bowstore.words.store_writer import StoreWriter
+from bowstore.words.teacher import Teacher
 from bowstore.words.verify import discard_damaged, verify
 
 LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "num_words": (12, 24)}
@@ -24,6 +25,19 @@ def small_chunks_patch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_module, "MIN_CHUNK_BYTES", 1)
         patch.setattr(layer_module, "CHUNK_STEP_ROWS", 20)
+        yield
+
+
+@contextmanager
+def older_provenance() -> Iterator[None]:
+    """Inside the block, stores record of a teacher what those of 0.1.0 did: the name of a student, and no lineage."""
+    plain = Teacher.provenance
+
+    def older(self: Teacher, layer: str) -> dict[str, Any]:
+        return {**{k: v for k, v in plain(self, layer).items() if k != "lineage"}, "student": "tiny-bownet"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "provenance", older)
         yield
 
 

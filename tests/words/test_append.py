@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from encoding import encode_in_process, run_encode
-from growing import LAYERS, NEW, interrupted_append, small_chunks_patch
+from growing import LAYERS, NEW, interrupted_append, older_provenance, small_chunks_patch
 from served import SERVER
 from teacher_sets import IMAGES, write_shards, write_teacher
 
@@ -138,10 +138,12 @@ def test_the_chunk_of_a_small_store_grows(teacher_file: Path, more: Path, tmp_pa
     small = write_shards(tmp_path / "small", 7, seed=4, prefix="small")
     path = tmp_path / "words.zarr"
     with small_chunks_patch():
-        run_encode(teacher=teacher_file, shards=small, store=path, **LAYERS)
+        with older_provenance():
+            run_encode(teacher=teacher_file, shards=small, store=path, **LAYERS)
         old = open_store(path).load_words("block3")
         run_encode(teacher=teacher_file, shards=more, store=path, append=True)
     grown = open_store(path)
+    assert grown.layer("block3").attributes["teacher"]["student"] == "tiny-bownet"  # as it was recorded
     assert grown.layer("block3").chunk_rows == 20
     assert np.array_equal(grown.load_words("block3")[:7], old)
     assert verify(path).sound

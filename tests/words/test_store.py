@@ -46,7 +46,7 @@ class Keys:
 
 def spec(**values: object) -> LayerSpec:
     base: dict[str, object] = {
-        "teacher": {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0" * 64, "name": "r", "student": None},
+        "teacher": {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0" * 64, "name": "r"},
         "view": {"size": 16, "resize": 16, "squash": False, "mean": [0, 0, 0], "std": [1, 1, 1]},
         "vocabulary": {"seed": 0},
         "words": K,

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
+from bowstore.runs import BACKBONE_FILE, descent, write_lineage
 from bowstore.words.lanes import one_thread_each, workers
 from bowstore.words.teacher import TeacherLayer, load_teacher
 
@@ -83,8 +85,20 @@ def test_provenance(teacher_file: Path) -> None:
         "weights_layout": "bowstore run",
         "precision": "float32",
         "name": "tiny-rotnet",
+        "lineage": None,
     }
     assert (teacher.view.size, teacher.view.resize, teacher.view.squash) == (16, 16, False)
+
+
+def test_the_words_of_a_run_record_what_it_was_made_of(teacher_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "bownet"
+    run.mkdir()
+    shutil.copy(teacher_file, run / BACKBONE_FILE)
+    words = {"layer": "block3", "num_words": 12, "teacher": {"name": "rotnet", "weights_file": "rotnet"}}
+    write_lineage(run, name="tiny-rotnet", task="words", inputs={}, targets=words)
+    for spec in (run, run / BACKBONE_FILE):
+        lineage = load_teacher(spec, ("block3",), CPU).provenance("block3")["lineage"]
+        assert descent(lineage) == ["rotnet", "12 words of block3", "tiny-rotnet"]
 
 
 def test_weights_of_another_codebase(tmp_path: Path) -> None:
@@ -106,8 +120,9 @@ def test_weights_of_another_codebase(tmp_path: Path) -> None:
         "weights_layout": "torchvision names in state_dict behind 'module.encoder_q.'",
         "precision": "float32",
         "name": "resnet18",
+        "lineage": None,
     }
-    assert same.weights_layout == "torchvision names, without fc"
+    assert same.origin.weights_layout == "torchvision names, without fc"
     assert [layer.name for layer in moco.layers] == ["conv4"]
 
 
@@ -120,7 +135,7 @@ def test_random_weights_are_those_of_the_seed() -> None:
     teachers = [load_teacher("timm:lcnet_050", ("conv4",), CPU, size=64, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), state)
     assert teachers[0].sha256 == teachers[1].sha256 != teachers[2].sha256
-    assert (teachers[2].weights_file, teachers[2].weights_layout) == (None, "random, seed 1")
+    assert (teachers[2].origin.weights_file, teachers[2].origin.weights_layout) == (None, "random, seed 1")
 
 
 def test_views(teacher_file: Path) -> None:
