@@ -163,13 +163,16 @@ def val_shards(workspace: Workspace) -> Path:
     Raises:
         MissingError: neither exists.
     """
-    if workspace.val_shards:
-        return workspace.val_shards
-    candidates = [workspace.shards.parent / name for name in ("val", "test")]
-    for path in candidates:
-        if _has_index(path, workspace.storage) if is_remote(path) else path.is_dir():
-            return path
-    raise MissingError(f"no test shards: neither {candidates[0]} nor {candidates[1]} exists; give --test")
+    if found := [workspace.val_shards] if workspace.val_shards else shards_beside(workspace, "val", "test"):
+        return found[0]
+    beside = workspace.shards.parent
+    raise MissingError(f"no test shards: neither {beside / 'val'} nor {beside / 'test'} exists; give --test")
+
+
+def shards_beside(workspace: Workspace, *splits: str) -> list[Path]:
+    """Those of the splits that lie beside the train shards."""
+    paths = [workspace.shards.parent / split for split in splits]
+    return [p for p in paths if (_has_index(p, workspace.storage) if is_remote(p) else p.is_dir())]
 
 
 def _has_index(path: Path, storage: StorageConfig) -> bool:

@@ -11,12 +11,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from bowstore.evaluate.protocol import Features, Scores
+from bowstore.evaluate.protocols.knn import KnnSettings
+from bowstore.evaluate.splits import check_classes
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 
 _TRAIN_BLOCK = 16_384  # from 64 k on, topk keeps a heap and takes two thirds of the time
 _TEST_BLOCK = 1024
 _TOP = 5
+
+
+def score(features: Features, settings: KnnSettings) -> Scores:
+    """The votes of the split "train" on the split "test"."""
+    train, test = features["train"], features["test"]
+    classes = check_classes(train.labels, test.labels, len(train.classes) or None)
+    metrics = knn_accuracy(
+        train["pooled"],
+        train.labels,
+        test["pooled"],
+        test.labels,
+        k=settings.k,
+        temperature=settings.temperature,
+        classes=classes,
+        device=torch.device(features.device),
+    )
+    return Scores(metrics=metrics, settings={"classes": classes})
 
 
 def knn_accuracy(

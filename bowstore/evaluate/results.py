@@ -5,6 +5,7 @@ A protocol's version grows whenever the numbers it gives for the same weights an
 """
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from bowstore.files import make_folder, read_json, write_json
 from bowstore.runs import result_path, result_paths
 from bowstore.yaml_file import read_yaml
 
+INTERVAL = "interval95"  # in details: by metric, half the width of its 95 % interval, where there is one
 PAPER_FOLDER = Path(__file__).parent / "paper"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _OLD_HEADLINE = "map_best"  # of files from before they named their headline; of others among them it was the first
@@ -44,7 +46,7 @@ class PaperFigures(Strict):
     """Rows of the paper that compare with a protocol on one data set.
 
     Attributes:
-        protocol: id.
+        protocol: id, or a pattern of ids whose metrics of one name are the same thing.
         dataset: name, as in `DataSets.dataset`.
         source: table and network.
         metrics: names of the columns.
@@ -110,12 +112,14 @@ def result_table(result: Result, name: str = "this run") -> str:
         name: what its row is called.
     """
     metrics = list(result.metrics)
-    rows = [["percent", *metrics, ""], [name, *(_percent(result.metrics[m]) for m in metrics), result.device]]
+    halves = {metric: f" ± {_percent(half)}" for metric, half in result.details.get(INTERVAL, {}).items()}
+    found = [_percent(share) + halves.get(metric, "") for metric, share in result.metrics.items()]
+    rows = [["percent", *metrics, ""], [name, *found, result.device]]
     for paper in paper_figures():
-        if (paper.protocol, paper.dataset) == (result.protocol, result.inputs.get("dataset")):
+        if paper.dataset == result.inputs.get("dataset") and fnmatchcase(result.protocol, paper.protocol):
             for system, percent in paper.percent.items():
-                found = dict(zip(paper.metrics, percent, strict=True))
-                figures = [f"{figure:.1f} " if (figure := found.get(m)) is not None else "-" for m in metrics]
+                known = dict(zip(paper.metrics, percent, strict=True))
+                figures = [_figure(known.get(metric), halves.get(metric, "")) for metric in metrics]
                 rows.append([f"paper: {system}", *figures, paper.source])
     return f"{result.protocol} v{result.protocol_version}\n{_aligned(rows, left=(0, len(metrics) + 1))}"
 
@@ -152,6 +156,11 @@ def comparison_table(results: Mapping[str, Sequence[Result]]) -> str:
 def _headline(result: Result) -> str:
     named = result.headline or _OLD_HEADLINE
     return named if named in result.metrics else next(iter(result.metrics))
+
+
+def _figure(percent: float | None, behind: str) -> str:
+    """A figure of the paper, its point below that of a share with two digits and what stands behind it."""
+    return "-" if percent is None else f"{percent:.1f} {' ' * len(behind)}"
 
 
 def _percent(share: float) -> str:

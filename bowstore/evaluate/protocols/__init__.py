@@ -7,5 +7,5 @@ PROTOCOLS: Registry[Kind] = Registry(
     "protocol",
     "bowstore.protocols",
     Kind,
-    {name: f"bowstore.evaluate.protocols.{name}:KIND" for name in ("linear", "voc07")},
+    {name: f"bowstore.evaluate.protocols.{name}:KIND" for name in ("linear", "voc07", "fewshot", "knn")},
 )

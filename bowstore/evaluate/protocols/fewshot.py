@@ -1,0 +1,190 @@
+"""Few-shot classification by cosine prototypes on frozen, pooled features (paper 4.1.2)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from bowstore.config import Count, Listed, Place, Seed, Strict, Text, Workspace
+from bowstore.data.index import Index, open_index
+from bowstore.errors import UsageError
+from bowstore.evaluate.classes import ALL, class_lists, find_classes, has_classes, in_order, list_name, read_classes
+from bowstore.evaluate.episodes import draw_episodes, episode_accuracy, mean_and_interval
+from bowstore.evaluate.protocol import DataSets, Features, Kind, Protocol, Scores
+from bowstore.evaluate.results import INTERVAL
+from bowstore.evaluate.splits import check_labels, labelled
+from bowstore.progress import say
+from bowstore.workspace import shards_beside, val_shards
+
+# The split that a list is one of: the paper's data set, and how many classes and images that split has.
+_SPLITS = {"cifar-fs-test": ("cifar100", 100, 10_000), "miniimagenet-test": ("miniimagenet", 20, 12_000)}
+_STATED = {
+    "episodes": "2000 of 5 ways, 15 queries a class, 1, 5, 10 and 50 shots",
+    "classifier": "the prototype of the largest cosine, on frozen pooled features (paper 4.1.2)",
+    "metric": "mean accuracy over episodes, and its 95 % interval",
+}
+_CHOSEN = {
+    "prototype": "the mean of the exemplars over their lengths, over its length (the same authors' code)",
+    "classes": "of CIFAR-100 the test classes of CIFAR-FS; the paper says only that they are 20",
+    "images": "un-augmented; fewer shots are the same episodes with exemplars left out",
+    "interval": "1.96 s / sqrt(episodes), s the sample deviation; of equal cosines the first class",
+}
+
+
+class FewShotSettings(Strict):
+    """What a user sets of few-shot episodes."""
+
+    test: Place | None = Field(None, description="labelled shards with the classes; null: test or val of the workspace")
+    classes: Listed[Text] = Field(
+        (),
+        description="cifar-fs-test, miniimagenet-test, all, names (with commas between them) or a file with a name a "
+        "line; null: the list of the data set if it has one, else all",
+    )
+    ways: int = Field(5, ge=2, le=1000, description="classes an episode")
+    shots: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = Field(
+        (1, 5, 10, 50), description="exemplars a class, more than once for several"
+    )
+    queries: Count = Field(15, description="queries a class")
+    episodes: int = Field(2000, ge=2, le=100_000)
+    seed: Seed = Field(0, description="of the episodes")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if any(more <= fewer for fewer, more in zip(self.shots, self.shots[1:], strict=False)):
+            raise ValueError(f"shots {', '.join(map(str, self.shots))} must ascend; write each once, in that order")
+        return self
+
+    @property
+    def images(self) -> int:
+        """Images of a class that an episode of the most shots needs."""
+        return self.queries + self.shots[-1]
+
+
+def describe(settings: FewShotSettings) -> Protocol:
+    """Ways, shots and classes are in the id; queries, episodes and seed change only how near the mean is known."""
+    shots = "-".join(map(str, settings.shots))
+    middle = settings.shots[min(1, len(settings.shots) - 1)]
+    return Protocol(
+        id=f"fewshot/{settings.ways}way-{shots}shot/{list_name(settings.classes)}",
+        version=1,
+        description=f"{settings.ways}-way episodes on pooled features, cosine to the mean of {shots} exemplars",
+        headline=_metric(middle),
+        stated=_STATED,
+        chosen=_CHOSEN,
+    )
+
+
+def _metric(shots: int) -> str:
+    return f"{shots}-shot"
+
+
+def resolve(settings: FewShotSettings, workspace: Workspace) -> FewShotSettings:
+    """The workspace's shards where none are named, and the names of the classes."""
+    test = settings.test or _test_shards(workspace)
+    index = open_index(test, workspace.storage)
+    names = read_classes(settings.classes or [_default_list(index, test)])
+    return settings.model_copy(update={"test": test, "classes": names})
+
+
+def _test_shards(workspace: Workspace) -> Path:
+    """As `val_shards`, but test before val: the novel classes of MiniImageNet are in its test split."""
+    for path in () if workspace.val_shards else shards_beside(workspace, "test", "val"):
+        if (open_index(path, workspace.storage).label >= 0).all():  # ImageNet's test images have no labels
+            return path
+    return val_shards(workspace)
+
+
+def _default_list(index: Index, test: Path) -> str:
+    for name, (_, classes, _) in _SPLITS.items():
+        listed = class_lists()[name]
+        if len(index.classes) == classes and has_classes(listed, index.classes):
+            others = f"; --classes all takes all {classes}" if classes > len(listed) else ""
+            say(f"episodes of the {len(listed)} classes {name} of {test}{others}")
+            return name
+    return ALL
+
+
+def data(settings: FewShotSettings, workspace: Workspace) -> DataSets:
+    """The images of the classes, class by class, each in the order of the key hashes, whatever shards they lie in.
+
+    Raises:
+        DataError: images without labels.
+        UsageError: classes that are not there, fewer than the ways, or with too few images.
+    """
+    assert settings.test, "resolved"
+    index = open_index(settings.test, workspace.storage)
+    label_N = np.asarray(index.label)
+    check_labels("test", label_N)
+    images_K = np.bincount(label_N, minlength=len(index.classes))
+    there = index.classes or tuple(map(str, range(len(images_K))))
+    names: Sequence[str] = settings.classes
+    if list_name(names) == ALL:
+        names = in_order([name for name, images in zip(there, images_K, strict=True) if images])
+    places_C = find_classes(names, there, str(settings.test), lambda: _where_else(names, workspace))
+    _check_sizes(settings, names, images_K[places_C])
+    number_K = np.full(len(images_K), -1)
+    number_K[places_C] = np.arange(len(names))
+    number_N = number_K[label_N]
+    rows = np.lexsort((index.key_hash, number_N))[-images_K[places_C].sum() :]
+    split = replace(labelled(index, rows), labels=number_N[rows], classes=tuple(there[place] for place in places_C))
+    paper = _SPLITS.get(list_name(settings.classes))
+    known = paper and paper[1:] == (len(index.classes), len(index))
+    return DataSets(splits={"test": split}, dataset=paper[0] if paper and known else None)
+
+
+def _where_else(names: Sequence[str], workspace: Workspace) -> str:
+    """What to do where classes are missing: the workspace's shards that have them all, if there are some."""
+    for path in shards_beside(workspace, "train", "val", "test"):
+        if has_classes(names, open_index(path, workspace.storage).classes):
+            return f"{path} has them all: --test {path}"
+    return "name those that it has by --classes, or other shards by --test"
+
+
+def _check_sizes(settings: FewShotSettings, names: Sequence[str], images_C: NDArray[np.integer]) -> None:
+    """Refuse what no episode can be drawn from."""
+    if len(names) < settings.ways:
+        raise UsageError(
+            f"{len(names)} classes are fewer than the {settings.ways} of an episode; give --ways {len(names)} or "
+            "fewer, or more --classes"
+        )
+    if (few := np.flatnonzero(images_C < settings.images)).size:
+        name, images, spare = names[few[0]], images_C[few[0]], images_C.min() - settings.queries
+        raise UsageError(
+            f"class {name} has {images} images in {settings.test}, one of {len(few)} classes with too few: "
+            f"{settings.shots[-1]} shots with {settings.queries} queries need {settings.images}; give "
+            + (f"--shots of at most {spare}" if spare > 0 else f"fewer --queries than {images_C.min()}")
+            + ", or other --classes"
+        )
+
+
+def score(features: Features, settings: FewShotSettings) -> Scores:
+    """Mean accuracy of the episodes by the number of shots, and half the width of its 95 % interval."""
+    split = features["test"]
+    images_C = np.bincount(split.labels)
+    first_C = images_C.cumsum() - images_C  # the images come class by class
+    classes_EW, places_EWI = draw_episodes(
+        images_C, ways=settings.ways, images=settings.images, episodes=settings.episodes, seed=settings.seed
+    )
+    rows_EWI = first_C[classes_EW][..., None] + places_EWI
+    accuracy = episode_accuracy(split["pooled"], rows_EWI, queries=settings.queries, shots=settings.shots)
+    found = {_metric(shots): mean_and_interval(each_E) for shots, each_E in zip(settings.shots, accuracy, strict=True)}
+    return Scores(
+        metrics={metric: mean for metric, (mean, _) in found.items()},
+        details={INTERVAL: {metric: half for metric, (_, half) in found.items()}},
+        settings={"classes": list(split.classes)},
+    )
+
+
+KIND = Kind(
+    name="fewshot",
+    help="Few-shot episodes by cosine prototypes on frozen pooled features (the paper's Tables 1 to 3).",
+    settings=FewShotSettings,
+    describe=describe,
+    resolve=resolve,
+    data=data,
+    score=score,
+)

@@ -1,0 +1,66 @@
+"""Settings of protocols that learn from labelled train images and are scored on test images of the same classes."""
+
+from dataclasses import replace
+from typing import Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from bowstore.config import Place, Strict, Workspace
+from bowstore.data.index import open_index
+from bowstore.evaluate.protocol import DataSets, Protocol
+from bowstore.evaluate.splits import open_splits, share_no_class
+from bowstore.progress import say
+from bowstore.workspace import val_shards
+
+_TENTH = "a tenth of each class (at least one), those of the least key hashes"
+
+
+class TrainTestSettings(Strict):
+    """Which images; all else is the protocol's."""
+
+    train: Place | None = Field(None, description="labelled train shards; null: the workspace's")
+    test: Place | None = Field(None, description="labelled test shards; null: the workspace's")
+    held_out: bool = Field(False, description="test on a tenth of each train class (another protocol id)")
+
+    @model_validator(mode="after")
+    def _one_test(self) -> Self:
+        if self.held_out and self.test:
+            raise ValueError(f"held_out tests on train images, test on {self.test}; leave one of them out")
+        return self
+
+
+S = TypeVar("S", bound=TrainTestSettings)
+
+
+def resolve_train_test(settings: S, workspace: Workspace) -> S:
+    """The workspace's shards where none are named; where these hold other classes for test, a tenth is held out."""
+    train = settings.train or workspace.shards
+    test = None if settings.held_out else settings.test or val_shards(workspace)
+    if test and not settings.test:
+        if share_no_class(*(open_index(path, workspace.storage) for path in (train, test))):
+            say(
+                f"{test} holds other classes than {train}: a tenth of each train class is held out and tested on, "
+                "under a protocol id of its own; --test names a test split of the same classes"
+            )
+            test = None
+    return settings.model_copy(update={"train": train, "test": test, "held_out": test is None})
+
+
+def open_train_test(settings: TrainTestSettings, workspace: Workspace) -> DataSets:
+    """Labelled train and test images of the same classes.
+
+    Raises:
+        MismatchError, DataError: as `open_splits`.
+    """
+    assert settings.train is not None, "resolved"
+    return open_splits(settings.train, settings.test, workspace.storage)
+
+
+def held_out_protocol(protocol: Protocol) -> Protocol:
+    """The protocol, tested on a tenth of each train class: under an id of its own."""
+    return replace(
+        protocol,
+        id=f"{protocol.id}-held-out",
+        description=f"as {protocol.id}, tested on a tenth of each train class that is held out",
+        chosen={**protocol.chosen, "test images": _TENTH},
+    )
