@@ -157,7 +157,7 @@ class Workspace(Strict):
     store: Place = Path("data/words.zarr")
     runs: Place = Path("runs")
     teacher: Text | None = Field(None, description="run or checkpoint; null: the newest finished rotation run")
-    config: Place | None = Field(None, description="configuration of `bowstore train`; null: the teacher's student")
+    config: Place | None = Field(None, description="configuration of `bowstore train`; null: the recipe's next")
     recipe: Place | None = Field(None, description="recipe of `bowstore run` and `bowstore train`: a file, or its name")
     voc: Place = Field(Path("data/VOCdevkit/VOC2007"), description="VOC devkit folder of `bowstore eval voc07`")
     plugins: Listed[Text] = Field((), description="files and modules that add sources, tasks and protocols")

@@ -5,24 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from bowstore import runs
-from bowstore.config import CONFIGS, WORKSPACE_FILE, StorageConfig, Workspace, bundled_configs
+from bowstore.config import CONFIGS, WORKSPACE_FILE, StorageConfig, Workspace
 from bowstore.errors import BowstoreError, MissingError, UsageError
-from bowstore.files import atomic_file
+from bowstore.files import atomic_file, make_folder
 from bowstore.progress import say
-from bowstore.remote import RemoteFolder, fetch_store, is_remote
+from bowstore.remote import RemoteFolder, is_remote
 from bowstore.train.config import TrainConfig, load_train_config
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.base import called
 
-RECIPES = {
-    "cifar10": ("cifar10_rotnet.yaml", "cifar10_bownet.yaml"),
-    "imagenette": ("imagenette_rotnet.yaml", "imagenette_bownet.yaml"),
-    "imagenet": ("imagenet_rotnet.yaml", "imagenet_conv4.yaml", "imagenet_conv5.yaml"),
-}
 
+def init_workspace(folder: Path, files: Mapping[Path, Path]) -> list[Path]:
+    """Write `bowstore.yaml` into `folder`, and copy a recipe and its configurations; return what was written.
 
-def init_workspace(folder: Path, recipe: str | None) -> list[Path]:
-    """Write `bowstore.yaml` and the recipe's configurations into `folder`; return what was written.
+    Args:
+        folder: the workspace; made if it is not there.
+        files: what is copied, by its place in the folder, the recipe first; files that are there stay as they are.
 
     Raises:
         UsageError: a workspace is already there.
@@ -30,18 +28,18 @@ def init_workspace(folder: Path, recipe: str | None) -> list[Path]:
     path = folder / WORKSPACE_FILE
     if path.exists():
         raise UsageError(f"{path} is already there; edit it, or name another folder")
-    (folder / CONFIGS).mkdir(parents=True, exist_ok=True)
-    written = []
-    for name in RECIPES[recipe] if recipe else ():
-        target = folder / CONFIGS / name
+    written = [path]
+    make_folder(folder / CONFIGS)
+    for name, source in files.items():
+        target = folder / name
         if not target.exists():
+            make_folder(target.parent)
             with atomic_file(target) as file:
-                file.write((bundled_configs() / name).read_bytes())
+                file.write(source.read_bytes())
             written.append(target)
-    config = f"configs/{RECIPES[recipe][1]}" if recipe else "null"
     with atomic_file(path) as file:
-        file.write(_WORKSPACE_TEXT.format(config=config).encode())
-    return [path, *written]
+        file.write(_WORKSPACE_TEXT.format(recipe=next(iter(files), "null")).encode())
+    return written
 
 
 _WORKSPACE_TEXT = """\
@@ -51,7 +49,8 @@ val_shards: null                 # null: data/shards/val, or data/shards/test
 store: data/words.zarr           # written by: bowstore encode
 runs: runs
 teacher: null                    # run or checkpoint; null: the newest finished rotation run
-config: {config}                 # what `bowstore train` trains; null: the student named by the teacher
+config: null                     # what `bowstore train` trains; null: the recipe's next training stage
+recipe: {recipe}
 voc: data/VOCdevkit/VOC2007      # for: bowstore eval voc07
 plugins: []                      # files or modules with sources, tasks and protocols of your own
 """
@@ -106,13 +105,11 @@ def resolve_teacher(workspace: Workspace, teacher: str | None) -> str | Path:
 
 def resolve_train(
     workspace: Workspace,
-    config: Path | None,
+    config: Path,
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """The configuration that `bowstore train` runs, with what the workspace says filled in: paths, storage, words.
-
-    Without `config`: the workspace's, or else the student that the store's teacher names. URLs stay URLs.
+    """A training configuration with what the workspace says filled in: paths, storage, words; URLs stay URLs.
 
     Args:
         workspace: says what the others do not.
@@ -121,12 +118,11 @@ def resolve_train(
         flags: values of other flags by key, `task.store` for one; None counts as not given.
 
     Raises:
-        MissingError: no configuration is named anywhere.
+        MissingError: there is no such file.
         UsageError: a key or value that cannot be used.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    path = config or workspace.config or _student(workspace, given.get("task.store", workspace.store))
-    resolved = load_train_config(path, overrides, given)
+    resolved = load_train_config(config, overrides, given)
     storage = resolved.runtime.storage or workspace.storage
     updates: dict[str, object] = {
         "shards": resolved.shards or workspace.shards,
@@ -135,26 +131,6 @@ def resolve_train(
     if resolve := TASKS.get(resolved.task.name).resolve:
         updates["task"] = called(resolve)(resolved.task, workspace.model_copy(update={"storage": storage}))
     return resolved.model_copy(update=updates)
-
-
-def _student(workspace: Workspace, path: Path) -> Path:
-    """What the configuration of the run names whose network made the words."""
-    from bowstore.words.arrays import reading
-    from bowstore.words.store import open_store
-
-    store = fetch_store(path, workspace.storage)
-    if not store.exists():
-        raise MissingError(
-            f"no --config was given and there is no word store {store}: train a teacher with --config first, then "
-            f"`bowstore encode`"
-        )
-    with reading(f"the teacher's name in word store {store}"):
-        names = sorted({str(layer.attributes["teacher"]["name"]) for layer in open_store(store).every_layer()})
-    found = [workspace.runs / name for name in names if runs.is_run(workspace.runs / name)]
-    students = {str(student) for run in found if (student := runs.read_config(run).get("student"))}
-    if len(students) != 1:
-        raise MissingError(f"the runs that made the words of {store} ({', '.join(names)}) name no one; give --config")
-    return CONFIGS / students.pop()
 
 
 def val_shards(workspace: Workspace) -> Path:

@@ -122,10 +122,10 @@ def train(
     from bowstore.benchmarks.config import TrainBench
     from bowstore.benchmarks.train import bench_training
     from bowstore.config import load_workspace
-    from bowstore.workspace import resolve_train
+    from bowstore.recipes.next import resolve_training
 
     workspace = load_workspace()
-    resolved = resolve_train(workspace, config, overrides, {"shards": shards, "task.store": store})
+    resolved, _ = resolve_training(workspace, config, overrides, {"shards": shards, "task.store": store})
     result = bench_training(resolved, **_settings(TrainBench, given))
     if result:
         _keep(workspace, "train", result, as_json)

@@ -10,7 +10,7 @@ from bowstore.cli.options import command, fields
 
 
 @command()
-@click.option("--config", type=PATH, help="YAML file.  [default: the workspace's, or the teacher's student]")
+@click.option("--config", type=PATH, help="YAML file.  [default: the workspace's, or its recipe's next stage]")
 @click.option(
     "--set", "overrides", type=TEXT, multiple=True, metavar="KEY=VALUE", help="Override, for example optim.lr=0.1."
 )
@@ -33,14 +33,15 @@ def train(
 ) -> None:
     """Train a teacher (task rotation) or BoWNet (task words); under torchrun, on many devices.
 
+    Without a configuration: the next training stage of the workspace's recipe, the teacher first, then BoWNet.
     A run that was interrupted goes on from its newest checkpoint when the same command is given again.
     """
     from bowstore.config import load_workspace
+    from bowstore.recipes.next import resolve_training
     from bowstore.train.loop import train as run_train
-    from bowstore.workspace import resolve_train
 
     workspace = load_workspace()
-    resolved = resolve_train(workspace, config, overrides, {**given, "task.store": store})
-    report = run_train(resolved, workspace.runs, resume=resume)
+    resolved, runs = resolve_training(workspace, config, overrides, {**given, "task.store": store})
+    report = run_train(resolved, runs, resume=resume)
     if report.first:
         emit(report.as_dict(), report.text(), as_json)

@@ -66,10 +66,12 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 
 @click.command()
 @click.argument("folder", type=PATH, default=Path())
-@click.option("--recipe", type=TEXT, metavar="NAME", help="Write a recipe and its configurations too.")
-def init(folder: Path, recipe: str | None) -> None:
+@click.option("--recipe", type=PATH, help="Copy a recipe and its configurations too: cifar10, imagenette, imagenet.")
+def init(folder: Path, recipe: Path | None) -> None:
     """Write bowstore.yaml (paths and defaults of a workspace) into FOLDER."""
+    from bowstore.recipes.file import load_recipe, recipe_files
     from bowstore.workspace import init_workspace
 
-    written = [str(path) for path in init_workspace(folder, recipe)]
+    files = recipe_files(load_recipe(recipe)) if recipe else {}
+    written = [str(path) for path in init_workspace(folder, files)]
     emit(written, "\n".join(written), as_json=False)

@@ -1,16 +1,17 @@
 """A recipe's file: found, read, and its stages checked and put in the order of running. Loads no torch."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from bowstore.config import CONFIGS, Place, Seed, Strict, Text, bundled_configs, validate
+from bowstore.config import CONFIGS, Place, Seed, Strict, Text, bundled_configs, find_config, validate
 from bowstore.errors import MissingError, UsageError
 from bowstore.overrides import apply_overrides
-from bowstore.recipes.kinds import KINDS, Spec
+from bowstore.recipes.kinds import KINDS, Spec, TrainSpec
 from bowstore.yaml_file import read_yaml, shown
 
 RECIPES = "recipes"  # the folder, in configs/
@@ -67,7 +68,17 @@ def find_recipe(recipe: Path) -> Path:
     )
 
 
-def load_recipe(recipe: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+def recipe_files(recipe: Recipe) -> dict[Path, Path]:
+    """A recipe's file and those of its training configurations, by their places in a workspace; the recipe first."""
+    files = {CONFIGS / RECIPES / f"{recipe.name}.yaml": recipe.path}
+    for spec in recipe.stages.values():
+        if isinstance(spec, TrainSpec):
+            bundled = bundled_configs() / spec.train.name
+            files[CONFIGS / spec.train.name] = bundled if bundled.is_file() else find_config(spec.train)
+    return files
+
+
+def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe: stages of known kinds, with inputs that are there, of the right kind, without a circle.
 
     Args:

@@ -1,142 +1,40 @@
 """A recipe in a workspace: each stage with its settings checked, what it reads and what it writes. Loads no torch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from bowstore import runs
-from bowstore.config import Workspace, find_config, validate
+from bowstore.config import Strict, Workspace, find_config, validate
 from bowstore.errors import BowstoreError, UsageError
-from bowstore.recipes.evaluations import SETTINGS, EvalSettings
+from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.protocol import Kind, function
+from bowstore.evaluate.protocols import PROTOCOLS
 from bowstore.recipes.file import Recipe, kind_of, stage_of
 from bowstore.recipes.kinds import (
     DownloadSpec,
     EncodeSpec,
     EvalSpec,
-    ImagesToShards,
-    RenderConfig,
     RenderSpec,
     ShardsSpec,
     Spec,
     TrainSpec,
 )
+from bowstore.recipes.steps import (
+    OWN_PLACE,
+    Cell,
+    EncodeStep,
+    EvalStep,
+    ImagesStep,
+    Plan,
+    ShardsStep,
+    Step,
+    TrainStep,
+    in_stage,
+)
 from bowstore.remote import is_remote
-from bowstore.train.config import TrainConfig, load_train_config
+from bowstore.train.config import load_train_config
 from bowstore.words.config import EncodeConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """A stage, ready to run.
-
-    Attributes:
-        name: the stage's.
-        kind: the stage's.
-        reads: what it needs, as a user knows it.
-        writes: where its results go; no two stages write to one place.
-    """
-
-    name: str
-    kind: str
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-
-    @property
-    def known_whole(self) -> bool:
-        """Whether all that it was made of is compared without torch, so that it is skipped once done."""
-        return True
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImagesStep(Step):
-    """Images are rendered, or a data set is fetched into `folder`; `out` is what shards are made of."""
-
-    out: Path
-    folder: Path
-    render: RenderConfig | None = None
-    download: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardsStep(Step):
-    """Images become shards: `out/SPLIT` of each split; `train` and `test` are what other stages read of them."""
-
-    src: Path
-    out: Path
-    train: Path
-    test: Path
-    config: ImagesToShards
-
-    @property
-    def known_whole(self) -> bool:
-        """Not so: the source has to be listed."""
-        return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainStep(Step):
-    """A run: its configuration as it will be resolved, and what makes it of the file."""
-
-    run: Path
-    config: TrainConfig
-    file: Path
-    flags: dict[str, Any]
-    on: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeStep(Step):
-    """Layers of a store."""
-
-    config: EncodeConfig
-    on: Path
-    store: Path
-
-    @property
-    def known_whole(self) -> bool:
-        """Where the teacher is a run: of another network the weights have to be loaded."""
-        return runs.is_finished(Path(self.config.teacher))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One network, by its run, under one protocol; `row` is what the table calls the network."""
-
-    row: str
-    run: Path
-    random: bool
-    protocol: str
-    settings: EvalSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalStep(Step):
-    """Evaluations of networks."""
-
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe in a workspace.
-
-    Attributes:
-        recipe: the recipe.
-        workspace: says what the recipe does not; its runs are those of the recipe.
-        steps: by the stages' names, each behind its inputs.
-        folder: where relative places lie.
-        result: file of the results.
-        seed: of the whole recipe; None for those of the configurations.
-    """
-
-    recipe: Recipe
-    workspace: Workspace
-    steps: dict[str, Step]
-    folder: Path
-    result: Path
-    seed: int | None
 
 
 def make_plan(recipe: Recipe, workspace: Workspace, *, seed: int | None = None, folder: Path | None = None) -> Plan:
@@ -165,13 +63,12 @@ def make_plan(recipe: Recipe, workspace: Workspace, *, seed: int | None = None, 
     return Plan(recipe, workspace, maker.steps, places.folder, result, seed)
 
 
-@contextmanager
-def in_stage(name: str, recipe: Recipe) -> Iterator[None]:
-    """Errors say the stage in which they came up."""
-    try:
-        yield
-    except BowstoreError as error:
-        raise type(error)(f"{recipe.path}: stage {name!r}: {error}") from error
+def again(plan: Plan) -> Plan:
+    """The same plan as it is now: what a protocol is asked may follow from images that were not there before."""
+    return make_plan(plan.recipe, plan.workspace, seed=plan.seed, folder=plan.folder)
+
+
+_HOW = EvalConfig.model_fields.keys() - {"run", "random"}  # what an evaluation's settings may say of how it runs
 
 
 @dataclass(frozen=True)
@@ -199,7 +96,7 @@ class _Maker:
     def add(self, name: str, spec: Spec) -> None:
         """Make the step of a stage."""
         made = getattr(self, f"_{kind_of(spec)}")(spec, name)
-        self.steps[name] = made
+        self.steps[name] = replace(made, after=tuple(stage_of(reference) for _, reference in spec.inputs()))
 
     def _render(self, spec: RenderSpec, name: str) -> Step:
         out = self.places.of(spec.out)
@@ -290,31 +187,45 @@ class _Maker:
         )  # fmt: skip
 
     def _eval(self, spec: EvalSpec, name: str) -> Step:
-        cells = []
         try:
-            protocols = spec.protocols()
-        except ValueError as error:
+            protocols = [self._protocol(spec, *item) for item in spec.protocols()]
+        except ValueError as error:  # UsageError, too
             raise UsageError(f"eval: {error}") from error
-        for protocol, values in protocols:
-            if protocol not in SETTINGS:
-                raise UsageError(f"no protocol {protocol!r}; there are {', '.join(SETTINGS)}")
-            model = SETTINGS[protocol]
-            if "train" in model.model_fields:
-                values = {"train": self._split(spec.train, "train"), "test": self._split(spec.test, "test"), **values}
-            elif "voc" in model.model_fields:
-                values = {"voc": self.workspace.voc, **values}
-            settings = validate(model, values, f"eval {protocol}")
-            networks = [("random network", spec.random)] if spec.random else []
-            networks += [(stage, stage) for stage in spec.of]
-            for row, stage in networks:
-                run = cast(TrainStep, self.steps[stage]).run
-                cells.append(Cell(row=row, run=run, random=row != stage, protocol=protocol, settings=settings))
-        reads = dict.fromkeys(str(cell.run) for cell in cells)
-        reads |= dict.fromkeys(str(place) for cell in cells for place in cell.settings.data().values())
-        return EvalStep(
-            name=name, kind="eval", reads=tuple(reads), writes=tuple(str(result_file(cell)) for cell in cells),
-            cells=tuple(cells),
+        for role in ("train", "test"):
+            if getattr(spec, role) and not any(role in kind.settings.model_fields for kind, _, _ in protocols):
+                raise UsageError(
+                    f"{' and '.join(kind.name for kind, _, _ in protocols)} take no `{role}`; leave it out"
+                )
+        networks = [("random network", spec.random)] if spec.random else []
+        networks += [(stage, stage) for stage in spec.of]
+        cells = tuple(
+            Cell(
+                row=row, run=(run := cast(TrainStep, self.steps[stage]).run), kind=kind, settings=settings,
+                config=config.model_copy(update={"run": str(run), "random": row != stage}),
+            )
+            for kind, settings, config in protocols
+            for row, stage in networks
         )  # fmt: skip
+        reads = dict.fromkeys(str(cell.run) for cell in cells)
+        reads |= dict.fromkeys(str(place) for cell in cells for place in cell.data.values())
+        return EvalStep(
+            name=name, kind="eval", reads=tuple(reads), writes=tuple(str(cell.result) for cell in cells), cells=cells
+        )
+
+    def _protocol(self, spec: EvalSpec, name: str, values: dict[str, Any]) -> tuple[Kind, Strict, EvalConfig]:
+        """A protocol, its settings with what the workspace says, and how it runs."""
+        kind = PROTOCOLS.get(name)
+        fields = kind.settings.model_fields
+        data = {role: self._split(getattr(spec, role), role) for role in ("train", "test") if getattr(spec, role)}
+        how = {key: value for key, value in values.items() if key in _HOW and key not in fields}
+        own = {key: value for key, value in values.items() if key not in how}
+        own = {**{role: place for role, place in data.items() if role in fields}, **own}
+        settings = validate(kind.settings, own, name)
+        try:
+            settings = function(kind.resolve)(settings, self.workspace)
+        except BowstoreError:  # what it looks at is not there yet
+            pass
+        return kind, settings, validate(EvalConfig, how, name)
 
     def _split(self, reference: str | None, role: str) -> Path:
         """The shards that an input means; None for the workspace's."""
@@ -325,11 +236,6 @@ class _Maker:
         if split:
             return step.out / split
         return step.test if role == "test" else step.train
-
-
-def result_file(cell: Cell) -> Path:
-    """Where the result of a cell lies."""
-    return runs.result_path(cell.run / runs.RANDOM_FOLDER if cell.random else cell.run, cell.settings.id)
 
 
 def _test_of(out: Path) -> Path:
@@ -354,15 +260,5 @@ def _check_places(steps: dict[str, Step], recipe: Recipe) -> None:
             if (other := writers.setdefault(place, step.name)) != step.name:
                 raise UsageError(
                     f"{recipe.path}: stages {other!r} and {step.name!r} both write {place}; give one of them another "
-                    f"{_REMEDIES[step.kind]}"
+                    f"{OWN_PLACE[step.kind]}"
                 )
-
-
-_REMEDIES = {
-    "render": "`out:`",
-    "download": "`out:`",
-    "shards": "`out:`",
-    "train": "`name:`",
-    "encode": "`store:`",
-    "eval": "protocol or network",
-}

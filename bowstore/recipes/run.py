@@ -5,20 +5,19 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
-from bowstore.config import Workspace, validate
+from bowstore.config import Workspace
 from bowstore.data.downloads import fetch
 from bowstore.data.shards import make_shards
 from bowstore.data.synthetic import write_images
 from bowstore.errors import MismatchError
-from bowstore.evaluate.config import EvalConfig
 from bowstore.evaluate.kept import FeatureSets
-from bowstore.evaluate.protocols import PROTOCOLS
 from bowstore.evaluate.results import Result, comparison_table, read_result
 from bowstore.evaluate.runner import evaluate
 from bowstore.files import make_folder, write_json
 from bowstore.progress import format_seconds, say, timed
-from bowstore.recipes.plan import (
-    Cell,
+from bowstore.recipes.plan import again
+from bowstore.recipes.state import DONE, cell_is_done, is_wanted, state_of
+from bowstore.recipes.steps import (
     EncodeStep,
     EvalStep,
     ImagesStep,
@@ -27,9 +26,8 @@ from bowstore.recipes.plan import (
     Step,
     TrainStep,
     in_stage,
-    result_file,
+    remedy_of,
 )
-from bowstore.recipes.state import DONE, cell_is_done, is_wanted, state_of
 from bowstore.train.loop import train
 from bowstore.words.encode import encode
 from bowstore.workspace import resolve_train
@@ -86,19 +84,20 @@ def run_recipe(plan: Plan) -> RecipeResult:
         BowstoreError: as the stage's own command; the message says which stage.
     """
     seconds: dict[str, float] = {}
-    for name, step in plan.steps.items():
+    for name, planned in plan.steps.items():
         with in_stage(name, plan.recipe), timed(seconds, name):
+            step = again(plan).steps[name] if isinstance(planned, EvalStep) else planned
             state = state_of(step)
             if state.problem:
-                raise MismatchError(state.problem)
+                raise MismatchError(f"{state.problem}; {remedy_of(step)}")
             if state == DONE and step.known_whole:
                 say(f"{name}: done already")
             elif is_wanted(step, plan):
                 run_step(step, plan.workspace)
     rows: dict[str, list[Result]] = {}
-    for step in plan.steps.values():
+    for step in again(plan).steps.values():
         for cell in step.cells if isinstance(step, EvalStep) else ():
-            rows.setdefault(cell.row, []).append(read_result(result_file(cell)))
+            rows.setdefault(cell.row, []).append(read_result(cell.result))
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     result = RecipeResult(plan, rows, seconds, 1024 * max(usage))
     make_folder(plan.result.parent)
@@ -145,15 +144,4 @@ def _(step: EvalStep, workspace: Workspace) -> None:
     kept = FeatureSets()
     for cell in step.cells:
         if not cell_is_done(cell):
-            _evaluate(cell, workspace, kept)
-
-
-def _evaluate(cell: Cell, workspace: Workspace, kept: FeatureSets) -> None:
-    """Evaluate one network; what the protocols share of it is computed once a stage."""
-    kind = PROTOCOLS.get(cell.protocol)
-    asked = {name: getattr(cell.settings, name) for name in kind.settings.model_fields if hasattr(cell.settings, name)}
-    if asked.get("held_out"):
-        del asked["test"]
-    shared = {name: getattr(cell.settings, name) for name in ("batch", "device", "compile")}
-    config = EvalConfig(run=str(cell.run), random=cell.random, **shared)
-    evaluate(kind, validate(kind.settings, asked, f"eval {cell.protocol}"), config, workspace, kept=kept)
+            evaluate(cell.kind, cell.settings, cell.config, workspace, kept=kept)

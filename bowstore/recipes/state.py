@@ -8,24 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bowstore import runs
-from bowstore.config import validate
+from bowstore.config import dump, validate
 from bowstore.data.records import PARTS_FOLDER, PLAN_FILE, read_manifest
 from bowstore.data.synthetic import MARKER
 from bowstore.data.table import INDEX_FILE, read_header
 from bowstore.errors import MissingError
 from bowstore.files import read_json
-from bowstore.recipes.plan import (
-    Cell,
-    EncodeStep,
-    EvalStep,
-    ImagesStep,
-    Plan,
-    ShardsStep,
-    Step,
-    TrainStep,
-    in_stage,
-    result_file,
-)
+from bowstore.recipes.steps import Cell, EncodeStep, EvalStep, ImagesStep, Plan, ShardsStep, Step, TrainStep, in_stage
 from bowstore.remote import is_remote
 from bowstore.train.config import TrainConfig, differences
 from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
@@ -39,7 +28,7 @@ class State(NamedTuple):
 
     Attributes:
         so_far: done, begun, or neither.
-        problem: what lies there is of other settings: what differs, and what to do; empty if nothing.
+        problem: what lies there is of other settings or inputs: what differs; empty if nothing.
     """
 
     so_far: Literal["done", "begun", "to do"]
@@ -69,7 +58,7 @@ def _(step: ImagesStep) -> State:
         return TO_DO
     for name, value in step.render:
         if marker.get(name) != value:
-            problem = f"{step.out} holds images of {name} {marker.get(name)}, not {value}; name another `out:`"
+            problem = f"{step.out} holds images of {name} {marker.get(name)}, not {value}"
             return State("done", problem)
     return DONE if marker.get("complete") else BEGUN
 
@@ -87,9 +76,7 @@ def _(step: ShardsStep) -> State:
         made = manifest.values["settings"]
         for name in ("seed", "per_shard"):
             if made[name] != (value := getattr(step.config, name)):
-                return State(
-                    "done", f"{folder} was made with {name} {made[name]}, not {value}; set it back, or take another OUT"
-                )
+                return State("done", f"{folder} was made with {name} {made[name]}, not {value}")
     if begun:
         return BEGUN
     return DONE if (step.train / INDEX_FILE).exists() else TO_DO
@@ -107,12 +94,11 @@ def run_state(run: Path, config: TrainConfig) -> State:
     so_far: Literal["done", "begun"] = "done" if runs.is_finished(run) else "begun"
     there = validate(TrainConfig, runs.read_config(run), str(run / runs.CONFIG_FILE))
     if found := differences(there, config):
-        remedy = "set it back, or give the stage another `name:`"
-        return State(so_far, f"run directory {run} holds another configuration ({found[0]}); {remedy}")
+        return State(so_far, f"run directory {run} holds another configuration ({found[0]})")
     made_of = read_json(run / runs.ENVIRONMENT_FILE).get("inputs", {}) if so_far == "done" else {}
     here = fingerprint(config.shards) if config.shards else None
     if here and made_of.get("shards") not in (None, here):
-        return State(so_far, f"{run} was trained on other images than {config.shards} holds; give it another `name:`")
+        return State(so_far, f"{run} was trained on other images than {config.shards} holds")
     return State(so_far)
 
 
@@ -121,12 +107,11 @@ def _(step: EncodeStep) -> State:
     if is_remote(step.store) or not step.store.exists():
         return TO_DO
     layers = {layer.name: layer for layer in Store(step.store).every_layer()}
-    for problem in _store_problems(step, layers):
-        return State("begun", f"{problem}; set it back, or name another `store:`")
     there = [layers[name] for name in step.config.layers if name in layers]
-    if len(there) == len(step.config.layers) and all(layer.complete for layer in there):
-        return DONE
-    return BEGUN if there else TO_DO
+    done = len(there) == len(step.config.layers) and all(layer.complete for layer in there)
+    for problem in _store_problems(step, layers):
+        return State("done" if done else "begun", problem)
+    return DONE if done else BEGUN if there else TO_DO
 
 
 def _store_problems(step: EncodeStep, layers: dict[str, Layer]) -> Iterator[str]:
@@ -166,20 +151,22 @@ def _(step: EvalStep) -> State:
 
 def cell_is_done(cell: Cell) -> bool:
     """Whether the result of these weights, images and settings is there."""
-    path = result_file(cell)
     try:
-        result = read_json(path)
-        inputs, settings = result["inputs"], result["settings"]
-        recorded = {**settings, **settings.get("probe", {})}
+        result = read_json(cell.result)
+        inputs, settings, version = result["inputs"], result["settings"], result["protocol_version"]
+        recorded = {**settings.get("probe", {}), **settings.get("options", {})}  # options: not before 0.2
     except (MissingError, KeyError, TypeError, AttributeError):
         return False
-    for role, place in cell.settings.data().items():
-        if role and (here := fingerprint(place)) and inputs.get(role) != here:
-            return False
-    if any(recorded.get(name) != value for name, value in cell.settings.decisive().items()):
+    if version != cell.kind.describe(cell.settings).version:
         return False
-    if cell.random:  # the run's own seed and network, unless its configuration was written since
-        return path.stat().st_mtime >= (cell.run / runs.CONFIG_FILE).stat().st_mtime
+    for name, value in dump(cell.settings).items():
+        there, here = recorded.get(name, value), value
+        if name in cell.data and (known := fingerprint(cell.data[name])):
+            there, here = inputs.get(name), known  # the images, wherever they lie
+        if there != here:
+            return False
+    if cell.config.random:  # of the run's own seed and network, unless its configuration was written since
+        return cell.result.stat().st_mtime >= (cell.run / runs.CONFIG_FILE).stat().st_mtime
     return bool(inputs.get("weights_sha256") == run_weights(cell.run))
 
 
@@ -201,6 +188,11 @@ def run_weights(run: Path) -> str | None:
         return digest.hexdigest()
     except (OSError, ValueError, KeyError, TypeError):
         return None  # who loads it says what is wrong
+
+
+def layer_of(store: Path, name: str | None) -> bool:
+    """Whether a complete layer of that name is there."""
+    return store.exists() and name in Store(store).layers
 
 
 def fingerprint(shards: Path) -> str | None:

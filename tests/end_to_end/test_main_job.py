@@ -26,7 +26,7 @@ SHORT = [*QUICK]
 for value in ("optim.epochs=2", "optim.milestones=[1]", "optim.steps_per_epoch=7"):
     SHORT += ["--set", value]
 ROTNET = ["train", "--config", "cifar10_rotnet.yaml", *SHORT]
-BOWNET = ["train", *SHORT]
+NEXT = BOWNET = ["train", *SHORT]  # the next stage of the recipe: the teacher first, from then on BoWNet
 ENCODE = ["encode", "--layer", "block3", "--K", "16", "--sample-per-word", "64", "--iterations", "5"]
 
 
@@ -44,8 +44,9 @@ def prepared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = Path.cwd()
     os.chdir(folder)
     try:
+        call("init", "--recipe", "cifar10")
         call("shards", images, "data/shards", "--workers", 1)
-        call(*ROTNET)
+        call(*NEXT)
         call(*ENCODE)
     finally:
         os.chdir(here)
@@ -100,6 +101,21 @@ def test_the_four_commands(workspace: Path) -> None:
     assert "cifar10_bownet" in call("eval", "linear", "--run", "cifar10_bownet")
     call("eval", "linear", "--random")
     assert (workspace / "runs/cifar10_bownet/random/eval/linear-bownet-cifar.json").is_file()
+
+
+def test_train_takes_the_recipes_next_stage_or_says_what_it_waits_for(workspace: Path) -> None:
+    (workspace / "data/words.zarr").rename(workspace / "words.zarr")
+    waits = (
+        "stage 'bownet' waits for layer block3 of word store data/words.zarr: make it, `bowstore encode --layer block3 "
+    )
+    assert waits in refused("train")
+    shutil.rmtree(workspace / "runs")
+    (workspace / "data/shards").rename(workspace / "shards")
+    assert "stage 'rotnet' waits for shards in data/shards/train: make them, `bowstore shards IMAGES" in refused(
+        "train"
+    )
+    (workspace / "bowstore.yaml").unlink()
+    assert "give --config CONFIG, or write `recipe: NAME` into bowstore.yaml" in refused("train")
 
 
 def test_bench_train(workspace: Path) -> None:
@@ -189,7 +205,6 @@ def test_mistakes_are_one_line(workspace: Path) -> None:
     for arguments, code, words in cases:
         assert words in refused(*arguments, code=code), arguments
     assert not (workspace / "out").exists()
-    call("init", "--recipe", "cifar10")
     assert "is already there" in refused("init", code=2)
     assert "finished already" in call(*ROTNET)
 

@@ -10,11 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from bowstore.cli import main
-from bowstore.config import Workspace
+from bowstore.config import Workspace, load_workspace
 from bowstore.errors import MissingError, UsageError
 from bowstore.recipes.file import bundled_recipes, find_recipe, load_recipe
-from bowstore.recipes.plan import EncodeStep, EvalStep, Plan, ShardsStep, TrainStep, make_plan
+from bowstore.recipes.plan import make_plan
 from bowstore.recipes.state import overview
+from bowstore.recipes.steps import EncodeStep, EvalStep, Plan, ShardsStep, TrainStep
 
 SMALL = """
 stages:
@@ -59,11 +60,11 @@ MISTAKES = [
     ("num_words", "num_word", r"'words': encode: unknown configuration key 'num_word'; did you mean 'num_words'\?"),
     ("bownet.yaml", "bownet.yaml, set: {optim.epoch: 2}", r"key 'optim\.epoch'; did you mean 'epochs'\?"),
     ("cifar10_bownet.yaml", "nobody.yaml", r"stage 'bownet': no configuration file nobody\.yaml"),
-    ("eval: linear", "eval: liner", r"stage 'linear': no protocol 'liner'"),
+    ("eval: linear", "eval: liner", r"stage 'linear': eval: no protocol 'liner'; did you mean 'linear'"),
     (
         "eval: linear",
         "eval: {linear: {seeds: 1}}",
-        r"eval linear: unknown configuration key 'seeds'; did you mean 'seed'",
+        r"eval: linear: unknown configuration key 'seeds'; did you mean 'seed'",
     ),
     ("eval: linear", "eval: [3]", r"eval: 3 is no protocol; write its name"),
     ("teacher: rotnet, ", "", r"stage 'words': no teacher; name the stage that trains it"),
@@ -146,7 +147,7 @@ def test_places_are_the_workspaces_unless_named() -> None:
     assert isinstance(bownet, TrainStep)
     assert bownet.reads == ("data/shards/train", "data/words.zarr/block3")
     assert isinstance(linear, EvalStep)
-    assert [(cell.row, cell.run.name, cell.random) for cell in linear.cells] == [
+    assert [(cell.row, cell.run.name, cell.config.random) for cell in linear.cells] == [
         ("random network", "cifar10_bownet", True),
         ("rotnet", "cifar10_rotnet", False),
         ("bownet", "cifar10_bownet", False),
@@ -169,6 +170,21 @@ def test_bundled_recipes_can_be_planned(name: str) -> None:
     steps = make_plan(load_recipe(path), Workspace()).steps
     assert {step.kind for step in steps.values()} >= {"shards", "train", "encode", "eval"}
     assert all(word in path.read_text() for word in ("# Command:", "# Hardware:", "# Expected:"))
+
+
+def test_init_writes_a_recipe_with_its_configurations() -> None:
+    result = CliRunner().invoke(main, ["init", "--recipe", "imagenet"])
+    assert result.stdout.split() == [
+        "bowstore.yaml", "configs/recipes/imagenet.yaml", "configs/imagenet_rotnet.yaml", "configs/imagenet_conv4.yaml",
+        "configs/imagenet_conv5.yaml",
+    ]  # fmt: skip
+    workspace = load_workspace()
+    assert workspace.recipe == Path("configs/recipes/imagenet.yaml")
+    assert list(make_plan(load_recipe(workspace.recipe), workspace).steps)[-1] == "voc07"
+    assert "is already there" in CliRunner().invoke(main, ["init", "--recipe", "imagenet"]).stderr
+    assert (
+        "no recipe mnist; those that come with" in CliRunner().invoke(main, ["init", "x", "--recipe", "mnist"]).stderr
+    )
 
 
 def test_a_dry_run_loads_no_torch_and_writes_nothing() -> None:
