@@ -13,7 +13,7 @@ from shard_sets import real_data
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from bowstore.config import ModelConfig, ViewConfig
+from bowstore.config import ModelConfig, ViewConfig, Workspace
 from bowstore.data.config import ShardsConfig
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches, train_batches
@@ -21,6 +21,10 @@ from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.shards import make_shards
 from bowstore.data.views import clean_view
+from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.protocols import PROTOCOLS
+from bowstore.evaluate.protocols.fewshot import FewShotSettings
+from bowstore.evaluate.runner import evaluate
 from bowstore.models.saved import SavedNetwork, save_backbone
 from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
@@ -29,12 +33,12 @@ from bowstore.words.store import open_store
 CPU = torch.device("cpu")
 
 
-def unpack(archive: Path, folder: Path, count: int, *, every: int = 1) -> Path:
-    """Copy some images out of an archive of train/CLASS/name files."""
+def unpack(archive: Path, folder: Path, count: int, *, every: int = 1, split: str = "train") -> Path:
+    """Copy some images out of an archive of SPLIT/CLASS/name files."""
     with tarfile.open(archive) as tar:
-        images = (m for m in tar if m.isreg() and m.name.lower().endswith((".jpg", ".jpeg")) and "train/" in m.name)
+        images = (m for m in tar if m.isreg() and m.name.lower().endswith((".jpg", ".jpeg")) and f"{split}/" in m.name)
         for member in islice(images, 0, count * every, every):
-            path = folder / "train" / Path(member.name).parent.name / Path(member.name).name
+            path = folder / split / Path(member.name).parent.name / Path(member.name).name
             path.parent.mkdir(parents=True, exist_ok=True)
             file = tar.extractfile(member)
             assert file is not None
@@ -92,9 +96,20 @@ def test_resnet50_words_have_the_papers_size(photographs: Path, tmp_path: Path) 
     assert open_store(tmp_path / "words.zarr").load_words("conv4").shape == (24, 14, 14)
 
 
-def test_cifar_images_pass(tmp_path: Path) -> None:
-    unpack(real_data("cifar10-jpeg.tar.gz"), tmp_path / "images", 200)
+def test_cifar_images_pass_and_are_told_apart(tmp_path: Path) -> None:
+    """60 images of each of three classes, by a network that has learned nothing but whose colours differ."""
+    unpack(real_data("cifar10-jpeg.tar.gz"), tmp_path / "images", 180, every=16, split="test")
     (report,) = make_shards(tmp_path / "images", tmp_path / "shards", ShardsConfig(workers=1))
-    assert report.written == 200
-    index = open_index(tmp_path / "shards" / "train")
+    assert report.written == 180
+    index = open_index(tmp_path / "shards" / "test")
     assert set(index.height.tolist()) == set(index.width.tolist()) == {32}
+    view, model = ViewConfig(size=32, resize=None), ModelConfig(arch="wrn-10-1")
+    network = SavedNetwork(name="random", task="rotation", view=view, model=model)
+    save_backbone(tmp_path / "random.safetensors", network.fresh(), network)
+    run, workspace = EvalConfig(run=str(tmp_path / "random.safetensors")), Workspace(shards=tmp_path / "shards/test")
+    few = FewShotSettings(ways=3, shots=(1, 40), classes=("Bird,auto-mobile,AIRPLANE",), episodes=200)
+    found = evaluate(PROTOCOLS.get("fewshot"), few, run, workspace).result.metrics
+    assert 1 / 3 < found["1-shot"] < found["40-shot"] < 0.7, found
+    knn = PROTOCOLS.get("knn")
+    top1 = evaluate(knn, knn.settings(k=20, held_out=True), run, workspace).result.metrics["top1"]
+    assert 1 / 3 < top1 < 0.9

@@ -1,6 +1,7 @@
 """The protocol fewshot: its id, which shards and classes it takes, what it refuses, and a whole evaluation."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from shard_sets import ShardMaker
+from source_sets import tiny_image, write_file
 
 from bowstore.config import ViewConfig, Workspace, dump, validate
+from bowstore.data.config import ShardsConfig
+from bowstore.data.shards import make_shards
 from bowstore.errors import DataError, MissingError, UsageError
 from bowstore.evaluate.classes import class_lists
 from bowstore.evaluate.config import EvalConfig
@@ -213,6 +217,29 @@ def test_classes_without_images_or_names(lay_out: Any) -> None:
     lay_out({"data/shards/test": numbers})
     assert resolved()[1]["test"].classes == tuple("012345")
     assert resolved(classes=["1,3,5"], ways=3)[1]["test"].classes == tuple("135")
+
+
+def test_miniimagenet_as_it_is_laid_out(tmp_path: Path) -> None:
+    """Shards of the source itself: each split numbers classes of its own, and images lie shuffled."""
+    root, number = tmp_path / "mini", 0
+    for split, classes in {"train": ("n12", "n11"), "val": ("n13",), "test": NOVEL[::-1]}.items():
+        lines = ["filename,label"]
+        for name, image in product(classes, range(3)):
+            lines.append(f"{name}{image:08d}.jpg,{name}")
+            write_file(root / "images" / f"{name}{image:08d}.jpg", tiny_image(number := number + 1))
+        write_file(root / f"{split}.csv", "\n".join(lines))
+    make_shards(root, tmp_path / "shards", ShardsConfig(workers=1))
+    workspace = Workspace(shards=tmp_path / "shards/train")
+    settings, data = resolved(workspace, shots=[1], queries=2)
+    assert describe(settings).id == "fewshot/5way-1shot/miniimagenet-test"
+    assert data["test"].classes == NOVEL
+    assert data.dataset is None  # it has 600 images a class
+    keys = [data["test"].open().name(row) for row in data["test"].rows.tolist()]
+    assert [key.rpartition("/")[2][:9] for key in keys] == [name for name in NOVEL for _ in range(3)]
+    with pytest.raises(
+        UsageError, match=rf"val lacks 20 of 20 classes: .*; {tmp_path}/shards/test has them all: --test"
+    ):
+        resolved(workspace, test=tmp_path / "shards/val", classes=["miniimagenet-test"])
 
 
 class TestWhole:
