@@ -18,11 +18,12 @@ import torch
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import StorageConfig, ViewConfig
+from bowstore.data.config import HW_LOAD
 from bowstore.data.feed import PREFETCH
 from bowstore.data.finish import AHEAD
 from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import HW_LOAD, Stage, stages, train_batches
+from bowstore.data.pipeline import Stage, stages, train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.environment import cores, device_name

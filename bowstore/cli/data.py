@@ -95,7 +95,6 @@ def shards(src: Path, out: Path, given: dict[str, Any], as_json: bool) -> None:
 
     load_workspace()
     local_only(out, "write into a local folder, then copy it there")
-    load_workspace()
     reports = make_shards(src, out, validate(ShardsConfig, given, "shards"))
     lines = [*(report.summary() for report in reports), closing_line(reports)]
     emit([report.as_dict() for report in reports], "\n".join(lines), as_json)

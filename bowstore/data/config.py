@@ -1,9 +1,11 @@
-"""What making shards is told. Loads neither torch nor NumPy."""
+"""What making shards is told, and what loaders take by default. Loads neither torch nor NumPy."""
 
 from pydantic import Field
 
 from bowstore.config import Count, Listed, Seed, Strict, Text, Threads
 from bowstore.data.sources.base import Folders
+
+HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
 
 
 class ShardsConfig(Strict):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bowstore.config import ViewConfig
 from bowstore.data.batches import TrainingPixels, bounded
+from bowstore.data.config import HW_LOAD
 from bowstore.data.cutmix import paste, paste_inputs
 from bowstore.data.decode import Decoder
 from bowstore.data.feed import Feed, as_images, new_pipeline, run
@@ -29,7 +30,6 @@ from bowstore.data.views import Batch, CleanView, jitters
 from bowstore.environment import cores_per_rank
 
 _FILTER_MARGIN = 2.0  # beyond the antialiased filter's support, for rounding
-HW_LOAD = 0.65  # DALI's default; the best value falls as CPU threads rise, so `bowstore bench loader` sweeps it
 _MOST_SIDES = 6430, 5980  # of ImageNet's largest images: for these DALI's own example allocates, with batches of 256
 Stage = Literal["decode", "resize", "flip", "jitter", "cutmix", "normalise"]
 _WINDOW, _MIRROR = ("encoded", "start", "shape"), ("mirror",)

@@ -25,6 +25,7 @@ from bowstore.config import (
     validate,
     value_differences,
 )
+from bowstore.data.config import HW_LOAD
 from bowstore.errors import MissingError, UsageError
 from bowstore.limits import MAX_BATCH, MAX_FLOAT
 from bowstore.overrides import apply_overrides
@@ -68,7 +69,7 @@ class RuntimeConfig(Computing):
 
     amp: bool = Field(True, description="bfloat16 autocast on a GPU")
     pad_stem: bool = Field(False, description="run the first convolution on four channels, for a GPU's tensor cores")
-    hw_decoder_load: Unit = Field(0.65, description="share of the JPEGs that a GPU's hardware decoder takes")
+    hw_decoder_load: Unit = Field(HW_LOAD, description="share of the JPEGs that a GPU's hardware decoder takes")
     targets: Literal["auto", "resident", "host", "streamed"] = Field(
         "auto", description="where the words lie: on the device, in host memory, on disk; auto: by their size"
     )

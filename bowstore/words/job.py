@@ -19,12 +19,10 @@ from bowstore.data.index import Index
 from bowstore.data.resize import resized_by
 from bowstore.errors import MismatchError, UsageError
 from bowstore.words.arithmetic import Arithmetic
-from bowstore.words.config import EncodeConfig
+from bowstore.words.config import BATCH, EncodeConfig
 from bowstore.words.layer import VOCABULARY_SETTINGS, Layer, map_text
 from bowstore.words.store import Store
 from bowstore.words.teacher import Teacher, TeacherLayer
-
-_BATCH = {"cpu": 16, "cuda": 256}  # on a CPU what a core's cache holds: 16 images run as fast as 8, and 32 slower
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Job:
     @property
     def batch(self) -> int:
         """Images a batch."""
-        return self.config.batch or _BATCH[self.device.type]
+        return self.config.batch or BATCH[self.device.type]
 
     @property
     def names(self) -> tuple[str, ...]:
