@@ -23,9 +23,10 @@ from bowstore.data.feed import PREFETCH
 from bowstore.data.finish import AHEAD
 from bowstore.data.gpu_decode import Way, gpu_decoding
 from bowstore.data.index import Index, open_index
-from bowstore.data.pipeline import Stage, stages, train_batches
+from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader
+from bowstore.data.views import Stage, stages
 from bowstore.environment import cores, device_name
 from bowstore.errors import UsageError
 from bowstore.progress import Progress

@@ -4,14 +4,24 @@ Legend: B batch, C channels, H W pixels of the network input.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bowstore.config import Triple, ViewConfig
 from bowstore.data.plan import Plan
+
+Stage = Literal["decode", "resize", "flip", "jitter", "cutmix", "normalise"]
+
+
+def stages(device: torch.device) -> tuple[Stage, ...]:
+    """What is done to an image, in this order; on a CPU all after the resize is one pass, and each adds to it."""
+    if device.type == "cuda":
+        return ("decode", "resize", "flip", "jitter", "cutmix", "normalise")
+    return ("decode", "resize", "normalise", "flip", "jitter", "cutmix")
 
 
 @dataclass(frozen=True)

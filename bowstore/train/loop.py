@@ -16,6 +16,7 @@ import torch
 
 from bowstore.config import dump
 from bowstore.data.index import Index, open_index
+from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import Plan, Schedule, plans
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.errors import BowstoreError, MismatchError
@@ -129,7 +130,6 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             (run / BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
 
         # --- the loop
-        from bowstore.data.pipeline import train_batches  # DALI: steps on data that is there already go without
 
         local = fetched(index, images=schedule.images, whole=True, display=world.first)
         world.assembled()  # however long the shards take to arrive on some machine

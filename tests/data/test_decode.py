@@ -13,10 +13,12 @@ from PIL import Image
 from shard_sets import ShardMaker
 
 from bowstore.config import ViewConfig
-from bowstore.data import pipeline
+from bowstore.data import graphs
+from bowstore.data.config import HW_LOAD
 from bowstore.data.gpu_decode import Decoding, Way
 from bowstore.data.gpu_probe import decoded, differences, pillow, trials, windows
-from bowstore.data.pipeline import clean_batches, train_batches, train_graph
+from bowstore.data.graphs import train_graph
+from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Origin, generator, perturb
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import CleanView
@@ -121,7 +123,7 @@ def test_a_hardware_decoder_gets_memory_for_the_largest_sides(
     source = ShardReader(make_shard_set(8, size=32))
     assert source.largest() == (36, 34)
     monkeypatch.setattr(source, "largest", lambda: largest)
-    monkeypatch.setattr(pipeline, "gpu_decoding", lambda device: Decoding("image", "", 7, ""))
+    monkeypatch.setattr(graphs, "gpu_decoding", lambda device: Decoding("image", "", 7, ""))
     found = []
     original = fn.decoders.image_slice
     monkeypatch.setattr(fn.decoders, "image_slice", lambda *args, **how: found.append(how) or original(*args, **how))
@@ -131,14 +133,14 @@ def test_a_hardware_decoder_gets_memory_for_the_largest_sides(
     assert (how["preallocate_height_hint"], how["preallocate_width_hint"]) == asked
     assert how["device"] == "mixed"
     assert how["jpeg_fancy_upsampling"]
-    assert how["hw_decoder_load"] == pipeline.HW_LOAD
+    assert how["hw_decoder_load"] == HW_LOAD
 
 
 def test_a_hardware_decoder_that_failed_in_the_trial_is_given_nothing(
     make_shard_set: ShardMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever share is asked for."""
-    monkeypatch.setattr(pipeline, "gpu_decoding", lambda device: Decoding("slice", "", 0, "a trial of it failed"))
+    monkeypatch.setattr(graphs, "gpu_decoding", lambda device: Decoding("slice", "", 0, "a trial of it failed"))
     source, loads = ShardReader(make_shard_set(8, size=32)), []
     original = fn.decoders.image_slice
     monkeypatch.setattr(

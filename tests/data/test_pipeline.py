@@ -14,14 +14,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import ViewConfig
-from bowstore.data import pipeline
+from bowstore.data import graphs
 from bowstore.data.file_reader import FileReader
 from bowstore.data.gpu_decode import Decoding, Way
+from bowstore.data.graphs import train_graph
 from bowstore.data.index import open_index
-from bowstore.data.pipeline import Stage, clean_batches, train_batches, train_graph
+from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Origin, Plan, Schedule, generator, perturb, plans
 from bowstore.data.reader import ShardReader
-from bowstore.data.views import CleanView, clean_view
+from bowstore.data.views import CleanView, Stage, clean_view
 from bowstore.errors import DataError
 
 CPU = torch.device("cpu")
@@ -220,7 +221,7 @@ def test_all_graphs_flip_and_colour_each_image_before_the_paste(
     monkeypatch: pytest.MonkeyPatch, way: Way, decode: list[str]
 ) -> None:
     """A graph for a GPU can be laid out without one; on a CPU it only decodes."""
-    monkeypatch.setattr(pipeline, "gpu_decoding", lambda device: Decoding("slice", "", 1, ""))
+    monkeypatch.setattr(graphs, "gpu_decoding", lambda device: Decoding("slice", "", 1, ""))
     after = ["Resize", "Flip", "ColorTwist", "MultiPaste", "CropMirrorNormalize"]
     assert operators("cuda", "normalise", way) == [*decode, *after]
     assert operators("cpu", "decode", way) == decode
