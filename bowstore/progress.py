@@ -107,7 +107,7 @@ class _TerminalBar:
     """The rich bar behind `Progress`; rich is imported only when there is a terminal."""
 
     def __init__(self, what: str, total: int | None, unit: str) -> None:
-        from rich.console import Console
+        from rich.console import Console  # a tenth of a second
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 

@@ -4,17 +4,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bowstore.config import StorageConfig
 from bowstore.data.shard_check import Problem
 from bowstore.data.sources.names import is_system
+from bowstore.data.verify import FolderReport, is_shards_folder, verify_folder, verify_remote
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
 from bowstore.runs import is_network, is_run
-
-if TYPE_CHECKING:
-    from bowstore.data.verify import FolderReport
 
 _SHOWN_PER_SHARD = 20
 _RUN_COUNTS = ("checkpoints", "exported", "aside")
@@ -119,8 +117,6 @@ def verify_path(
         MissingError: nothing there, or neither a store, shards nor a run.
         UsageError: an option that goes with a store only, or not with a run.
     """
-    from bowstore.data.verify import is_shards_folder, verify_folder, verify_remote
-
     storage = storage or StorageConfig()
     store = path if not is_remote(path) else _remote_store(path, storage, repair=repair)
     if store and (store / "zarr.json").exists():
@@ -149,7 +145,7 @@ def _remote_store(path: Path, storage: StorageConfig, *, repair: bool) -> Path |
 def _verify_store(
     path: Path, shards: Path | None, storage: StorageConfig, *, reencoded: bool, digest: bool, repair: bool
 ) -> PathReport:
-    from bowstore.words import verify
+    from bowstore.words import verify  # PyTorch and Zarr, for a store alone
     from bowstore.words.arithmetic import in_words
 
     report = verify.verify(path, shards, storage, reencoded=reencoded)
@@ -174,7 +170,7 @@ def _verify_store(
 
 
 def _verify_runs(path: Path, below: list[Path], *, repair: bool) -> PathReport:
-    from bowstore.train.verify import verify_run
+    from bowstore.train.verify import verify_run  # PyTorch, for a run alone
 
     runs = [path] if is_network(path) else [folder for folder in (path, *below) if is_run(folder)]
     if not runs:
@@ -202,7 +198,7 @@ def _verify_runs(path: Path, below: list[Path], *, repair: bool) -> PathReport:
     )
 
 
-def _verify_shards(path: Path, reports: "list[FolderReport]", *, deep: bool) -> PathReport:
+def _verify_shards(path: Path, reports: list[FolderReport], *, deep: bool) -> PathReport:
     images, shards = (sum(getattr(report, name) for report in reports) for name in ("images", "shards"))
     odd: Counter[str] = sum((report.odd for report in reports), Counter())
     return PathReport(

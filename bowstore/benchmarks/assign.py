@@ -129,7 +129,7 @@ def _faiss(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
     """FAISS where the features lie; nothing without it, and for a GPU that the installed one does not know."""
     if not find_spec("faiss"):
         return {}
-    import faiss
+    import faiss  # if it is there
 
     index: Any
     if features_ND.is_cuda:

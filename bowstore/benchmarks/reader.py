@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bowstore.benchmarks.result import BenchResult, Timing
@@ -30,8 +31,6 @@ def bench_reader(
         rounds: interleaved rounds.
         storage: settings of the reads.
     """
-    import torch
-
     given = storage or StorageConfig()
     readers = {}
     for way in ("mmap", "pread"):

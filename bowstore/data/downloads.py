@@ -13,7 +13,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import exclusive_lock
@@ -40,39 +42,31 @@ class Download:
     fetch: Callable[[Path], None]
 
 
-def _fetch_cifar10(folder: Path) -> None:
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_url
+def _torchvision() -> Any:
+    from torchvision import datasets  # two seconds, for those alone that download
 
+    return datasets
+
+
+def _fetch_cifar(folder: Path, name: str) -> None:
+    datasets = _torchvision()
+    found = getattr(datasets, name)
     # The archive alone: torchvision's class would extract and unpickle it.
-    download_url(CIFAR10.url, folder, CIFAR10.filename, CIFAR10.tgz_md5)
-
-
-def _fetch_cifar100(folder: Path) -> None:
-    from torchvision.datasets import CIFAR100
-    from torchvision.datasets.utils import download_url
-
-    download_url(CIFAR100.url, folder, CIFAR100.filename, CIFAR100.tgz_md5)
+    datasets.utils.download_url(found.url, folder, found.filename, found.tgz_md5)
 
 
 def _fetch_voc2007(folder: Path) -> None:
-    from torchvision.datasets import VOCDetection
-
     for part in ("trainval", "test"):
-        VOCDetection(folder, year="2007", image_set=part, download=True)
+        _torchvision().VOCDetection(folder, year="2007", image_set=part, download=True)
 
 
 def _fetch_imagenette(folder: Path) -> None:
-    from torchvision.datasets import Imagenette
-
-    Imagenette(folder, split="train", size="full", download=True)
+    _torchvision().Imagenette(folder, split="train", size="full", download=True)
 
 
 def _fetch_places365(folder: Path) -> None:
-    from torchvision.datasets import Places365
-
     for split in ("train-standard", "val"):
-        Places365(folder, split=split, small=True, download=True)
+        _torchvision().Places365(folder, split=split, small=True, download=True)
 
 
 DOWNLOADS: dict[str, Download] = {
@@ -83,14 +77,14 @@ DOWNLOADS: dict[str, Download] = {
             what="CIFAR-10, 60,000 images of 32 px, 0.2 GB",
             results=("cifar-10-python.tar.gz",),
             shards="bowstore shards DIR/cifar-10-python.tar.gz data/shards",
-            fetch=_fetch_cifar10,
+            fetch=partial(_fetch_cifar, name="CIFAR10"),
         ),
         Download(
             name="cifar100",
             what="CIFAR-100, 60,000 images of 32 px, 0.2 GB",
             results=("cifar-100-python.tar.gz",),
             shards="bowstore shards DIR/cifar-100-python.tar.gz data/shards",
-            fetch=_fetch_cifar100,
+            fetch=partial(_fetch_cifar, name="CIFAR100"),
         ),
         Download(
             name="voc2007",

@@ -30,6 +30,7 @@ from bowstore.data.table import (
     read_header,
 )
 from bowstore.errors import CorruptError, MismatchError, MissingError
+from bowstore.remote import RemoteFolder, is_remote
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,10 @@ def open_index(root: Path, storage: StorageConfig | None = None) -> Index:
         MismatchError: an index of another version, or a tar's size is not the one that was indexed.
     """
     storage = storage or StorageConfig()
-    if ":" in str(root):  # as in s3://bucket; spares all others the import
-        from bowstore.remote import RemoteFolder, is_remote
-
-        if is_remote(root):
-            remote = RemoteFolder(root, storage)
-            remote.fetch(INDEX_FILE)
-            return check_columns(read_index(remote.folder, remote, storage))
+    if is_remote(root):
+        remote = RemoteFolder(root, storage)
+        remote.fetch(INDEX_FILE)
+        return check_columns(read_index(remote.folder, remote, storage))
     index = check_columns(read_index(root, None, storage))
     check_sizes(index)
     return index

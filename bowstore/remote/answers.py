@@ -19,7 +19,7 @@ class Body:
 
     def read(self, count: int) -> bytes:
         """So many bytes, or those that are left."""
-        from fsspec.asyn import sync
+        from fsspec.asyn import sync  # as everywhere in this room, for those alone that go to a URL
 
         return bytes(sync(self._loop, self._read, count))
 

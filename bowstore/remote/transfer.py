@@ -355,7 +355,7 @@ def _status(error: BaseException) -> int | None:
 @functools.lru_cache
 def _file_system(name: str, timeout_s: float, process: int) -> Any:
     """One instance a protocol and process (a forked child needs its own), with our time-outs and no own retries."""
-    import fsspec
+    import fsspec  # and what it brings: a second, for those alone that go to a URL
 
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     configured = fsspec.config.conf.get(name, {})

@@ -39,6 +39,12 @@ class PreparedProjection(NamedTuple):
     offset_p: Tensor
 
 
+def _faiss() -> Any:
+    import faiss  # words without a projection need none
+
+    return faiss
+
+
 def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: bool) -> tuple[Projection, float]:
     """The first principal components of a sample, and the share of its variance that they hold.
 
@@ -59,8 +65,7 @@ def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: b
             f"--pca {dimensions} needs as many vectors, the sample has {len(sample_Sc)}; choose at most that, or raise "
             "--sample-per-word"
         )
-    import faiss  # here: words without a projection need none
-
+    faiss = _faiss()
     fitted: Any = faiss.PCAMatrix(channels, dimensions, -0.5 if whiten else 0.0)
     fitted.train(sample_Sc)
     variance_c = faiss.vector_to_array(fitted.eigenvalues)
@@ -80,8 +85,7 @@ def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: b
 def project_sample(projection: Projection, sample_Sc: NDArray[np.float32]) -> NDArray[np.float32]:
     """The components of a sample, float32 (S, p)."""
     dimensions, channels = projection.matrix_pc.shape
-    import faiss
-
+    faiss = _faiss()
     linear: Any = faiss.LinearTransform(channels, dimensions, True)
     faiss.copy_array_to_vector(projection.matrix_pc.ravel(), linear.A)
     faiss.copy_array_to_vector(projection.offset_p, linear.b)

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
+from PIL import Image
 
 from bowstore.data.sources.base import ImageFile, Kind, Listing, Split, source_changed
 from bowstore.data.sources.keys import make_keys
+from bowstore.data.sources.plain_pickle import read_plain_pickle
 from bowstore.errors import CorruptError, DataError, MissingError, is_machine_error
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 _SIDE = 32  # pixels
 _IMAGE_BYTES = 3 * _SIDE * _SIDE
@@ -146,8 +146,6 @@ class _Batches:
 
     @cached_property
     def _loaded(self) -> tuple[dict[str, _Batch], tuple[str, ...]]:
-        from bowstore.data.sources.plain_pickle import read_plain_pickle
-
         layout = self._layout
         place = _place(self._source, layout)
         if place is None:
@@ -173,8 +171,6 @@ class _Batches:
 
     def __call__(self, image: ImageFile) -> bytes:
         """The image as PNG."""
-        from PIL import Image
-
         row_D = self[image.container].pixels_ND[image.place]
         if _stamp(row_D) != image.stamp:
             raise source_changed(str(self._source / image.path), "has other pixels than when it was listed")

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from bowstore.beginnings import foreign_kind
 from bowstore.data.sources.base import some
 from bowstore.data.sources.names import is_system
@@ -113,8 +115,7 @@ def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _read_meta(data: bytes, path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """WNIDs by ILSVRC2012_ID, as text, and what people call them by WNID: of the synsets without children."""
-    import numpy as np
-    from scipy.io import loadmat
+    from scipy.io import loadmat  # half a second, for those alone that read the devkit
     from scipy.io.matlab import MatReadError
 
     try:
