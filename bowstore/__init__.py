@@ -26,7 +26,7 @@ def open_store(path: str | Path, layer: str | None = None) -> "Store":
         MismatchError: not a word store, another format version, or not complete.
         CorruptError: metadata that cannot be read.
     """
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace  # `import bowstore` alone loads nothing
     from bowstore.remote import fetch_store
     from bowstore.words.store import open_store as open_local
 

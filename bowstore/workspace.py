@@ -6,6 +6,7 @@ from typing import Any
 
 from bowstore import runs
 from bowstore.config import CONFIGS, WORKSPACE_FILE, StorageConfig, Workspace
+from bowstore.data.table import INDEX_FILE
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.files import atomic_file, make_folder
 from bowstore.progress import say
@@ -94,7 +95,7 @@ def resolve_teacher(workspace: Workspace, teacher: str | None) -> str | Path:
     Raises:
         MissingError: neither a run, a file nor an architecture.
     """
-    from bowstore.models.registry import is_arch
+    from bowstore.models.registry import is_arch  # PyTorch
 
     named = teacher or workspace.teacher
     if not named:
@@ -152,6 +153,4 @@ def shards_beside(workspace: Workspace, *splits: str) -> list[Path]:
 
 
 def _has_index(path: Path, storage: StorageConfig) -> bool:
-    from bowstore.data.table import INDEX_FILE
-
     return RemoteFolder(path, storage).exists(INDEX_FILE)

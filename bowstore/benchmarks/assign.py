@@ -158,7 +158,7 @@ def _other_searches(features_ND: Tensor, prepared: PreparedWords, fast: "FastWor
 
     Each further tiling is compiled anew, which takes longer than all rounds.
     """
-    from bowstore.words.assign_triton import HOPPER, OTHER, fits, nearest
+    from bowstore.words.assign_triton import HOPPER, OTHER, fits, nearest  # Triton
 
     tilings = [HOPPER, HOPPER._replace(rows=128), OTHER]
     return {
@@ -179,7 +179,7 @@ def _agreement(features_ND: Tensor, prepared: PreparedWords) -> dict[str, float]
     """Shares of vectors: whose word differs from the float32 reference's; that tensor cores had to look at again."""
     if not prepared.fast:
         return {}
-    from bowstore.words.assign_triton import nearest
+    from bowstore.words.assign_triton import nearest  # Triton
 
     some = features_ND[: 1 << 15]
     unlike = assign(some, prepared).int() != assign_reference(some, prepared).int()

@@ -89,7 +89,7 @@ def _there(k: int, dimensions: int, device: torch.device) -> tuple[Backend, ...]
     """The backends that run on this machine, on that device, at that size."""
     if find_spec("faiss") is None:
         return ("torch",)
-    from bowstore.words.lloyd_faiss import SuperLloyd
+    from bowstore.words.lloyd_faiss import SuperLloyd  # FAISS
 
     suits = device.type == "cpu" and SuperLloyd.suits(k, dimensions)
     return ("faiss", "super", "torch") if suits else ("faiss", "torch")

@@ -98,7 +98,7 @@ def _compiled() -> Any:
     No fast maths: each value is rounded as written, whether its loop is vectorised or not, so that a pixel does not
     depend on where a box begins, nor on the processor.
     """
-    from numba import njit
+    from numba import njit  # a second, where nothing may ever be mixed
 
     piece = njit(nogil=True)(_piece)
 

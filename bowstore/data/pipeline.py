@@ -54,8 +54,8 @@ def train_batches(
         DataError: an image that cannot be decoded.
         BowstoreError: a library, the GPU or memory that failed.
     """
-    from bowstore.data.feed import as_images, run
-    from bowstore.data.graphs import train_graph  # DALI, for those alone that want pixels
+    from bowstore.data.feed import as_images, run  # DALI, for those alone that want pixels
+    from bowstore.data.graphs import train_graph
 
     last = until or stages(device)[-1]
     gpu = device.type == "cuda"
@@ -124,8 +124,8 @@ def clean_batches(
         DataError: an image that cannot be decoded.
         BowstoreError: a library, the GPU or memory that failed.
     """
-    from bowstore.data.feed import as_images, run
-    from bowstore.data.graphs import clean_graph  # DALI, for those alone that want pixels
+    from bowstore.data.feed import as_images, run  # DALI, for those alone that want pixels
+    from bowstore.data.graphs import clean_graph
 
     if isinstance(rows, np.ndarray):
         rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bowstore.config import Compile
+from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ImageSource
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
@@ -251,8 +252,6 @@ def extract(
     Raises:
         DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
     """
-    from bowstore.data.pipeline import clean_batches  # DALI: protocols and their results go without
-
     batches = clean_batches(source, view, rows, batch=batch, device=device, threads=threads)
     backbone.to(device).to(memory_format=FROZEN_FORMAT)
     return collect(backbone, batches, rows, taps, compiled=compiled, name_of=source.name, what=what, allocate=allocate)

@@ -182,8 +182,7 @@ def _timm_network(name: str, size: int) -> nn.Module:
 
 
 def _timm() -> Any:
-    """Timm, loaded when first asked for: it takes seconds, and no other network needs it."""
-    import timm
+    import timm  # takes seconds, and no other network needs it
 
     return timm
 

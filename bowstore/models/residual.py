@@ -155,7 +155,7 @@ def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, 
 
 
 def torchvision_models() -> Any:
-    """torchvision.models, loaded when first asked for: it takes seconds, and wide networks need none of it."""
-    import torchvision
+    """torchvision.models."""
+    import torchvision  # takes seconds, and wide networks need none of it
 
     return torchvision.models

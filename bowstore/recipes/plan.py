@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bowstore.config import Strict, Workspace, find_config, validate
+from bowstore.data.downloads import DOWNLOADS
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.evaluate.config import EvalConfig
 from bowstore.evaluate.protocol import Kind, function
@@ -105,8 +106,6 @@ class _Maker:
         )
 
     def _download(self, spec: DownloadSpec, name: str) -> Step:
-        from bowstore.data.downloads import DOWNLOADS  # torchvision's downloaders, by name
-
         if spec.download not in DOWNLOADS:
             raise UsageError(f"no download {spec.download!r}; there are {', '.join(DOWNLOADS)}")
         results = DOWNLOADS[spec.download].results

@@ -68,7 +68,7 @@ class MetricsLog:
 def _summary_writer() -> Any:
     """TensorBoard's writer; None, and a line the first time, where it is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # where TensorBoard is installed
     except ImportError:
         say(f"tensorboard is not installed: {METRICS_FILE} has all metrics, and there is no folder for TensorBoard")
         return None

@@ -58,7 +58,7 @@ def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
     half_norm_K = (vocabulary_KD.double().square().sum(dim=1) / 2).float()
     fast = None
     if runs_triton(vocabulary_KD.device):
-        from bowstore.words.assign_triton import prepare_fast, warm_up
+        from bowstore.words.assign_triton import prepare_fast, warm_up  # Triton
 
         fast = prepare_fast(vocabulary_KD)
         warm_up(fast)
@@ -86,7 +86,7 @@ def assign(features_ND: Tensor, words: PreparedWords) -> Tensor:
     if words.fast is None:
         return assign_reference(features_ND, words)
     _check_fit(features_ND, words)
-    from bowstore.words.assign_triton import nearest
+    from bowstore.words.assign_triton import nearest  # Triton
 
     found = nearest(features_ND, words.fast)
     if len(found.open_U):

@@ -99,7 +99,7 @@ def default_backend(shape: tuple[int, int], k: int, device: torch.device) -> Bac
         return "torch"
     if device.type == "cuda":
         return "torch" if kept_as(4 * shape[0] * shape[1], device) else "faiss"
-    from bowstore.words.lloyd_faiss import SuperLloyd
+    from bowstore.words.lloyd_faiss import SuperLloyd  # FAISS
 
     return "super" if SuperLloyd.suits(k, shape[1]) else "faiss"
 
@@ -108,7 +108,7 @@ def make_lloyd(backend: Backend, sample_Sp: NDArray[np.float32], k: int, seed: i
     """Lloyd's iteration of one backend, before its first step."""
     if backend == "torch":
         return TorchLloyd(sample_Sp, k, seed, device)
-    from bowstore.words.lloyd_faiss import FaissLloyd, SuperLloyd
+    from bowstore.words.lloyd_faiss import FaissLloyd, SuperLloyd  # FAISS
 
     return (SuperLloyd if backend == "super" else FaissLloyd)(sample_Sp, k, seed, device)
 

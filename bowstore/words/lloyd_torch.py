@@ -109,7 +109,7 @@ class TorchLloyd(Lloyd):
         """The nearest word, int64 (B,), but without proof where there are tensor cores."""
         if words.fast is None:
             return assign_reference(part_Bp, words).long()
-        from bowstore.words.assign_triton import likely
+        from bowstore.words.assign_triton import likely  # Triton
 
         return likely(part_Bp, words.fast, largest=self._largest)
 

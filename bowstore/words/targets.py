@@ -283,7 +283,7 @@ def open_targets(
         BowstoreError: streamed, and no room on the disk.
     """
     if tier == "streamed":
-        from bowstore.words.flat import open_flat
+        from bowstore.words.flat import open_flat  # Zarr
 
         return StreamedTargets(layer, store_row_N, form, device, open_flat(layer, storage, shown=shown))
     kind = ResidentTargets if tier == "resident" else HostTargets
