@@ -31,7 +31,7 @@ BOARD_FOLDER = "tensorboard"
 CHECKPOINT_FOLDER = "checkpoints"
 BACKBONE_FILE = "backbone.safetensors"
 WRITTEN = (CONFIG_FILE, ENVIRONMENT_FILE, LINEAGE_FILE, METRICS_FILE)  # at the start of a run
-_EVAL_FOLDER = "eval"
+EVAL_FOLDER = "eval"
 RANDOM_FOLDER = "random"
 _EXPORT_SUFFIX, _CHECKPOINT_SUFFIX = ".safetensors", ".pt"
 _CHECKPOINT = re.compile(rf"step-(\d+){re.escape(_CHECKPOINT_SUFFIX)}")
@@ -84,7 +84,7 @@ def read_config(run: Path) -> dict[str, Any]:
 def task_name(config: Mapping[str, Any]) -> Any:
     """The name of the task in a run's configuration as plain values; None if there is none.
 
-    Runs of before tasks had settings of their own say `task: NAME`, later ones `task: {name: NAME, ...}`.
+    Older runs say `task: NAME`, newer ones, whose tasks have settings of their own, `task: {name: NAME, ...}`.
     """
     task = config.get("task")
     return task.get("name") if isinstance(task, Mapping) else task
@@ -191,12 +191,12 @@ def lost_lines(run: Path, logged: int | None) -> list[str]:
 
 def result_path(run: Path, protocol_id: str) -> Path:
     """Where a run directory keeps the result of a protocol."""
-    return run / _EVAL_FOLDER / f"{protocol_id.replace('/', '-')}.json"
+    return run / EVAL_FOLDER / f"{protocol_id.replace('/', '-')}.json"
 
 
 def result_paths(run: Path) -> list[Path]:
     """The result files of a run directory, by name; none where nothing was evaluated."""
-    return sorted((run / _EVAL_FOLDER).glob("[!.]*.json"))
+    return sorted((run / EVAL_FOLDER).glob("[!.]*.json"))
 
 
 def results_folder(path: Path, *, random_init: bool = False) -> Path:
@@ -234,7 +234,7 @@ def write_lineage(run: Path, *, name: str, task: str, inputs: Mapping[str, str],
 
 
 def read_lineage(run: Path) -> dict[str, Any] | None:
-    """What a run was made of; None if that is not recorded, as in runs of before and of a folder that is none.
+    """What a run was made of; None where that is not recorded: in older runs, and outside of a run.
 
     Raises:
         CorruptError: the file is no such record.

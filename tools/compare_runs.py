@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import read_json
 from bowstore.models.weights import content_digest
+from bowstore.runs import EVAL_FOLDER, METRICS_FILE
 from bowstore.words.store import FORMAT
 from bowstore.words.verify import digest
 
@@ -52,7 +53,7 @@ def compare(old: Path, new: Path) -> list[Compared]:
     both = _found(old), _found(new)
     for folder, found in zip((old, new), both, strict=True):
         if not found:
-            raise UsageError(f"{folder} holds no metrics.jsonl, results, word store or weights; name a workspace")
+            raise UsageError(f"{folder} holds no {METRICS_FILE}, results, word store or weights; name a workspace")
     return [
         _compare(kind, path, both[0].get((kind, path)), both[1].get((kind, path)))
         for kind, path in sorted(both[0].keys() | both[1].keys())
@@ -64,8 +65,8 @@ def _found(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {
         (kind, (path.parent if kind == "words" else path).relative_to(folder).as_posix()): dict(_leaves(values))
         for pattern, kind, read in (
-            ("metrics.jsonl", "metrics", _metrics),
-            ("eval/*.json", "result", _result),
+            (METRICS_FILE, "metrics", _metrics),
+            (f"{EVAL_FOLDER}/*.json", "result", _result),
             ("zarr.json", "words", _words),
             ("*.safetensors", "weights", _weights),
         )

@@ -26,6 +26,7 @@ from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import clean_view
 from bowstore.environment import cores
+from bowstore.runs import read_metrics, result_paths
 from bowstore.train.config import TrainConfig
 from bowstore.train.tasks.settings import WordsSettings
 
@@ -246,15 +247,13 @@ def imagenette(check: Check) -> None:
                 _command("encode", "--layer", layer, "--K", str(k))
         for config in (teacher, student):
             _command("eval", "linear", "--run", f"runs/{config}")
-            for file in Path("runs", config, "eval").glob("*.json"):
+            for file in result_paths(Path("runs") / config):
                 value = json.loads(file.read_text())
                 check.claim(f"linear probe, {config}", None, json.dumps(value.get("metrics"))[:150])
 
 
 def _learned(check: Check, run: Path) -> None:
     """The first and the last logged loss of a run, which has to have fallen, but in a dry run."""
-    from bowstore.runs import read_metrics
-
     lines = read_metrics(run)
     first, last = lines[0]["loss"], lines[-1]["loss"]
     check.claim(f"{run.name} learns", None if check.toy else last < first, f"loss {first:.4g}, then {last:.4g}")

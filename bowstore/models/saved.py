@@ -243,7 +243,7 @@ def _check_own(run: Path, network: SavedNetwork, *, finished: bool) -> None:
         return
     if finished:
         raise MismatchError(f"{run / runs.BACKBONE_FILE} is of another run than {path} ({found}); {RESTORE_BOTH}")
-    say(  # no error: so it is after a --resume that has not reached a checkpoint yet
+    say(  # not an error: this is the state after a --resume that has not reached a checkpoint yet
         f"warning: the newest checkpoint of {run} was written under another configuration than its {path.name} holds "
         f"({found})"
     )

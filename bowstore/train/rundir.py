@@ -1,4 +1,4 @@
-"""Run directories: whose they are, what they hold, and when one may be gone on with."""
+"""Run directories at the start of a run: whether one may be used or continued, and what is recorded in it."""
 
 import os
 import sys
@@ -54,15 +54,15 @@ def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
 def check_start(
     run: Path, state: dict[str, Any] | None, config: TrainConfig, steps: int, *, resume: bool, shown: bool
 ) -> None:
-    """Check that what a run goes on from, or is finished with, is its own: a file of another run is whole, too.
+    """Check that the files that a run continues from, or ended with, are its own: those of another run are sound, too.
 
     Args:
         run: its directory.
         state: its newest checkpoint, or None.
         config: that of this sitting.
         steps: where the run ends by it.
-        resume: whether the configuration may be another than that of the checkpoint.
-        shown: whether to say what is another (False on ranks other than 0).
+        resume: whether the configuration may differ from that of the checkpoint.
+        shown: whether to say in what it differs (False on ranks other than 0).
 
     Raises:
         MismatchError: a checkpoint or export of another configuration, a checkpoint from beyond the end, or an export
@@ -109,10 +109,10 @@ def _check_lone_export(run: Path, config: TrainConfig) -> None:
 
 
 def _refuse_foreign(run: Path) -> None:
-    """Refuse to write over files of a user's; what a run leaves that ended before its first checkpoint is no such."""
+    """Refuse to write over a user's files; those of a run that ended before its first checkpoint may be replaced."""
     try:
         read_run_config(run)
-        # As a bowstore of whatever version spells what it says: with a user's remarks it is another text.
+        # Spelt as bowstore spells the same values, in whatever version. With a user's comments the text differs.
         if (run / runs.CONFIG_FILE).read_bytes() == write_yaml(runs.read_config(run)):
             return
     except (FileNotFoundError, BowstoreError):

@@ -1,7 +1,8 @@
 """Checks of a run directory: does each file hold what was written into it?"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bowstore import runs
 from bowstore.config import dump
-from bowstore.errors import BowstoreError
+from bowstore.errors import BowstoreError, MismatchError, MissingError
 from bowstore.files import read_json
 from bowstore.models.saved import RESTORE_BOTH, SavedNetwork, load_checkpoint, load_export, network_of, other_network
 from bowstore.models.weights import content_digest
@@ -38,6 +39,14 @@ class RunFindings:
     descent: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """What is wrong with one file is a problem more, and no end of the check."""
+        try:
+            yield
+        except BowstoreError as error:
+            self.problems.append(str(error))
+
 
 def verify_run(path: Path) -> RunFindings:
     """Check all files of a run directory, or a checkpoint or an exported network alone.
@@ -51,30 +60,21 @@ def verify_run(path: Path) -> RunFindings:
         found.checkpoints = int(not found.exported)
         (_export if found.exported else _checkpoint)(found, path)
         return found
-    network = _network(found)
+    network = None
+    with found.noting():
+        config = read_run_config(path)
+        network = network_of(dump(config), config.name)
     newest = _checkpoints(found, network)
     if runs.is_finished(path):
         found.exported = True
-        _check_export(found, path / runs.BACKBONE_FILE, network, newest.get("backbone"))
+        _check_export(found, network, newest.get("backbone"))
     found.problems += runs.metric_lines(path)[1] or (runs.lost_lines(path, last_logged(newest)) if newest else [])
     _check_lineage(found, newest)
     for file in (path / runs.ENVIRONMENT_FILE, *runs.result_paths(path)):
-        try:
-            if file.exists():
+        if file.exists():
+            with found.noting():
                 read_json(file)
-        except BowstoreError as error:
-            found.problems.append(str(error))
     return found
-
-
-def _network(found: RunFindings) -> SavedNetwork | None:
-    """What the run's configuration says of its network, once all of it is found usable."""
-    try:
-        config = read_run_config(found.path)
-    except BowstoreError as error:
-        found.problems.append(str(error))
-        return None
-    return network_of(dump(config), config.name)
 
 
 def _checkpoints(found: RunFindings, network: SavedNetwork | None) -> dict[str, Any]:
@@ -84,37 +84,36 @@ def _checkpoints(found: RunFindings, network: SavedNetwork | None) -> dict[str, 
     found.aside = len(runs.set_aside(found.path))
     states = [_checkpoint(found, path) for path in paths]
     newest = states[0] if states else {}
-    if newest:  # older ones may be of before a --resume
-        _check_own(found, paths[0], network, newest["config"], free=("view",))
+    if newest:  # older ones may be from before a --resume
+        with found.noting():
+            _check_own(found, paths[0], network, network_of(newest["config"], str(paths[0])), free=("view",))
     return newest
 
 
 def _checkpoint(found: RunFindings, path: Path) -> dict[str, Any]:
-    try:
-        state = load_checkpoint(path)
-    except BowstoreError as error:
-        if not os.path.lexists(path):  # the run goes on in another process, and has newer ones
-            found.checkpoints -= 1
-            return {}
-        found.problems.append(str(error))
-        return {}
-    _check_finite(found, path, {**state["backbone"], **state["head"]})
+    state: dict[str, Any] = {}
+    with found.noting():
+        try:
+            state = load_checkpoint(path)
+        except MissingError:
+            if os.path.lexists(path):
+                raise
+            found.checkpoints -= 1  # deleted since: the run goes on in another process, and has newer ones
+    _check_finite(found, path, {**state.get("backbone", {}), **state.get("head", {})})
     return state
 
 
 def _export(found: RunFindings, path: Path) -> tuple[dict[str, Tensor], SavedNetwork | None]:
-    try:
+    tensors: dict[str, Tensor] = {}
+    network = None
+    with found.noting():
         tensors, network = load_export(path)
-    except BowstoreError as error:
-        found.problems.append(str(error))
-        return {}, None
     _check_finite(found, path, tensors)
     return tensors, network
 
 
-def _check_export(
-    found: RunFindings, path: Path, network: SavedNetwork | None, newest: dict[str, Tensor] | None
-) -> None:
+def _check_export(found: RunFindings, network: SavedNetwork | None, newest: dict[str, Tensor] | None) -> None:
+    path = found.path / runs.BACKBONE_FILE
     tensors, exported = _export(found, path)
     if tensors and newest and content_digest(tensors) != content_digest(newest):
         found.problems.append(
@@ -122,36 +121,27 @@ def _check_export(
             f"{RESTORE_BOTH}"
         )
     elif exported:
-        _check_own(found, path, network, dump(exported))
+        _check_own(found, path, network, exported)
 
 
 def _check_own(
-    found: RunFindings, path: Path, network: SavedNetwork | None, values: dict[str, Any], *, free: Sequence[str] = ()
+    found: RunFindings, path: Path, own: SavedNetwork | None, network: SavedNetwork, *, free: Sequence[str] = ()
 ) -> None:
-    """Compare what a file says of its network with the run's configuration, but for what a --resume may change."""
-    try:
-        if network and (other := other_network(network_of(values, str(path)), network, free=free)):
-            found.problems.append(
-                f"{path} is of another run than {found.path / runs.CONFIG_FILE} ({other}); {RESTORE_BOTH}"
-            )
-    except BowstoreError as error:
-        found.problems.append(str(error))
+    """Compare the network of a file with that of the run's configuration, but for what a --resume may change."""
+    if own and (other := other_network(network, own, free=free)):
+        found.problems.append(
+            f"{path} is of another run than {found.path / runs.CONFIG_FILE} ({other}); {RESTORE_BOTH}"
+        )
 
 
 def _check_lineage(found: RunFindings, newest: dict[str, Any]) -> None:
     """Whether the record says of the data what the newest checkpoint does."""
-    path = found.path / runs.LINEAGE_FILE
-    try:
-        lineage = runs.read_lineage(found.path)
-    except BowstoreError as error:
-        found.problems.append(str(error))
-        return
-    if not lineage:
-        return
-    if newest and lineage.get("inputs") != newest["inputs"]:
-        found.problems.append(f"{path} tells of other shards or words than the newest checkpoint; {RESTORE_BOTH}")
-    else:
-        found.descent = tuple(runs.descent(lineage))
+    with found.noting():
+        if lineage := runs.read_lineage(found.path):
+            found.descent = tuple(runs.descent(lineage))
+            if newest and lineage.get("inputs") != newest["inputs"]:
+                path = found.path / runs.LINEAGE_FILE
+                raise MismatchError(f"{path} tells of other shards or words than the newest checkpoint; {RESTORE_BOTH}")
 
 
 def _check_finite(found: RunFindings, path: Path, tensors: dict[str, Tensor]) -> None:

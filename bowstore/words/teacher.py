@@ -33,7 +33,7 @@ _ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}  # what two ways of computing ma
 
 @dataclass(frozen=True)
 class TeacherLayer:
-    """One layer that is looked at.
+    """A layer of the network whose maps become words.
 
     Attributes:
         name: the backbone's own name of it.
@@ -52,9 +52,9 @@ class Origin:
 
     Attributes:
         name: the run it comes from, or the architecture.
-        weights_file: name of the file they come from; None for random ones.
+        weights_file: name of the file that holds the weights; None for random ones.
         weights_layout: how that file was read, or how random weights were drawn.
-        lineage: what its run was made of (`bowstore.runs.read_lineage`); None if it is of none, or that is not known.
+        lineage: what its run was made of (`bowstore.runs.read_lineage`); None without a run, or where that is unknown.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen backbone and the layers that are looked at.
+    """A frozen backbone and the layers whose maps become words.
 
     Attributes:
         backbone: in eval mode, without gradients, on its device.
@@ -165,7 +165,7 @@ def load_teacher(
     Args:
         spec: a run directory, checkpoint or exported `.safetensors` of bowstore; or an architecture:
             `torchvision:NAME`, `timm:NAME`, `resnet50`, `wrn-28-10`...
-        layers: those that are looked at; their order is kept.
+        layers: whose maps are wanted; their order is kept.
         device: where it runs.
         weights: an architecture's weights, a file of any layout that `bowstore.models.layouts` understands; None
             for random ones.
