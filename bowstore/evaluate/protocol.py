@@ -197,6 +197,7 @@ class Kind(Plugin):
         name: of the command.
         help: what it measures, in one line.
         settings: all that a user sets, data included; command-line options, their help and defaults come from it.
+        flags: how options are spelled that do not have their field's name with dashes.
         describe: id and version of resolved settings.
         data: opens and checks the labelled images: what can be wrong is said before an image is read.
         resolve: fills in what the workspace says, and what follows from the data; as given where there is nothing.
@@ -208,6 +209,7 @@ class Kind(Plugin):
 
     help: str
     settings: type[Strict]
+    flags: Mapping[str, str] = field(default_factory=dict)
     describe: Callable[[Any], Protocol]
     data: Callable[[Any, Workspace], DataSets] | str
     resolve: Callable[[Any, Workspace], Any] | str = _as_given

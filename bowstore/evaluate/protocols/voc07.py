@@ -63,6 +63,7 @@ KIND = Kind(
     name="voc07",
     help="Linear SVMs on frozen features of VOC2007, 20 classes, mean average precision (the paper's Table 4).",
     settings=Voc07Settings,
+    flags={"layers": "--layer"},
     describe=describe,
     resolve=resolve,
     data="bowstore.evaluate.voc:data",
