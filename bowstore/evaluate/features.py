@@ -37,7 +37,6 @@ MAX_DIMS = 9216
 COLLAPSED = 1e-3  # variation below which features tell no images apart; those of random networks vary by 0.05 and more
 _SLICE = 1024  # images at a time, so that sums in float64 need little memory
 Batches = Iterable[tuple[NDArray[np.int64], Tensor]]
-Allocate = Callable[[Mapping[str, int]], dict[str, NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,14 @@ def pooled_output(_backbone: Backbone, _settings: Any, _size: int) -> Mapping[st
     return POOLED
 
 
+def widths(backbone: Backbone, taps: Mapping[str, Tap], *, size: int, device: torch.device) -> dict[str, int]:
+    """How wide the features of each tap are, found by one black image of `size` x `size` pixels."""
+    backbone.to(device)
+    with evaluating(backbone), torch.no_grad():
+        pooled = _tap(backbone, torch.zeros(1, 3, size, size, device=device), taps)
+    return {name: pooled_1d.shape[1] for name, pooled_1d in pooled.items()}
+
+
 def trunk_of(
     backbone: Backbone, taps: Mapping[str, Tap], setting: Compile, *, images: int, size: int, device: torch.device
 ) -> str:
@@ -228,13 +235,13 @@ def extract(
     threads: int | None = None,
     compiled: Compiled | None = None,
     what: str = "features",
-    allocate: Allocate | None = None,
+    into: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Features of `rows` (N,) in their order, float32 (N, d) for each tap by its name.
 
     The backbone is moved to `device`, its weights are laid out as images come, and it runs in eval mode without
     gradients, in full float32 (no TF32, no autocast): its batch-norm statistics stay as they are, and it gets its modes
-    back. Memory: N * d * 4 bytes for each tap, on the host, unless `allocate` finds another place.
+    back. Memory: N * d * 4 bytes for each tap, on the host, unless `into` lies elsewhere.
 
     Args:
         backbone: the network.
@@ -247,14 +254,14 @@ def extract(
         threads: decoding threads; None for one a core.
         compiled: `compiled_features` of the same network, taps, size and batch; None runs the network as it is.
         what: name of the step in the progress line.
-        allocate: makes the arrays (N, d), by the widths d of the taps; None for memory.
+        into: arrays (N, d) by tap to be filled; None for new ones in memory.
 
     Raises:
         DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
     """
     batches = clean_batches(source, view, rows, batch=batch, device=device, threads=threads)
     backbone.to(device).to(memory_format=FROZEN_FORMAT)
-    return collect(backbone, batches, rows, taps, compiled=compiled, name_of=source.name, what=what, allocate=allocate)
+    return collect(backbone, batches, rows, taps, compiled=compiled, name_of=source.name, what=what, into=into)
 
 
 def collect(
@@ -266,7 +273,7 @@ def collect(
     compiled: Compiled | None = None,
     name_of: Callable[[int], str] = "row {}".format,
     what: str = "features",
-    allocate: Allocate | None = None,
+    into: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """`extract` behind the pipeline: run the network over `batches` and fill one array a tap.
 
@@ -278,7 +285,7 @@ def collect(
         compiled: runs network and taps; None for the network as it is.
         name_of: name of a row for messages.
         what: name of the step in the progress line.
-        allocate: as for `extract`.
+        into: as for `extract`.
 
     Raises:
         DataError: as `extract`.
@@ -286,7 +293,7 @@ def collect(
     """
     if len(rows) == 0:
         raise DataError(f"{what}: no images to take features of; name shards that hold at least one")
-    features: dict[str, NDArray[np.float32]] = {}
+    features = dict(into or {})
     run = compiled or partial(_tap, backbone, taps=taps)
     start = 0
     with evaluating(backbone), exact_float32(), torch.no_grad(), Progress(what, len(rows)) as progress:
@@ -294,22 +301,17 @@ def collect(
             stop = start + len(rows_B)
             if not np.array_equal(rows_B, rows[start:stop]):
                 raise MismatchError(f"{what}: images {start} to {stop - 1} came in another order than asked for")
-            pooled = {name: pooled_Bd.float().cpu().numpy() for name, pooled_Bd in run(images_BCHW).items()}
-            features = features or (allocate or partial(_in_memory, len(rows)))(
-                {name: values_Bd.shape[1] for name, values_Bd in pooled.items()}
-            )
-            for name, values_Bd in pooled.items():
+            for name, pooled_Bd in run(images_BCHW).items():
+                values_Bd = pooled_Bd.float().cpu().numpy()
                 _refuse_non_finite(values_Bd, rows_B, f"{what}: {taps[name]}", name_of)
+                if name not in features:
+                    features[name] = np.empty((len(rows), values_Bd.shape[1]), np.float32)
                 features[name][start:stop] = values_Bd
             start = stop
             progress.advance(len(rows_B))
     if start != len(rows):
         raise MismatchError(f"{what}: {start} of {len(rows)} images came out of the pipeline")
     return features
-
-
-def _in_memory(images: int, widths: Mapping[str, int]) -> dict[str, NDArray[np.float32]]:
-    return {name: np.empty((images, width), np.float32) for name, width in widths.items()}
 
 
 def warn_of_collapse(what: str, shares: Mapping[str, float], images: int) -> None:

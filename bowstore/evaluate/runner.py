@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class _Subject:
     name: str
     out: Path
 
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the weights as they were loaded."""
+        return weights_sha256(self.loaded.backbone.state_dict())
+
 
 def evaluate(
     kind: Kind,
@@ -76,14 +82,13 @@ def evaluate(
     settings = function(kind.resolve)(settings, workspace)
     data = function(kind.data)(settings, workspace)
     subject = _load(path, config.random)
-    # Before anything is trained.
-    inputs = {"weights_sha256": weights_sha256(subject.loaded.backbone.state_dict()), "run": subject.name}
+    inputs = {"weights_sha256": subject.weights, "run": subject.name}  # before anything is trained
     start = time.monotonic()
     with joined(config.device) if kind.run else nullcontext(_alone(kind, config)) as world:
         if kind.run:
             scores, used = _run(kind, settings, subject, data, world)
         else:
-            scores, used = _score(kind, settings, config, subject, data, world, kept or FeatureSets())
+            scores, used = _score(kind, settings, config, subject, data, world, kept or FeatureSets(workspace.storage))
         protocol = kind.describe(settings)
         result = Result(
             protocol=protocol.id,
@@ -152,6 +157,7 @@ def _score(
     view = replace(clean_view(subject.loaded.saved.view), **data.view)
     how = Extraction(
         backbone=backbone,
+        weights=subject.weights,
         view=view,
         taps=function(kind.taps)(backbone, settings, view.size),
         batch=config.batch,

@@ -141,7 +141,7 @@ def _(step: EncodeStep, workspace: Workspace) -> None:
 
 @run_step.register
 def _(step: EvalStep, workspace: Workspace) -> None:
-    kept = FeatureSets()
+    kept = FeatureSets(workspace.storage)
     for cell in step.cells:
         if not cell_is_done(cell):
             evaluate(cell.kind, cell.settings, cell.config, workspace, kept=kept)

@@ -9,6 +9,8 @@
                                           .<id>.zarr.part/ what has arrived of it
     <root>/words/<file>                                    unpacked words, made again where they are missing
     <root>/words/.<file>.json                              their record
+    <root>/features/<file>                                 features of a network, taken again where they are missing
+    <root>/features/.<file>.json                           their record
     <root>/writing/<folder's name and hash>/               a word store that is written and not uploaded yet
 
 The root may be a folder in which people keep other things. Nothing is removed that has no record, or is no longer as
@@ -37,7 +39,7 @@ from bowstore.files import (
     write_json,
 )
 
-_REMOTE, _WORDS, _WRITING = "remote", "words", "writing"
+_REMOTE, _WORDS, _FEATURES, _WRITING = "remote", "words", "features", "writing"
 STORE_SUFFIX, PART_SUFFIX = ".zarr", ".zarr.part"
 _REMEDY = "raise storage.cache_gb, or name a folder on a larger disk in storage.cache"
 
@@ -73,6 +75,11 @@ def copies_folder(storage: StorageConfig) -> Path:
 def writing_folder(storage: StorageConfig) -> Path:
     """The folder below the cache that holds the word stores that are written and not uploaded yet."""
     return cache_root(storage) / _WRITING
+
+
+def features_folder(storage: StorageConfig) -> Path:
+    """The folder below the cache that holds features of networks."""
+    return cache_root(storage) / _FEATURES
 
 
 def mark_used(path: Path) -> None:
@@ -200,7 +207,7 @@ def _state(path: Path) -> dict[str, int]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether something below `remote` or `words` is bowstore's, and all of it."""
+    """Whether something below `remote`, `words` or `features` is bowstore's, and all of it."""
     if temporary_stem(path):
         return True
     final = _final(path)
@@ -257,7 +264,7 @@ def _freed_by(copy: Path) -> int:
 
 def _entries(root: Path) -> Iterator[Path]:
     """What may be a copy, or on its way to become one."""
-    for path in (*root.glob(f"{_REMOTE}/*/*"), *root.glob(f"{_WORDS}/*")):
+    for path in (*root.glob(f"{_REMOTE}/*/*"), *root.glob(f"{_WORDS}/*"), *root.glob(f"{_FEATURES}/*")):
         if not path.name.startswith(".") or temporary_stem(path) or path.name.endswith(PART_SUFFIX):
             yield path
 
