@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from bowstore.config import Strict, ViewConfig, Workspace
+from bowstore.data.index import Index
 from bowstore.data.reader import ImageSource
 from bowstore.plugins import Plugin
 
@@ -65,6 +66,7 @@ class LabelledSplit:
         classes: names; empty where nobody recorded them.
         fingerprint: of images and labels, for the result file.
         content: changes whenever an image or the order of the rows does: features are kept under it.
+        index: of the shards; None where images lie as files.
         role: what the result file's inputs call the split, if not its name: "train" or "test".
     """
 
@@ -74,6 +76,7 @@ class LabelledSplit:
     classes: tuple[str, ...]
     fingerprint: str
     content: str = ""
+    index: Index | None = None
     role: str | None = None
 
     def __len__(self) -> int:

@@ -31,6 +31,7 @@ def labelled(index: Index, rows: NDArray[np.int64] | None = None) -> LabelledSpl
         classes=index.classes,
         fingerprint=index.fingerprint,
         content=index.columns_digest,
+        index=index,
     )
 
 

@@ -11,12 +11,15 @@ from PIL import Image
 from bowstore.config import ViewConfig, Workspace, dump, validate
 from bowstore.data.index import build_index
 from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.evaluate.augmented import augmented
 from bowstore.evaluate.config import EvalConfig
 from bowstore.evaluate.linear import LinearConfig, learning_rate, linear_probe, standardised
 from bowstore.evaluate.protocols.linear import KIND, LinearSettings, describe
 from bowstore.evaluate.results import Result, read_result
 from bowstore.evaluate.runner import evaluate
+from bowstore.evaluate.splits import open_splits
 from bowstore.models.saved import network_of, save_backbone
+from bowstore.train.distributed import World
 
 QUICK = LinearConfig(epochs=5)
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -258,6 +261,17 @@ class TestWhole:
             self.evaluate(tmp_path, workspace, test=novel)
         with pytest.raises(UsageError, match=r"eval linear: .*held_out tests on train images, test on .*novel; leave"):
             self.evaluate(tmp_path, workspace, test=novel, held_out=True)
+
+    def test_augmented_images_come_with_the_labels_of_their_split(self, tmp_path: Path) -> None:
+        """For protocols that train on them: those of a part of the shards, here without the tenth that is held out."""
+        split = open_splits(write_shards(tmp_path / "train", 60, 0, names=self.names), None)["train"]
+        view = self.view.model_copy(update={"brightness": 0.0, "contrast": 0.0})
+        seen = list(augmented(split, view, batch=8, seed=3, world=World(0, 1, torch.device("cpu")), steps=6))
+        bright = torch.cat([images.mean(dim=(1, 2, 3)) for images, _ in seen]).numpy()
+        labels = np.concatenate([labels for _, labels in seen])
+        assert len(labels) == 48
+        assert set(labels) == {0, 1}
+        assert bright[labels == 0].max() < bright[labels == 1].min()
 
     def test_same_images_twice(self, tmp_path: Path) -> None:
         train = write_shards(tmp_path / "train", 6, 0, names=self.names)
