@@ -25,13 +25,14 @@ _SPLITS = {"cifar-fs-test": ("cifar100", 100, 10_000), "miniimagenet-test": ("mi
 _STATED = {
     "episodes": "2000 of 5 ways, 15 queries a class, 1, 5, 10 and 50 shots",
     "classifier": "the prototype of the largest cosine, on frozen pooled features (paper 4.1.2)",
-    "metric": "mean accuracy over episodes, and its 95 % interval",
+    "metric": "mean accuracy over episodes",
 }
 _CHOSEN = {
     "prototype": "the mean of the exemplars over their lengths, over its length (the same authors' code)",
     "classes": "of CIFAR-100 the test classes of CIFAR-FS; the paper says only that they are 20",
     "images": "un-augmented; fewer shots are the same episodes with exemplars left out",
-    "interval": "1.96 s / sqrt(episodes), s the sample deviation; of equal cosines the first class",
+    "ties": "of equal cosines the first class of the episode",
+    "interval": "95 %: 1.96 s / sqrt(episodes), s the sample deviation",
 }
 
 
@@ -141,23 +142,26 @@ def _where_else(names: Sequence[str], workspace: Workspace) -> str:
     for path in shards_beside(workspace, "train", "val", "test"):
         if has_classes(names, open_index(path, workspace.storage).classes):
             return f"{path} has them all: --test {path}"
-    return "name those that it has by --classes, or other shards by --test"
+    lists = ", ".join([ALL, *class_lists()])
+    return f"--classes takes names of its classes, a file or a list ({lists}), and --test other shards"
 
 
 def _check_sizes(settings: FewShotSettings, names: Sequence[str], images_C: NDArray[np.integer]) -> None:
     """Refuse what no episode can be drawn from."""
     if len(names) < settings.ways:
+        fewer = f"--ways {len(names)}, " if len(names) > 1 else ""
         raise UsageError(
-            f"{len(names)} classes are fewer than the {settings.ways} of an episode; give --ways {len(names)} or "
-            "fewer, or more --classes"
+            f"an episode of {settings.ways} ways needs as many classes, and {settings.test} gives {len(names)}; take "
+            f"{fewer}more --classes or other shards by --test"
         )
-    if (few := np.flatnonzero(images_C < settings.images)).size:
-        name, images, spare = names[few[0]], images_C[few[0]], images_C.min() - settings.queries
+    least = int(images_C.argmin())
+    if (images := int(images_C[least])) < settings.images:
+        spare = images - settings.queries
         raise UsageError(
-            f"class {name} has {images} images in {settings.test}, one of {len(few)} classes with too few: "
-            f"{settings.shots[-1]} shots with {settings.queries} queries need {settings.images}; give "
-            + (f"--shots of at most {spare}" if spare > 0 else f"fewer --queries than {images_C.min()}")
-            + ", or other --classes"
+            f"class {names[least]} has {images} images in {settings.test}, and {settings.shots[-1]} shots with "
+            f"{settings.queries} queries need {settings.images}; take "
+            + (f"--shots up to {spare}, " if spare > 0 else f"fewer --queries than {images}, " * (images > 1))
+            + "other --classes or other shards by --test"
         )
 
 
