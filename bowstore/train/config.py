@@ -16,7 +16,6 @@ from bowstore.config import (
     Seed,
     StorageConfig,
     Strict,
-    Text,
     Unit,
     ViewConfig,
     bundled_configs,
@@ -30,6 +29,7 @@ from bowstore.errors import MissingError, UsageError
 from bowstore.limits import MAX_BATCH, MAX_FLOAT
 from bowstore.overrides import apply_overrides
 from bowstore.progress import say
+from bowstore.runs import task_name
 from bowstore.torchrun import ranks
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.base import TaskSettings
@@ -37,6 +37,10 @@ from bowstore.yaml_file import read_yaml
 
 # Until tasks had settings of their own, `task: words` stood beside the groups `words:` and `rotation:`.
 _OLD_GROUPS = ("rotation", "words")
+_NO_STUDENT = (
+    "a configuration no longer says what is trained next; leave this out, and write a recipe, as "
+    "`bowstore init --recipe NAME` does"
+)
 
 
 class OptimConfig(Strict):
@@ -101,7 +105,6 @@ class TrainConfig(Strict):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    student: Text | None = Field(None, description="configuration that trains on this teacher's words")
 
     @model_validator(mode="before")
     @classmethod
@@ -120,12 +123,13 @@ def of_today(values: dict[str, Any], named: str | None = None) -> tuple[dict[str
     """Values of a configuration of any age as they are written today, `task: {name: words, form: count}`.
 
     Args:
-        values: of a file.
+        values: of a file; `student`, which named what `bowstore train` was to train next, is left out.
         named: the task to take instead of the file's.
 
     Returns:
         The values, and the settings in them of other tasks, by name, which are left out.
     """
+    values = {key: value for key, value in values.items() if key != "student"}
     given = values.get("task")
     if given is None or isinstance(given, str):
         own, groups = given, {name: values[name] for name in _OLD_GROUPS if isinstance(values.get(name), dict)}
@@ -164,16 +168,19 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
             f"no configuration file {path}; those that come with bowstore go by their bare names: {known}"
         ) from error
     values.setdefault("name", path.stem)
+    if values.get("student") is not None:
+        raise UsageError(f"{path}: student: {_NO_STUDENT}")
     values = _of_one_task(values, overrides, flags or {}, path)
-    task = values.get("task")
-    name = task["name"] if isinstance(task, dict) else None
+    task = task_name(values)
 
     def today(key: str) -> str:
         group, dot, rest = key.partition(".")
+        if key == "student":
+            raise UsageError(f"--set {key}: {_NO_STUDENT}")
         if not dot or group not in _OLD_GROUPS:
             return "task.name" if key == "task" else key
-        if group != name:
-            raise UsageError(f"{key}: the task of {path} is {name}, and this sets task {group}; leave it out")
+        if group != task:
+            raise UsageError(f"{key}: the task of {path} is {task}, and this sets task {group}; leave it out")
         return f"task.{rest}"
 
     return validate(TrainConfig, apply_overrides(values, overrides, flags, today), str(path))
@@ -186,14 +193,14 @@ def _of_one_task(
     pairs = (override.partition("=") for override in overrides)
     named = next((text.strip(" '\"") for key, _, text in pairs if key.strip() in ("task", "task.name")), None)
     values, others = of_today(values, named)
-    task = values.get("task", {}).get("name")
+    task = task_name(values)
     for other, group in others.items():
         defaults = dump(TASKS.get(other).settings.model_validate({"name": other}))
         if any(defaults.get(key) != value for key, value in group.items()) and ranks().first:
             say(f"warning: {path}: the settings of task {other} are left out: the task is {task}")
     for flag in flags:
         setting = flag.removeprefix("task.")
-        if setting != flag and task and setting not in TASKS.get(task).settings.model_fields:
+        if setting != flag and task in TASKS.names() and setting not in TASKS.get(task).settings.model_fields:
             raise UsageError(f"--{setting}: task {task} of {path} has none; leave it out")
     return values
 
@@ -210,4 +217,4 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """In what two runs differ that decides what is learned, a phrase each; how they are run may change within one."""
-    return value_differences(dump(old), dump(new), free=("runtime", "student"))
+    return value_differences(dump(old), dump(new), free=("runtime",))

@@ -1,6 +1,7 @@
 """Tasks: what their pattern promises, labels as targets, and the older form of a configuration."""
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -273,16 +274,21 @@ def test_settings_of_another_task_are_left_out_with_a_word(tmp_path: Path, capsy
     ({}, "task: Field required"),
     ({"task": {"form": "count"}}, r"task: write a group with the task's name, as in \{name: rotation\}"),
     ({"task": 3}, r"task: write a group with the task's name.* \(got 3\)"),
+    ({"task": [1]}, r"task: write a group with the task's name"),
     ({"task": "supervise"}, r"task: no task 'supervise'; did you mean 'supervised'\? there are rotation, words, "),
     ({"task": {"name": "words", "from": "count"}}, r"unknown configuration key 'task\.from'; did you mean 'form'\?"),
     ({"task": {"name": "words", "gamma": 0}}, r"task\.gamma: Input should be greater than 0 \(got 0\)"),
     ({"task": {"name": "words"}, "words": {"gamma": 1}}, r"unknown configuration key 'words'"),
     ({"task": "rotation"}, r"view\.cutmix must be false for task rotation: a mixed image has no target there"),
 ])  # fmt: skip
-def test_what_is_no_task_is_one_line(values: dict[str, Any], message: str) -> None:
+def test_what_is_no_task_is_one_line(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"^x: {message}|^x: configuration: {message}") as error:
         validate(TrainConfig, {"name": "x", **values}, "x")
     assert "\n" not in str(error.value)
+    (tmp_path / "x").write_text(json.dumps(values))
+    for flags in ({}, {"seed": 1}):
+        with pytest.raises(UsageError, match=message):
+            load_train_config(tmp_path / "x", (), flags)
 
 
 def test_a_flag_that_the_task_has_none_for_is_refused(tmp_path: Path) -> None:
@@ -302,3 +308,15 @@ def test_only_what_a_task_asks_of_the_workspace_is_filled_in(make_config: Make) 
     resolved = called(TASKS.get("words").resolve)(given, workspace)
     assert (resolved.store, resolved.layer) == (config.task.store, "block3")
     assert SUPERVISED.resolve is None is TASKS.get("rotation").resolve
+
+
+def test_who_comes_next_is_a_recipes_matter(tmp_path: Path) -> None:
+    """Records of old runs name a student, and are read; in a configuration of today it is refused."""
+    old = {**OLD, "student": "bownet.yaml"}
+    assert validate(TrainConfig, old, "old") == validate(TrainConfig, OLD, "old")
+    path = tmp_path / "old.yaml"
+    path.write_text(json.dumps(old))
+    with pytest.raises(UsageError, match=r"old\.yaml: student: a configuration no longer says .*; leave this out"):
+        load_train_config(path)
+    path.write_text(json.dumps({**old, "student": None}))
+    assert load_train_config(path).task.name == "words"
