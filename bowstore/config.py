@@ -156,7 +156,9 @@ class Workspace(Strict):
     val_shards: Place | None = Field(None, description="null: data/shards/val, or data/shards/test")
     store: Place = Path("data/words.zarr")
     runs: Place = Path("runs")
-    teacher: Text | None = Field(None, description="run or checkpoint; null: the newest finished rotation run")
+    teacher: Text | None = Field(
+        None, description="run or checkpoint; null: the newest finished run of a teacher's task, as rotation is"
+    )
     config: Place | None = Field(None, description="configuration of `bowstore train`; null: the recipe's next")
     recipe: Place | None = Field(None, description="recipe of `bowstore run` and `bowstore train`: a file, or its name")
     voc: Place = Field(Path("data/VOCdevkit/VOC2007"), description="VOC devkit folder of `bowstore eval voc07`")

@@ -49,7 +49,7 @@ shards: data/shards/train        # written by: bowstore shards SRC data/shards
 val_shards: null                 # null: data/shards/val, or data/shards/test
 store: data/words.zarr           # written by: bowstore encode
 runs: runs
-teacher: null                    # run or checkpoint; null: the newest finished rotation run
+teacher: null                    # run or checkpoint; null: the newest finished run of a teacher's task
 config: null                     # what `bowstore train` trains; null: the recipe's next training stage
 recipe: {recipe}
 voc: data/VOCdevkit/VOC2007      # for: bowstore eval voc07

@@ -58,7 +58,7 @@ def test_imagenet_is_the_papers_recipe() -> None:
             r"--set student: a configuration no longer says what is trained next; .*`bowstore init",
         ),
         ('name="a\\0"', r"name: .*pattern"),
-        ("words.layer=a", r"words\.layer: the task of .*cifar10_rotnet\.yaml is rotation, and this sets task words"),
+        ("words.layer=a", r"words\.layer: the task is rotation, and this sets task words; leave it out"),
         ("task.block=2", r"unknown configuration key 'task\.block'; did you mean 'blocks'\?"),
         ("rotation.blocks=0", r"task\.blocks: Input should be greater than or equal to 1 \(got 0\)"),
         ("view.cutmix=true", r"view\.cutmix must be false for task rotation"),

@@ -15,7 +15,7 @@ from bowstore.cli.options import command, fields
     "given",
     "bowstore.words.config:EncodeConfig",
     flags={"layers": "--layer", "num_words": "--K"},
-    otherwise={"teacher": "the newest finished rotation run"},
+    otherwise={"teacher": "the newest finished run of a teacher's task, as rotation is"},
 )
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
 @click.option("--store", type=PATH, help="Word store to write, or its URL.  [default: the workspace's]")

@@ -14,7 +14,7 @@ from bowstore.recipes.state import fingerprint, layer_of, state_of
 from bowstore.recipes.steps import EncodeStep, Plan, Step, TrainStep
 from bowstore.remote import is_remote
 from bowstore.torchrun import ranks
-from bowstore.train.config import TrainConfig
+from bowstore.train.config import TrainConfig, key_of_today
 from bowstore.workspace import resolve_train
 
 S = TypeVar("S", bound=Step)
@@ -40,7 +40,7 @@ def resolve_training(
         return resolve_train(workspace, named, overrides, given), workspace.runs
     plan = workspace_plan(workspace, "--config CONFIG")
     step = next_training(plan, given)
-    set_here = {override.partition("=")[0].strip() for override in overrides}
+    set_here = {key_of_today(override.partition("=")[0].strip(), step.config.task.name) for override in overrides}
     said = {name: value for name, value in step.flags.items() if name not in set_here}
     return resolve_train(plan.workspace, step.file, overrides, {**said, **given}), plan.workspace.runs
 
@@ -64,7 +64,7 @@ def next_training(plan: Plan, given: Iterable[str] = ()) -> TrainStep:
 
     Args:
         plan: the recipe.
-        given: keys that flags set, `shards` and `words.store` for two: what is given need not be there by the recipe.
+        given: keys that flags set, `shards` and `task.store` for two: what is given need not be there by the recipe.
 
     Raises:
         MissingError: none has its inputs; the message says what the first one lacks.

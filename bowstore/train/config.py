@@ -1,6 +1,7 @@
 """What a training run is told: the task, the schedule, and how to run. Loads no torch."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -171,19 +172,24 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
     if values.get("student") is not None:
         raise UsageError(f"{path}: student: {_NO_STUDENT}")
     values = _of_one_task(values, overrides, flags or {}, path)
-    task = task_name(values)
+    meant = partial(key_of_today, task=task_name(values))
+    return validate(TrainConfig, apply_overrides(values, overrides, flags, meant), str(path))
 
-    def today(key: str) -> str:
-        group, dot, rest = key.partition(".")
-        if key == "student":
-            raise UsageError(f"--set {key}: {_NO_STUDENT}")
-        if not dot or group not in _OLD_GROUPS:
-            return "task.name" if key == "task" else key
-        if group != task:
-            raise UsageError(f"{key}: the task of {path} is {task}, and this sets task {group}; leave it out")
-        return f"task.{rest}"
 
-    return validate(TrainConfig, apply_overrides(values, overrides, flags, today), str(path))
+def key_of_today(key: str, task: str | None) -> str:
+    """The key that one of any age means in the configuration of a task: `words.gamma` is `task.gamma` now.
+
+    Raises:
+        UsageError: it sets another task, or what no configuration has any more.
+    """
+    group, dot, rest = key.partition(".")
+    if key == "student":
+        raise UsageError(f"--set {key}: {_NO_STUDENT}")
+    if not dot or group not in _OLD_GROUPS:
+        return "task.name" if key == "task" else key
+    if group != task:
+        raise UsageError(f"{key}: the task is {task}, and this sets task {group}; leave it out")
+    return f"task.{rest}"
 
 
 def _of_one_task(

@@ -356,7 +356,7 @@ def check_images(store: Store, index: KeyedRows, rows_M: NDArray[np.int64], stor
             f"{len(other)} of {len(rows_M)} images of the shards are not those that word store {store.path} was made "
             f"of, though they have their keys, for example {_names(index, other)}; use the shards that were encoded, "
             "encode these into a store of their own, or if they are copies of the same pictures (resized, compressed "
-            "anew) say so: --set words.reencoded=true in training, --reencoded elsewhere"
+            "anew) say so: --set task.reencoded=true in training, --reencoded elsewhere"
         )
 
 

@@ -4,15 +4,21 @@
 """
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from bowstore.models.saved import load_backbone, load_export, save_backbone
+from bowstore.config import dump, validate
+from bowstore.errors import MismatchError
+from bowstore.models.saved import load_backbone, load_export, newest_checkpoint, save_backbone
+from bowstore.train.config import TrainConfig
+from bowstore.train.rundir import check_run, check_start, read_run_config, write_config
 from bowstore.verify import verify_path
 from bowstore.words.teacher import load_teacher
+from bowstore.yaml_file import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +57,27 @@ def test_an_old_export_that_is_saved_anew_records_what_rebuilds_it_and_no_more(o
         == loaded.saved
         == load_export(old / "old-rotation" / "backbone.safetensors")[1]
     )
+
+
+@pytest.mark.parametrize("task", ["rotation", "words"])
+def test_an_old_run_goes_on_under_its_configuration_of_today(old: Path, tmp_path: Path, task: str) -> None:
+    """Its records hold the task's settings in a group beside `task`; those of today in one."""
+    run = tmp_path / "run"
+    shutil.copytree(old / f"old-{task}", run)
+    assert read_yaml(run / "config.yaml")["task"] == task
+    config = read_run_config(run)
+    assert config.task.name == task
+    check_run(run, config, resume=False)
+    check_start(run, newest_checkpoint(run), config, 8, resume=False, shown=True)
+    other = validate(TrainConfig, {**dump(config), "task": {**dump(config.task), **OTHER[task]}}, "other")
+    with pytest.raises(MismatchError, match=r"another configuration \(task\.\w+ is \w+ there, \w+ here\)"):
+        check_run(run, other, resume=False)
+    shutil.rmtree(run / "checkpoints")
+    (run / "backbone.safetensors").unlink()
+    check_run(run, config, resume=False)  # as left by a run that ended before its first checkpoint
+    write_config(run, config)
+    assert read_yaml(run / "config.yaml")["task"] == dump(config.task)
+    assert read_run_config(run) == config
+
+
+OTHER = {"rotation": {"blocks": 3}, "words": {"form": "binary"}}
