@@ -1,6 +1,7 @@
 """What lies where in a run directory, without torch."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_the_run_that_a_network_belongs_to(tmp_path: Path) -> None:
     for path in (run, run / "backbone.safetensors", run / "checkpoints" / "step-000000005.pt"):
         assert runs.run_of(path) == run
     assert runs.run_of(tmp_path / "teacher.safetensors") == tmp_path / "teacher.safetensors"
+
+
+def test_no_other_module_spells_the_layout() -> None:
+    names = {getattr(runs, name) for name in dir(runs) if name.endswith(("_FILE", "_FOLDER"))}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "backbone.safetensors"} <= names
+    joined = re.compile(rf"""(?:/ f?|glob\(f?)"[^"]*\b(?:{"|".join(map(re.escape, names))})["/]""")
+    root = Path(runs.__file__).parents[1]
+    for path in [*(root / "bowstore").rglob("*.py"), *(root / "tools").glob("*.py")]:
+        found = joined.search(path.read_text())
+        assert not found or path.name == "runs.py", f"{path} spells {found[0]}"
 
 
 def test_it_loads_nothing_heavy() -> None:
