@@ -79,7 +79,7 @@ def write_coloured_store(
     images = np.array([xxhash.xxh3_64_intdigest(coloured_image(key)) for key in keys], np.uint64)
     writer = create_store(path, fingerprint=fingerprint, key_hash_N=hashes, image_digest_N=images)
     teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t"}
-    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=WORDS, grid=(1, CHANNELS), channels=8)
+    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, num_words=WORDS, grid=(1, CHANNELS), channels=8)
     fill_layer(writer, "block3", spec, words)
     return path
 

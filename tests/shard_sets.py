@@ -86,14 +86,14 @@ def write_words(
     digests = keys if image_digest_N is None else image_digest_N
     writer = create_store(path, fingerprint=fingerprint, key_hash_N=keys, image_digest_N=digests)
     teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t"}
-    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=maps.shape[1:], channels=8)
+    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, num_words=words, grid=maps.shape[1:], channels=8)
     fill_layer(writer, "block3", spec, maps)
     return path
 
 
 def fill_layer(writer: StoreWriter, name: str, spec: LayerSpec, maps: np.ndarray) -> None:
     """Add a layer with a vocabulary of zeros and the given words, uint16 (N, h, w), and complete it."""
-    layer = writer.add_layer(name, spec, np.zeros((spec.words, spec.channels), np.float32))
+    layer = writer.add_layer(name, spec, np.zeros((spec.num_words, spec.channels), np.float32))
     for chunk in range(layer.chunks):
         writer.write_chunk(name, chunk, maps[layer.rows(chunk)])
-    writer.mark_complete(name, word_statistics([maps], spec.words), NearestSearch(spec.words).result())
+    writer.mark_complete(name, word_statistics([maps], spec.num_words), NearestSearch(spec.num_words).result())

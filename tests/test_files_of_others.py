@@ -146,7 +146,7 @@ def test_a_download_clears_no_linked_folder(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_layer_takes_no_folder_of_others(tmp_path: Path) -> None:
     writer = create_store(tmp_path / "s", fingerprint="f", **HASHES)
-    spec = LayerSpec(teacher={}, view={}, vocabulary={}, words=3, grid=(2, 2), channels=2)
+    spec = LayerSpec(teacher={}, view={}, vocabulary={}, num_words=3, grid=(2, 2), channels=2)
     vocabulary = np.zeros((3, 2), np.float32)
     (tmp_path / "s" / "conv4" / "c").mkdir(parents=True)
     notes = tmp_path / "s" / "conv4" / "notes.txt"

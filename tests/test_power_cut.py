@@ -33,7 +33,7 @@ def hashes(count: int) -> dict[str, Any]:
 
 
 def spec() -> LayerSpec:
-    return LayerSpec(teacher={}, view={}, vocabulary={}, words=3, grid=(2, 2), channels=2)
+    return LayerSpec(teacher={}, view={}, vocabulary={}, num_words=3, grid=(2, 2), channels=2)
 
 
 def test_a_file_is_safe_before_it_has_its_name(tmp_path: Path) -> None:

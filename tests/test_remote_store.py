@@ -52,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def add_unfinished_layer(store: Path) -> None:
-    spec = LayerSpec(teacher={}, view={}, vocabulary={}, words=5, grid=(4, 4), channels=3)
+    spec = LayerSpec(teacher={}, view={}, vocabulary={}, num_words=5, grid=(4, 4), channels=3)
     writer = StoreWriter(store)
     writer.add_layer("block2", spec, np.zeros((5, 3), np.float32))
     writer.write_chunk("block2", 1, np.ones((16, 4, 4), np.uint16))

@@ -41,7 +41,7 @@ from bowstore.words.store_writer import StoreWriter
 from bowstore.words.verify import digest, verify
 
 ROWS = 16  # of a chunk
-SPEC = LayerSpec(teacher={}, view={}, vocabulary={}, words=5, grid=(4, 4), channels=3)
+SPEC = LayerSpec(teacher={}, view={}, vocabulary={}, num_words=5, grid=(4, 4), channels=3)
 
 
 @pytest.fixture(autouse=True)

@@ -165,7 +165,7 @@ def compare(
 ) -> dict[str, Any]:
     """All measurements of one layer's words, in chunks of `own_rows` rows (None: the store's)."""
     words = layer.read_words()[:rows]
-    bits = max(1, math.ceil(math.log2(layer.words)))
+    bits = max(1, math.ceil(math.log2(layer.num_words)))
     own_rows = min(own_rows or layer.chunk_rows, len(words))
     cuts = [Cut(name, own_rows) for name in dict.fromkeys((BASE, chosen, *names))]
     cuts += [Cut(chosen, other) for other in OTHER_CHUNK_ROWS if other != own_rows]
@@ -183,7 +183,7 @@ def compare(
         "teacher": {name: layer.attributes["teacher"].get(name) for name in ("arch", "layer", "name")},
         "images": len(words),
         "grid": list(layer.grid),
-        "words": layer.words,
+        "words": layer.num_words,
         "bits_per_word": bits,
         "entropy_bits_per_word": entropy_bits(words),
         "same_as_left_neighbour": float((words[:, :, 1:] == words[:, :, :-1]).sum() / max(1, words[:, :, 1:].size)),

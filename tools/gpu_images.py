@@ -163,7 +163,7 @@ def train(check: Check) -> None:
     index = photographs(check)
     with tempfile.TemporaryDirectory(dir=check.scratch) as folder:
         store = made_up_store(
-            Path(folder) / "words.zarr", index, words=check.size(20_000, 20_000, 30), grid=check.size(14, 14, 4)
+            Path(folder) / "words.zarr", index, num_words=check.size(20_000, 20_000, 30), grid=check.size(14, 14, 4)
         )
         config = validate(
             TrainConfig,

@@ -323,7 +323,7 @@ def targets(check: Check) -> None:
     with tempfile.TemporaryDirectory(dir=check.scratch) as name:
         folder = Path(name)
         index = made_up_index(folder / "shards", check.size(20_000, 10_000, 40))
-        store = made_up_store(folder / "words.zarr", index, words=check.size(20_000, 20_000, 30), grid=14)
+        store = made_up_store(folder / "words.zarr", index, num_words=check.size(20_000, 20_000, 30), grid=14)
         result = bench_targets(
             store, index.root, layer=None, batch=check.size(256, 256, 8), batches=check.size(200, 100, 3),
             rounds=check.size(5, 3, 2), device=check.device, storage=StorageConfig(cache=folder / "cache"),

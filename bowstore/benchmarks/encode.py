@@ -106,7 +106,7 @@ class _Bench:
             for plan in job.layers:
                 spec = LayerSpec(
                     teacher=job.teacher.provenance(plan.name), view=view_values(job.teacher), vocabulary={},
-                    words=plan.words, grid=plan.grid, channels=plan.channels,
+                    num_words=plan.num_words, grid=plan.grid, channels=plan.channels,
                 )  # fmt: skip
                 writer.add_layer(plan.name, spec, self.vocabularies[plan.name])
             begun = time.perf_counter()
@@ -164,7 +164,7 @@ def bench_encode(
             "batch": job.batch,
             "workers": compute_workers(device),
             "arch": job.teacher.backbone.arch,
-            "layers": {plan.name: {"words": plan.words, "grid": plan.grid} for plan in job.layers},
+            "layers": {plan.name: {"words": plan.num_words, "grid": plan.grid} for plan in job.layers},
             "size": job.teacher.view.size,
             "precision": config.precision,
             "trunk": job.teacher.trunk,
@@ -200,14 +200,14 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
         kept = images_BCHW.clone() if kept is None else kept
         for name, map_Bchw in teacher.maps(images_BCHW).items():
             found[name].append(map_Bchw.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy())
-        if all(sum(map(len, found[plan.name])) >= plan.words for plan in plans):
+        if all(sum(map(len, found[plan.name])) >= plan.num_words for plan in plans):
             break
     vectors = {name: np.concatenate(parts) for name, parts in found.items()}
     for plan in plans:
-        if len(vectors[plan.name]) < plan.words:
+        if len(vectors[plan.name]) < plan.num_words:
             raise UsageError(
                 f"{min(images, len(index))} images give {len(vectors[plan.name])} vectors of layer {plan.name!r}, "
-                f"fewer than K = {plan.words}; lower --K, or name more images"
+                f"fewer than K = {plan.num_words}; lower --K, or name more images"
             )
     assert kept is not None, "there is at least one image"
-    return _Bench(job, {plan.name: vectors[plan.name][: plan.words] for plan in plans}, kept)
+    return _Bench(job, {plan.name: vectors[plan.name][: plan.num_words] for plan in plans}, kept)

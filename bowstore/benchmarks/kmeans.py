@@ -85,13 +85,13 @@ def bench_kmeans(
     )
 
 
-def _there(k: int, dimensions: int, device: torch.device) -> tuple[Backend, ...]:
+def _there(num_words: int, dimensions: int, device: torch.device) -> tuple[Backend, ...]:
     """The backends that run on this machine, on that device, at that size."""
     if find_spec("faiss") is None:
         return ("torch",)
     from bowstore.words.lloyd_faiss import SuperLloyd  # FAISS
 
-    suits = device.type == "cpu" and SuperLloyd.suits(k, dimensions)
+    suits = device.type == "cpu" and SuperLloyd.suits(num_words, dimensions)
     return ("faiss", "super", "torch") if suits else ("faiss", "torch")
 
 

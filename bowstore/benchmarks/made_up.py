@@ -30,17 +30,17 @@ def made_up_index(folder: Path, images: int, side: int = 16) -> Index:
     return build_index(folder, workers=1)
 
 
-def made_up_store(path: Path, index: Index, *, words: int, grid: int, channels: int = 1) -> Path:
+def made_up_store(path: Path, index: Index, *, num_words: int, grid: int, channels: int = 1) -> Path:
     """A complete store of one layer, whose words are random, but frequent ones are so as in real stores (Zipf)."""
     draw = np.random.default_rng(0)
-    share_K = 1 / np.arange(10, words + 10)
-    maps = draw.choice(words, (len(index), grid, grid), p=share_K / share_K.sum()).astype(np.uint16)
+    share_K = 1 / np.arange(10, num_words + 10)
+    maps = draw.choice(num_words, (len(index), grid, grid), p=share_K / share_K.sum()).astype(np.uint16)
     hashes, digests = np.asarray(index.key_hash), np.asarray(index.digest)
     writer = create_store(path, fingerprint=index.fingerprint, key_hash_N=hashes, image_digest_N=digests)
     teacher = {"arch": "made up", "layer": LAYER, "weights_sha256": "0", "name": "made up"}
-    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, words=words, grid=(grid, grid), channels=channels)
-    layer = writer.add_layer(LAYER, spec, np.zeros((words, channels), np.float32))
+    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, num_words=num_words, grid=(grid, grid), channels=channels)
+    layer = writer.add_layer(LAYER, spec, np.zeros((num_words, channels), np.float32))
     for chunk in range(layer.chunks):
         writer.write_chunk(LAYER, chunk, maps[layer.rows(chunk)])
-    writer.mark_complete(LAYER, word_statistics([maps], words), NearestSearch(words).result())
+    writer.mark_complete(LAYER, word_statistics([maps], num_words), NearestSearch(num_words).result())
     return path

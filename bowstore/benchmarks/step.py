@@ -120,7 +120,7 @@ def bench_step(
 def _made_up(settings: StepSettings, folder: Path) -> tuple[TrainConfig, Batch]:
     """The configuration, and a batch of noise as the graph would give it, on the device."""
     index = made_up_index(folder / "shards", 2 * settings.batch)
-    store = made_up_store(folder / "words.zarr", index, words=settings.num_words, grid=settings.grid)
+    store = made_up_store(folder / "words.zarr", index, num_words=settings.num_words, grid=settings.grid)
     config = validate(
         TrainConfig,
         {

@@ -55,7 +55,7 @@ def bench_store(
         protocol="bench/store",
         device=f"cpu, {cores()} cores",
         inputs={"dataset": opened.fingerprint, **({"shards": index.fingerprint} if index else {})},
-        settings={"images": len(opened), "layer": what.name, "grid": list(what.grid), "words": what.words},
+        settings={"images": len(opened), "layer": what.name, "grid": list(what.grid), "words": what.num_words},
         unit="images",
         timings=timings,
         figures={"seconds_to_load": seconds, "bytes_per_image": disk_bytes / len(opened)},

@@ -147,7 +147,7 @@ class LayerWords:
         return {
             "layer": layer.name,
             "teacher": layer.attributes["teacher"],
-            "K": layer.words,
+            "K": layer.num_words,
             "images": layer.images,
             "grid": layer.grid,
             "receptive_field": layer.attributes.get("receptive_field"),
@@ -175,11 +175,11 @@ def collect(store: Store, index: Index, wish: Wish) -> tuple[LayerWords, ...]:
             say(f"not complete, left out: {', '.join(left_out)}")
     layers = [store.layer(name) for name in ([wish.layer] if wish.layer else store.layers)]
     for layer in layers:
-        above = [word for word in wish.words if word >= layer.words]
+        above = [word for word in wish.words if word >= layer.num_words]
         if above:
             raise UsageError(
-                f"word {above[0]} is not below K = {layer.words} of layer {layer.name!r}; name words from 0 to "
-                f"{layer.words - 1}" + ("" if len(layers) == 1 else ", or one layer with --layer")
+                f"word {above[0]} is not below K = {layer.num_words} of layer {layer.name!r}; name words from 0 to "
+                f"{layer.num_words - 1}" + ("" if len(layers) == 1 else ", or one layer with --layer")
             )
     return tuple(_collect_layer(store, layer, index, wish) for layer in layers)
 
@@ -214,7 +214,7 @@ def _collect_layer(store: Store, layer: Layer, index: Index, wish: Wish) -> Laye
         )
         for word in shown
     }
-    warnings = health_warnings(layer.attributes["statistics"], layer.words)
+    warnings = health_warnings(layer.attributes["statistics"], layer.num_words)
     return LayerWords(
         layer, view, usage, document_frequency_K, galleries, words, images.looked_up, images.missing, warnings
     )
@@ -251,14 +251,14 @@ def count_words(layer: Layer, shown: Sequence[int]) -> Usage:
     Raises:
         CorruptError: a chunk is damaged.
     """
-    k, cells = layer.words, layer.grid[0] * layer.grid[1]
-    count_K, distinct = np.zeros(k, np.int64), np.zeros(cells + 1, np.int64)
-    common_SK = np.zeros((len(shown), k), np.int64)
+    num_words, cells = layer.num_words, layer.grid[0] * layer.grid[1]
+    count_K, distinct = np.zeros(num_words, np.int64), np.zeros(cells + 1, np.int64)
+    common_SK = np.zeros((len(shown), num_words), np.int64)
     with Progress(f"count {layer.name}", layer.images) as progress:
         for chunk, digest in enumerate(layer.chunk_digests().tolist()):
             words_NM = layer.read_chunk(chunk, digest).reshape(-1, cells)
-            count_K += np.bincount(words_NM.ravel(), minlength=k)
-            held_NK = _held(words_NM, k)
+            count_K += np.bincount(words_NM.ravel(), minlength=num_words)
+            held_NK = _held(words_NM, num_words)
             distinct += np.bincount(np.diff(held_NK.indptr), minlength=cells + 1)
             both_SK = (held_NK.tocsc()[:, list(shown)].T @ held_NK).tocoo()
             common_SK[both_SK.coords] += both_SK.data
@@ -266,14 +266,14 @@ def count_words(layer: Layer, shown: Sequence[int]) -> Usage:
     return Usage(count_K, distinct, common_SK)
 
 
-def _held(words_NM: NDArray[np.uint16], k: int) -> Any:
+def _held(words_NM: NDArray[np.uint16], num_words: int) -> Any:
     """Which images hold which words: a sparse int64 (N, K) of ones."""
     ordered_NM = np.sort(words_NM, axis=1)
     first_NM = np.ones(ordered_NM.shape, dtype=bool)
     first_NM[:, 1:] = ordered_NM[:, 1:] != ordered_NM[:, :-1]
     words = ordered_NM[first_NM].astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(first_NM.sum(axis=1))])
-    return csr_array((np.ones(len(words), np.int64), words, starts), shape=(len(words_NM), k))
+    return csr_array((np.ones(len(words), np.int64), words, starts), shape=(len(words_NM), num_words))
 
 
 class _Bond(NamedTuple):

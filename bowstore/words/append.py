@@ -226,7 +226,7 @@ def _grow_layer(base: Path, layer: Layer, group: zarr.Group, grown: Path, images
     rows = chunk_rows(images, layer.grid) if layer.chunks == 1 else layer.chunk_rows
     create(own, "words", (images, *layer.grid), np.uint16, fill=NOT_WRITTEN, chunks=(rows, *layer.grid))
     create(own, "chunk_digest", (-(-images // rows),), np.uint64, fill=0, chunks=(1,))
-    create(own, "document_frequency", (layer.words,), np.int64, fill=-1)
+    create(own, "document_frequency", (layer.num_words,), np.int64, fill=-1)
     for chunk in range(layer.images // rows):  # the last one stays only if it is full
         for name in (f"words/c/{chunk}/0/0", f"chunk_digest/c/{chunk}"):
             _link(base / layer.name / name, grown / layer.name / name)

@@ -126,7 +126,7 @@ class AssignPass:
         """
         job = self._job
         self._quantizers = {layer.name: quantizer(layer, job.device) for layer in self._layers}
-        self._nearest = {layer.name: NearestSearch(layer.words) for layer in self._layers}
+        self._nearest = {layer.name: NearestSearch(layer.num_words) for layer in self._layers}
         told = False
         with Progress("encode", self._writer.images, shown=self._shown) as self._progress:
             while True:

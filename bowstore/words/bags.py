@@ -112,13 +112,13 @@ class MeanBag:
     learned nothing about the images.
 
     Args:
-        words: K.
+        num_words: K.
         form: of the bags.
     """
 
-    def __init__(self, words: int, form: Form) -> None:
+    def __init__(self, num_words: int, form: Form) -> None:
         self._form = form
-        self._total_K = np.zeros(words, np.float64)
+        self._total_K = np.zeros(num_words, np.float64)
         self._rows = 0
 
     def add(self, words_BM: NDArray[np.uint16]) -> None:

@@ -150,8 +150,10 @@ def _resolve(
         arch = base.every_layer()[0].attributes["teacher"]["arch"]
         raise UsageError(f"{error} (--append needs the teacher of word store {store}, {arch})") from error
     source = Store(fetch_store(config.vocabulary, storage)) if config.vocabulary else None
-    known = {layer.name: layer.words for layer in base.every_layer()} if base else {}
-    words = [source.vocabulary_layer(layer.name).words if source else known.get(layer.name) for layer in teacher.layers]
+    known = {layer.name: layer.num_words for layer in base.every_layer()} if base else {}
+    words = [
+        source.vocabulary_layer(layer.name).num_words if source else known.get(layer.name) for layer in teacher.layers
+    ]
     if config.whiten and config.pca is None:
         raise UsageError("--whiten goes with --pca N; give the layer's number of channels to whiten all of them")
     plans = plan_layers(config, teacher.layers, words)
@@ -161,7 +163,7 @@ def _resolve(
             job.check_settings(source.vocabulary_layer(plan.name))
         elif base is None:
             grid = plan.grid
-            plan_sample(len(index), grid[0] * grid[1], plan.words, sample_per_word=config.sample_per_word, seed=0)
+            plan_sample(len(index), grid[0] * grid[1], plan.num_words, sample_per_word=config.sample_per_word, seed=0)
     return job
 
 
@@ -184,8 +186,8 @@ def _finish(job: Job, store: Path, board: Board) -> None:
             digests = layer.chunk_digests().tolist()
             with Progress("count", layer.images) as progress:
                 parts = _counted(progress, (layer.read_chunk(chunk, digest) for chunk, digest in enumerate(digests)))
-                statistics = word_statistics(parts, layer.words)
-            nearest = NearestSearch(layer.words)
+                statistics = word_statistics(parts, layer.num_words)
+            nearest = NearestSearch(layer.num_words)
             for found in (writer.nearest(name), *load_nearest(board.files(f"{nearest_name(writer, layer)}*.npz"))):
                 nearest.merge(found)
             save_nearest(board.folder / f"{nearest_name(writer, layer)}all.npz", nearest.result())

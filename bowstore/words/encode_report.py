@@ -116,7 +116,7 @@ def report_layer(layer: Layer, before: int) -> LayerReport:
     statistics, folder = layer.attributes["statistics"], layer.path / layer.name
     return LayerReport(
         layer=layer.name,
-        words=layer.words,
+        words=layer.num_words,
         grid=layer.grid,
         channels=layer.channels,
         chunks=layer.chunks,
@@ -126,5 +126,5 @@ def report_layer(layer: Layer, before: int) -> LayerReport:
         vocabulary_bytes=stored_bytes(folder / "vocabulary"),
         vocabulary=layer.attributes["vocabulary"],
         statistics=statistics,
-        warnings=health_warnings(statistics, layer.words),
+        warnings=health_warnings(statistics, layer.num_words),
     )

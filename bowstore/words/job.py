@@ -31,13 +31,13 @@ class LayerPlan:
 
     Attributes:
         name: the teacher's name of it.
-        words: K.
+        num_words: K.
         channels: c of the map.
         grid: (h, w), without the border.
     """
 
     name: str
-    words: int
+    num_words: int
     channels: int
     grid: tuple[int, int]
 
@@ -137,7 +137,7 @@ class Job:
             "clean view": view_values(self.teacher),
             "border": config.border,
             "map": map_text(plan.channels, plan.grid),
-            "K": plan.words,
+            "K": plan.num_words,
             **vocabulary,
         }
 
@@ -191,14 +191,15 @@ def plan_layers(
         )
     plans = []
     for place, layer in enumerate(layers):
-        words = given[place] if given else known[place]
-        if words is None:
+        num_words = given[place] if given else known[place]
+        if num_words is None:
             raise UsageError(
                 f"the number of words of layer {layer.name!r} is not known; give --K, for example --K 2048"
             )
-        if known[place] not in (None, words):
+        if known[place] not in (None, num_words):
             raise UsageError(
-                f"--K {words} does not fit the vocabulary's {known[place]} words of layer {layer.name!r}; leave --K out"
+                f"--K {num_words} does not fit the vocabulary's {known[place]} words of layer {layer.name!r}; leave "
+                f"--K out"
             )
         grid = (layer.grid[0] - 2 * config.border, layer.grid[1] - 2 * config.border)
         if min(grid) < 1:
@@ -206,5 +207,5 @@ def plan_layers(
                 f"--border {config.border} leaves nothing of the {layer.grid[0]} x {layer.grid[1]} map of layer "
                 f"{layer.name!r}; choose at most {(min(layer.grid) - 1) // 2}"
             )
-        plans.append(LayerPlan(layer.name, words, layer.channels, grid))
+        plans.append(LayerPlan(layer.name, num_words, layer.channels, grid))
     return tuple(plans)

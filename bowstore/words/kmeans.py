@@ -47,7 +47,7 @@ class Clusters(NamedTuple):
 
 def kmeans(
     sample_Sp: NDArray[np.float32],
-    k: int,
+    num_words: int,
     *,
     seed: int,
     iterations: int,
@@ -61,14 +61,16 @@ def kmeans(
 
     Args:
         sample_Sp: float32 (S, p), finite, with at least K distinct vectors.
-        k: number of words.
+        num_words: number of words.
         seed: of the initial words, and of what dead ones are put onto.
         iterations: of Lloyd's algorithm; each refill adds one.
         device: where it runs.
         backend: None for `default_backend`.
         shown: whether to show progress.
     """
-    lloyd = make_lloyd(backend or default_backend(sample_Sp.shape, k, device), sample_Sp, k, seed, device)
+    lloyd = make_lloyd(
+        backend or default_backend(sample_Sp.shape, num_words, device), sample_Sp, num_words, seed, device
+    )
     history, splits = [], []
     with Progress("k-means", iterations, "iterations", shown=shown) as progress:
         for _ in range(iterations):
@@ -76,21 +78,21 @@ def kmeans(
             history.append(inertia)
             splits.append(split)
             progress.advance(note=f"mean squared distance {inertia:.6g}")
-    word_S, distance_S, refilled = _refill(lloyd, sample_Sp, k, seed)
+    word_S, distance_S, refilled = _refill(lloyd, sample_Sp, num_words, seed)
     centroids_Kp = lloyd.centroids()
     return Clusters(
         centroids_Kp=centroids_Kp,
-        counts_K=np.bincount(word_S, minlength=k),
+        counts_K=np.bincount(word_S, minlength=num_words),
         inertia=float(distance_S.mean(dtype=np.float64)),
         inertia_history=history,
         splits=splits,
         refilled=refilled,
-        duplicates=k - distinct_rows(centroids_Kp, k),
+        duplicates=num_words - distinct_rows(centroids_Kp, num_words),
         backend=lloyd.backend,
     )
 
 
-def default_backend(shape: tuple[int, int], k: int, device: torch.device) -> Backend:
+def default_backend(shape: tuple[int, int], num_words: int, device: torch.device) -> Backend:
     """Torch on a GPU that holds a sample (S, p), and where there is no FAISS; else FAISS.
 
     On a CPU that is the search of its SuperKMeans, where K and p are large.
@@ -101,16 +103,18 @@ def default_backend(shape: tuple[int, int], k: int, device: torch.device) -> Bac
         return "torch" if kept_as(4 * shape[0] * shape[1], device) else "faiss"
     from bowstore.words.lloyd_faiss import SuperLloyd  # FAISS
 
-    return "super" if SuperLloyd.suits(k, shape[1]) else "faiss"
+    return "super" if SuperLloyd.suits(num_words, shape[1]) else "faiss"
 
 
-def make_lloyd(backend: Backend, sample_Sp: NDArray[np.float32], k: int, seed: int, device: torch.device) -> Lloyd:
+def make_lloyd(
+    backend: Backend, sample_Sp: NDArray[np.float32], num_words: int, seed: int, device: torch.device
+) -> Lloyd:
     """Lloyd's iteration of one backend, before its first step."""
     if backend == "torch":
-        return TorchLloyd(sample_Sp, k, seed, device)
+        return TorchLloyd(sample_Sp, num_words, seed, device)
     from bowstore.words.lloyd_faiss import FaissLloyd, SuperLloyd  # FAISS
 
-    return (SuperLloyd if backend == "super" else FaissLloyd)(sample_Sp, k, seed, device)
+    return (SuperLloyd if backend == "super" else FaissLloyd)(sample_Sp, num_words, seed, device)
 
 
 def distinct_rows(rows: NDArray[np.float32], enough: int) -> int:
@@ -124,13 +128,13 @@ def distinct_rows(rows: NDArray[np.float32], enough: int) -> int:
 
 
 def _refill(
-    lloyd: Lloyd, sample_Sp: NDArray[np.float32], k: int, seed: int
+    lloyd: Lloyd, sample_Sp: NDArray[np.float32], num_words: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
     """Move useless words until there are none; the last assignment, its squared distances, and how many were moved."""
     rng, refilled = np.random.default_rng([seed, 3]), 0
     word_S, distance_S = lloyd.nearest()
     for _ in range(_REFILL_ROUNDS):
-        useless_U = _useless(lloyd.centroids(), np.bincount(word_S, minlength=k))
+        useless_U = _useless(lloyd.centroids(), np.bincount(word_S, minlength=num_words))
         vectors_U = far_vectors(sample_Sp, distance_S, len(useless_U), rng)
         useless_U = useless_U[: len(vectors_U)]
         if not len(useless_U):

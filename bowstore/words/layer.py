@@ -43,7 +43,7 @@ class LayerSpec:
         teacher: arch, layer, weights_sha256, precision, name.
         view: the clean view: size, resize, squash, mean, std.
         vocabulary: how the vocabulary was made (seed, sample, iterations) and its health.
-        words: K.
+        num_words: K.
         grid: (h, w), without the border.
         channels: c of the teacher's map.
         border: cells left out at each side of the map.
@@ -55,7 +55,7 @@ class LayerSpec:
     teacher: dict[str, Any]
     view: dict[str, Any]
     vocabulary: dict[str, Any]
-    words: int
+    num_words: int
     grid: tuple[int, int]
     channels: int
     border: int = 0
@@ -93,7 +93,7 @@ class Layer:
         attributes: plain values: those of `LayerSpec`, digests, statistics once complete.
         complete: whether all its words are written.
         grid: (h, w).
-        words: K.
+        num_words: K.
         images: N.
         channels: c of the teacher's map.
         border: cells left out at each side of the map.
@@ -108,7 +108,7 @@ class Layer:
             attributes: dict[str, Any] = subgroup(group, name).attrs.asdict()
             self.attributes = attributes
             self.grid = (int(attributes["grid"][0]), int(attributes["grid"][1]))
-            self.words = int(attributes["words"])
+            self.num_words = int(attributes["words"])
             self.complete = bool(attributes["complete"])
             self.channels = int(attributes["channels"])
             self.border = int(attributes["border"])
@@ -163,7 +163,7 @@ class Layer:
             "clean view": self.attributes["view"],
             "border": self.border,
             "map": map_text(self.channels, self.grid),
-            "K": self.words,
+            "K": self.num_words,
             "vocabulary": self.attributes["vocabulary_digest"],
             "vocabulary taken from": vocabulary.get("taken_from"),
             **{name: vocabulary.get(name) for name in VOCABULARY_SETTINGS},

@@ -44,9 +44,9 @@ class Lloyd(ABC):
         """Put the given centroids onto vectors of the sample."""
 
 
-def first_vectors(vectors: int, k: int, seed: int) -> NDArray[np.int64]:
+def first_vectors(vectors: int, num_words: int, seed: int) -> NDArray[np.int64]:
     """Vectors of the sample that the words begin at: K random ones, ascending."""
-    return np.sort(np.random.default_rng([seed, 2]).choice(vectors, k, replace=False))
+    return np.sort(np.random.default_rng([seed, 2]).choice(vectors, num_words, replace=False))
 
 
 def far_vectors(

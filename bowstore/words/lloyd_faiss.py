@@ -29,7 +29,7 @@ class FaissLloyd(Lloyd):
 
     name = "faiss"
 
-    def __init__(self, sample_Sp: NDArray[np.float32], k: int, seed: int, device: torch.device) -> None:
+    def __init__(self, sample_Sp: NDArray[np.float32], num_words: int, seed: int, device: torch.device) -> None:
         vectors, dimensions = sample_Sp.shape
         self._sample = sample_Sp
         gpu = device.type == "cuda" and hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
@@ -45,7 +45,7 @@ class FaissLloyd(Lloyd):
             self._index = faiss.IndexFlatL2(dimensions)
         self.backend = f"faiss {faiss.__version__} {'gpu' if gpu else 'cpu'}"
         # One iteration a call shows progress; FAISS goes on from the centroids it holds, with the same result.
-        self._clustering = faiss.Clustering(dimensions, k)
+        self._clustering = faiss.Clustering(dimensions, num_words)
         self._clustering.niter = 1
         self._clustering.seed = seed % 2**31
         self._clustering.min_points_per_centroid, self._clustering.max_points_per_centroid = 1, vectors
@@ -94,7 +94,7 @@ class SuperLloyd(Lloyd):
 
     name = "super"
 
-    def __init__(self, sample_Sp: NDArray[np.float32], k: int, seed: int, device: torch.device) -> None:
+    def __init__(self, sample_Sp: NDArray[np.float32], num_words: int, seed: int, device: torch.device) -> None:
         vectors, dimensions = sample_Sp.shape
         self.backend = f"faiss {faiss.__version__} cpu superkmeans"
         self._sample_Sp = np.ascontiguousarray(sample_Sp)
@@ -105,7 +105,7 @@ class SuperLloyd(Lloyd):
         # The number of OpenMP threads belongs to the thread that sets it: one each, the pool has the cores.
         self._pool = ThreadPoolExecutor(cores(), "k-means", initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._turned_Sp = np.concatenate(self._each(lambda part: self._turn(self._sample_Sp[part])))
-        self._centroids_Kp = self._sample_Sp[first_vectors(vectors, k, seed)]
+        self._centroids_Kp = self._sample_Sp[first_vectors(vectors, num_words, seed)]
         self._word_S: NDArray[np.int32] | None = None
         self._settings = _faiss.SuperKMeansParameters()
         shares = _faiss.precompute_ad_thresholds(dimensions, self._settings.ad_epsilon_factor / dimensions)
@@ -113,20 +113,20 @@ class SuperLloyd(Lloyd):
         self._leading = self._within(int(self._settings.d_prime_fraction * dimensions))
 
     @staticmethod
-    def suits(k: int, dimensions: int) -> bool:
+    def suits(num_words: int, dimensions: int) -> bool:
         """Whether this FAISS has the search, and there are words and dimensions enough for it to pay."""
         has = hasattr(faiss, "super_kmeans_assign_iteration")
-        return has and k >= _SUPER_WORDS and dimensions >= _SUPER_DIMENSIONS
+        return has and num_words >= _SUPER_WORDS and dimensions >= _SUPER_DIMENSIONS
 
     def step(self) -> tuple[float, int]:
         """Search, average in the order of the vectors, and put words that ran empty onto vectors far from theirs."""
         distance_S = self._search() if self._word_S is None else self._prune()
         assert self._word_S is not None
-        k, vectors = len(self._centroids_Kp), len(self._sample_Sp)
-        counts_K = np.bincount(self._word_S, minlength=k)
+        num_words, vectors = len(self._centroids_Kp), len(self._sample_Sp)
+        counts_K = np.bincount(self._word_S, minlength=num_words)
         order_S = np.argsort(self._word_S.astype(np.uint16), kind="stable").astype(np.int32)
         starts = np.concatenate([[0], np.cumsum(counts_K)]).astype(np.int32)
-        chooses = scipy.sparse.csr_array((np.ones(vectors, np.float32), order_S, starts), shape=(k, vectors))
+        chooses = scipy.sparse.csr_array((np.ones(vectors, np.float32), order_S, starts), shape=(num_words, vectors))
         used_U = np.flatnonzero(counts_K)
         self._centroids_Kp[used_U] = (chooses @ self._sample_Sp)[used_U] / counts_K[used_U, None].astype(np.float32)
         dead_U = np.flatnonzero(counts_K == 0)

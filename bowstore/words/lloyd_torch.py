@@ -38,7 +38,9 @@ class TorchLloyd(Lloyd):
 
     name = "torch"
 
-    def __init__(self, sample_Sp: NDArray[np.float32] | Tensor, k: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, sample_Sp: NDArray[np.float32] | Tensor, num_words: int, seed: int, device: torch.device
+    ) -> None:
         self._given_Sp = sample_Sp if isinstance(sample_Sp, Tensor) else torch.from_numpy(sample_Sp)
         self._device = device
         here = self._given_Sp.device.type == device.type
@@ -51,7 +53,7 @@ class TorchLloyd(Lloyd):
         self._sample_Sp = self._given_Sp if as_it_is else _upload(self._given_Sp, device, kept, self._scale)
         if kept == torch.float32:
             self._largest = _largest(self._sample_Sp)  # faster there than where it was given
-        first = torch.from_numpy(first_vectors(len(sample_Sp), k, seed)).to(self._given_Sp.device)
+        first = torch.from_numpy(first_vectors(len(sample_Sp), num_words, seed)).to(self._given_Sp.device)
         self._centroids_Kp = self._given_Sp[first].to(device)
         self._squares = self._sum_of_squares()
         self._rng = np.random.default_rng([seed, 4])

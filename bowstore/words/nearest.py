@@ -40,14 +40,14 @@ class NearestSearch:
     """Keeps the nearest images of each of K words.
 
     Args:
-        words: K.
+        num_words: K.
         kept: n.
     """
 
-    def __init__(self, words: int, kept: int = KEPT_IMAGES) -> None:
-        self._distance_Kn = np.full((words, kept), np.inf, np.float32)
-        self._row_Kn = np.full((words, kept), NO_ROW, np.int64)
-        self._cell_Kn = np.full((words, kept), NO_ROW, np.int64)
+    def __init__(self, num_words: int, kept: int = KEPT_IMAGES) -> None:
+        self._distance_Kn = np.full((num_words, kept), np.inf, np.float32)
+        self._row_Kn = np.full((num_words, kept), NO_ROW, np.int64)
+        self._cell_Kn = np.full((num_words, kept), NO_ROW, np.int64)
 
     def add_batch(
         self, rows_B: NDArray[np.int64], words_BM: NDArray[np.uint16], distance_BM: NDArray[np.float32]

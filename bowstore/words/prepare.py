@@ -155,11 +155,11 @@ def _vocabulary(job: Job, plan: LayerPlan, sample_Sc: NDArray[np.float32] | None
         found = layer.read_projection()
         provenance = {**layer.attributes["vocabulary"], "taken_from": job.source.path.name}
         return Vocabulary(layer.read_array("vocabulary"), Projection(*found) if found else None, provenance)
-    say(f"vocabulary of {plan.name}: {plan.words} words from {len(sample_Sc)} vectors")
+    say(f"vocabulary of {plan.name}: {plan.num_words} words from {len(sample_Sc)} vectors")
     with timed(job.seconds, "k-means"):
         vocabulary = build_vocabulary(
             sample_Sc,
-            plan.words,
+            plan.num_words,
             seed=config.seed,
             iterations=config.iterations,
             device=job.device,
@@ -177,7 +177,7 @@ def _draw_samples(job: Job) -> dict[str, Sample]:
         plan.name: plan_sample(
             images,
             plan.grid[0] * plan.grid[1],
-            plan.words,
+            plan.num_words,
             sample_per_word=config.sample_per_word,
             seed=config.seed,
         )
@@ -222,7 +222,7 @@ def _spec(job: Job, plan: LayerPlan, vocabulary: Vocabulary) -> LayerSpec:
         teacher=job.teacher.provenance(plan.name),
         view=view_values(job.teacher),
         vocabulary=vocabulary.provenance,
-        words=plan.words,
+        num_words=plan.num_words,
         grid=plan.grid,
         channels=plan.channels,
         border=config.border,
@@ -238,7 +238,7 @@ def _check_space(job: Job) -> None:
     for plan in job.layers:
         if plan.name in there:
             continue
-        needed += len(job.index) * bytes_per_image(plan.grid) + 4 * plan.words * plan.channels
+        needed += len(job.index) * bytes_per_image(plan.grid) + 4 * plan.num_words * plan.channels
     check_room(job.store, needed)
 
 
@@ -249,7 +249,7 @@ def _check_memory(job: Job, vectors: dict[str, int]) -> None:
         shape = vectors[plan.name], job.config.pca or plan.channels
         needed += 4 * vectors[plan.name] * plan.channels
         # One layer after the other, SuperKMeans has a second copy; components are beside the sample, too.
-        copies = (job.config.pca is not None) + (default_backend(shape, plan.words, job.device) == "super")
+        copies = (job.config.pca is not None) + (default_backend(shape, plan.num_words, job.device) == "super")
         copied = max(copied, 4 * copies * shape[0] * shape[1])
     needed, free = needed + copied, available_memory()
     if needed > free:

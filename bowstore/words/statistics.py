@@ -41,9 +41,9 @@ class WordStatistics(NamedTuple):
         }
 
 
-def word_statistics(parts: Iterable[NDArray[np.uint16]], k: int) -> WordStatistics:
+def word_statistics(parts: Iterable[NDArray[np.uint16]], num_words: int) -> WordStatistics:
     """Statistics of words given in parts (n, h, w), all below K."""
-    document_frequency_K, count_K = np.zeros(k, dtype=np.int64), np.zeros(k, dtype=np.int64)
+    document_frequency_K, count_K = np.zeros(num_words, dtype=np.int64), np.zeros(num_words, dtype=np.int64)
     images, total = 0, 0.0
     for words in parts:
         ordered_NM = np.sort(words.reshape(len(words), -1), axis=1)
@@ -51,8 +51,8 @@ def word_statistics(parts: Iterable[NDArray[np.uint16]], k: int) -> WordStatisti
         first_NM[:, 1:] = ordered_NM[:, 1:] != ordered_NM[:, :-1]
         starts = np.flatnonzero(first_NM)  # of runs of equal words; each image starts a run
         lengths = np.diff(starts, append=ordered_NM.size)
-        document_frequency_K += np.bincount(ordered_NM[first_NM], minlength=k)
-        count_K += np.bincount(ordered_NM[first_NM], weights=lengths, minlength=k).astype(np.int64)
+        document_frequency_K += np.bincount(ordered_NM[first_NM], minlength=num_words)
+        count_K += np.bincount(ordered_NM[first_NM], weights=lengths, minlength=num_words).astype(np.int64)
         locations = ordered_NM.shape[1]
         spread_N = np.bincount(starts // locations, weights=lengths * np.log(lengths), minlength=len(words))
         images, total = images + len(words), total + float((locations * np.exp(-spread_N / locations)).sum())
@@ -65,14 +65,14 @@ def perplexity(count_K: NDArray[np.int64]) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def health_warnings(summary: dict[str, Any], k: int) -> tuple[str, ...]:
+def health_warnings(summary: dict[str, Any], num_words: int) -> tuple[str, ...]:
     """One line for each sign of a vocabulary that says little about the images."""
     lines = []
-    if k > 1 and summary["largest_share"] > _COLLAPSED_SHARE:
+    if num_words > 1 and summary["largest_share"] > _COLLAPSED_SHARE:
         lines.append(
             f"the vocabulary has collapsed: word {summary['largest_word']} fills "
             f"{100 * summary['largest_share']:.0f} % of all locations; is the teacher trained? Try another layer or K"
         )
-    if summary["unused_words"] > k // 2:
-        lines.append(f"{summary['unused_words']} of {k} words occur in no image; a smaller --K would do")
+    if summary["unused_words"] > num_words // 2:
+        lines.append(f"{summary['unused_words']} of {num_words} words occur in no image; a smaller --K would do")
     return tuple(lines)

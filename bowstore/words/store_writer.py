@@ -91,10 +91,10 @@ class StoreWriter:
         group = self._group.create_group(name)
         rows = chunk_rows(self.images, spec.grid)
         chunks = math.ceil(self.images / rows)
-        kept = (spec.words, KEPT_IMAGES)
+        kept = (spec.num_words, KEPT_IMAGES)
         create(group, "words", (self.images, *spec.grid), np.uint16, fill=NOT_WRITTEN, chunks=(rows, *spec.grid))
         create(group, "chunk_digest", (chunks,), np.uint64, fill=0, chunks=(1,))
-        create(group, "document_frequency", (spec.words,), np.int64, fill=-1)
+        create(group, "document_frequency", (spec.num_words,), np.int64, fill=-1)
         create(group, "nearest", (*kept, 2), np.int64, fill=NO_ROW)
         create(group, "nearest_distance", kept, np.float32, fill=math.nan)
         create(group, "vocabulary", vocabulary_Kp.shape, np.float32, fill=math.nan)[:] = vocabulary_Kp
@@ -103,7 +103,8 @@ class StoreWriter:
             create(group, part, values.shape, np.float32, fill=math.nan)[:] = values
             digests[f"{part}_digest"] = hex_digest(values)
         version = {"bowstore_version": bowstore.__version__}
-        group.update_attributes({"complete": False, **asdict(spec), **digests, **version})
+        said = {"words" if name == "num_words" else name: value for name, value in asdict(spec).items()}
+        group.update_attributes({"complete": False, **said, **digests, **version})
         self.layers = (*self.layers, name)
         self._group.update_attributes({"layers": list(self.layers)})
         return self.layer(name)
@@ -119,8 +120,8 @@ class StoreWriter:
         shape = (rows.stop - rows.start, *what.grid)
         if words.shape != shape or words.dtype != np.uint16:
             raise UsageError(f"chunk {what.place(chunk)} takes uint16 {shape}, not {words.dtype} {words.shape}")
-        if int(words.max()) >= what.words:
-            raise UsageError(f"chunk {what.place(chunk)}: word {int(words.max())} is not below K = {what.words}")
+        if int(words.max()) >= what.num_words:
+            raise UsageError(f"chunk {what.place(chunk)}: word {int(words.max())} is not below K = {what.num_words}")
         array(self._group, f"{layer}/words")[rows] = words
         array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(array_digest(words))
 
@@ -163,7 +164,7 @@ class StoreWriter:
         """
         what = self.layer(layer)
         if not what.attributes.get("nearest_digest"):
-            return NearestSearch(what.words).result()
+            return NearestSearch(what.num_words).result()
         place = what.read_array("nearest")
         return NearestImages(place[..., 0], place[..., 1], what.read_array("nearest_distance"))
 

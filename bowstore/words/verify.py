@@ -212,8 +212,10 @@ def _check_arrays(layer: Layer, report: VerifyReport) -> None:
                 report.lost.add(layer.name)
             report.problems.append(str(error))
             continue
-        if name == "vocabulary" and (values.shape[0] != layer.words or not np.isfinite(values).all()):
-            report.problems.append(f"array {layer.name}/vocabulary {values.shape} is not {layer.words} finite words")
+        if name == "vocabulary" and (values.shape[0] != layer.num_words or not np.isfinite(values).all()):
+            report.problems.append(
+                f"array {layer.name}/vocabulary {values.shape} is not {layer.num_words} finite words"
+            )
             report.lost.add(layer.name)
 
 
@@ -230,8 +232,8 @@ def _chunk_problem(layer: Layer, chunk: int, digest_value: int) -> str | None:
         words = layer.read_chunk(chunk, digest_value)
     except (CorruptError, MismatchError) as error:
         return str(error)
-    if (high := int(words.max())) >= layer.words:
-        return f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.words}"
+    if (high := int(words.max())) >= layer.num_words:
+        return f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.num_words}"
     return None
 
 

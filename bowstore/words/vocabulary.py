@@ -59,30 +59,30 @@ class Vocabulary:
     provenance: dict[str, Any]
 
 
-def plan_sample(images: int, positions: int, k: int, *, sample_per_word: int, seed: int) -> SamplePlan:
+def plan_sample(images: int, positions: int, num_words: int, *, sample_per_word: int, seed: int) -> SamplePlan:
     """Choose images, and how many vectors of each, for K * sample_per_word vectors or all there are.
 
     Args:
         images: N.
         positions: h * w.
-        k: number of words.
+        num_words: number of words.
         sample_per_word: vectors for each word.
         seed: of the choice.
 
     Raises:
         UsageError: more words than vectors, than 65535, or a number that is not positive.
     """
-    if not 1 <= k <= MAX_WORDS:
-        raise UsageError(f"K = {k} words: a store holds from 1 to {MAX_WORDS}; choose --K in that range")
+    if not 1 <= num_words <= MAX_WORDS:
+        raise UsageError(f"K = {num_words} words: a store holds from 1 to {MAX_WORDS}; choose --K in that range")
     if sample_per_word < 1:
         raise UsageError(f"sample_per_word = {sample_per_word} must be at least 1")
     there = images * positions
-    if k > there:
+    if num_words > there:
         raise UsageError(
-            f"K = {k} words need as many feature vectors, and {images} images give {there} "
+            f"K = {num_words} words need as many feature vectors, and {images} images give {there} "
             f"({positions} each); choose --K at most {there}, or encode more images"
         )
-    wanted = min(k * sample_per_word, there)
+    wanted = min(num_words * sample_per_word, there)
     rng = np.random.default_rng([seed, 0])
     used = min(images, -(-wanted // min(positions, _POSITIONS_PER_IMAGE)))
     rows = np.sort(rng.permutation(images)[:used]).astype(np.int64)
@@ -134,7 +134,7 @@ class Sample:
 
 def build_vocabulary(
     sample_Sc: NDArray[np.float32],
-    k: int,
+    num_words: int,
     *,
     seed: int,
     iterations: int,
@@ -150,7 +150,7 @@ def build_vocabulary(
 
     Args:
         sample_Sc: float32 (S, c), finite.
-        k: number of words.
+        num_words: number of words.
         seed: of the initial words.
         iterations: of Lloyd's algorithm.
         device: where k-means runs.
@@ -163,8 +163,10 @@ def build_vocabulary(
         UsageError: more words than vectors, no iteration, or more components than channels.
         DataError: fewer distinct vectors than words, or vectors that are not finite.
     """
-    if k > len(sample_Sc):
-        raise UsageError(f"K = {k} words need as many vectors, the sample has {len(sample_Sc)}; choose a lower --K")
+    if num_words > len(sample_Sc):
+        raise UsageError(
+            f"K = {num_words} words need as many vectors, the sample has {len(sample_Sc)}; choose a lower --K"
+        )
     if iterations < 1:
         raise UsageError(f"iterations = {iterations} must be at least 1")
     if not _all_finite(sample_Sc):
@@ -173,13 +175,13 @@ def build_vocabulary(
     if pca is not None:
         projection, share = fit_projection(sample_Sc, pca, whiten=whiten)
         sample_Sc, about = project_sample(projection, sample_Sc), {"explained_variance": share}
-    distinct = distinct_rows(sample_Sc, k)
-    if distinct < k:
+    distinct = distinct_rows(sample_Sc, num_words)
+    if distinct < num_words:
         raise DataError(
             f"the sample's {len(sample_Sc)} feature vectors hold only {distinct} distinct ones, too few for "
-            f"K = {k} words; is the teacher trained? Choose --K at most {distinct}, or another layer"
+            f"K = {num_words} words; is the teacher trained? Choose --K at most {distinct}, or another layer"
         )
-    found = kmeans(sample_Sc, k, seed=seed, iterations=iterations, device=device, backend=backend, shown=shown)
+    found = kmeans(sample_Sc, num_words, seed=seed, iterations=iterations, device=device, backend=backend, shown=shown)
     return Vocabulary(found.centroids_Kp, projection, {
         "seed": seed,
         "sample": len(sample_Sc),

@@ -36,7 +36,7 @@ def make_store(store: Path, shards: Path, teacher: Path, **values: Any) -> Path:
 def add_layer(store: Path, name: str, words: np.ndarray) -> None:
     """Add a layer of 40 words like block3, without k-means and without nearest images."""
     attributes = open_store(store).layer("block3").attributes
-    spec = LayerSpec(attributes["teacher"], attributes["view"], {}, words=40, grid=(4, 4), channels=64)
+    spec = LayerSpec(attributes["teacher"], attributes["view"], {}, num_words=40, grid=(4, 4), channels=64)
     fill_layer(StoreWriter(store), name, spec, words)
 
 

@@ -49,7 +49,7 @@ def spec(**values: object) -> LayerSpec:
         "teacher": {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0" * 64, "name": "r"},
         "view": {"size": 16, "resize": 16, "squash": False, "mean": [0, 0, 0], "std": [1, 1, 1]},
         "vocabulary": {"seed": 0},
-        "words": K,
+        "num_words": K,
         "grid": GRID,
         "channels": C,
     }
@@ -69,7 +69,7 @@ def finish(writer: StoreWriter, words: NDArray[np.uint16], layer: str = "conv4")
         writer.write_chunk(layer, chunk, words[writer.layer(layer).rows(chunk)])
     search, what = NearestSearch(K), writer.layer(layer)
     search.add_batch(np.arange(N), words.reshape(N, -1), some_distances(words))
-    writer.mark_complete(layer, word_statistics([words], what.words), search.result())
+    writer.mark_complete(layer, word_statistics([words], what.num_words), search.result())
 
 
 def some_distances(words: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -132,7 +132,7 @@ def test_size_is_two_bytes_a_location_and_two_hashes(tmp_path: Path) -> None:
     images, grid, k = 6000, (14, 14), 65535  # the worst case: all ids, evenly used
     keys = np.random.default_rng(0).integers(1, 2**63, images).astype(np.uint64)
     writer = create_store(tmp_path / "s", fingerprint="f", key_hash_N=keys, image_digest_N=keys)
-    layer = writer.add_layer("conv4", spec(words=k, grid=grid, channels=1), np.zeros((k, 1), np.float32))
+    layer = writer.add_layer("conv4", spec(num_words=k, grid=grid, channels=1), np.zeros((k, 1), np.float32))
     words = np.random.default_rng(0).integers(0, k, (images, *grid)).astype(np.uint16)
     for chunk in range(layer.chunks):
         writer.write_chunk("conv4", chunk, words[layer.rows(chunk)])

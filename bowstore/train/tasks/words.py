@@ -117,7 +117,7 @@ def _open(settings: WordsSettings, job: Job) -> tuple[Targets, dict[str, Any]]:
     return targets, {
         "store": str(settings.store),
         "layer": layer.name,
-        "num_words": layer.words,
+        "num_words": layer.num_words,
         "vocabulary_digest": layer.attributes["vocabulary_digest"],
         "teacher": layer.attributes["teacher"],
     }
