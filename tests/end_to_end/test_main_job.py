@@ -118,6 +118,22 @@ def test_train_takes_the_recipes_next_stage_or_says_what_it_waits_for(workspace:
     assert "give --config CONFIG, or write `recipe: NAME` into bowstore.yaml" in refused("train")
 
 
+def test_fewshot_and_knn_as_typed(workspace: Path) -> None:
+    line = refused("eval", "fewshot", code=2)
+    assert "class bird has 6 images in data/shards/val, and 50 shots with 15 queries need 65; take fewer --qu" in line
+    few = ["--shots", 1, "--shots", 2, "--queries", 4, "--episodes", 50]
+    result = json.loads(call("eval", "fewshot", *few, "--json"))
+    assert result["protocol"] == "fewshot/5way-1-2shot/all"
+    assert (workspace / "runs/cifar10_rotnet/eval/fewshot-5way-1-2shot-all.json").is_file()
+    some = call("eval", "fewshot", *few[:2], *few[4:], "--classes", "PLANE,Boat,car,dog,tree")
+    assert "fewshot/5way-1shot/5-classes-" in some
+    line = refused("eval", "knn", code=2)
+    assert "k 200 is more than the 120 train images of data/shards/train; give --k 120 or fewer" in line
+    result = json.loads(call("eval", "knn", "--k", 20, "--temperature", 0.07, "--json"))
+    assert result["protocol"] == "knn/k20-t0.07"
+    assert 0 < result["metrics"]["top1"] <= result["metrics"]["top5"] <= 1
+
+
 def test_bench_train(workspace: Path) -> None:
     arguments = ["--config", "cifar10_rotnet.yaml", *SHORT[:6], "--steps", 5, "--rounds", 2]
     result = json.loads(call("bench", "train", *arguments, "--json"))

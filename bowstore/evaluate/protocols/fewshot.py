@@ -42,15 +42,15 @@ class FewShotSettings(Strict):
     test: Place | None = Field(None, description="labelled shards with the classes; null: test or val of the workspace")
     classes: Listed[Text] = Field(
         (),
-        description="cifar-fs-test, miniimagenet-test, all, names (with commas between them) or a file with a name a "
-        "line; null: the list of the data set if it has one, else all",
+        description="names with commas between them, a file with a name a line, all, or one of the lists "
+        "cifar-fs-test and miniimagenet-test; null: the list of the data set if it has one, else all",
     )
     ways: int = Field(5, ge=2, le=1000, description="classes an episode")
     shots: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = Field(
         (1, 5, 10, 50), description="exemplars a class, more than once for several"
     )
     queries: Count = Field(15, description="queries a class")
-    episodes: int = Field(2000, ge=2, le=100_000)
+    episodes: int = Field(2000, ge=2, le=100_000, description="how many; the more, the narrower the interval")
     seed: Seed = Field(0, description="of the episodes")
 
     @model_validator(mode="after")
