@@ -13,7 +13,7 @@ from shard_sets import real_data
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from bowstore.config import ModelConfig, ViewConfig, Workspace
+from bowstore.config import ModelConfig, ViewConfig, Workspace, validate
 from bowstore.data.config import ShardsConfig
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches, train_batches
@@ -26,6 +26,9 @@ from bowstore.evaluate.protocols import PROTOCOLS
 from bowstore.evaluate.protocols.fewshot import FewShotSettings
 from bowstore.evaluate.runner import evaluate
 from bowstore.models.saved import SavedNetwork, save_backbone
+from bowstore.runs import read_metrics
+from bowstore.train.config import TrainConfig
+from bowstore.train.loop import train
 from bowstore.words.config import EncodeConfig
 from bowstore.words.encode import encode
 from bowstore.words.store import open_store
@@ -113,3 +116,25 @@ def test_cifar_images_pass_and_are_told_apart(tmp_path: Path) -> None:
     knn = PROTOCOLS.get("knn")
     top1 = evaluate(knn, knn.settings(k=20, held_out=True), run, workspace).result.metrics["top1"]
     assert 1 / 3 < top1 < 0.9
+
+
+def test_classes_of_photographs_are_learned(tmp_path: Path) -> None:
+    unpack(real_data("imagenette-224.tar"), tmp_path / "images", 64, every=147)
+    make_shards(tmp_path / "images", tmp_path / "shards", ShardsConfig(workers=1))
+    share = np.bincount(open_index(tmp_path / "shards/train").label) / 64
+    assert len(share) == 10
+    for head in ("linear", "cosine"):
+        values = {
+            "name": head,
+            "task": {"name": "supervised", "head": head},
+            "shards": str(tmp_path / "shards/train"),
+            "view": {"size": 32, "resize": None, "area": [0.9, 1.0], "grey": 0, "hue": 0, "cutmix": False},
+            "model": {"arch": "wrn-10-1", "strides": [2, 2, 1]},
+            "optim": {"batch": 32, "epochs": 10, "lr": 0.1},
+            "runtime": {"log_every_steps": 4, "threads": 1},
+        }
+        train(validate(TrainConfig, values, "test"), tmp_path / "runs")
+        first, *_, last = read_metrics(tmp_path / "runs" / head)
+        assert first["chance_loss"] == pytest.approx(-(share * np.log(share)).sum())
+        assert last["loss"] < 0.9 * last["chance_loss"], head
+        assert last["accuracy"] > 0.3 > first["accuracy"], head
