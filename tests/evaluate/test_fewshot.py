@@ -75,6 +75,7 @@ def resolved(workspace: Workspace | None = None, **settings: object) -> tuple[Fe
         ({"classes": CIFAR_FS}, "fewshot/5way-1-5-10-50shot/cifar-fs-test", "5-shot"),
         ({"classes": NOVEL[::-1], "queries": 3, "seed": 1}, "fewshot/5way-1-5-10-50shot/miniimagenet-test", "5-shot"),
         ({"classes": ("all",), "ways": 20, "shots": [1]}, "fewshot/20way-1shot/all", "1-shot"),
+        ({"shots": [2, 3, 9]}, "fewshot/5way-2-3-9shot/by-default", "3-shot"),
         ({"classes": ("fox", "bed"), "ways": 2}, "fewshot/2way-1-5-10-50shot/2-classes-de10073c", "5-shot"),
     ],
 )

@@ -66,11 +66,15 @@ class FewShotSettings(Strict):
 
 
 def describe(settings: FewShotSettings) -> Protocol:
-    """Ways, shots and classes are in the id; queries, episodes and seed change only how near the mean is known."""
+    """Ways, shots and classes are in the id; queries, episodes and seed change only how near the mean is known.
+
+    Of classes that only the data will say, the id says no more than that.
+    """
+    classes = list_name(settings.classes) if settings.classes else "by-default"
     shots = "-".join(map(str, settings.shots))
     middle = settings.shots[min(1, len(settings.shots) - 1)]
     return Protocol(
-        id=f"fewshot/{settings.ways}way-{shots}shot/{list_name(settings.classes)}",
+        id=f"fewshot/{settings.ways}way-{shots}shot/{classes}",
         version=1,
         description=f"{settings.ways}-way episodes on pooled features, cosine to the mean of {shots} exemplars",
         headline=_metric(middle),
