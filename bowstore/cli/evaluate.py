@@ -58,12 +58,13 @@ def _command(kind: "Kind") -> click.Command:
 
 
 def _evaluate(kind: "Kind", settings: dict[str, Any], config: dict[str, Any], as_json: bool) -> None:
-    from bowstore.config import load_workspace, validate
+    from bowstore.config import dump, load_workspace, validate
     from bowstore.evaluate.config import EvalConfig
+    from bowstore.evaluate.results import result_table
     from bowstore.evaluate.runner import evaluate
     from bowstore.torchrun import ranks
 
     asked = validate(kind.settings, settings, f"eval {kind.name}")
     result = evaluate(kind, asked, validate(EvalConfig, config, f"eval {kind.name}"), load_workspace())
     if ranks().first:
-        emit(result.as_dict(), result.text(), as_json)
+        emit(dump(result), result_table(result, result.inputs["run"] or kind.name), as_json)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bowstore.config import ViewConfig
+from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import Schedule, plans
 from bowstore.evaluate.protocol import LabelledSplit
 from bowstore.train.distributed import World
@@ -36,8 +37,6 @@ def augmented(
         UsageError: fewer images than a batch, or a batch that cannot be shared out.
         DataError: an image that cannot be decoded.
     """
-    from bowstore.data.pipeline import train_batches  # DALI: protocols on features alone go without
-
     index, rows = split.index, split.rows
     assert index is not None, "the images lie in shards"
     view = view.model_copy(update={"cutmix": False})

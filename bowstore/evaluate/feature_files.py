@@ -36,7 +36,8 @@ from bowstore.remote.cache import (
     write_record,
 )
 
-Arrays = Mapping[str, NDArray[np.float32]]
+Arrays = Mapping[str, NDArray[np.float32]]  # (N, d) by tap
+Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,7 @@ def read_features(key: str, taps: Sequence[str], storage: StorageConfig) -> Feat
 
 
 def write_features(
-    key: str,
-    shapes: Mapping[str, tuple[int, int]],
-    storage: StorageConfig,
-    fill: Callable[[Arrays], object],
-    *,
-    what: str,
+    key: str, shapes: Shapes, storage: StorageConfig, fill: Callable[[Arrays], object], *, what: str
 ) -> FeatureSet | None:
     """Keep features under a key, or wait for the process that does; None, and a line, where the cache has no room.
 

@@ -5,9 +5,10 @@ A feature set is the taps of one labelled split. Its key is made of all that its
 Legend: N images, d feature width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from bowstore.config import Compile, StorageConfig
 from bowstore.data.views import CleanView
 from bowstore.environment import device_name, library_versions
-from bowstore.evaluate.feature_files import FeatureSet, read_features, write_features
+from bowstore.evaluate.feature_files import Arrays, FeatureSet, Shapes, read_features, write_features
 from bowstore.evaluate.features import Tap, compiled_features, extract, trunk_of, variation, warn_of_collapse, widths
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, SplitFeatures
 from bowstore.models.backbone import Backbone
@@ -58,6 +59,18 @@ class Extraction:
         arithmetic = (trunk, self.batch, "float32", device_name(self.device), library_versions())
         return xxhash.xxh3_128_hexdigest(repr((split.key, network, arithmetic)).encode())
 
+    def features(
+        self,
+        split: LabelledSplit,
+        compiled: Compiled | None,
+        what: str,
+        into: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """Features of a split, as `features.extract`."""
+        how: dict[str, Any] = {"batch": self.batch, "device": self.device, "threads": self.threads}
+        how |= {"compiled": compiled, "what": what, "into": into}
+        return extract(self.backbone, split.open(), self.view, split.rows, taps=self.taps, **how)
+
 
 class FeatureSets:
     """The feature sets of one command; hand the same to several evaluations, and what they share is taken once."""
@@ -75,86 +88,60 @@ class FeatureSets:
             DataError: as `features.extract`.
             UsageError: compiling was asked for, and is not possible.
         """
+        where: dict[str, Any] = {"size": how.view.size, "device": how.device}
         # By the work of all splits, whatever is kept of them: the same evaluation gives the same digits.
-        images, size = sum(map(len, data.splits.values())), how.view.size
-        trunk = trunk_of(how.backbone, how.taps, how.compile, images=images, size=size, device=how.device)
-        wide = widths(how.backbone, how.taps, size=size, device=how.device)
-        found = {name: self._kept(how, trunk, split, wide) for name, split in data.splits.items()}
-        compiled = None
+        images = sum(map(len, data.splits.values()))
+        trunk = trunk_of(how.backbone, how.taps, how.compile, images=images, **where)
+        wide, compiled = widths(how.backbone, how.taps, **where), None
+        found = self._find(how, trunk, data, wide)
         if trunk == FROZEN and None in found.values():
             required = how.compile is True
-            compiled = compiled_features(
-                how.backbone, how.taps, required=required, size=size, batch=how.batch, device=how.device
-            )
+            compiled = compiled_features(how.backbone, how.taps, required=required, batch=how.batch, **where)
             if compiled is None:
                 trunk = EAGER
-                found = {name: self._kept(how, trunk, split, wide) for name, split in data.splits.items()}
+                found = self._find(how, trunk, data, wide)
         splits = {}
         for name, split in data.splits.items():
             what = f"{name} features"
-            one = found[name] or self._new(how, trunk, compiled, what, split, wide)
+            take = partial(how.features, split, compiled, what)
+            one = found[name] or self._new(how.key(split, trunk), _shapes(split, wide), take, what)
             warn_of_collapse(what, {str(how.taps[tap]): share for tap, share in one.variation.items()}, len(split))
             splits[name] = SplitFeatures(
                 taps=one.taps, labels=split.labels, classes=split.classes, variation=one.variation
             )
         return Features(splits=splits, device=str(how.device)), trunk
 
-    def _kept(self, how: Extraction, trunk: str, split: LabelledSplit, wide: Mapping[str, int]) -> FeatureSet | None:
-        """What is kept of a split; read from the disk once a command."""
-        key = how.key(split, trunk)
-        if key not in self._sets and _size_bytes(split, wide) >= LARGE_BYTES:
-            if found := read_features(key, list(wide), self._storage):
-                self._sets[key] = found
-        return self._sets.get(key)
+    def _find(
+        self, how: Extraction, trunk: str, data: DataSets, wide: Mapping[str, int]
+    ) -> dict[str, FeatureSet | None]:
+        """What is kept of each split; read from the disk once a command."""
+        found = {}
+        for name, split in data.splits.items():
+            key = how.key(split, trunk)
+            if key not in self._sets and _size_bytes(_shapes(split, wide)) >= LARGE_BYTES:
+                if one := read_features(key, list(wide), self._storage):
+                    self._sets[key] = one
+            found[name] = self._sets.get(key)
+        return found
 
-    def _new(
-        self,
-        how: Extraction,
-        trunk: str,
-        compiled: Compiled | None,
-        what: str,
-        split: LabelledSplit,
-        wide: Mapping[str, int],
-    ) -> FeatureSet:
-        """Take the features of a split and keep them."""
-        key = how.key(split, trunk)
-        take = partial(_extracted, how, compiled, what, split)
-        found = None
-        if (size_bytes := _size_bytes(split, wide)) >= LARGE_BYTES:
-            shapes = {tap: (len(split), width) for tap, width in wide.items()}
-            found = write_features(key, shapes, self._storage, take, what=what)
-        if found is None:
+    def _new(self, key: str, shapes: Shapes, take: Callable[..., Arrays], what: str) -> FeatureSet:
+        """Take the features of a key and keep them."""
+        size_bytes = _size_bytes(shapes)
+        one = write_features(key, shapes, self._storage, take, what=what) if size_bytes >= LARGE_BYTES else None
+        if one is None:
             arrays = take()
-            found = FeatureSet(arrays, {tap: variation(values_Nd) for tap, values_Nd in arrays.items()})
+            one = FeatureSet(arrays, {tap: variation(values_Nd) for tap, values_Nd in arrays.items()})
             self._bytes[key] = size_bytes
-        self._sets[key] = found
+        self._sets[key] = one
         while sum(self._bytes.values()) > _MEMORY_BYTES and len(self._bytes) > 1:
             oldest = next(iter(self._bytes))
             del self._bytes[oldest], self._sets[oldest]
-        return found
+        return one
 
 
-def _size_bytes(split: LabelledSplit, wide: Mapping[str, int]) -> int:
-    return 4 * len(split) * sum(wide.values())
+def _shapes(split: LabelledSplit, wide: Mapping[str, int]) -> Shapes:
+    return {tap: (len(split), width) for tap, width in wide.items()}
 
 
-def _extracted(
-    how: Extraction,
-    compiled: Compiled | None,
-    what: str,
-    split: LabelledSplit,
-    into: Mapping[str, NDArray[np.float32]] | None = None,
-) -> dict[str, NDArray[np.float32]]:
-    return extract(
-        how.backbone,
-        split.open(),
-        how.view,
-        split.rows,
-        taps=how.taps,
-        batch=how.batch,
-        device=how.device,
-        threads=how.threads,
-        compiled=compiled,
-        what=what,
-        into=into,
-    )
+def _size_bytes(shapes: Shapes) -> int:
+    return sum(4 * images * width for images, width in shapes.values())

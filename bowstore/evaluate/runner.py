@@ -1,24 +1,22 @@
-"""One evaluation, from what a command says to the result file: the network, the device, the time, and the table."""
+"""One evaluation, from what a command says to the result file: the network, the device, the time, the writing."""
 
 import json
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from bowstore.config import Strict, Workspace, dump
 from bowstore.data.views import clean_view
 from bowstore.environment import choose_device, device_name, library_versions
 from bowstore.errors import UsageError
-from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.config import OF_FEATURES, EvalConfig
 from bowstore.evaluate.kept import Extraction, FeatureSets
-from bowstore.evaluate.protocol import DataSets, Features, Kind, Network, Scores, function
-from bowstore.evaluate.results import Result, result_table, write_result
-from bowstore.models.saved import LoadedBackbone, load_backbone
+from bowstore.evaluate.protocol import Features, Kind, Network, Scores, function
+from bowstore.evaluate.results import Result, write_result
+from bowstore.models.saved import load_backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.runs import results_folder
 from bowstore.torchrun import ranks
@@ -26,44 +24,9 @@ from bowstore.train.distributed import World, joined
 from bowstore.workspace import find_run, newest_run
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """One evaluation and the name it goes by."""
-
-    name: str
-    result: Result
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for --json: the result file's content."""
-        return dump(self.result)
-
-    def text(self) -> str:
-        """The table, beside the paper's figures where there are some."""
-        return result_table(self.result, self.name)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is evaluated: a network, its name, and the folder that takes its results."""
-
-    loaded: LoadedBackbone
-    name: str
-    out: Path
-
-    @cached_property
-    def weights(self) -> str:
-        """Digest of the weights as they were loaded."""
-        return weights_sha256(self.loaded.backbone.state_dict())
-
-
 def evaluate(
-    kind: Kind,
-    settings: Strict,
-    config: EvalConfig,
-    workspace: Workspace,
-    *,
-    kept: FeatureSets | None = None,
-) -> Evaluated:
+    kind: Kind, settings: Strict, config: EvalConfig, workspace: Workspace, *, kept: FeatureSets | None = None
+) -> Result:
     """Evaluate a run, checkpoint or exported network; write `eval/<protocol>.json` beside it.
 
     Args:
@@ -80,23 +43,47 @@ def evaluate(
     """
     path = find_run(workspace, config.run) if config.run else newest_run(workspace)
     settings = function(kind.resolve)(settings, workspace)
-    data = function(kind.data)(settings, workspace)
-    subject = _load(path, config.random)
-    inputs = {"weights_sha256": subject.weights, "run": subject.name}  # before anything is trained
+    protocol, data = kind.describe(settings), function(kind.data)(settings, workspace)
+    loaded = load_backbone(path)
+    saved = loaded.saved
+    network = Network(backbone=saved.fresh().eval() if config.random else loaded.backbone, view=saved.view)
+    weights = weights_sha256(network.backbone.state_dict())  # before anything is trained
+    asked = {name: getattr(config, name) for name in OF_FEATURES}
     start = time.monotonic()
-    with joined(config.device) if kind.run else nullcontext(_alone(kind, config)) as world:
+    with _world(kind, config) as world:
+        network.backbone.to(world.device)
         if kind.run:
-            scores, used = _run(kind, settings, subject, data, world)
+            scores = function(kind.run)(network, data, settings, world)
+            ran: dict[str, Any] = {"view": dump(network.view), "ranks": world.size}
         else:
-            scores, used = _score(kind, settings, config, subject, data, world, kept or FeatureSets(workspace.storage))
-        protocol = kind.describe(settings)
+            view = replace(clean_view(network.view), **data.view)
+            taps = function(kind.taps)(network.backbone, settings, view.size)
+            how = Extraction(
+                backbone=network.backbone, weights=weights, view=view, taps=taps, device=world.device, **asked
+            )
+            features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
+            scores = _scored(kind, features, settings)
+            ran = {"view": asdict(view), "trunk": trunk, "batch": config.batch, "taps": _taps(how, features)}
         result = Result(
             protocol=protocol.id,
             protocol_version=protocol.version,
             headline=protocol.headline,
             metrics=dict(scores.metrics),
-            settings=_plain({**used, "options": dump(settings), **scores.settings}),
-            inputs={**data.inputs, **inputs, "dataset": data.dataset},
+            settings=_plain(
+                {
+                    "arch": saved.model.arch,
+                    **ran,
+                    "images": {name: len(split) for name, split in data.splits.items()},
+                    "options": dump(settings),
+                    **scores.settings,
+                }
+            ),
+            inputs={
+                **data.inputs,
+                "weights_sha256": weights,
+                "run": f"{saved.name} (random)" if config.random else saved.name,
+                "dataset": data.dataset,
+            },
             details=_plain(scores.details),
             versions=library_versions(),
             device=device_name(world.device),
@@ -104,97 +91,47 @@ def evaluate(
             seconds=round(time.monotonic() - start, 3),
         )
         if world.first:
-            write_result(subject.out, result)
-    return Evaluated(subject.name, result)
+            write_result(results_folder(path, random_init=config.random), result)
+    return result
 
 
-def _load(path: Path, random: bool) -> _Subject:
-    """The network of a path, or with its weights as the run's own seed draws them."""
-    loaded, out = load_backbone(path), results_folder(path, random_init=random)
-    if not random:
-        return _Subject(loaded, loaded.saved.name, out)
-    return _Subject(replace(loaded, backbone=loaded.saved.fresh().eval()), f"{loaded.saved.name} (random)", out)
-
-
-def _alone(kind: Kind, config: EvalConfig) -> World:
-    """The one process that scores features.
+@contextmanager
+def _world(kind: Kind, config: EvalConfig) -> Iterator[World]:
+    """The job's ranks where something is trained; features are scored by one process.
 
     Raises:
-        UsageError: torchrun started several.
+        UsageError: torchrun started several for it.
     """
-    if (size := ranks().size) > 1:
+    if kind.run:
+        with joined(config.device) as world:
+            yield world
+    elif (size := ranks().size) > 1:
         raise UsageError(f"eval {kind.name} is for one process, and torchrun started {size}; start it without torchrun")
-    return World(0, 1, choose_device(config.device))
+    else:
+        yield World(0, 1, choose_device(config.device))
 
 
-def _run(
-    kind: Kind, settings: Strict, subject: _Subject, data: DataSets, world: World
-) -> tuple[Scores, dict[str, Any]]:
-    """The second form, and what the result file says of how it ran."""
-    assert kind.run is not None
-    saved, backbone = subject.loaded.saved, subject.loaded.backbone.to(world.device)
-    scores = function(kind.run)(Network(backbone=backbone, view=saved.view), data, settings, world)
-    return scores, {
-        "arch": saved.model.arch,
-        "view": dump(saved.view),
-        "ranks": world.size,
-        "images": _images(data),
-    }
-
-
-def _score(
-    kind: Kind,
-    settings: Strict,
-    config: EvalConfig,
-    subject: _Subject,
-    data: DataSets,
-    world: World,
-    kept: FeatureSets,
-) -> tuple[Scores, dict[str, Any]]:
-    """The first form, and what the result file says of how its features were taken."""
-    assert kind.score is not None
-    backbone = subject.loaded.backbone.to(world.device)
-    view = replace(clean_view(subject.loaded.saved.view), **data.view)
-    how = Extraction(
-        backbone=backbone,
-        weights=subject.weights,
-        view=view,
-        taps=function(kind.taps)(backbone, settings, view.size),
-        batch=config.batch,
-        device=world.device,
-        threads=config.threads,
-        compile=config.compile,
-    )
-    features, trunk = kept.take(how, data)
-    scores = function(kind.score)(features, settings)
+def _taps(how: Extraction, features: Features) -> dict[str, Any]:
+    """Where features were taken, and how wide they are."""
     first = next(iter(features.splits.values()))
-    return replace(scores, details=_with_variation(scores.details, features)), {
-        "arch": backbone.arch,
-        "trunk": trunk,
-        "batch": config.batch,
-        "view": asdict(view),
-        "taps": {name: {"of": str(tap), "dims": first[name].shape[1]} for name, tap in how.taps.items()},
-        "images": _images(data),
-    }
+    return {name: {"of": str(tap), "dims": first[name].shape[1]} for name, tap in how.taps.items()}
 
 
-def _images(data: DataSets) -> dict[str, int]:
-    return {name: len(split) for name, split in data.splits.items()}
-
-
-def _with_variation(details: Mapping[str, Any], features: Features) -> dict[str, Any]:
-    """The details, and by split how much the features vary: beside what else there is of their tap, if there is."""
-    known = dict(details)
+def _scored(kind: Kind, features: Features, settings: Strict) -> Scores:
+    """The scores; in their details also by split how much the features vary, beside what else there is of the tap."""
+    assert kind.score is not None
+    scores = function(kind.score)(features, settings)
+    details = dict(scores.details)
     taps = list(next(iter(features.splits.values())).taps)
     for tap in taps:
         shares = {name: split.variation[tap] for name, split in features.splits.items()}
-        if tap in known:
-            known[tap] = known[tap] | {"variation": shares}
+        if tap in details:
+            details[tap] = {**details[tap], "variation": shares}
         elif len(taps) == 1:
-            known["variation"] = shares
+            details["variation"] = shares
         else:
-            known["variation"] = known.get("variation", {}) | {tap: shares}
-    return known
+            details["variation"] = {**details.get("variation", {}), tap: shares}
+    return replace(scores, details=details)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,10 +111,10 @@ def test_cifar_images_pass_and_are_told_apart(tmp_path: Path) -> None:
     save_backbone(tmp_path / "random.safetensors", network.fresh(), network)
     run, workspace = EvalConfig(run=str(tmp_path / "random.safetensors")), Workspace(shards=tmp_path / "shards/test")
     few = FewShotSettings(ways=3, shots=(1, 40), classes=("Bird,auto-mobile,AIRPLANE",), episodes=200)
-    found = evaluate(PROTOCOLS.get("fewshot"), few, run, workspace).result.metrics
+    found = evaluate(PROTOCOLS.get("fewshot"), few, run, workspace).metrics
     assert 1 / 3 < found["1-shot"] < found["40-shot"] < 0.7, found
     knn = PROTOCOLS.get("knn")
-    top1 = evaluate(knn, knn.settings(k=20, held_out=True), run, workspace).result.metrics["top1"]
+    top1 = evaluate(knn, knn.settings(k=20, held_out=True), run, workspace).metrics["top1"]
     assert 1 / 3 < top1 < 0.9
 
 

@@ -22,7 +22,7 @@ from bowstore.evaluate.protocol import DataSets
 from bowstore.evaluate.protocols import fewshot
 from bowstore.evaluate.protocols.fewshot import KIND, FewShotSettings, describe
 from bowstore.evaluate.results import Result, read_result, result_table
-from bowstore.evaluate.runner import Evaluated, evaluate
+from bowstore.evaluate.runner import evaluate
 from bowstore.models.saved import network_of, save_backbone
 
 CIFAR_FS, NOVEL = class_lists()["cifar-fs-test"], class_lists()["miniimagenet-test"]
@@ -240,7 +240,7 @@ def test_miniimagenet_as_it_is_laid_out(tmp_path: Path) -> None:
 
 
 class TestWhole:
-    def evaluate(self, tmp_path: Path, **settings: object) -> Evaluated:
+    def evaluate(self, tmp_path: Path, **settings: object) -> Result:
         view = ViewConfig(size=16, resize=None)
         of_run = {"name": "r", "task": "words", "view": dump(view), "model": {"arch": "wrn-10-1"}}
         network, path = network_of(of_run, "test"), tmp_path / "run.safetensors"
@@ -250,8 +250,7 @@ class TestWhole:
 
     def test_from_shards_to_result_file(self, tmp_path: Path, make_shard_set: ShardMaker) -> None:
         root = make_shard_set(80).root
-        found = self.evaluate(tmp_path, test=root, ways=3, shots=[1, 4], queries=6, episodes=50)
-        result = found.result
+        result = self.evaluate(tmp_path, test=root, ways=3, shots=[1, 4], queries=6, episodes=50)
         assert read_result(tmp_path / "run" / "eval" / "fewshot-3way-1-4shot-all.json") == result
         assert result.protocol == "fewshot/3way-1-4shot/all"
         assert result.metrics.keys() == result.details["interval95"].keys() == {"1-shot", "4-shot"}
@@ -261,7 +260,7 @@ class TestWhole:
         assert result.settings["images"] == {"test": 80}
         assert result.settings["options"]["episodes"] == 50
         share, half = 100 * result.metrics["1-shot"], 100 * result.details["interval95"]["1-shot"]
-        assert f" {share:.2f} ± {half:.2f} " in found.text()
+        assert f" {share:.2f} ± {half:.2f} " in result_table(result)
 
 
 def test_scores_are_those_of_the_episodes_drawn() -> None:

@@ -49,7 +49,7 @@ def knn(tmp_path: Path, **settings: object) -> Result:
     network, path = network_of(of_run, "test"), tmp_path / "run.safetensors"
     save_backbone(path, network.fresh(), network)
     kind = validate(KnnSettings, settings, "eval knn")
-    return evaluate(KIND, kind, EvalConfig(run=str(path), batch=16), Workspace()).result
+    return evaluate(KIND, kind, EvalConfig(run=str(path), batch=16), Workspace())
 
 
 def test_from_shards_to_result_file(tmp_path: Path, make_shard_set: ShardMaker) -> None:

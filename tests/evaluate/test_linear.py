@@ -216,7 +216,7 @@ class TestWhole:
         network, path = network_of(of_run, "test"), tmp_path / "run.safetensors"
         save_backbone(path, network.fresh(), network)
         kind = validate(LinearSettings, settings, "eval linear")
-        return evaluate(KIND, kind, EvalConfig(run=str(path), batch=8), workspace).result
+        return evaluate(KIND, kind, EvalConfig(run=str(path), batch=8), workspace)
 
     def test_from_shards_to_result_file(self, tmp_path: Path) -> None:
         train = write_shards(tmp_path / "train", 30, 0, names=self.names)

@@ -117,7 +117,7 @@ class TestWhole:
         save_backbone(out.with_suffix(".safetensors"), network.fresh(), network)
         settings = Voc07Settings.model_validate({"costs": "vissl", "jobs": 1} | options)
         run = EvalConfig(run=str(out.with_suffix(".safetensors")), batch=8)
-        return evaluate(KIND, settings, run, Workspace(voc=voc)).result
+        return evaluate(KIND, settings, run, Workspace(voc=voc))
 
     def test_from_devkit_to_result_file(self, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("bowstore.evaluate.voc.COSTS", {"vissl": (0.1, 1.0, 10.0)})
