@@ -158,7 +158,7 @@ def test_a_layer_takes_no_folder_of_others(tmp_path: Path) -> None:
     (tmp_path / "s" / "conv4" / "words" / "c").mkdir(parents=True)  # what a killed writer leaves
     (tmp_path / "s" / "conv4" / "words" / "c" / "0").write_bytes(b"")
     (tmp_path / "s" / "conv4" / "words" / "zarr.json").write_bytes(b"")
-    assert writer.add_layer("conv4", spec, vocabulary).words == 3
+    assert writer.add_layer("conv4", spec, vocabulary).num_words == 3
 
 
 def test_a_new_store_sweeps_only_what_is_proven(tmp_path: Path) -> None:

@@ -43,4 +43,4 @@ def add_layer(store: Path, name: str, words: np.ndarray) -> None:
 def held(store: Store, layer: str) -> np.ndarray:
     """Which images hold which words, bool (N, K), the plain way."""
     words = store.load_words(layer).reshape(len(store), -1)
-    return np.stack([(words == k).any(axis=1) for k in range(store.layer(layer).words)], axis=1)
+    return np.stack([(words == k).any(axis=1) for k in range(store.layer(layer).num_words)], axis=1)

@@ -39,7 +39,7 @@ def test_new_images_get_the_words_of_the_old_vocabulary(
         assert np.array_equal(grown.vocabulary(name), old.vocabulary(name))
         alone = open_store(other).load_words(name)
         assert (words[IMAGES:] == alone).mean() > 0.999  # but for rounding at near ties: other batches
-        counted = [int((words == word).any(axis=(1, 2)).sum()) for word in range(grown.layer(name).words)]
+        counted = [int((words == word).any(axis=(1, 2)).sum()) for word in range(grown.layer(name).num_words)]
         assert grown.document_frequency(name).tolist() == counted
         assert grown.nearest(name).row_Kn.max() >= IMAGES  # new images are among the nearest
     assert verify(store).sound

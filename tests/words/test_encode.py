@@ -65,7 +65,7 @@ def test_report(run: Any, shards: Path, clean: Path) -> None:
     report = run()
     (layer,) = report.layers
     assert (report.images, report.images_here, report.images_added) == (IMAGES, IMAGES, 0)
-    assert (layer.num_words, layer.grid, layer.channels) == (24, (4, 4), 64)
+    assert (layer.words, layer.grid, layer.channels) == (24, (4, 4), 64)
     assert (layer.chunks, layer.chunks_before, layer.already_complete) == (5, 0, False)
     assert set(report.seconds) == {"sample", "k-means", "assign", "finish"}
     assert set(report.stages) == {"start", "teacher", "assign", "images", "write"}
@@ -399,7 +399,7 @@ def test_a_teacher_in_bfloat16_gives_words_of_its_own(run: Any, clean: Path) -> 
 
 def test_k_is_one_for_all_layers_or_one_for_each(run: Any, tmp_path: Path) -> None:
     store = open_store(run(layers=("block2", "block3"), num_words=(9,)).store)
-    assert [store.layer(name).words for name in store.layers] == [9, 9]
+    assert [store.layer(name).num_words for name in store.layers] == [9, 9]
     with pytest.raises(UsageError, match=r"2 layers and 3 values of --K; give one for all, or one for each layer"):
         run(layers=("block2", "block3"), num_words=(1, 2, 3), store=tmp_path / "x.zarr")
     with pytest.raises(UsageError, match=r"the number of words of layer 'block3' is not known; give --K"):

@@ -59,7 +59,7 @@ def start() -> Iterator[Start]:
 def test_two_layers_are_those_of_one_pass_each(clean: Path, values: dict[str, Any], small_chunks: int) -> None:
     store = open_store(clean)
     assert store.layers == ("block2", "block3")
-    assert (store.layer("block2").words, store.layer("block3").words) == (12, 24)
+    assert (store.layer("block2").num_words, store.layer("block3").num_words) == (12, 24)
     assert store.load_words("block2").shape == (IMAGES, 8, 8)
     alone = open_store(run_encode(**{**values, "layers": ("block3",), "num_words": (24,)}).store)
     assert (store.load_words("block3") == alone.load_words()).all()

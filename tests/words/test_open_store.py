@@ -112,7 +112,7 @@ def test_plain_zarr_reads_it_and_nothing_of_bowstore(path: Path, shards: Path, t
     for name in ("block2", "block3"):
         layer = answer["layers"][name]
         assert np.array_equal(np.array(layer["words"]), store.words(key, name))
-        assert layer["K"] == store.layer(name).words
+        assert layer["K"] == store.layer(name).num_words
         assert layer["vocabulary"] == [layer["K"], 5]
         assert layer["holds"] == 3  # the cell nearest to word 3 holds word 3
         assert layer["document_frequency"] == store.document_frequency(name).tolist()
