@@ -41,18 +41,14 @@ class Protocol:
     Attributes:
         id: name with a slash, for example "voc07-svm/fair"; all that changes the numbers' meaning is in it.
         version: grows when the same weights and images can give other numbers.
-        description: one line.
+        description: one line; docs/protocols.md has the rest for bowstore's own.
         headline: the metric that stands for the protocol in a comparison.
-        stated: what the source fixes, by topic.
-        chosen: what the source leaves open, and what is done here.
     """
 
     id: str
     version: int
     description: str
     headline: str
-    stated: Mapping[str, str] = field(default_factory=dict)
-    chosen: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

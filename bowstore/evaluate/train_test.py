@@ -12,8 +12,6 @@ from bowstore.evaluate.splits import open_splits, share_no_class
 from bowstore.progress import say
 from bowstore.workspace import val_shards
 
-_TENTH = "a tenth of each class (at least one), those of the least key hashes"
-
 
 class TrainTestSettings(Strict):
     """Which images; all else is the protocol's."""
@@ -62,5 +60,4 @@ def held_out_protocol(protocol: Protocol) -> Protocol:
         protocol,
         id=f"{protocol.id}-held-out",
         description=f"as {protocol.id}, tested on a tenth of each train class that is held out",
-        chosen={**protocol.chosen, "test images": _TENTH},
     )

@@ -22,18 +22,6 @@ from bowstore.workspace import shards_beside, val_shards
 
 # The split that a list is one of: the paper's data set, and how many classes and images that split has.
 _SPLITS = {"cifar-fs-test": ("cifar100", 100, 10_000), "miniimagenet-test": ("miniimagenet", 20, 12_000)}
-_STATED = {
-    "episodes": "2000 of 5 ways, 15 queries a class, 1, 5, 10 and 50 shots",
-    "classifier": "the prototype of the largest cosine, on frozen pooled features (paper 4.1.2)",
-    "metric": "mean accuracy over episodes",
-}
-_CHOSEN = {
-    "prototype": "the mean of the exemplars over their lengths, over its length (the same authors' code)",
-    "classes": "of CIFAR-100 the test classes of CIFAR-FS; the paper says only that they are 20",
-    "images": "un-augmented; fewer shots are the same episodes with exemplars left out",
-    "ties": "of equal cosines the first class of the episode",
-    "interval": "95 %: 1.96 s / sqrt(episodes), s the sample deviation",
-}
 
 
 class FewShotSettings(Strict):
@@ -78,8 +66,6 @@ def describe(settings: FewShotSettings) -> Protocol:
         version=1,
         description=f"{settings.ways}-way episodes on pooled features, cosine to the mean of {shots} exemplars",
         headline=_metric(middle),
-        stated=_STATED,
-        chosen=_CHOSEN,
     )
 
 

@@ -7,16 +7,6 @@ from bowstore.errors import UsageError
 from bowstore.evaluate.protocol import DataSets, Kind, Protocol
 from bowstore.evaluate.train_test import TrainTestSettings, held_out_protocol, open_train_test, resolve_train_test
 
-_STATED = {
-    "features": "frozen, global average pool of the last block",
-    "votes": "exp(cosine / temperature) for each of the k nearest train images, summed by class (VISSL)",
-}
-_CHOSEN = {
-    "features": "over their length (VISSL's flag for it is off in its ImageNet configuration)",
-    "images": "train and test images un-augmented",
-    "ties": "of equal cosines the first train images, of equal votes the first class; no votes are no answer",
-}
-
 
 class KnnSettings(TrainTestSettings):
     """What a user sets of the votes."""
@@ -32,8 +22,6 @@ def describe(settings: KnnSettings) -> Protocol:
         version=1,
         description=f"votes of the {settings.k} nearest train images on pooled features of length 1",
         headline="top1",
-        stated=_STATED,
-        chosen=_CHOSEN,
     )
     return held_out_protocol(protocol) if settings.held_out else protocol
 

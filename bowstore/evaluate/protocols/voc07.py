@@ -17,19 +17,6 @@ COSTS: Mapping[CostList, tuple[float, ...]] = {
     "obow": (0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 5.0, *_POWERS),
 }
 _SOURCES = {"fair": "FAIR self-supervision benchmark; the paper's", "vissl": "VISSL", "obow": "obow"}
-_STATED = {
-    "images": "short side 256, the whole image squashed to 224 x 224",
-    "features": "average-pooled to about 9k dimensions, x / (||x|| + 1e-5) in float64",
-    "classifier": "LinearSVC a class: squared hinge, L2, dual, tol 1e-4, 2000 iterations, weights 2 to 1",
-    "difficult": "images with only difficult objects are negatives in training and dropped at test",
-    "cost": "a class's best mean average precision over 3 stratified folds; the first of equals",
-    "metric": "mean over classes of the all-points envelope average precision (not 11-point)",
-}
-_EVERYWHERE = {"features": "global average pool, x / (||x|| + 1e-5) in float64"}
-_CHOSEN = {
-    "resize": "linear with antialias (FAIR: OpenCV without; VISSL: PIL with), RGB",
-    "seed": "liblinear's seed is fixed; the sources leave it open",
-}
 
 
 class Voc07Settings(Strict):
@@ -49,8 +36,6 @@ def describe(settings: Voc07Settings) -> Protocol:
         version=2,  # 1: conv1 of a residual network was the map behind its max-pool
         description=f"VOC07 classification, one linear SVM a class, {len(COSTS[costs])} costs ({_SOURCES[costs]})",
         headline="map_best",
-        stated=_STATED | (_EVERYWHERE if costs == "obow" else {}),
-        chosen=_CHOSEN,
     )
 
 
