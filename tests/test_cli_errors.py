@@ -131,7 +131,7 @@ def test_a_store_is_no_input_of_rotations(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["train", "--config", "cifar10_rotnet", "--store", "words.zarr"])
     assert result.exit_code == 2
-    assert "Error: --store goes with task words, and cifar10_rotnet is of task rotation; leave it out" in result.stderr
+    assert "Error: --store: task rotation of cifar10_rotnet has none; leave it out" in result.stderr
 
 
 @pytest.mark.parametrize("command", [["encode", "--teacher", "resnet18"], ["train", "--config", "cifar10_rotnet"]])
