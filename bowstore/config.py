@@ -133,6 +133,14 @@ class ModelConfig(Strict):
     )
 
 
+class ExportConfig(Strict):
+    """How a network is written for other code."""
+
+    format: Literal["torchvision", "timm", "safetensors"] = Field(
+        "safetensors", description="whose names the tensors get; safetensors: those of the network's own library"
+    )
+
+
 class StorageConfig(Strict):
     """How bytes are read, and where local copies of remote shards and stores lie."""
 

@@ -159,13 +159,16 @@ def check_free(out: Path, mark: bytes, command: str, example: str) -> None:
 
     Raises:
         UsageError: a folder, a link, or a file without the mark.
+        MissingError: the folder to write into is not there.
     """
     if out.is_dir():
-        raise UsageError(f"{out} is a folder; name the file to write, for example --out {out / example}")
+        raise UsageError(f"{out} is a folder; name the file to write, for example {out / example}")
     if out.is_symlink():
-        raise UsageError(f"{out} is a link; name the file to write itself, or another --out")
+        raise UsageError(f"{out} is a link; name the file to write itself, or another one")
     if out.exists() and not (out.is_file() and mark in out.read_bytes()):
-        raise UsageError(f"{out} is there, and `{command}` did not write it; name another --out, or move it away")
+        raise UsageError(f"{out} is there, and `{command}` did not write it; name another file, or move it away")
+    if not out.parent.is_dir():
+        raise MissingError(f"no folder {out.parent} to write {out.name} into; make it, or name another file")
 
 
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))

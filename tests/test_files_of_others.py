@@ -52,7 +52,7 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"words\.html is there, and `bowstore words` did not write it; name another"):
         check(out)
     (tmp_path / "link.html").symlink_to(out)
-    with pytest.raises(UsageError, match=r"link\.html is a link; name the file to write itself, or another --out"):
+    with pytest.raises(UsageError, match=r"link\.html is a link; name the file to write itself, or another one"):
         check(tmp_path / "link.html")
     (tmp_path / "dangling.html").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="is a link"):

@@ -12,6 +12,7 @@ from bowstore.cli.common import Group
 from bowstore.cli.data import data_group, index, shards, verify
 from bowstore.cli.encoding import encode
 from bowstore.cli.evaluate import evaluate
+from bowstore.cli.export import export
 from bowstore.cli.gallery import words
 from bowstore.cli.jobs import train
 from bowstore.cli.layers import layers
@@ -31,10 +32,14 @@ def main(debug: bool) -> None:
     bowstore words --out words.html             a page to look at the words
     bowstore train                              BoWNet on the words, with no teacher in the loop
     bowstore eval voc07                         how good the representation is
+    bowstore export net.pth --format timm       the network for other code
 
     The current directory is the workspace; `bowstore init` writes its bowstore.yaml.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 
-for command in (init, data_group, shards, index, verify, layers, encode, words, train, evaluate, run, demo, bench):
+COMMANDS = (
+    init, data_group, shards, index, verify, layers, encode, words, train, evaluate, export, run, demo, bench
+)  # fmt: skip
+for command in COMMANDS:
     main.add_command(command)

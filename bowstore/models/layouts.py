@@ -122,7 +122,9 @@ def load_foreign(backbone: Backbone, path: Path) -> Understood:
             f"{path} holds NaN or infinity in {len(bad)} of {len(match.state)} tensors of the backbone "
             f"({_some(bad)}); take another checkpoint"
         )
-    backbone.load_state_dict(match.state)
+    state = backbone.state_dict()  # with the versions of its modules, which some refuse to load without (MNASNet)
+    state.update(match.state)
+    backbone.load_state_dict(state)
     container = max((c for c in containers if match.prefix.startswith(c)), key=len, default="")
     prefix = match.prefix[len(container) :]
     return Understood(path.name, match.names, container.rstrip("."), prefix, match.dropped, match.converted)

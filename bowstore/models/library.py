@@ -4,7 +4,7 @@ Legend: B batch, C channels, H W pixels, h w feature map.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import floor
 from typing import Any
 
@@ -32,13 +32,18 @@ class LibraryBackbone(Backbone):
     Its stages are conv1 to conv5, the last maps of stride 2 to 32, where it has such a pyramid, with pool1 between
     conv1 and conv2 where its stem ends with a pooling; the blocks of a transformer, whose last is taken after the
     final norm; or else its modules two levels deep.
+
+    Attributes:
+        network: the library's network, its heads emptied.
+        python: lines that make the same network `net` without bowstore; heads without tensors may stay there.
     """
 
-    def __init__(self, arch: str, network: nn.Module, image_size: int) -> None:
+    def __init__(self, arch: str, network: nn.Module, image_size: int, python: Sequence[str]) -> None:
         super().__init__()
         self.arch = arch
         self.network = network
         self.image_size = image_size
+        self.python = tuple(python)
         self._from_timm = arch.startswith("timm:")
         kind = type(network).__name__
         self.layout = Layout(
@@ -107,7 +112,7 @@ def library_backbone(arch: str, size: int | None = None) -> LibraryBackbone:
     _check_name(arch)
     size = size or library_view(arch).size
     try:
-        network = _torchvision_network(name, size) if library == "torchvision" else _timm_network(name, size)
+        network, python = _torchvision_network(name, size) if library == "torchvision" else _timm_network(name, size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if is_machine_error(error):
             raise
@@ -115,7 +120,7 @@ def library_backbone(arch: str, size: int | None = None) -> LibraryBackbone:
         raise UsageError(f"{arch} cannot be built for images of {size} x {size} pixels: {first}") from error
     if hasattr(network, "reroll"):
         raise UsageError(f"{arch} keeps its tokens in an order that is not the image's; choose another network")
-    return LibraryBackbone(arch, network, size)
+    return LibraryBackbone(arch, network, size, python)
 
 
 def library_view(arch: str) -> ViewConfig:
@@ -157,28 +162,29 @@ def _check_name(arch: str) -> None:
         raise unknown_arch(arch, [f"{library}:{n}" for n in known])
 
 
-def _torchvision_network(name: str, size: int) -> nn.Module:
+def _torchvision_network(name: str, size: int) -> tuple[nn.Module, list[str]]:
     sizes: dict[str, Any] = {"image_size": size} if name.startswith("vit_") else {}
     if name.startswith("maxvit"):
         sizes = {"input_size": (size, size)}
     network: nn.Module = torchvision_models().get_model(name, weights=None, **sizes)
-    return _without(network, _TORCHVISION_HEADS)
+    return _without(network, _TORCHVISION_HEADS, f"torchvision.models.{name}({_arguments(sizes)})")
 
 
-def _timm_network(name: str, size: int) -> nn.Module:
-    def create(**sizes: Any) -> nn.Module:
-        network: Any = _timm().create_model(name, pretrained=False, num_classes=0, **sizes)
-        return _without(network, _TIMM_HEADS)
+def _timm_network(name: str, size: int) -> tuple[nn.Module, list[str]]:
+    def create(**sizes: Any) -> tuple[nn.Module, list[str]]:
+        network: nn.Module = _timm().create_model(name, pretrained=False, num_classes=0, **sizes)
+        call = f'timm.create_model("{name}", {_arguments({"num_classes": 0, **sizes})})'
+        return _without(network, _TIMM_HEADS, call)
 
     config = _timm().get_pretrained_cfg(name)
     assert config is not None, "the name was checked"
     if not config.fixed_input_size:
         return create()
     try:
-        network = create(dynamic_img_size=True)  # resamples position embeddings to the image at hand
+        network, python = create(dynamic_img_size=True)  # resamples position embeddings to the image at hand
     except TypeError:
         return create(img_size=size)
-    return network if getattr(network, "dynamic_img_size", False) else create(img_size=size)
+    return (network, python) if getattr(network, "dynamic_img_size", False) else create(img_size=size)
 
 
 def _timm() -> Any:
@@ -187,12 +193,26 @@ def _timm() -> Any:
     return timm
 
 
-def _without(network: nn.Module, heads: Sequence[str]) -> nn.Module:
-    """The network with its heads emptied: what follows pooling has no part in a map."""
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _without(network: nn.Module, heads: Sequence[str], call: str) -> tuple[nn.Module, list[str]]:
+    """The network with its heads emptied, and the Python that makes it: what follows pooling has no part in a map.
+
+    Args:
+        network: a library's.
+        heads: names of what may be one.
+        call: what made the network.
+    """
+    python = [f"net = {call}"]
     for head in heads:
         if hasattr(network, head):
+            module = getattr(network, head)
+            if isinstance(module, nn.Module) and module.state_dict():
+                python.append(f"net.{head} = torch.nn.Identity()")
             setattr(network, head, nn.Identity())
-    return network
+    return network, python
 
 
 def _pyramid(usable: dict[str, Probed], candidates: Sequence[str], size: int) -> dict[str, tuple[str, str]]:

@@ -21,6 +21,7 @@ RESNETS = (
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
 RESNET_STAGES = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
+WIDE = "wide_resnet"  # names as `bowstore.models.wide_resnet.WideResNet` has them
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 _STEM_NOTES = {"conv1": "before the max-pool", "pool1": "= maxpool"}
 
@@ -76,10 +77,13 @@ class StagedBackbone(Backbone):
         return f"{stage}{dot}{rest}" if stage in self.layers else layer
 
     def spellings(self) -> dict[str, dict[str, str]]:
-        """Bowstore's own names; for residual networks torchvision's too, and those of numbered children."""
+        """Bowstore's own names and those of `WideResNet`; or torchvision's, and those of numbered children."""
         own = list(self.state_dict())
         if self.arch not in RESNETS:
-            return {"bowstore": {name: name for name in own}}
+            return {
+                "bowstore": {name: name for name in own},
+                WIDE: {name.removeprefix("stages."): name for name in own},
+            }
         plain = {_torchvision_name(name): name for name in own}
         theirs = resnet_spellings(list(plain))
         return {

@@ -42,7 +42,7 @@ def wide_resnet_stages(
 ) -> tuple["OrderedDict[str, nn.Module]", dict[str, int]]:
     """Stages conv1, block1, block2, block3 of WRN-depth-width and their widths.
 
-    The last batch norm and ReLU belong to block3, so that its map is what the student pools.
+    The last batch norm and ReLU belong to block3, so that its map is what is pooled.
     """
     blocks = (depth - 4) // 6
     widths = (16, 16 * width, 32 * width, 64 * width)
@@ -57,3 +57,17 @@ def wide_resnet_stages(
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return stages, dict(zip(stages, widths, strict=True))
+
+
+class WideResNet(nn.Sequential):
+    """WRN-depth-width: images (B, 3, H, W) to pooled features (B, 64 width); `net.block2` and the others are stages."""
+
+    def __init__(self, depth: int, width: int, strides: tuple[int, int, int] = (1, 2, 2)) -> None:
+        super().__init__(wide_resnet_stages(depth, width, strides)[0])
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Mean over the cells of the last map, (B, 64 width)."""
+        map_BChw = images_BCHW
+        for stage in self:
+            map_BChw = stage(map_BChw)
+        return map_BChw.mean((2, 3))

@@ -26,7 +26,6 @@ from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import CleanView
-from bowstore.errors import MissingError
 from bowstore.files import atomic_file, check_free
 from bowstore.progress import Progress
 from bowstore.remote import fetch_store, is_remote, local_only
@@ -112,8 +111,6 @@ def write_words_page(
     """
     local_only(out, "write the page into a local --out, then copy it there")
     check_free(out, b"Made by bowstore ", "bowstore words", "words.html")
-    if not out.parent.is_dir():
-        raise MissingError(f"no folder {out.parent} to write {out.name} into; make it, or name another --out")
     opened = open_store(fetch_store(store, storage), wish.layer)
     index = open_index(shards, storage)
     layers = collect(opened, index, wish)

@@ -306,6 +306,15 @@ def misfit(arch: str, path: Path) -> str:
     return str(caught.value)
 
 
+def test_a_network_that_asks_for_the_version_of_its_weights(tmp_path: Path) -> None:
+    """Torchvision's MNASNet: a plain mapping of tensors, as safetensors give it, has none."""
+    plain = torchvision.models.mnasnet0_5()
+    save_file(body(plain.state_dict()), tmp_path / "net.safetensors")
+    backbone = build_backbone(ModelConfig(arch="torchvision:mnasnet0_5"))
+    load_foreign(backbone, tmp_path / "net.safetensors")
+    assert torch.equal(backbone.state_dict()["network.layers.0.weight"], plain.layers[0].weight)
+
+
 def test_weights_that_do_not_fit_are_named(resnet: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     state = resnet.state_dict()
