@@ -40,7 +40,6 @@ _TEMPORARY = re.compile(
 _STEM_BYTES = 180  # of the final name in a temporary one: names have 255 at most
 # Of another machine nobody can tell whether a process lives; none goes on after a week without a byte.
 _SILENT_SECONDS = 7 * 24 * 3600
-_WAIT_SECONDS = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _OWNER = re.compile(rb"process [0-9]+ on [^\n]*")
 _MOVE_AWAY = "move it away, or name another folder"
@@ -148,7 +147,7 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         fsync_path(path.parent)
 
 
-def check_free(out: Path, mark: bytes, command: str, example: str) -> None:
+def check_free(out: Path, *, mark: bytes, command: str, example: str) -> None:
     """Refuse a place for a result where something else lies than an earlier result: nothing else is written over.
 
     Args:
@@ -158,8 +157,7 @@ def check_free(out: Path, mark: bytes, command: str, example: str) -> None:
         example: name for such a file.
 
     Raises:
-        UsageError: a folder, a link, or a file without the mark.
-        MissingError: the folder to write into is not there.
+        UsageError: a folder, a link, or a file without the mark; or MissingError, no folder to write into.
     """
     if out.is_dir():
         raise UsageError(f"{out} is a folder; name the file to write, for example {out / example}")
@@ -393,7 +391,7 @@ def waiting_lock(path: Path, what: str, *, shown: bool = True) -> Iterator[None]
                 if shown:
                     say(f"waiting: {str(error).split(';')[0]}")
                 shown = False
-                time.sleep(_WAIT_SECONDS)
+                time.sleep(0.2)
         yield
 
 

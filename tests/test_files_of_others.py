@@ -42,7 +42,7 @@ def tars(root: Path, count: int = 2) -> Path:
 
 def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
     def check(out: Path) -> None:
-        check_free(out, b"Made by bowstore ", "bowstore words", "words.html")
+        check_free(out, mark=b"Made by bowstore ", command="bowstore words", example="words.html")
 
     out = tmp_path / "words.html"
     check(out)

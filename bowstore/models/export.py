@@ -82,7 +82,7 @@ def export_network(source: Path, out: Path, config: ExportConfig) -> Exported:
         MismatchError: its file is not what it should be.
     """
     local_only(out, "write the network to a file here, then copy it there")
-    check_free(out, RECORD.encode(), "bowstore export", f"network{_SAFETENSORS}")
+    check_free(out, mark=RECORD.encode(), command="bowstore export", example=f"network{_SAFETENSORS}")
     if out.suffix not in _SUFFIXES:
         raise UsageError(f"{out} must end with .pth or .pt (a file of torch.save) or {_SAFETENSORS}; name it so")
     if config.format == "safetensors" and out.suffix != _SAFETENSORS:

@@ -110,7 +110,7 @@ def write_words_page(
         DataError: an image that does not decode, or a damaged chunk.
     """
     local_only(out, "write the page into a local --out, then copy it there")
-    check_free(out, b"Made by bowstore ", "bowstore words", "words.html")
+    check_free(out, mark=b"Made by bowstore ", command="bowstore words", example="words.html")
     opened = open_store(fetch_store(store, storage), wish.layer)
     index = open_index(shards, storage)
     layers = collect(opened, index, wish)
