@@ -162,7 +162,7 @@ def _verify_store(
             problems.append(Problem(f"nothing was taken back: {path} cannot be written ({error.strerror})", "store"))
         else:
             what = f"{count} damaged chunks were" if count else "what is counted over all words was"
-            repairs.append(f"{what} taken back; {report.way_on}, to write just that")
+            repairs.append(f"{what} taken back; {report.remedy}, to write just that")
     words_digest = verify.digest(path) if digest and report.sound else None
     return PathReport(
         path, "store", checked, problems, repairs, not problems, digest=words_digest, arithmetic=report.arithmetic

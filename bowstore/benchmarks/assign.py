@@ -24,10 +24,10 @@ from bowstore.words.lanes import compute_workers, one_thread_each, workers
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords, Tiles
 
-# Ways that bound it, by what the ratio over them is called.
+# What bounds it, by what the ratio over each is called.
 _BOUNDS = {"matrix product": "matmul", "float16 product": "half_matmul", "FAISS": "faiss"}
-_FACTORS = 16  # that features and words are made of: real ones, too, lie near surfaces of few dimensions
-_SCORES = 1 << 30  # of a matrix product that are held at a time
+_FACTORS = 16  # of which features and words are made: real ones, too, lie near surfaces of few dimensions
+_SCORES = 1 << 30  # of a matrix product, held at a time
 
 
 def bench_assign(
@@ -35,8 +35,8 @@ def bench_assign(
 ) -> BenchResult:
     """Images/s of `assign`, of the float32 matrix product of the same shape, and of FAISS's exhaustive search.
 
-    On a GPU with tensor cores also the float16 product and the shares of vectors that needed a second look; and then,
-    when the figure has been said, the float32 reference and the search in three tilings.
+    On a GPU with tensor cores also the float16 product, and the shares of vectors that needed a second look; then, once
+    the figure has been printed, the float32 reference and the search in three tilings.
 
     Args:
         images: in a batch.
@@ -56,7 +56,7 @@ def bench_assign(
     }
     rates = _rates("bench assign", ways, rounds, images, device)
     say(", ".join(f"{name} {statistics.median(values):.0f} images/s" for name, values in rates.items()))
-    if prepared.fast:  # last, because compiling takes its time: the figure has been said, whatever becomes of the rest
+    if prepared.fast:  # last, because compiling takes long: the figure has been printed, whatever becomes of the rest
         others = _other_searches(features_ND, prepared, prepared.fast)
         rates |= _rates("bench assign, other searches", others, rounds, images, device)
     operations = 2.0 * positions * dimensions * num_words
@@ -112,7 +112,7 @@ def _vectors(count: int, dimensions: int, num_words: int, device: torch.device) 
 
 
 def _product(left_ND: Tensor, right_DK: Tensor) -> Way:
-    """Their product, in as many parts as memory asks for, into memory that is there already."""
+    """Their product, in as many parts as memory requires, into memory allocated before."""
     rows = max(1, min(len(left_ND), _SCORES // right_DK.shape[1]))
     buffer = torch.empty(rows, right_DK.shape[1], dtype=left_ND.dtype, device=left_ND.device)
 
@@ -126,7 +126,7 @@ def _product(left_ND: Tensor, right_DK: Tensor) -> Way:
 
 
 def _faiss(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
-    """FAISS where the features lie; nothing without it, and for a GPU that the installed one does not know."""
+    """FAISS on the features' device; nothing without it, or for a GPU that the installed FAISS does not support."""
     if not find_spec("faiss"):
         return {}
     import faiss  # if it is there
@@ -149,7 +149,7 @@ def _faiss(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
 
 
 def _half_product(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
-    """What tensor cores do with the same shape, and nothing else."""
+    """The product of the same shape on tensor cores, and nothing else."""
     return {"float16 product": _product(features_ND.half(), vocabulary_KD.T.contiguous().half())}
 
 
@@ -176,7 +176,7 @@ def _name(tiles: "Tiles") -> str:
 
 
 def _agreement(features_ND: Tensor, prepared: PreparedWords) -> dict[str, float]:
-    """Shares of vectors: whose word differs from the float32 reference's; that tensor cores had to look at again."""
+    """Shares of vectors whose word differs from the float32 reference's, and of those searched again."""
     if not prepared.fast:
         return {}
     from bowstore.words.assign_triton import nearest  # Triton

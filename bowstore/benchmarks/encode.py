@@ -58,7 +58,7 @@ class _Bench:
         return len(self.job.rows.index_rows)
 
     def view(self) -> Iterator[int]:
-        """Batches of the clean view without end, in the order of the rows; how many images each has."""
+        """Endless batches of the clean view, in the order of the rows; the number of images in each."""
         job = self.job
         rows = self.job.rows.in_index(np.arange(self.images))
         cut = [rows[start : start + job.batch] for start in range(0, self.images, job.batch)]
@@ -70,7 +70,7 @@ class _Bench:
             yield len(rows_B)
 
     def time_view(self, batches: Iterator[int]) -> float:
-        """Images/s of decoding, after what was made ahead."""
+        """Images/s of decoding, once what was made ahead is used up."""
         for _ in range(PREFETCH + 2):
             next(batches)
         count = -(-self.images // self.job.batch)
@@ -79,7 +79,7 @@ class _Bench:
         return images / (time.perf_counter() - begun)
 
     def time_teacher(self) -> float:
-        """Images/s of the teacher, run as the pass runs it, on one batch that lies there."""
+        """Images/s of the teacher, run as in the pass, on one resident batch."""
         job = self.job
         replicas = [job.teacher.replica() for _ in range(compute_workers(job.device))]
         count = max(len(replicas), -(-self.images // len(self.images_BCHW)))
@@ -88,7 +88,7 @@ class _Bench:
             for _ in range(worker, count, len(replicas)):
                 replicas[worker].maps(self.images_BCHW)
 
-        # Around all of them: each sets the precision of products, and sets it back.
+        # Around all of them: each sets the precision of products and restores it.
         with one_thread_each(job.device), exact_float32(), workers(len(replicas)) as pool:
             begun = time.perf_counter()
             list(pool.map(work, range(len(replicas))))
@@ -97,7 +97,7 @@ class _Bench:
             return count * len(self.images_BCHW) / (time.perf_counter() - begun)
 
     def time_encode(self) -> tuple[float, dict[str, float]]:
-        """Images/s of the whole pass into a store of its own, and the shares of its stages."""
+        """Images/s of the whole pass into a temporary store, and the shares of its stages."""
         job = self.job
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "words.zarr"
@@ -113,7 +113,7 @@ class _Bench:
             with Board(path) as board:
                 work = AssignPass(job, StoreWriter(path), board, shown=False)
                 work.run()
-            # The other ways are timed in their stride, too.
+            # The other ways are timed at full speed, too.
             seconds = time.perf_counter() - begun - work.clock.seconds["start"]
             return self.images / seconds, work.clock.shares()
 
@@ -123,12 +123,12 @@ def bench_encode(
     config: EncodeBench,
     storage: StorageConfig | None = None,
 ) -> BenchResult:
-    """Images/s of the clean view alone, of the teacher alone as far as its deepest layer, and of the whole pass.
+    """Images/s of the clean view alone, of the teacher alone up to its deepest layer, and of the whole pass.
 
     Args:
         shards: folder of indexed shards.
         config: teacher, layers and K; the vocabulary is made of vectors of the first images, without k-means. A set
-            smaller than a round comes by again; one round more warms up.
+            smaller than a round is repeated; one more round warms up.
         storage: how shards are read.
     """
     device, rounds = choose_device(config.device), config.rounds

@@ -1,4 +1,4 @@
-"""k-means by each of its ways, on the same made-up vectors."""
+"""k-means by each backend, on the same made-up vectors."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from bowstore.words.kmeans import Backend, default_backend, make_lloyd
 from bowstore.words.lloyd import Lloyd
 from bowstore.words.lloyd_torch import TorchLloyd
 
-_FACTORS = 16  # that vectors are made of: real ones, too, lie near surfaces of few dimensions
+_FACTORS = 16  # of which vectors are made: real ones, too, lie near surfaces of few dimensions
 _BLOCK = 1 << 18  # vectors that are made at a time
 
 
@@ -38,9 +38,9 @@ def bench_kmeans(
         dimensions: of a vector.
         num_words: K.
         iterations: of a vocabulary, for the table's remark.
-        rounds: interleaved iterations that are timed, after two to warm up: the first is exact in every way.
+        rounds: timed interleaved iterations, after two to warm up: the first is exact in every backend.
         device: where k-means runs.
-        backends: what is timed; none for all that are there on a CPU, and on a GPU what `encode` takes there.
+        backends: what is timed; empty for all that there are on a CPU, and for what `encode` uses on a GPU.
 
     Raises:
         UsageError: fewer vectors than words, or a backend that does not run here.

@@ -1,4 +1,4 @@
-"""Shards and words of nothing, for benchmarks of what does not depend on the images."""
+"""Made-up shards and words, for benchmarks of what does not depend on the images."""
 
 import io
 import tarfile
@@ -17,7 +17,7 @@ LAYER = "conv4"
 
 
 def made_up_index(folder: Path, images: int, side: int = 16) -> Index:
-    """Indexed shards of so many JPEGs of one colour, `side` pixels wide and high."""
+    """Indexed shards of this many JPEGs of one colour, `side` pixels wide and high."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (90, 120, 150)).save(buffer, "JPEG")
@@ -31,7 +31,7 @@ def made_up_index(folder: Path, images: int, side: int = 16) -> Index:
 
 
 def made_up_store(path: Path, index: Index, *, num_words: int, grid: int, channels: int = 1) -> Path:
-    """A complete store of one layer, whose words are random, but frequent ones are so as in real stores (Zipf)."""
+    """A complete store of one layer of random words, as unevenly frequent as in real stores (Zipf)."""
     draw = np.random.default_rng(0)
     share_K = 1 / np.arange(10, num_words + 10)
     maps = draw.choice(num_words, (len(index), grid, grid), p=share_K / share_K.sum()).astype(np.uint16)

@@ -20,9 +20,9 @@ from bowstore.progress import Progress
 def bench_reader(
     shards: Path, *, batch: int, batches: int, rounds: int, storage: StorageConfig | None = None
 ) -> BenchResult:
-    """Images/s of reading random rows, header and image checked and every page touched, for each way to read.
+    """Images/s of reading random rows, with header and image checked and every page touched, for each way to read.
 
-    What the comparison of an image with its digest takes is measured apart, on the bytes that were just read.
+    Comparing an image with its digest is timed separately, on the bytes just read.
 
     Args:
         shards: folder of indexed shards.

@@ -17,7 +17,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 @contextmanager
 def heard_by(listener: Listener) -> Iterator[None]:
-    """Call it with a way's name and its seconds so far after each timed call: what is killed later has said them."""
+    """Call it with a way's name and its seconds so far after each timed call, lest a run that is killed report none."""
     token = _listener.set(listener)
     try:
         yield
@@ -39,7 +39,7 @@ def seconds_of(way: Way, device: torch.device) -> float:
 def interleaved(what: str, ways: Mapping[str, Way], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each way in interleaved rounds, after one that warms caches, allocators and compilers.
 
-    Machines are noisy: what is compared has to run in the same minutes, and ratios are of the same round.
+    Machines are noisy: what is compared must run in the same minutes, and ratios are taken within a round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with Progress(what, (rounds + 1) * len(ways), "timings") as progress:

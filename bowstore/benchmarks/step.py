@@ -1,7 +1,7 @@
 """The training step on one resident batch: eager, compiled, tuned, and with the teacher in the loop.
 
-What a run costs without its loader (`bench train` compares the two), and what the store of words spares it: a teacher
-in the loop sees every image once more, and its maps are assigned in every step.
+What a run costs without its loader (`bench train` compares the two), and what the word store saves it: a teacher in
+the loop sees every image once more, and its maps are assigned in every step.
 """
 
 import statistics
@@ -63,7 +63,7 @@ class StepWay(NamedTuple):
 
     Attributes:
         name: in the table.
-        runtime: what of the configuration's `runtime` is set otherwise.
+        runtime: settings of the configuration's `runtime` that differ.
         tuned: whether a GPU is set as training sets it (`bowstore.train.step.tuned`).
     """
 
@@ -83,7 +83,7 @@ def bench_step(
 
     Args:
         settings: sizes.
-        ways: that are compared.
+        ways: what is compared.
         folder: for made-up shards and words.
         teacher_layer: the last way is run with a teacher in the loop, too, and this layer of it is assigned.
     """
@@ -152,7 +152,7 @@ def _stepper(config: TrainConfig, way: StepWay, batch: Batch, device: torch.devi
 
 
 def _teacher(layer: str, settings: StepSettings, images_BCHW: Tensor) -> Way:
-    """Maps and words of a batch, in bfloat16 on a GPU: a teacher in the loop would not be run more slowly."""
+    """Maps and words of a batch, in bfloat16 on a GPU, as anyone would run a teacher in the loop."""
     teacher = load_teacher(
         settings.arch, [layer], settings.device, size=settings.size,
         precision="bfloat16" if settings.device.type == "cuda" else "float32",

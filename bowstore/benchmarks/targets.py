@@ -1,4 +1,4 @@
-"""What each tier of targets takes for a batch: its part in the reading thread, and its part in the step."""
+"""How long each tier of targets takes for a batch: its part in the reading thread, and its part in the step."""
 
 from pathlib import Path
 

@@ -33,7 +33,7 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
     """Time training steps fed by the loader against the same steps on one resident batch.
 
     Args:
-        config: resolved, as for `bowstore train`; nothing is trained for keeps.
+        config: resolved, as for `bowstore train`; nothing that is trained is kept.
         steps: timed steps of each side a round.
         rounds: interleaved rounds.
 
@@ -74,7 +74,7 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
         loader_rates, resident_rates = [], []
         with Progress("bench train", rounds, "rounds", shown=world.first) as progress:
             for _ in range(rounds):
-                # While resident steps run the decoder fills its queue; a few steps drain it again.
+                # The decoder fills its queue while resident steps run; a few steps drain it again.
                 resident_rates.append(rate(resident, steps))
                 rate(batches, drain)
                 loader_rates.append(rate(batches, steps))

@@ -1,4 +1,4 @@
-"""The frozen trunk, as far as a layer, in every precision and layout that a GPU or a processor has."""
+"""The frozen trunk, up to a layer, in every precision and memory layout of a GPU or a processor."""
 
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from bowstore.words.teacher import Precision, load_teacher
 def bench_trunk(
     arch: str, layer: str, *, size: int, batch: int, rounds: int, device: torch.device, compiled: bool = False
 ) -> BenchResult:
-    """Images/s of each way, and how far its maps lie from those of float32, in shares of the largest value.
+    """Images/s of each way, and how far its maps are from those of float32, as shares of the largest value.
 
     Args:
         arch: of the trunk, with random weights.
@@ -24,7 +24,7 @@ def bench_trunk(
         batch: images.
         rounds: interleaved, after one to warm up.
         device: where it runs.
-        compiled: whether to time bfloat16 compiled, too, which takes up to a minute to make; that it cannot be is a
+        compiled: whether to time compiled bfloat16, too, which takes up to a minute to compile; a failure becomes a
             note.
     """
     images_BCHW = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from bowstore.errors import BowstoreError, is_machine_error
-from bowstore.limits import MAX_BATCH, MAX_COUNT, MAX_SEED, MAX_THREADS, path_problem, text_problem
+from bowstore.limits import MAX_SEED, MAX_THREADS, path_problem, text_problem
 from bowstore.plugins import Registry
 from bowstore.progress import reader_is_gone
 
@@ -81,21 +81,9 @@ class Registered(click.types.StringParamType):
 
 
 TEXT = _Text()
-SHARE = Number(0, 1)
 PATH = _FilePath(path_type=Path)
-BATCH = click.IntRange(1, MAX_BATCH)
-COUNT = click.IntRange(1, MAX_COUNT)
 SEED = click.IntRange(0, MAX_SEED)
-SIZE = click.IntRange(8, 2048)
 THREADS = click.IntRange(1, MAX_THREADS)
-DEVICES = click.Choice(["auto", "cpu", "cuda"])
-COMPILE = click.option(
-    "--compile",
-    type=Setting(),
-    default="auto",
-    show_default=True,
-    help="Run the network compiled; auto: on a CPU, where it pays.",
-)
 
 
 class Group(click.Group):

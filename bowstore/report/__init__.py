@@ -1,1 +1,1 @@
-"""Pages to look at: the words of a store as images."""
+"""Pages that show the words of a store as images."""

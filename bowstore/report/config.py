@@ -1,4 +1,4 @@
-"""What somebody wants to see of the words of a store. Loads neither torch nor NumPy."""
+"""What a page of words is to show. Loads neither torch nor NumPy."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ _Word = Annotated[int, Field(ge=0, lt=MAX_WORDS)]
 
 
 class Wish(Strict):
-    """What somebody wants to see."""
+    """What a page of words is to show."""
 
     layer: Text | None = Field(None, description="layer of the store; null: all that are complete")
     words: Listed[_Word] = Field((), description="only this word, larger; repeatable")

@@ -1,7 +1,7 @@
 """One self-contained HTML page of a store's words: thumbnails of the clean view with what a cell sees, and plots.
 
-Everything on a thumbnail is in pixels of the clean view; the page scales it. Each picture is embedded once, however
-often it is shown. `words.html` beside this file says how the page looks.
+All positions on a thumbnail are in pixels of the clean view; the page scales them. Each picture is embedded once,
+however often it is shown. `words.html` beside this file is the page's template.
 
 Legend: B batch, C channels, H W pixels of the clean view, h w word grid, K words.
 """
@@ -48,7 +48,7 @@ class WordsReport:
     Attributes:
         file: the page.
         size_bytes: of it.
-        store: where it lies, without what is secret in a URL.
+        store: its path, or its URL without secrets.
         shards: likewise.
         images: of the store.
         other_shards: whether these are not the shards that were encoded; images were then found by their keys.
@@ -94,7 +94,7 @@ class WordsReport:
 def write_words_page(
     store: Path, shards: Path, out: Path, wish: Wish, storage: StorageConfig | None = None
 ) -> WordsReport:
-    """Write a page that shows words of a store; `out` is whole or as it was.
+    """Write a page that shows words of a store; `out` is replaced whole or not at all.
 
     Args:
         store: the word store, a folder or a URL.
@@ -114,7 +114,7 @@ def write_words_page(
     opened = open_store(fetch_store(store, storage), wish.layer)
     index = open_index(shards, storage)
     layers = collect(opened, index, wish)
-    # Another split may use the same keys for other images: whoever looks has to know how images were found.
+    # Another split may use the same keys for other images: the reader has to know how images were found.
     other_shards = index.fingerprint not in {opened.fingerprint, *(part["fingerprint"] for part in opened.parts)}
     places = _place(store), _place(shards)
     html = render(
@@ -136,7 +136,7 @@ def _place(path: Path) -> str:
 
 
 def _last(place: str, parts: int) -> str:
-    """The end of a path or URL: a page may go elsewhere, where the rest says nothing."""
+    """The end of a path or URL: elsewhere, the rest would say nothing."""
     return "/".join((place if "://" in place else str(Path(place).resolve())).split("/")[-parts:])
 
 
@@ -191,7 +191,7 @@ class Box(NamedTuple):
         return " ".join(f"{value:.5g}" for value in self)
 
     def clipped(self, size: int) -> "Box":
-        """What of it lies within the view."""
+        """The part of it within the view."""
         left, top = max(self.x, 0.0), max(self.y, 0.0)
         right, bottom = min(self.x + self.width, size), min(self.y + self.height, size)
         return Box(left, top, right - left, bottom - top)
@@ -209,7 +209,7 @@ class Geometry:
         size: side of the view, pixels.
         grid: (h, w), without the border.
         border: cells left out at each side.
-        effective: side of what a cell mostly looks at, pixels; None if it is not known.
+        effective: side of what a cell mostly sees, pixels; None if unknown.
     """
 
     size: int
@@ -223,7 +223,7 @@ class Geometry:
         return Box((cell[1] + self.border) * width, (cell[0] + self.border) * height, width, height)
 
     def field(self, cell: tuple[int, int]) -> Box:
-        """What the cell mostly looks at: the effective receptive field around its middle, which may stick out."""
+        """What the cell mostly sees: the effective receptive field around its middle, which may exceed the view."""
         box = self.cell(cell)
         side = max(self.effective or 0, box.width, box.height)
         return Box(box.x + (box.width - side) / 2, box.y + (box.height - side) / 2, side, side)
@@ -251,7 +251,7 @@ class Thumbnail(NamedTuple):
         picture: id of the picture.
         frame: what of the view is shown.
         cell: that holds the word.
-        field: what the cell looks at, where that is less than the whole view; the rest is dimmed.
+        field: what the cell sees, if less than the whole view; the rest is dimmed.
         title: for the tooltip.
     """
 
@@ -264,7 +264,7 @@ class Thumbnail(NamedTuple):
 
 @dataclass
 class _Album:
-    """The pictures of a page that are of one view, each once."""
+    """The pictures of a page that show one view, each once."""
 
     view: CleanView
     prefix: str
@@ -279,7 +279,7 @@ class _Album:
         return self._wanted.setdefault((index_row, box, side), f"{self.prefix}i{len(self._wanted)}")
 
     def pictures(self, index: Index) -> Iterator[Picture]:
-        """Decode what was asked for, some images at a time."""
+        """Decode the requested images, some at a time."""
         wanted: dict[int, list[tuple[str, Box, int]]] = {}
         for (index_row, box, side), name in self._wanted.items():
             wanted.setdefault(index_row, []).append((name, box, side))
@@ -302,7 +302,7 @@ def _pixels(images_BCHW: torch.Tensor, view: CleanView) -> NDArray[np.uint8]:
 
 
 def _data_uri(image: Image.Image, box: Box, side: int) -> str:
-    """A JPEG; with colours as fine as the rest where single pixels will be seen."""
+    """A JPEG; with full colour resolution where single pixels will be seen."""
     x, y, width, height = box
     part = image.resize((side, side), Image.Resampling.LANCZOS, box=(x, y, x + width, y + height))
     buffer = io.BytesIO()
@@ -326,7 +326,7 @@ class _Framer:
         return self._frame(example, Box(0, 0, self.geometry.size, self.geometry.size), side)
 
     def patch(self, example: Example, side: int | None, title: str | None = None) -> Thumbnail:
-        """What the cell looks at; cut out of the whole view's picture if there is no `side`."""
+        """What the cell sees; cut out of the whole view's picture if there is no `side`."""
         return self._frame(example, self.geometry.patch(example.cell), side, title)
 
     def _frame(self, example: Example, frame: Box, side: int | None, title: str | None = None) -> Thumbnail:

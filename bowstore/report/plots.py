@@ -1,7 +1,7 @@
-"""Plots of a layer's words as SVG that stands inside a page and takes its colours and font.
+"""Plots of a layer's words as inline SVG with the page's colours and font.
 
-Matplotlib draws with place-holders for colours, which become CSS variables of the page, so that one plot serves light
-and dark. `Figure` alone is used: pyplot keeps global state.
+Matplotlib draws with placeholder colours, which become CSS variables of the page, so that one plot serves light and
+dark. `Figure` alone is used: pyplot keeps global state.
 
 Legend: M cells of an image, K words.
 """
@@ -130,7 +130,7 @@ def inertia(history: Sequence[float], final: float | None, name: str) -> str:
 
 @contextmanager
 def _figure(name: str) -> Iterator[tuple[list[str], Axes]]:
-    """Axes to draw on; their SVG is in the list when the block has ended."""
+    """Axes to draw on; their SVG is in the list once the block has ended."""
     svg: list[str] = []
     with rc_context(_STYLE):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
@@ -142,7 +142,7 @@ def _figure(name: str) -> Iterator[tuple[list[str], Axes]]:
 
 
 def _for_page(svg: str, name: str) -> str:
-    """Inline SVG: no XML header, the page's colours and font, and names that no other plot has."""
+    """Inline SVG: no XML header, the page's colours and font, and unique names."""
     svg = svg[svg.index("<svg") :]
     for colour, variable in _COLOURS.items():
         svg = svg.replace(colour, variable)

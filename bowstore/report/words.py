@@ -1,10 +1,10 @@
 """What a page of words shows: which words, how they are used, their nearest images, which words go together.
 
-Counts come from one pass over a layer's chunks, one chunk in memory at a time. What grows with the images are the
-hashes of their keys alone (8 bytes each), and those only while a store is joined with shards other than its own.
+Counts come from one pass over a layer's chunks, one chunk in memory at a time. Only the hashes of keys grow with
+the images (8 bytes each), and only while a store is joined with shards other than its own.
 
-Legend: N images, M cells of an image, h w word grid, K words, S words whose company is counted, n images kept for each
-word, U distinct rows that are looked up.
+Legend: N images, M cells of an image, h w word grid, K words, S words whose co-occurrence is counted, n images kept for
+each word, U distinct rows that are looked up.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Example:
 
     Attributes:
         key: the image's.
-        index_row: where the shards' index has it.
+        index_row: its row in the shards' index.
         cell: (i, j) on the word grid.
         distance: Euclidean, of the cell's vector to the word.
     """
@@ -121,10 +121,10 @@ class LayerWords:
         usage: of all its words.
         document_frequency_K: int64, images that hold each word.
         galleries: which words.
-        words: they, by id.
+        words: those words, by id.
         looked_up: distinct images nearest to them.
         missing: how many of those the shards lack; they are left out.
-        warnings: signs of a vocabulary that says little, a line each.
+        warnings: signs that the vocabulary says little, a line each.
     """
 
     layer: Layer
@@ -161,7 +161,7 @@ class LayerWords:
 
 
 def collect(store: Store, index: Index, wish: Wish) -> tuple[LayerWords, ...]:
-    """Everything that a page shows but the pixels, for one layer or all complete ones.
+    """Everything that a page shows except pixels, for one layer or all complete ones.
 
     Raises:
         MissingError: no such layer, or none of the images that would be shown is in the shards.
@@ -277,7 +277,7 @@ def _held(words_NM: NDArray[np.uint16], num_words: int) -> Any:
 
 
 class _Bond(NamedTuple):
-    """A `Neighbour` whose image is not known yet."""
+    """A `Neighbour` whose image is not yet known."""
 
     word: int
     images: int
@@ -324,7 +324,7 @@ def strongest_neighbours(
 
 
 class _Images:
-    """The images nearest to some words, as far as the shards have them."""
+    """The images nearest to some words, if the shards have them."""
 
     def __init__(self, store: Store, layer: Layer, index: Index, words: Sequence[int], *, reencoded: bool) -> None:
         self._index, self._columns = index, layer.grid[1]

@@ -1,7 +1,8 @@
-"""By which arithmetic words are made: a layer records it, and an unfinished one is gone on with by the same.
+"""How words are computed: a layer records it, and an unfinished layer is continued in the same way.
 
-The words of two ways differ only where two centres are all but equally near, so that complete layers, vocabularies and
-grown stores of any way are as good as each other. But what a layer holds must not depend on who was interrupted when.
+Words computed in two ways differ only where two centroids are almost equally near, so complete layers, vocabularies and
+grown stores are equally good whichever way they were made. But what a layer holds must not depend on who was
+interrupted when.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ _BEFORE: Arithmetic = {"trunk": EAGER, "decoder": "CPU", "resize": "DALI"}
 
 
 def recorded(layer: Layer) -> Arithmetic:
-    """By which arithmetic a layer's words are made."""
+    """How a layer's words were computed."""
     return {**_BEFORE, **(layer.attributes.get("arithmetic") or {})}
 
 
@@ -28,7 +29,7 @@ def in_words(arithmetic: Arithmetic) -> str:
 
 
 def check_same(layer: Layer, now: Arithmetic) -> None:
-    """Refuse to go on with an unfinished layer by another arithmetic.
+    """Refuse to continue an unfinished layer in another way.
 
     Raises:
         MismatchError: names the first way that differs.
@@ -44,7 +45,7 @@ def check_same(layer: Layer, now: Arithmetic) -> None:
 
 
 def tell_difference(layer: Layer, now: Arithmetic) -> None:
-    """Say that images get words of a complete layer's vocabulary by another arithmetic than its own images did."""
+    """Say that images get words of a complete layer's vocabulary in another way than the layer's own images did."""
     then = recorded(layer)
     if dict(then) != dict(now) and ranks().first:
         say(

@@ -36,7 +36,7 @@ _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a chunk that is gone i
 
 
 class PlainStore(LocalStore):
-    """Zarr's local store, which opens nothing but files: a pipe under an object's name would be waited for."""
+    """Zarr's local store, which opens plain files alone: on a pipe under an object's name it would wait for ever."""
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -54,7 +54,7 @@ class PlainStore(LocalStore):
 
     def _refuse_pipe(self, key: str) -> None:
         path = self.root / key
-        if not path.is_dir():  # which Zarr takes for nothing
+        if not path.is_dir():  # which Zarr takes for a missing object
             check_plain_file(path)
 
 

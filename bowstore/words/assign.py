@@ -1,7 +1,7 @@
 """The nearest word of each feature vector (paper, Eq. 1).
 
-On an NVIDIA GPU tensor cores search and prove (assign_triton.py); everywhere else, and for what they leave open,
-words are scored in float32, block by block.
+On an NVIDIA GPU tensor cores search, with a proof (assign_triton.py); everywhere else, and for vectors that the proof
+leaves open, words are scored in float32, block by block.
 
 Legend: N vectors, D dimensions (the layer's channels), K words.
 """
@@ -45,7 +45,7 @@ class PreparedWords(NamedTuple):
 def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
     """Lay out a float32 vocabulary (K, D) for `assign`, on the device where it lies.
 
-    On a GPU the first one of its width takes some seconds more: the search is compiled here, not in mid-run.
+    On a GPU the first vocabulary of a width takes some seconds more: the search is compiled here, not in mid-run.
 
     Raises:
         UsageError: not a float32 matrix, or a number of words outside 1..65535.
@@ -98,7 +98,7 @@ def assign(features_ND: Tensor, words: PreparedWords) -> Tensor:
 def assign_reference(
     features_ND: Tensor, words: PreparedWords, *, block: int | None = None, block_words: int | None = None
 ) -> Tensor:
-    """What `assign` returns, by float32 products in blocks; the measure of every faster way.
+    """What `assign` returns, by float32 products in blocks; the reference for every faster way.
 
     Since |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x.c), the word with the least |c|^2 / 2 - x.c is the nearest;
     equal scores go to the lower id. All in float32: the squared distance to the chosen word exceeds the least

@@ -1,8 +1,8 @@
 """The pass over all images: clean view, teacher, nearest words, chunks of the store; shared by any number of processes.
 
-The rows are cut into units (whole chunks of every layer), and units into batches, before anybody takes one, so that
-the words do not depend on who encodes what. A process claims a unit, encodes it, commits its chunks and gives the claim
-back. Units of dead processes are claimed again; chunks that are committed are never redone.
+The rows are cut into units (whole chunks of every layer), and units into batches, before any process takes one, so that
+the words do not depend on who encodes what. A process claims a unit, encodes it, commits its chunks and releases the
+claim. Units of dead processes are claimed again; committed chunks are never redone.
 
 Legend: B batch, M cells of an image, h w word grid, K words, c channels, p dimensions of a word.
 """
@@ -44,7 +44,7 @@ class Quantizer:
 
     Attributes:
         border: cells left out at each side.
-        projection: before the words; None for none.
+        projection: applied before the search; None for none.
         words: the vocabulary, laid out for `assign`.
         centroids_Kp: float32.
     """
@@ -77,12 +77,12 @@ def quantizer(layer: Layer, device: torch.device) -> Quantizer:
 
 
 def without_border(map_Bchw: Tensor, border: int) -> Tensor:
-    """A map without so many cells at each side."""
+    """A map without this many cells at each side."""
     return map_Bchw[:, :, border : map_Bchw.shape[2] - border, border : map_Bchw.shape[3] - border]
 
 
 def cut_units(images: int, chunk_rows: Sequence[int]) -> list[slice]:
-    """Rows that end where chunks of every layer end."""
+    """Ranges of rows that end where chunks of every layer end."""
     rows = min(images, math.lcm(*chunk_rows))
     return [slice(start, min(start + rows, images)) for start in range(0, images, rows)]
 
@@ -106,7 +106,7 @@ class AssignPass:
         self._chunks: dict[tuple[str, int], _Chunk] = {}
         self._left: dict[int, int] = {}  # chunks of a claimed unit that are not committed yet
         self._wanted: dict[int, list[slice]] = {}  # their rows
-        self._ahead: deque[NDArray[np.int64]] = deque()  # rows of the store of the batches that are on their way
+        self._ahead: deque[NDArray[np.int64]] = deque()  # store rows of the batches in flight
         self._lock = threading.Lock()
         self.images = 0
         self.clock = Clock(compute_workers(job.device))
@@ -118,7 +118,7 @@ class AssignPass:
                 yield from self._cut(self._units[unit], [layer.rows(chunk) for layer, chunk in missing])
 
     def run(self) -> None:
-        """Encode until every chunk of every layer is committed, by whomever.
+        """Encode until every chunk of every layer is committed, by whichever process.
 
         Raises:
             DataError: images or features that cannot be used.
@@ -177,7 +177,7 @@ class AssignPass:
         return rows_B[:count]
 
     def _next_unit(self) -> int | None:
-        """Claim the next unit with something to do; None if others hold all that are left, or nothing is."""
+        """Claim the next unfinished unit; None if none is left, or others hold the rest."""
         if not self._writer.path.exists():  # the store of an append, which another process has ended
             self._open.clear()
         for unit in list(self._open):
@@ -186,7 +186,7 @@ class AssignPass:
                 self._count(self._units[unit].stop - self._units[unit].start)
             elif self._board.claim(self._name(unit)):
                 self._open.remove(unit)
-                missing = self._missing(unit)  # once more: its last owner may have ended just now
+                missing = self._missing(unit)  # again: its last owner may have ended just now
                 if missing and self._writer.path.exists():
                     self._begin(unit, missing)
                     return unit
@@ -232,7 +232,7 @@ class AssignPass:
                 yield np.arange(part.start, part.stop)
 
     def _count(self, images: int) -> None:
-        """Images that are done, by this process or without it."""
+        """Images that are done, by this process or by others."""
         with self._lock:
             self._progress.advance(images, self.clock.text())
 
@@ -253,14 +253,14 @@ class AssignPass:
                     self._writes.add(partial(self._commit, filling, nearest))
 
     def _commit(self, chunk: "_Chunk", nearest: NearestImages) -> None:
-        """Write a chunk, unless somebody took this process for dead and has done so; runs in the writing thread."""
+        """Write a chunk, unless another process took this one for dead and wrote it; runs in the writing thread."""
         name, layer = self._name(chunk.unit), chunk.layer
         if self._board.holds(name) and layer.chunk_digest(chunk.number) == 0:
-            # First what was seen, then the chunk: a chunk that is committed has been looked at.
+            # First the nearest images, then the chunk: the images of a committed chunk have been counted.
             save_nearest(self._board.folder / f"{nearest_name(self._writer, layer)}{self._mine}.npz", nearest)
             self._writer.write_chunk(layer.name, chunk.number, chunk.words)
         elif layer.chunk_digest(chunk.number) == 0 and self._writer.path.exists():
-            # This process was silent too long, and another one has the unit: see to it that it gets done.
+            # This process was silent too long and another one has the unit: make sure that it gets done.
             if chunk.unit not in self._open:
                 self._open.append(chunk.unit)
             return
@@ -275,12 +275,12 @@ _Found = tuple[NDArray[np.uint16], NDArray[np.float32]]
 
 
 def claim_prefix(job: Job, writer: StoreWriter) -> str:
-    """What claims on parts of a job begin with: the store may be refilled and grown at the same time."""
+    """Prefix of claims on parts of a job: a store may be refilled and grown at the same time."""
     return f"{job.part}.{writer.fingerprint[:16]}@"
 
 
 def nearest_name(writer: StoreWriter, layer: Layer) -> str:
-    """What files begin with that hold what processes saw of a layer's nearest images.
+    """Name prefix of the files in which processes keep what they saw of a layer's nearest images.
 
     They lie beside the store, and must not be taken for those of another one that had its name before.
     """
@@ -297,7 +297,7 @@ class _Chunk:
         self.words = np.empty((self._missing, *layer.grid), np.uint16)
 
     def put(self, start: int, words_Bhw: NDArray[np.uint16]) -> bool:
-        """Put words of consecutive rows of the store where they belong; whether the chunk is full."""
+        """Take words of consecutive store rows; return whether the chunk is full."""
         first, last = max(start, self._start), min(start + len(words_Bhw), self._start + len(self.words))
         self.words[first - self._start : last - self._start] = words_Bhw[first - start : last - start]
         self._missing -= last - first
@@ -306,7 +306,7 @@ class _Chunk:
 
 
 class _Writes:
-    """Writes in order in a thread of its own, a few ahead at most; errors come out where the next write is added."""
+    """Writes in order in a thread of its own, a few at a time; errors surface where the next write is added."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -322,7 +322,7 @@ class _Writes:
         self._pool.shutdown(cancel_futures=kind is not None)
 
     def add(self, write: "partial[None]") -> None:
-        """Write when the ones before are done; waits while too many are."""
+        """Write after the ones before; waits while too many are pending."""
         self._wait(_WRITES_WAITING - 1)
         self._waiting.append(self._pool.submit(write))
 

@@ -1,6 +1,6 @@
 """The nearest word on a GPU's tensor cores: half-precision products, exact answers, no matrix of distances.
 
-Legend: N vectors, D dimensions, K words, J words and more to whole blocks, R ranges of words, M listed words of a
+Legend: N vectors, D dimensions, K words, J words padded to whole blocks, R ranges of words, M listed words of a
 vector, U vectors looked at again.
 
 Let mu be the words' median in each dimension, X = S (x - mu) and C_k = S (c_k - mu) with S a power of two. Neither
@@ -133,7 +133,7 @@ class Nearest(NamedTuple):
     """What `nearest` found.
 
     Attributes:
-        ids_N: int32, nearest words, those of `open_U` left out of account.
+        ids_N: int32, nearest words; without meaning for `open_U`.
         open_U: int64, ascending, vectors whose word is not settled.
         compared: vectors that needed a comparison in float64.
         searched_twice: those of them that needed the second search.

@@ -1,6 +1,6 @@
 """Bags of visual words: count and binary bags, CutMix of bags, and the loss against them.
 
-A bag is a pair (words_BM int64, weights_BM float32) whose rows sum to 1; a word may stand in several slots.
+A bag is a pair (words_BM int64, weights_BM float32) whose rows sum to 1; a word may fill several slots.
 
 Legend: N rows, B batch, M bag slots (locations of the word map), K words.
 """
@@ -92,7 +92,7 @@ def bag_entropy(bag: Bag) -> Tensor:
     """Mean entropy of the bags, nats: the least value the loss can take."""
     words_BM, order_BM = bag.words_BM.sort(dim=1)
     weights_BM = bag.weights_BM.gather(1, order_BM)
-    # Sum the weights of equal words: give each run of a word a number and add into it.
+    # Sum the weights of equal words: number the runs of equal words and add into them.
     run_BM = torch.cat([torch.zeros_like(words_BM[:, :1]), (words_BM[:, 1:] != words_BM[:, :-1]).long()], 1).cumsum(1)
     mass_BM = torch.zeros_like(weights_BM).scatter_add_(1, run_BM, weights_BM)
     entropy_B: Tensor = torch.special.entr(mass_BM).sum(dim=1)
@@ -100,7 +100,7 @@ def bag_entropy(bag: Bag) -> Tensor:
 
 
 def weight_at(bag: Bag, word_B: Tensor) -> Tensor:
-    """Mean weight in the bags of one word an image, word_B int64 (B,)."""
+    """Mean weight that the bags give to one word an image, word_B int64 (B,)."""
     hit_BM: Tensor = bag.words_BM == word_B[:, None]
     return (hit_BM * bag.weights_BM).sum(1).mean()
 

@@ -1,8 +1,8 @@
 """From shards and a teacher to a store of words: sample, cluster, assign; by any number of processes, resumable.
 
-`encode` reads top to bottom: resolve the job; the process that leads makes store and vocabularies; all share the pass
-over the images; the one that leads then records what was found. Whoever dies is replaced by whoever is left, or comes
-next.
+`encode` reads top to bottom: resolve the job; one process makes the store and its vocabularies; all share the pass over
+the images; the leader then records what was found. A process that dies is replaced by those that are left, or by
+the next one to start.
 
 Legend: N images, h w word grid, K words, c channels.
 """
@@ -52,9 +52,9 @@ def encode(
 ) -> EncodeReport:
     """Write the words of all images of `shards` at some layers of a teacher into a store (paper, Eq. 1 and 2).
 
-    Layers of the same settings that are complete are left alone; those that are not are gone on with, chunk by chunk,
-    and end as if they had never been interrupted. Other layers of the store stay usable meanwhile. Several processes
-    that are given the same call, on one machine or on several that share the store's folder, share the work.
+    Layers with the same settings that are complete are left alone; incomplete ones are continued, chunk by chunk, and
+    end as if they had never been interrupted. Other layers of the store stay usable meanwhile. Several processes that
+    are given the same call, on one machine or on several that share the store's folder, share the work.
 
     Args:
         config: teacher, layers, vocabulary.
@@ -68,8 +68,8 @@ def encode(
         UsageError: no such layer, a K that does not fit the data set, or a URL that cannot be written.
         MismatchError: the store holds another data set, or a layer with other settings.
         DataError: images that do not decode, features that are not finite or too few distinct ones.
-        TransferError: the store's URL cannot be reached; the same call goes on.
-        BowstoreError: the disk is full; the store can be gone on with.
+        TransferError: the store's URL cannot be reached; the same call continues.
+        BowstoreError: the disk is full; the same call continues once there is room.
     """
     with writable_store(store, storage) as place:
         report = _encode(config, shards, place, append, storage)
@@ -110,7 +110,7 @@ def _encode(
 
 
 def _encode_rows(job: Job, store: Path, board: Board) -> AssignPass:
-    """Encode what is missing of the job's rows, with all others that do, and finish their layers."""
+    """Encode what is missing of the job's rows, together with any other processes, and finish their layers."""
     work = AssignPass(job, StoreWriter(job.store), board, shown=ranks().first)
     if job.rows.ends:
         check_held(job, work.rows_left())
@@ -124,7 +124,7 @@ def _encode_rows(job: Job, store: Path, board: Board) -> AssignPass:
 def _resolve(
     config: EncodeConfig, index: Index, store: Path, append: bool, device: torch.device, storage: StorageConfig | None
 ) -> Job:
-    """Load what a call names, and refuse what does not fit together."""
+    """Load what a call names; refuse what does not fit together."""
     base = Store(store) if append else None
     if base and config.vocabulary:
         raise UsageError("--vocabulary does not go with --append: images are added under the store's own vocabularies")
@@ -168,7 +168,7 @@ def _resolve(
 
 
 def _committed(job: Job) -> dict[str, int]:
-    """Chunks of each layer that are there."""
+    """The committed chunks of each layer."""
     writer = StoreWriter(job.store)
     return {name: int(writer.committed_chunks(name).sum()) for name in job.names}
 
@@ -198,7 +198,7 @@ def _finish(job: Job, store: Path, board: Board) -> None:
 
 
 def _in_work(job: Job, store: Path) -> Iterator[str]:
-    """What files of nearest images begin with that layers under way need, in the store and in an append to it."""
+    """Name prefixes of the files of nearest images that unfinished layers need, in the store and in an append to it."""
     for path in (store, job.store, *stagings(store)):
         if path.exists():
             writer = StoreWriter(path)
@@ -239,7 +239,7 @@ def _report(job: Job, store: Path, before: dict[str, int], works: list[AssignPas
 
 @contextmanager
 def _disk_errors(store: Path) -> Iterator[None]:
-    """Say what to do about a disk that is full, or cannot be written."""
+    """Say what to do about a disk that is full or cannot be written."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What `bowstore encode` tells when it is done.
+"""What `bowstore encode` reports when it is done.
 
 Legend: N images, h w word grid, K words, c channels.
 """
@@ -22,7 +22,7 @@ class LayerReport:
         grid: (h, w).
         channels: c.
         chunks: words chunks.
-        chunks_before: those that were there when this run began.
+        chunks_before: those committed before this run began.
         already_complete: nothing was left to do.
         bytes_per_image: of words and their digests on disk, for each image.
         vocabulary_bytes: of the vocabulary on disk.
@@ -67,7 +67,7 @@ class EncodeReport:
         images: N.
         images_added: by --append.
         images_here: that this process encoded in this run.
-        layers: what is in it of each layer that was asked for.
+        layers: a report of each layer that was asked for.
         seconds: wall-clock time by stage: sample, k-means, assign, finish.
         stages: share of the pass's time by stage.
         binds: the stage that the others waited for.
@@ -112,7 +112,7 @@ class EncodeReport:
 
 
 def report_layer(layer: Layer, before: int) -> LayerReport:
-    """The report of a complete layer of which `before` chunks were there already."""
+    """The report of a complete layer, `before` chunks of which were committed earlier."""
     statistics, folder = layer.attributes["statistics"], layer.path / layer.name
     return LayerReport(
         layer=layer.name,

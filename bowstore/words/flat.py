@@ -52,7 +52,7 @@ class FlatWords:
         weakref.finalize(self, os.close, self._file)
         hold(self._file)
         mark_used(path)
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # a row is wanted, not its neighbours
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # single rows are read, not their neighbours
 
     def read(self, rows_B: NDArray[np.int64], out_BM: NDArray[np.uint16]) -> None:
         """Read rows of the store into a C-contiguous array; adjacent rows by one call.
@@ -105,7 +105,7 @@ class FlatWords:
         return memory[place * self._row_bytes : (place + 1) * self._row_bytes]
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
-        """Read until the buffer is full: network file systems may give less than asked."""
+        """Read until the buffer is full: network file systems may give less than was asked for."""
         done = 0
         while done < len(buffer):
             got = os.preadv(self._file, [buffer[done:]], offset + done)
@@ -117,9 +117,9 @@ class FlatWords:
 
 
 def open_flat(layer: Layer, storage: StorageConfig, *, shown: bool = True) -> FlatWords:
-    """Open the flat file of a layer, unpacking the store first where there is none or not a whole one.
+    """Open the flat file of a layer, unpacking the store first if there is no file, or no whole one.
 
-    One process of a machine unpacks, the others wait for it. Its content is checked as far as header and size;
+    One process of a machine unpacks while the others wait. Of the file, header and size are checked;
     `FlatWords.chunk` checks the words.
 
     Args:
@@ -129,7 +129,7 @@ def open_flat(layer: Layer, storage: StorageConfig, *, shown: bool = True) -> Fl
 
     Raises:
         CorruptError: a damaged chunk of the store.
-        UsageError: the cache may not hold so much.
+        UsageError: larger than the cache may grow.
         BowstoreError: the disk, or the rest of the cache, leaves no room for the file.
     """
     folder = cache_root(storage) / "words"
@@ -145,7 +145,7 @@ def open_flat(layer: Layer, storage: StorageConfig, *, shown: bool = True) -> Fl
                 _clear(path, flat_bytes(layer), f"the file of unpacked words of {layer.path}", storage)
                 _unpack(layer, path, header, chunk_digests)
     if not is_as_recorded(path):
-        with suppress(OSError):  # a cache that others own can be read
+        with suppress(OSError):  # another user's cache can still be read
             write_record(path)
     return FlatWords(path, layer, chunk_digests)
 
@@ -156,7 +156,7 @@ def flat_bytes(layer: Layer) -> int:
 
 
 def _header(layer: Layer, chunk_digests: NDArray[np.uint64]) -> bytes:
-    """What the file of this layer starts with: its identity is that of the words, not of the store's place."""
+    """The header of this layer's file; its identity is the words', not that of the store's path."""
     shape = [layer.images, *layer.grid]
     digests = chunk_digests.astype("<u8").tobytes()
     identity = xxhash.xxh3_128(f"{shape} {layer.chunk_rows} ".encode() + digests).hexdigest()
@@ -165,7 +165,7 @@ def _header(layer: Layer, chunk_digests: NDArray[np.uint64]) -> bytes:
 
 
 def _problem(path: Path, layer: Layer, header: bytes) -> str | None:
-    """What is wrong with the file, as far as header and size tell."""
+    """What is wrong with the file, by its header and size."""
     try:
         with open(path, "rb") as file:
             size_bytes, found = os.fstat(file.fileno()).st_size, file.read(_HEADER_BYTES)
@@ -177,7 +177,7 @@ def _problem(path: Path, layer: Layer, header: bytes) -> str | None:
 
 
 def _clear(path: Path, needed: int, what: str, storage: StorageConfig) -> None:
-    """Remove what is left of this file, and refuse to start what cannot end; call it under the file's lock."""
+    """Remove what is left of this file, and refuse to start what cannot finish; call it under the file's lock."""
     for old in (path, *leftovers(path, own=True)):
         old.unlink(missing_ok=True)
     reserve(needed, what, storage)

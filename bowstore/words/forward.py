@@ -1,6 +1,6 @@
-"""Images through the teacher: decoding, network and use of its maps side by side, in order, in bounded memory.
+"""Images through the teacher: decoding, network and use of its maps run side by side, in order, in bounded memory.
 
-What runs where is up to lanes.py.
+lanes.py decides what runs where.
 
 Legend: B batch, C channels, H W pixels, c channels of a map, h w its cells.
 """
@@ -40,7 +40,7 @@ class Clock:
         seconds: by stage. `teacher` and what the maps are used for are the workers' own time, on a GPU the GPU's;
             `start`, `images` and `write` are the time that the pass waited for the first images, for further ones, or
             for the disk.
-        one_at_a_time: stages that the workers take turns in.
+        one_at_a_time: stages in which the workers take turns.
     """
 
     workers: int
@@ -64,7 +64,7 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def shares(self) -> dict[str, float]:
-        """Share of the time that each stage took, 0 to 1: computing of the workers' time, waiting of the pass's."""
+        """Each stage's share, 0 to 1: of the workers' time for computing, of the pass's time for waiting."""
         elapsed = max(time.perf_counter() - self._begun, 1e-9)
         with self._lock:
             found = dict(self.seconds)
@@ -106,8 +106,8 @@ def forward(
         index: the images.
         batches: rows of each batch; asked for a few batches ahead, in another thread.
         use: called with rows and maps (B, c, h, w) by layer, in a worker's thread. On a CPU maps are finite; on a GPU,
-            which nothing waits for meanwhile, what was made of others is found out and dropped.
-        batch: largest number of images in a batch; those of very large images are cut further, by the index alone.
+            for which nothing waits meanwhile, what was made from others is found and dropped afterwards.
+        batch: largest number of images in a batch; batches of very large images are split further, by the index alone.
         device: where the teacher runs.
         clock: counts the time.
         stage: the clock's name for the time of `use`.
@@ -152,7 +152,7 @@ def forward(
                 if found is None:
                     break
                 rows_B, images_BCHW = found
-                # A copy, on the stream that the pipeline goes by: it fills its buffer again while workers still read.
+                # A copy, on the pipeline's own stream: the pipeline refills its buffer while workers still read.
                 copy_BCHW = images_BCHW.clone()
                 waiting.append((rows_B, pool.submit(work, rows_B, copy_BCHW, lanes.mark() if lanes else None)))
                 if len(waiting) > clock.workers:
@@ -167,7 +167,7 @@ def forward(
 
 def _check_finite(index: Index, rows_B: NDArray[np.int64], maps: Maps) -> None:
     for layer, map_Bchw in maps.items():
-        # The sum of finite values may overflow, never the other way round; it takes a quarter of the time.
+        # Finite values may have an infinite sum, others never a finite one; a sum takes a quarter of the time.
         if not bool(map_Bchw.sum().isfinite()) and not bool(map_Bchw.isfinite().all()):
             finite_B = map_Bchw.flatten(1).isfinite().all(dim=1).cpu().numpy()
             bad = [index.key(row) for row in rows_B[~finite_B].tolist()]

@@ -30,7 +30,7 @@ class LayerPlan:
     """A layer that is encoded.
 
     Attributes:
-        name: the teacher's name of it.
+        name: its name in the teacher.
         num_words: K.
         channels: c of the map.
         grid: (h, w), without the border.
@@ -44,13 +44,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which images are encoded, and where they stand in the store.
+    """Which images are encoded, and which rows of the store they fill.
 
     Attributes:
-        first: the store's row of the first of them; those before are there already.
-        index_rows: int64, rows of the index in the order of the store, -1 where it has none; None for all of them as
-            they are.
-        ends: ascending, for rows of a store that has grown: where each set of images ends, and no batch goes on.
+        first: store row of the first of them; earlier rows are already written.
+        index_rows: int64, the index row of each store row, -1 for none; None for the identity.
+        ends: ascending, for a store that has grown: where each set of images ends; no batch crosses an end.
     """
 
     first: int = 0
@@ -58,11 +57,11 @@ class Rows:
     ends: tuple[int, ...] = ()
 
     def in_index(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of the index that stand in rows of the store."""
+        """Index rows of some store rows."""
         return rows_B if self.index_rows is None else self.index_rows[rows_B - self.first]
 
     def batches(self, rows: slice, batch: int) -> Iterator[slice]:
-        """Cut rows of the store, but for those that are there already, into batches."""
+        """Cut store rows into batches, leaving out those already written."""
         edges = [max(rows.start, self.first), *(end for end in self.ends if rows.start < end < rows.stop), rows.stop]
         for begin, end in pairwise(edges):
             yield from (slice(start, min(start + batch, end)) for start in range(begin, end, batch))
@@ -70,13 +69,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process has to do for a store.
+    """What one process does for a store.
 
     Attributes:
         config: the settings.
         index: of the shards.
         teacher: frozen, with the layers.
-        store: the store that is written: that of the user, or the one that an append prepares beside it.
+        store: the store that is written: the user's, or the one that an append prepares beside it.
         layers: what is encoded, in one pass.
         device: where the teacher runs.
         rows: which images.
@@ -108,7 +107,7 @@ class Job:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """By which the words are made, as layers record it."""
+        """How the words are computed, as layers record it."""
         return {
             "trunk": self.teacher.trunk,
             "decoder": jpeg_decoder(self.device),
@@ -117,11 +116,11 @@ class Job:
 
     @property
     def part(self) -> str:
-        """What claims on this job's parts start with: the same for the same layers, in whatever order."""
+        """Prefix of claims on this job's parts: the same for the same layers, in whatever order."""
         return xxhash.xxh3_64_hexdigest("+".join(sorted(self.names)).encode())
 
     def settings(self, plan: LayerPlan) -> dict[str, Any]:
-        """Values that must be the same to go on with a layer, by the names that messages use."""
+        """Values that must be the same to continue a layer, by the names that messages use."""
         config, vocabulary = self.config, {}
         if self.source:
             vocabulary["vocabulary"] = self.source.vocabulary_layer(plan.name).attributes["vocabulary_digest"]
@@ -142,7 +141,7 @@ class Job:
         }
 
     def check_settings(self, layer: Layer) -> None:
-        """Refuse to go on with a layer of other settings.
+        """Refuse to continue a layer with other settings.
 
         Raises:
             MismatchError: names the first setting that differs.
@@ -166,7 +165,7 @@ class Job:
 
 
 def view_values(teacher: Teacher) -> dict[str, Any]:
-    """The clean view as it comes back from JSON: tuples as lists."""
+    """The clean view as JSON gives it back: tuples as lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(teacher.view).items()}
 
 
@@ -178,11 +177,11 @@ def plan_layers(
     Args:
         config: K, one for all layers or one for each, and the border.
         layers: of the teacher.
-        known: K of each layer where a vocabulary is there already.
+        known: K of each layer that has a vocabulary already, else None.
 
     Raises:
-        UsageError: K is missing, of another number than the layers, or not that of the vocabulary; or a border that
-            leaves nothing.
+        UsageError: K is missing, given for another number of layers, or not the vocabulary's; or a border that leaves
+            nothing.
     """
     given = config.num_words * len(layers) if len(config.num_words) == 1 else config.num_words
     if given and len(given) != len(layers):

@@ -1,6 +1,6 @@
 """k-means (paper, Eq. 2): by FAISS's search, or on a GPU over a sample that stays there.
 
-Words that no vector of the sample is nearest to, and copies of others, are put onto vectors of the sample and moved on,
+Words nearest to no vector of the sample, and copies of others, are moved onto vectors of the sample and iterated again,
 until every word is used.
 
 Legend: S sampled vectors, p dimensions, K words.
@@ -18,7 +18,7 @@ from bowstore.words.lloyd import Lloyd, far_vectors, identity
 from bowstore.words.lloyd_torch import TorchLloyd, kept_as
 
 Backend = Literal["faiss", "super", "torch"]
-_REFILL_ROUNDS = 8  # each is a search more; iterations refill too, so that one or two are the rule
+_REFILL_ROUNDS = 8  # each costs one more search; iterations refill too, so that one or two are the rule
 
 
 class Clusters(NamedTuple):
@@ -29,9 +29,9 @@ class Clusters(NamedTuple):
         counts_K: int64, sampled vectors nearest to each word.
         inertia: mean squared distance of the sample to its nearest words.
         inertia_history: the same before each iteration's move.
-        splits: words that ran empty and were put elsewhere, by iteration; FAISS splits large clusters for them.
-        refilled: words that were dead or copies at the end and were put elsewhere.
-        duplicates: words that are copies of others all the same.
+        splits: words that ran empty and were moved, by iteration; FAISS splits large clusters for them.
+        refilled: words that were dead or copies at the end and were moved.
+        duplicates: words that are still copies of others.
         backend: what computed it.
     """
 
@@ -55,14 +55,14 @@ def kmeans(
     backend: Backend | None = None,
     shown: bool = True,
 ) -> Clusters:
-    """Cluster a sample into K words, from random vectors of it, and refill words that nothing is nearest to.
+    """Cluster a sample into K words, starting from random vectors of it, and move words that nothing is nearest to.
 
-    Deterministic for a seed and a backend on one kind of machine, whatever its number of cores.
+    Deterministic for a seed and a backend on one kind of machine, whatever the number of cores.
 
     Args:
         sample_Sp: float32 (S, p), finite, with at least K distinct vectors.
         num_words: number of words.
-        seed: of the initial words, and of what dead ones are put onto.
+        seed: of the initial words, and of where dead ones are moved to.
         iterations: of Lloyd's algorithm; each refill adds one.
         device: where it runs.
         backend: None for `default_backend`.
@@ -118,7 +118,7 @@ def make_lloyd(
 
 
 def distinct_rows(rows: NDArray[np.float32], enough: int) -> int:
-    """Number of distinct rows, counted no further than `enough`."""
+    """Number of distinct rows, counted up to `enough`."""
     seen: set[int] = set()
     for row in np.ascontiguousarray(rows):
         seen.add(identity(row))

@@ -1,11 +1,11 @@
-"""Where the work on batches runs: threads on a CPU, threads and streams on a GPU; and results on their way back.
+"""Where the work on batches runs: threads on a CPU, threads and streams on a GPU; and how results come back.
 
 On a CPU every worker runs whole batches on one thread. That is as fast as spreading each operation over all cores, and
 its results do not depend on the number of cores: how a convolution is cut up for threads changes its rounding, and
 words are kept for good.
 
 On a GPU two workers launch. The trunks of all batches run on one stream, in the order in which they are launched, so
-that the memory of one serves the next. What is made of the maps runs on a stream of each worker, beside the trunk of
+that the next reuses the memory of the last. The work on the maps runs on each worker's own stream, beside the trunk of
 the next batch:
 
     the caller's stream   copy 1, copy 2,  ..., each when it is decoded
@@ -84,11 +84,11 @@ class Done(NamedTuple, Generic[T]):
     """A batch that came through `GpuLanes`.
 
     Attributes:
-        result: what was made of the maps.
-        maps: themselves.
+        result: what `use` made of the maps.
+        maps: the maps.
         finite: False if the maps may hold NaN or infinity.
         trunk_seconds: between the trunk's first and last operation on the GPU.
-        use_seconds: the same of what was made of the maps.
+        use_seconds: the same for the work on the maps.
     """
 
     result: T
@@ -113,7 +113,7 @@ class GpuLanes:
         self._own = threading.local()
 
     def mark(self) -> torch.cuda.Event:
-        """An event behind everything that the calling thread has put on its current stream."""
+        """An event after everything that the calling thread has put on its current stream."""
         return _event(torch.cuda.current_stream(self._device))
 
     def run(
@@ -144,7 +144,7 @@ class GpuLanes:
             for map_Bchw in maps.values():
                 map_Bchw.record_stream(own)
             started = _event(own)
-            # The sum of finite values may overflow, never the other way round; it takes a quarter of the time.
+            # Finite values may have an infinite sum, others never a finite one; a sum takes a quarter of the time.
             sums = torch.stack([map_Bchw.sum() for map_Bchw in maps.values()])
             finite = sums.isfinite().all().to("cpu", non_blocking=True)
             result = use(maps)
@@ -173,7 +173,7 @@ def _stream(device: torch.device, number: int, priority: int = 0) -> torch.cuda.
 
 
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """An event behind everything on a stream; who waits for it sleeps, for the cores have images to decode."""
+    """An event after everything on a stream; waiting for it sleeps, as the cores have images to decode."""
     cuda: Any = torch.cuda
     event: torch.cuda.Event = cuda.Event(enable_timing=True, blocking=True)
     event.record(stream)

@@ -47,9 +47,9 @@ class LayerSpec:
         grid: (h, w), without the border.
         channels: c of the teacher's map.
         border: cells left out at each side of the map.
-        projection: kind, dimensions and whiten of what comes between map and words; None for nothing.
+        projection: its kind, dimensions and whiten; None if there is none.
         receptive_field: pixels of the clean view that a cell sees (`bowstore.words.receptive`).
-        arithmetic: by which the words are made (`bowstore.words.arithmetic`).
+        arithmetic: how the words were computed (`bowstore.words.arithmetic`).
     """
 
     teacher: dict[str, Any]
@@ -67,7 +67,7 @@ class LayerSpec:
 def chunk_rows(images: int, grid: tuple[int, int]) -> int:
     """Rows of a words chunk: 768 times a power of two with at least 1 MiB of words, or all rows of a small set.
 
-    Times powers of two, so that the chunks of one layer end where those of another do, and one pass can fill both.
+    Powers of two, so that the chunks of one layer end where those of another do, and one pass can fill both.
     """
     rows = CHUNK_STEP_ROWS
     while rows < images and 2 * rows * grid[0] * grid[1] < MIN_CHUNK_BYTES:
@@ -125,8 +125,8 @@ class Layer:
         That is its name and attributes, in which the digests of vocabulary and projection stand, the digests of its
         chunks, and what the group says of the rows; `recorded` are attributes that are about to be written.
 
-        A chunk that was exchanged together with its own digest, by a copy that was cut short or a roll-back, is in
-        order by itself; only something over all of them can tell.
+        A chunk that was replaced together with its own digest, by an interrupted copy or a roll-back, is consistent in
+        itself; only a digest over everything can tell.
         """
         own = {**self.attributes, **recorded, "complete": True}
         own.pop("content_digest", None)
@@ -137,7 +137,7 @@ class Layer:
         return digest.hexdigest()
 
     def content_problem(self) -> str | None:
-        """What is wrong with a complete layer as a whole; None for nothing, and for format 2, which records no digest.
+        """What is wrong with a complete layer's digest; None if nothing is, and for format 2, which records none.
 
         Raises:
             CorruptError: the chunks' digests cannot be read.
@@ -154,7 +154,7 @@ class Layer:
         )
 
     def made_with(self) -> dict[str, Any]:
-        """What must be the same to go on with the layer, by the names that messages use."""
+        """What must be the same to continue the layer, by the names that messages use."""
         teacher, vocabulary = self.attributes["teacher"], self.attributes["vocabulary"]
         return {
             "teacher architecture": teacher["arch"],

@@ -1,4 +1,4 @@
-"""What every way of Lloyd's iteration gives `kmeans`, and what the ways share.
+"""What every implementation of Lloyd's iteration offers `kmeans`, and what they share.
 
 Legend: S sampled vectors, p dimensions, K words, U words or vectors that are moved or moved to.
 """
@@ -16,7 +16,7 @@ class Lloyd(ABC):
     """Centroids and the iteration that moves them.
 
     Attributes:
-        name: of the way.
+        name: of the implementation.
         backend: what computes, with its version; kept with the words.
     """
 
@@ -28,7 +28,7 @@ class Lloyd(ABC):
         """Move every centroid to the mean of its vectors.
 
         Returns:
-            The mean squared distance before, and how many words without vectors were put elsewhere.
+            The mean squared distance before the move, and how many words without vectors were moved elsewhere.
         """
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Lloyd(ABC):
 
 
 def first_vectors(vectors: int, num_words: int, seed: int) -> NDArray[np.int64]:
-    """Vectors of the sample that the words begin at: K random ones, ascending."""
+    """Rows of the sample where the words start: K random ones, ascending."""
     return np.sort(np.random.default_rng([seed, 2]).choice(vectors, num_words, replace=False))
 
 
@@ -56,7 +56,7 @@ def far_vectors(
     if not wanted:
         return np.empty(0, np.int64)
     far = np.flatnonzero(distance_S > 0)
-    # The least of exponentials with these rates: one draw without replacement, without sums that saturate.
+    # The smallest of exponential variables with these rates: draws without replacement, and without sums that saturate.
     order = far[np.argsort(rng.exponential(size=len(far)) / distance_S[far], kind="stable")]
     picked: dict[int, int] = {}
     for vector in order.tolist():
@@ -68,5 +68,5 @@ def far_vectors(
 
 
 def identity(row: NDArray[np.float32]) -> int:
-    """Equal for equal rows, and, but for one chance in 2^64, for no others."""
+    """Equal for equal rows, and for others with a chance of 1 in 2^64."""
     return xxhash.xxh3_64_intdigest(row.data)

@@ -20,7 +20,7 @@ from bowstore.words.lloyd import Lloyd, far_vectors, first_vectors
 _T = TypeVar("_T")
 _faiss: Any = faiss  # its type stubs do not know all of it
 _SUPER_WORDS, _SUPER_DIMENSIONS = 1024, 128  # from where its authors recommend SuperKMeans (faiss/SuperKMeans.h)
-_SLICE = 2048, 8192  # vectors that one thread searches at a time: enough of them for 16 cores, then fewer lay-outs
+_SLICE = 2048, 8192  # vectors that one thread searches at a time: enough slices for 16 cores, and few layouts
 _TURNS = 2  # of signs and cosines: one already mixes well, two leave no trace of the features' own axes
 
 
@@ -33,7 +33,7 @@ class FaissLloyd(Lloyd):
         vectors, dimensions = sample_Sp.shape
         self._sample = sample_Sp
         gpu = device.type == "cuda" and hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
-        # torchrun leaves a process one thread; while one makes the vocabulary, the others wait.
+        # torchrun leaves a process one thread; but while this one makes the vocabulary, the others wait.
         faiss.omp_set_num_threads(cores())
         self._index: Any
         if gpu:
@@ -44,7 +44,7 @@ class FaissLloyd(Lloyd):
         else:
             self._index = faiss.IndexFlatL2(dimensions)
         self.backend = f"faiss {faiss.__version__} {'gpu' if gpu else 'cpu'}"
-        # One iteration a call shows progress; FAISS goes on from the centroids it holds, with the same result.
+        # One iteration a call shows progress; FAISS continues from the centroids it holds, with the same result.
         self._clustering = faiss.Clustering(dimensions, num_words)
         self._clustering.niter = 1
         self._clustering.seed = seed % 2**31
@@ -82,9 +82,9 @@ class SuperLloyd(Lloyd):
     """Lloyd's iteration with the search of FAISS's SuperKMeans (Kuffo et al. 2026, arXiv:2603.20009), on a CPU.
 
     Vectors and words are turned at random, which spreads every distance evenly over the dimensions. A matrix product
-    over the first few dimensions then gives a share of each distance, and a word whose share is larger than one of
-    the present word's distance would be, but for one chance in p, is dropped; the others gain dimensions until they are
-    dropped or nearer. The first search and the last one (`nearest`) are exact.
+    over the first few dimensions then gives a share of each distance. A word whose share is larger than that of the
+    present word's distance would be, except with a chance of 1 in p, is dropped; the others gain dimensions until they
+    are dropped or nearer. The first search and the last one (`nearest`) are exact.
 
     `faiss.SuperKMeans` itself gives other centroids on another number of threads: its rotation and its products are
     cut by the number of threads. Here slices of the sample, whose length depends on the sample alone, are searched by
@@ -102,7 +102,7 @@ class SuperLloyd(Lloyd):
         self._signs = self._rng.choice(np.array([-1, 1], np.float32), (_TURNS, dimensions))
         step = min(max(vectors // 64, _SLICE[0]), _SLICE[1])
         self._slices = [slice(start, min(start + step, vectors)) for start in range(0, vectors, step)]
-        # The number of OpenMP threads belongs to the thread that sets it: one each, the pool has the cores.
+        # The number of OpenMP threads is a setting of the thread that makes it: one each, as the pool has the cores.
         self._pool = ThreadPoolExecutor(cores(), "k-means", initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._turned_Sp = np.concatenate(self._each(lambda part: self._turn(self._sample_Sp[part])))
         self._centroids_Kp = self._sample_Sp[first_vectors(vectors, num_words, seed)]
@@ -114,12 +114,12 @@ class SuperLloyd(Lloyd):
 
     @staticmethod
     def suits(num_words: int, dimensions: int) -> bool:
-        """Whether this FAISS has the search, and there are words and dimensions enough for it to pay."""
+        """Whether this FAISS has the search, and there are enough words and dimensions for it to pay."""
         has = hasattr(faiss, "super_kmeans_assign_iteration")
         return has and num_words >= _SUPER_WORDS and dimensions >= _SUPER_DIMENSIONS
 
     def step(self) -> tuple[float, int]:
-        """Search, average in the order of the vectors, and put words that ran empty onto vectors far from theirs."""
+        """Search, average in the order of the vectors, and move empty words onto vectors far from their own."""
         distance_S = self._search() if self._word_S is None else self._prune()
         assert self._word_S is not None
         num_words, vectors = len(self._centroids_Kp), len(self._sample_Sp)

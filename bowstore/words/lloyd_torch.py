@@ -16,9 +16,9 @@ from bowstore.gpu import free_memory
 from bowstore.words.assign import PreparedWords, assign, assign_reference, prepare_words
 from bowstore.words.lloyd import Lloyd, far_vectors, first_vectors
 
-_GPU_BLOCK = 1 << 28  # components that are looked at together: launches stay a small part of their work
+_GPU_BLOCK = 1 << 28  # components processed together: launches stay a small part of the work
 _CPU_BLOCK = 1 << 24
-_ROOM = 1.25, 1 << 32  # memory that k-means needs: the sample, so many times, and what the work on a block takes
+_ROOM = 1.25, 1 << 32  # memory that k-means needs: this many copies of the sample, and what the work on a block takes
 _PINNED_BYTES = 1 << 26  # of one of the two buffers that a sample passes through on its way to a GPU
 
 
@@ -61,7 +61,7 @@ class TorchLloyd(Lloyd):
         self.backend = f"torch {torch.__version__} {device.type}{halved}"
 
     def step(self) -> tuple[float, int]:
-        """Search, sum by word in a fixed order, divide, and put words that ran empty onto vectors far from theirs.
+        """Search, sum by word in a fixed order, divide, and move empty words onto vectors far from their own.
 
         The device is waited for once. The sum of squared distances needs no pass over the vectors:
         sum |x - c|^2 = sum |x|^2 - 2 sum_k c_k.(sum of the word's x) + sum_k n_k |c_k|^2, in float64.
@@ -140,7 +140,7 @@ class TorchLloyd(Lloyd):
 
 
 def kept_as(sample_bytes: int, device: torch.device) -> torch.dtype | None:
-    """How a device can keep a float32 sample of so many bytes: float32, on a full GPU float16, or not at all (None)."""
+    """How a device can keep a float32 sample of this size: float32, on a full GPU float16, or not at all (None)."""
     if device.type != "cuda":
         return torch.float32
     free = free_memory(device) - _ROOM[1]
@@ -159,16 +159,16 @@ def _upload(given_Sp: Tensor, device: torch.device, kept: torch.dtype, scale: fl
     """Vectors on a GPU, sent through two pinned buffers: one is filled while the other is sent."""
     rows = max(1, _PINNED_BYTES // (4 * given_Sp.shape[1]))
     there_Sp = torch.empty(given_Sp.shape, dtype=kept, device=device)
-    with torch.cuda.device(device if device.type == "cuda" else -1):  # pinning starts the current GPU, mostly the first
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # pinning initialises the current GPU
         buffers = [torch.empty(rows, given_Sp.shape[1], pin_memory=True) for _ in range(2)]
     sent: list[Any] = [torch.cuda.Event() for _ in buffers]  # type: ignore[no-untyped-call]
     for turn, part_Bp in enumerate(torch.split(given_Sp, rows)):
         free = turn % 2
-        sent[free].synchronize()  # at once where nothing was sent yet
+        sent[free].synchronize()  # returns at once if nothing was sent yet
         arrived_Bp = buffers[free][: len(part_Bp)].copy_(part_Bp).to(device, non_blocking=True)
         sent[free].record(torch.cuda.current_stream(device))
         there_Sp[turn * rows : turn * rows + len(part_Bp)] = arrived_Bp * scale if scale != 1 else arrived_Bp
-    torch.cuda.synchronize(device)  # before the buffers are let go of
+    torch.cuda.synchronize(device)  # before the buffers are freed
     return there_Sp
 
 

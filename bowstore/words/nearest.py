@@ -1,6 +1,6 @@
-"""For each word the images whose cells lie nearest to it, found on the way while all images are encoded.
+"""For each word, the images whose cells lie nearest to it, found while all images are encoded.
 
-They show what a word means (`bowstore words`). An image stands once, with its nearest cell. What is kept depends only
+They show what a word means (`bowstore words`). An image occurs once, with its nearest cell. What is kept depends only
 on the cells that were seen, not on their order: ties go to the lower row, then to the lower cell.
 
 Legend: B batch, M cells of an image, K words, n images kept for each word.
@@ -52,7 +52,7 @@ class NearestSearch:
     def add_batch(
         self, rows_B: NDArray[np.int64], words_BM: NDArray[np.uint16], distance_BM: NDArray[np.float32]
     ) -> None:
-        """Look at all cells of some images.
+        """Consider all cells of some images.
 
         Args:
             rows_B: int64, rows of the store.
@@ -64,7 +64,7 @@ class NearestSearch:
         self._add(words_BM[image, cell].astype(np.int64), rows_B[image], cell, distance_BM[image, cell])
 
     def merge(self, other: NearestImages) -> None:
-        """Look at what another search kept."""
+        """Consider what another search kept."""
         word, place = np.nonzero(other.row_Kn >= 0)
         self._add(word, other.row_Kn[word, place], other.cell_Kn[word, place], other.distance_Kn[word, place])
 
@@ -97,7 +97,7 @@ class NearestSearch:
 
 
 def _first_of_runs(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Where the first of equal neighbours stands."""
+    """Places of the first of each run of equal values."""
     first = np.ones(len(columns[0]), dtype=bool)
     first[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
     return first

@@ -30,7 +30,7 @@ from bowstore.words.vocabulary import Sample, Vocabulary, build_vocabulary, plan
 
 
 def prepare_layers(job: Job, board: Board) -> Job:
-    """Give the store all layers with their vocabularies, or wait for the process that does; the job in their way."""
+    """Give the store all layers with their vocabularies, or wait for the process that does; the job as it will run."""
     with board.lead("makes the vocabulary"):
         if not board.others() and job.store.exists():
             sweep_leftovers(job.store)
@@ -58,12 +58,12 @@ def has_layers(job: Job) -> bool:
 
 
 def in_one_way(job: Job) -> Job:
-    """The job, its teacher run as the layers under way were begun; where none is, as the setting and the work say.
+    """The job, its teacher run as unfinished layers were begun; without any, as the setting and the amount of work say.
 
-    Compiles the teacher where that is the way and has not been done; for the main thread.
+    Compiles the teacher if that is called for and not yet done. Call it in the main thread.
 
     Raises:
-        MismatchError: a layer that is not complete was begun in a way that is not asked for, or cannot be had here.
+        MismatchError: an unfinished layer was begun in a way that is not asked for, or not possible here.
         UsageError: compiling was asked for, and is not possible.
     """
     writer = StoreWriter(job.store) if job.store.exists() and job.base is None else None
@@ -75,7 +75,7 @@ def in_one_way(job: Job) -> Job:
 
 
 def in_new_way(job: Job) -> Job:
-    """The job, its teacher run as for layers that are new, as `in_one_way`."""
+    """The job, its teacher run as for new layers; see `in_one_way`."""
     return _run_in(job, _new_way(job), ())
 
 
@@ -121,7 +121,7 @@ def _begun_way(job: Job, begun: Sequence[Layer]) -> str:
 
 
 def _new_way(job: Job) -> str:
-    """How the teacher runs for layers that are new; images that are added go the way of those that are there."""
+    """How the teacher runs for new layers; added images follow those that are there."""
     if job.base and job.config.compile == "auto":
         return recorded(job.base.every_layer()[0])["trunk"]
     return job.teacher.way_of(job.config.compile, len(job.index))
@@ -146,7 +146,7 @@ def _make_layers(job: Job, board: Board) -> None:
 
 
 def _vocabulary(job: Job, plan: LayerPlan, sample_Sc: NDArray[np.float32] | None) -> Vocabulary:
-    """That of another store, or one made of the layer's sample."""
+    """The vocabulary of another store, or one made from the layer's sample."""
     config = job.config
     if job.source or sample_Sc is None:
         assert job.source, "without a sample there is another store's vocabulary"
@@ -171,7 +171,7 @@ def _vocabulary(job: Job, plan: LayerPlan, sample_Sc: NDArray[np.float32] | None
 
 
 def _draw_samples(job: Job) -> dict[str, Sample]:
-    """Sampled vectors of all layers in one pass; those that are there already, too, so that batches stay the same."""
+    """Sampled vectors of all layers in one pass, even if some have words already, so that batches stay the same."""
     config, images = job.config, len(job.index)
     plans = {
         plan.name: plan_sample(
@@ -233,7 +233,7 @@ def _spec(job: Job, plan: LayerPlan, vocabulary: Vocabulary) -> LayerSpec:
 
 
 def _check_space(job: Job) -> None:
-    """Refuse to start what cannot end."""
+    """Refuse to start what cannot finish."""
     needed, there = 0, StoreWriter(job.store).layers if job.store.exists() else ()
     for plan in job.layers:
         if plan.name in there:
@@ -243,12 +243,12 @@ def _check_space(job: Job) -> None:
 
 
 def _check_memory(job: Job, vectors: dict[str, int]) -> None:
-    """Refuse samples that do not fit: the kernel would end the process without a word."""
+    """Refuse samples that do not fit in memory: the kernel would kill the process without a word."""
     needed, copied = 0, 0
     for plan in job.layers:
         shape = vectors[plan.name], job.config.pca or plan.channels
         needed += 4 * vectors[plan.name] * plan.channels
-        # One layer after the other, SuperKMeans has a second copy; components are beside the sample, too.
+        # Layer by layer, SuperKMeans holds a second copy of the sample, and so do its principal components.
         copies = (job.config.pca is not None) + (default_backend(shape, plan.num_words, job.device) == "super")
         copied = max(copied, 4 * copies * shape[0] * shape[1])
     needed, free = needed + copied, available_memory()

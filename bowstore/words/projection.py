@@ -49,7 +49,7 @@ def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: b
     """The first principal components of a sample, and the share of its variance that they hold.
 
     Args:
-        sample_Sc: float32 (S, c), finite; FAISS looks at no more than 1000 c of them.
+        sample_Sc: float32 (S, c), finite; FAISS uses no more than 1000 c of them.
         dimensions: p, at most c.
         whiten: scale each component to unit variance.
 
@@ -75,7 +75,7 @@ def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: b
             f"the sample's {len(sample_Sc)} feature vectors vary in only {vary} of {channels} directions, too few for "
             f"--pca {dimensions}; choose at most {vary}"
         )
-    # FAISS's variances are sums over the vectors that it looks at, not means.
+    # FAISS's variances are sums over the vectors that it uses, not means.
     scale = np.float32(min(len(sample_Sc), fitted.max_points_per_d * channels) ** 0.5 if whiten else 1)
     matrix_pc = scale * faiss.vector_to_array(fitted.A).reshape(dimensions, channels)
     share = float(variance_c[:dimensions].sum(dtype=np.float64) / variance_c.sum(dtype=np.float64))

@@ -18,7 +18,7 @@ class ReceptiveField(NamedTuple):
 
     Attributes:
         whole: side of the square beyond which no pixel moves the cell.
-        effective: side of the square that holds nine tenths of the squared gradient: what the cell mostly looks at.
+        effective: side of the square that holds nine tenths of the squared gradient: what the cell mostly sees.
     """
 
     whole: int

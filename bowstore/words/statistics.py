@@ -60,13 +60,13 @@ def word_statistics(parts: Iterable[NDArray[np.uint16]], num_words: int) -> Word
 
 
 def perplexity(count_K: NDArray[np.int64]) -> float:
-    """Exp of the entropy of a distribution of words: how many words are in even use."""
+    """Exp of the entropy of a distribution of words: how many words, evenly used, it would take."""
     share = count_K[count_K > 0] / count_K.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def health_warnings(summary: dict[str, Any], num_words: int) -> tuple[str, ...]:
-    """One line for each sign of a vocabulary that says little about the images."""
+    """One line for each sign that a vocabulary says little about the images."""
     lines = []
     if num_words > 1 and summary["largest_share"] > _COLLAPSED_SHARE:
         lines.append(

@@ -3,8 +3,8 @@
     key_hash                    uint64 (N,), xxh3-64 of each row's key
     image_digest                uint64 (N,), xxh3-64 of each row's image, the bytes that were encoded
     <layer>/words               uint16 (N, h, w), word ids; 65535 means "not written"
-    <layer>/vocabulary          float32 (K, p), the words' centres; p = c, the map's channels, without a projection
-    <layer>/projection          float32 (p, c) and projection_offset (p,), where PCA comes between map and words
+    <layer>/vocabulary          float32 (K, p), the centroids; p = c, the map's channels, without a projection
+    <layer>/projection          float32 (p, c) and projection_offset (p,), if PCA comes before the words
     <layer>/document_frequency  int64 (K,), images that hold the word
     <layer>/nearest             int64 (K, n, 2), row and cell of the n images nearest to each word; -1 means "none"
     <layer>/nearest_distance    float32 (K, n), their distances
@@ -38,7 +38,7 @@ FORMAT_VERSION = 3
 _OLDER_VERSION = 2  # read: had neither image_digest nor a layer's content_digest
 _EXAMPLES = 5
 _HASHES = 1 << 20  # of an index's keys, looked at together
-_WARNED: set[Path] = set()  # stores of the older format that this process has spoken of
+_WARNED: set[Path] = set()  # stores of the older format that this process has mentioned
 
 
 class KeyedRows(Protocol):
@@ -125,7 +125,7 @@ class Store:
             done = int((layer.chunk_digests() != 0).sum())
             raise MismatchError(
                 f"layer {name!r} of word store {self.path} is not complete: {done} of {layer.chunks} chunks "
-                f"are written; {self.way_on}"
+                f"are written; {self.remedy}"
             )
         if name not in self._checked:
             if problem := layer.content_problem():
@@ -134,13 +134,13 @@ class Store:
         return layer
 
     def vocabulary_layer(self, name: str) -> Layer:
-        """A layer by name, of which the vocabulary alone is wanted: it need not be complete; else as `layer`."""
+        """A layer by name, for its vocabulary: it need not be complete; otherwise as `layer`."""
         layer = self._all.get(name)
         return layer if layer and not layer.complete else self.layer(name)
 
     @property
-    def way_on(self) -> str:
-        """What writes chunks that are missing, for messages."""
+    def remedy(self) -> str:
+        """The command that writes missing chunks, for messages."""
         if len(self.parts) > 1:
             return "run `bowstore encode --append` with shards that hold their images"
         return "run `bowstore encode` again with the same settings"
@@ -214,11 +214,11 @@ class Store:
             yield from zip(hashes[rows].tolist(), what.read_chunk(chunk, digest), strict=True)
 
     def vocabulary(self, layer: str | None = None) -> NDArray[np.float32]:
-        """The words' centres, float32 (K, p); p = c, the channels of the map, where there is no projection."""
+        """The centroids, float32 (K, p); p = c, the channels of the map, where there is no projection."""
         return self.layer(layer).read_array("vocabulary")
 
     def projection(self, layer: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """A (p, c) and b (p,) of y = A x + b, which takes a vector of the map to where the words lie; None for none."""
+        """A (p, c) and b (p,) of y = A x + b, which takes a map's vector to the words' space; None for none."""
         return self.layer(layer).read_projection()
 
     def nearest(self, layer: str | None = None) -> NearestImages:
@@ -254,7 +254,7 @@ def open_store(path: str | Path, layer: str | None = None) -> Store:
 
     Args:
         path: the store's folder on this machine (`bowstore.open_store` takes URLs too).
-        layer: a layer that has to be there and complete; None asks for any one complete layer.
+        layer: a layer that must be complete; None asks for any one complete layer.
 
     Raises:
         MissingError: no store there, or no such layer (lists those there are).

@@ -80,7 +80,7 @@ class StoreWriter:
             name: the layer.
             spec: its attributes.
             vocabulary_Kp: float32 (K, p).
-            projection: what comes between map and words, y = A x + b: float32 (p, c) and (p,); None for nothing.
+            projection: y = A x + b before the words: float32 (p, c) and (p,); None if there is none.
 
         Raises:
             UsageError: something that is no layer lies in its place.

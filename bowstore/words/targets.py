@@ -1,6 +1,6 @@
 """Where the words lie during training, behind one interface: on the device, in host memory, or on disk.
 
-Whatever the tier, `ahead` does the host's part of a batch in the reading thread, some batches before it is needed,
+In every tier `ahead` does the host's part of a batch in the reading thread, some batches before it is needed,
 and `bag` the device's part in the training step; both take rows of the index, and all tiers give the same bits.
 
     resident   all words on the device; a batch is one gather there
@@ -36,14 +36,14 @@ if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in m
     from bowstore.words.layer import Layer
 
 Tier = Literal["resident", "host", "streamed"]
-TIERS: tuple[Tier, ...] = ("resident", "host", "streamed")  # from the most room needed to the least
+TIERS: tuple[Tier, ...] = ("resident", "host", "streamed")  # by the room that they need, most first
 Ahead = Tensor | Future[Tensor] | None
 
-_QUIET_BYTES = 1 << 28  # less than this is loaded before anybody asks what goes on
+_QUIET_BYTES = 1 << 28  # less than this is loaded before anyone asks for progress
 
 
 class TierChoice(NamedTuple):
-    """A tier, and why it was taken.
+    """A tier, and why it was chosen.
 
     Attributes:
         tier: where the words lie.
@@ -87,7 +87,7 @@ def choose_tier(setting: Tier | Literal["auto"], size_bytes: int, device: torch.
 
 
 def words_bytes(layer: "Layer", rows: int) -> int:
-    """Size of the words of so many rows, bytes."""
+    """Size of the words of some rows, bytes."""
     return 2 * rows * layer.grid[0] * layer.grid[1]
 
 
@@ -166,7 +166,7 @@ class ResidentTargets(Targets):
         """Nothing: the gather is the device's."""
 
     def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
-        """As the class says, on the device."""
+        """As in the base class, on the device."""
         return self._words_NM[torch.from_numpy(rows_B).to(self.device, non_blocking=True)]
 
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
@@ -190,7 +190,7 @@ class HostTargets(Targets):
         return torch.index_select(self._words_NM, 0, torch.from_numpy(rows_B), out=buffer)
 
     def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
-        """As the class says, on the device."""
+        """As in the base class, on the device."""
         words_BM = ahead if isinstance(ahead, Tensor) else self.ahead(rows_B)
         return words_BM.to(self.device, non_blocking=True)
 
@@ -201,10 +201,10 @@ class HostTargets(Targets):
 class StreamedTargets(Targets):
     """Words read row by row from a flat file, for stores larger than memory.
 
-    `ahead` only asks for the rows: a thread of its own reads them, in plan order, so that words and images are read
+    `ahead` only requests the rows: a separate thread reads them, in plan order, so that words and images are read
     side by side, and a step waits (`waited_s`) only when its rows are not there yet. One thread, because the kernel
-    hears of all rows of a batch before the first is read; more threads read no faster from a disk, and slower from
-    its cache.
+    is told of all rows of a batch before the first is read; more threads read no faster from a disk, and more slowly
+    from its cache.
     """
 
     tier = "streamed"
@@ -214,7 +214,7 @@ class StreamedTargets(Targets):
     ) -> None:
         super().__init__(layer, len(store_row_N), form, device)
         identity = len(store_row_N) == layer.images and bool((np.diff(store_row_N, prepend=-1) == 1).all())
-        # The one thing here that grows with the index: mostly 4 bytes a row, and nothing for the identity.
+        # The only thing here that grows with the index: usually 4 bytes a row, and nothing for the identity.
         self._store_row_N = None if identity else store_row_N.astype(np.min_scalar_type(layer.images))
         self._chunks = layer.chunks
         self.flat = flat
@@ -240,7 +240,7 @@ class StreamedTargets(Targets):
         yield from super().blocks()
 
     def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
-        """As the class says, on the device."""
+        """As in the base class, on the device."""
         reading = ahead if isinstance(ahead, Future) else self.ahead(rows_B)
         begun = time.perf_counter()
         words_BM = reading.result()
@@ -270,7 +270,7 @@ def open_targets(
     """Load or unpack the words of an index's rows.
 
     Args:
-        tier: where they are to lie.
+        tier: where they shall lie.
         layer: a complete layer of a store.
         store_row_N: int64 (N,), the store's row of each row of the index (`join_rows`).
         form: of the bags.
@@ -331,7 +331,7 @@ class BatchTimes(NamedTuple):
 
 
 def time_batches(targets: Targets, *, batch: int, batches: int, seed: int = 0) -> BatchTimes:
-    """Time both parts of random batches, one batch after the other, nothing read ahead."""
+    """Time both parts of random batches, one after another, without reading ahead."""
     draw, gpu = np.random.default_rng(seed), targets.device.type == "cuda"
     times = BatchTimes(targets.tier, [], [])
     for _ in range(batches):

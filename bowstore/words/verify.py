@@ -36,11 +36,11 @@ class VerifyReport:
         chunks: words chunks that were read.
         problems: one line each; empty means sound.
         fingerprint: of the store's data set.
-        damaged: for each layer that is to be encoded again the committed chunks; none if only counting is to be done.
+        damaged: the committed chunks to encode again, by layer; none for a layer that only needs counting.
         lost: layers whose vocabulary or projection is damaged.
         unseen: layers whose nearest images are damaged.
-        way_on: what encodes them, for messages.
-        arithmetic: by which each layer's words are made.
+        remedy: the command that encodes them, for messages.
+        arithmetic: how each layer's words were computed.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class VerifyReport:
     damaged: dict[str, list[int]] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
     unseen: set[str] = field(default_factory=set)
-    way_on: str = ""
+    remedy: str = ""
     arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
@@ -64,7 +64,7 @@ class VerifyReport:
 def verify(
     path: Path, shards: Path | None = None, storage: StorageConfig | None = None, *, reencoded: bool = False
 ) -> VerifyReport:
-    """Read all of a store and check it: metadata, every chunk, digests, word ids, keys.
+    """Read a whole store and check it: metadata, every chunk, digests, word ids, keys.
 
     Args:
         path: the store.
@@ -84,7 +84,7 @@ def verify(
 
 
 def _was_replaced(report: VerifyReport) -> bool:
-    """Whether another store has the report's path now."""
+    """Whether another store lies at the report's path now."""
     try:
         return bool(report.fingerprint) and Store(report.path).fingerprint != report.fingerprint
     except BowstoreError:
@@ -98,7 +98,7 @@ def _verify(path: Path, index: Index | None, *, reencoded: bool) -> VerifyReport
     except BowstoreError as error:
         report.problems.append(str(error))
         return report
-    layers, report.way_on, report.fingerprint = store.every_layer(), store.way_on, store.fingerprint
+    layers, report.remedy, report.fingerprint = store.every_layer(), store.remedy, store.fingerprint
     report.images, report.layers = len(store), tuple(layer.name for layer in layers)
     report.arithmetic = {layer.name: dict(recorded(layer)) for layer in layers}
     if not layers:
@@ -172,7 +172,7 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
     if not layer.complete:
         done = sum(value != 0 for value in digests)
         report.problems.append(
-            f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; {report.way_on}"
+            f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; {report.remedy}"
         )
     for chunk, value in enumerate(digests):
         if value != 0 or layer.complete:
@@ -185,7 +185,7 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
     readable = not any(isinstance(value, str) for value in digests)
     if layer.complete and readable and (problem := _content_problem(layer)):
         report.problems.append(problem)
-        # Which of its files are of another state cannot be told: all its words are made anew.
+        # It cannot be told which of its files are of another state: all its words are made anew.
         report.damaged[layer.name] = list(range(layer.chunks))
         report.unseen.add(layer.name)
     if layer.name in report.lost:  # without its vocabulary nothing can be encoded again
@@ -195,7 +195,7 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
 def _check_arrays(layer: Layer, report: VerifyReport) -> None:
     """Vocabulary, projection, and what is recorded over all words.
 
-    Words are counted again at no cost; which images are nearest is only known when all are encoded again.
+    Words are counted again at no cost; which images are nearest is only known once all are encoded again.
     """
     for name in ("vocabulary", "projection", "projection_offset", *FOUND):
         if not layer.attributes.get(f"{name}_digest") and not (layer.complete and "projection" not in name):

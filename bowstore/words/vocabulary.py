@@ -19,7 +19,7 @@ from bowstore.words.kmeans import Backend, distinct_rows, kmeans
 from bowstore.words.projection import Projection, fit_projection, project_sample
 from bowstore.words.statistics import perplexity
 
-# An image gives at least so many vectors: fewer would mean passing over all of a large set for no better words.
+# An image gives at least this many vectors: fewer would mean a pass over all of a large set for no better words.
 _POSITIONS_PER_IMAGE = 16
 _CACHED_BYTES = 1 << 20  # of a part that the search for NaN looks at twice
 
@@ -46,11 +46,11 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words and how they came about.
+    """Words and how they were made.
 
     Attributes:
         centroids_Kp: float32.
-        projection: what comes between map and words; None for nothing, then p = c.
+        projection: applied to the map's vectors; None if there is none, then p = c.
         provenance: plain values: seed, sample, iterations, inertia, refilled and dead words, health.
     """
 
@@ -92,7 +92,7 @@ def plan_sample(images: int, positions: int, num_words: int, *, sample_per_word:
 
 
 class Sample:
-    """The planned vectors of one layer, gathered as the maps of their images come by.
+    """The planned vectors of one layer, gathered as the maps of their images arrive.
 
     Args:
         plan: images and counts.
@@ -109,7 +109,7 @@ class Sample:
         """Take the vectors of a batch at random positions of each map.
 
         Args:
-            rows_B: int64, ascending over all calls; those that are not planned are passed over.
+            rows_B: int64, ascending over all calls; rows that are not planned are skipped.
             maps_Bchw: their maps.
         """
         planned = np.flatnonzero(np.isin(rows_B, self._plan.rows, assume_unique=True))
@@ -127,7 +127,7 @@ class Sample:
         self._filled, self._done = self._filled + len(some), self._done + batch
 
     def vectors(self) -> NDArray[np.float32]:
-        """The sample, float32 (S, c), once all planned images came by."""
+        """The sample, float32 (S, c), once all planned images have been seen."""
         assert self._filled == self._plan.vectors, f"{self._filled} of {self._plan.vectors} vectors came"
         return self._vectors_Sc
 
@@ -200,7 +200,7 @@ def build_vocabulary(
 
 
 def _all_finite(sample_Sc: NDArray[np.float32]) -> bool:
-    """Whether a sample holds numbers alone; on all cores, each part looked at while it is in their cache."""
+    """Whether a sample is finite throughout; on all cores, each part checked while it is in their cache."""
     rows = max(1, _CACHED_BYTES // max(1, sample_Sc[:1].nbytes))
 
     def finite(start: int) -> bool:
