@@ -6,22 +6,17 @@ Legend: N training images, M test images, B batch, d feature width, K classes.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bowstore.config import Strict, dump
-from bowstore.environment import choose_device
 from bowstore.errors import DataError
 from bowstore.evaluate.protocol import Features, Scores
 from bowstore.evaluate.protocols.linear import LinearSettings
-from bowstore.evaluate.splits import check_classes, check_labels
 from bowstore.gpu import free_memory
 from bowstore.progress import Progress
 
@@ -31,61 +26,33 @@ _THREADED_MULTIPLICATIONS = 1 << 25  # of a step, from which more than one CPU t
 _GPU_SHARE = 0.8  # of the free memory that features may take
 
 
-class LinearConfig(Strict):
-    """The probe: epochs, lr, its steps and weight decay are the paper's (4.1.2); it is silent on the rest."""
-
-    epochs: int = Field(default=60, ge=1)
-    lr: float = Field(default=0.1, gt=0)
-    factor: float = Field(default=0.3, gt=0, le=1, description="lr is multiplied by it every `every_epochs`")
-    every_epochs: int = Field(default=10, ge=1)
-    weight_decay: float = Field(default=1e-3, ge=0, description="on weights and bias")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="paper silent")
-    nesterov: bool = Field(default=True, description="paper silent")
-    batch: int = Field(default=128, ge=1, description="paper silent; an epoch's last may be smaller")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="order of the images")
-    standardise: bool = Field(default=False, description="by mean and deviation of the train split")
-
-    @model_validator(mode="after")
-    def _momentum(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum above 0; set nesterov: false")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearResult:
-    """What a probe gives.
+@dataclass(frozen=True)
+class LinearConfig:
+    """The probe: epochs, lr, its steps and weight decay are the paper's (4.1.2); it is silent on the rest.
 
     Attributes:
-        accuracy_top1: share of test images, 0 to 1.
-        accuracy_top5: the same for the five best classes; None with five classes or fewer.
-        train_accuracy_top1: share of training images, 0 to 1.
-        losses: mean training cross-entropy of each epoch, nats, measured while training.
-        classes: K.
-        seconds: wall clock of training and testing.
+        epochs: passes over the train images.
+        lr: learning rate at the start.
+        factor: `lr` is multiplied by it every `every_epochs`.
+        every_epochs: epochs between two steps of the rate.
+        weight_decay: on weights and bias.
+        momentum: of SGD.
+        nesterov: the kind of momentum.
+        batch: images a step; an epoch's last may be smaller.
+        seed: of the order of the images.
+        standardise: by mean and deviation of the train split.
     """
 
-    accuracy_top1: float
-    accuracy_top5: float | None
-    train_accuracy_top1: float
-    losses: tuple[float, ...]
-    classes: int
-    seconds: float
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The accuracies as a result file names them."""
-        top5 = {} if self.accuracy_top5 is None else {"top5": self.accuracy_top5}
-        return {"top1": self.accuracy_top1, **top5}
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """What else a result file keeps."""
-        return {
-            "train_top1": self.train_accuracy_top1,
-            "losses": list(self.losses),
-            "probe_seconds": round(self.seconds, 3),
-        }
+    epochs: int = 60
+    lr: float = 0.1
+    factor: float = 0.3
+    every_epochs: int = 10
+    weight_decay: float = 1e-3
+    momentum: float = 0.9
+    nesterov: bool = True
+    batch: int = 128
+    seed: int = 0
+    standardise: bool = False
 
 
 def learning_rate(epoch: int, config: LinearConfig) -> float:
@@ -99,35 +66,28 @@ def linear_probe(
     test_Md: NDArray[np.float32],
     test_labels_M: NDArray[np.integer],
     *,
-    config: LinearConfig | None = None,
-    classes: int | None = None,
-    device: torch.device | None = None,
-) -> LinearResult:
+    classes: int,
+    config: LinearConfig,
+    device: torch.device,
+) -> Scores:
     """Train one linear layer with bias by softmax cross-entropy on the train features and test it once.
 
     The same inputs, seed and device give the same result. On a GPU the features are moved there once when
-    they fit, and batch by batch otherwise.
+    they fit, and batch by batch otherwise. The metrics are top1 and, with more than five classes, top5; the details
+    hold the accuracy on the train images and the mean loss of each epoch, nats, measured while training.
 
     Args:
-        train_Nd: float32 features.
-        train_labels_N: integer labels, 0 to K - 1.
-        test_Md: float32 features.
-        test_labels_M: integer labels.
-        config: the probe; None for the paper's.
-        classes: K; None for the largest training label plus one.
-        device: where to train; None for the GPU where there is one.
+        train_Nd: float32 features, finite.
+        train_labels_N: integer labels, 0 to K - 1, each of them.
+        test_Md: float32 features, finite.
+        test_labels_M: integer labels, 0 to K - 1.
+        classes: K.
+        config: the probe.
+        device: where to train.
 
     Raises:
-        DataError: shapes that do not fit, NaN or infinity, missing labels, a class without training images,
-            test labels outside the classes, fewer than two classes, or a loss that diverges.
+        DataError: a loss that diverges.
     """
-    config, device = config or LinearConfig(), device or choose_device("auto")
-    _check_split("train", train_Nd, train_labels_N)
-    _check_split("test", test_Md, test_labels_M)
-    if train_Nd.shape[1] != test_Md.shape[1]:
-        raise DataError(f"train features have {train_Nd.shape[1]} dimensions, test features {test_Md.shape[1]}")
-    classes = check_classes(train_labels_N, test_labels_M, classes)
-
     start = time.monotonic()
     train_X, test_X = (_resident(torch.from_numpy(features), device) for features in (train_Nd, test_Md))
     if config.standardise:
@@ -136,15 +96,9 @@ def linear_probe(
         torch.from_numpy(labels.astype(np.int64)).to(device) for labels in (train_labels_N, test_labels_M)
     )
     layer, losses = _train(train_X, train_y, classes, config)
-    top1, top5 = _accuracy(layer, test_X, test_y)
-    return LinearResult(
-        accuracy_top1=top1,
-        accuracy_top5=top5,
-        train_accuracy_top1=_accuracy(layer, train_X, train_y)[0],
-        losses=tuple(losses),
-        classes=classes,
-        seconds=time.monotonic() - start,
-    )
+    metrics, train_top1 = _accuracy(layer, test_X, test_y), _accuracy(layer, train_X, train_y)["top1"]
+    seconds = round(time.monotonic() - start, 3)
+    return Scores(metrics=metrics, details={"train_top1": train_top1, "losses": losses, "probe_seconds": seconds})
 
 
 def score(features: Features, settings: LinearSettings) -> Scores:
@@ -153,20 +107,12 @@ def score(features: Features, settings: LinearSettings) -> Scores:
     Raises:
         DataError: as `linear_probe`.
     """
-    train, test = features["train"], features["test"]
+    train, test, device = features["train"], features["test"], torch.device(features.device)
     config = LinearConfig(seed=settings.seed, standardise=settings.standardise)
-    probe = linear_probe(
-        train["pooled"],
-        train.labels,
-        test["pooled"],
-        test.labels,
-        config=config,
-        classes=len(train.classes) or None,
-        device=torch.device(features.device),
-    )
-    return Scores(
-        metrics=probe.metrics, details=probe.details, settings={"probe": dump(config), "classes": probe.classes}
-    )
+    arrays = train["pooled"], train.labels, test["pooled"], test.labels
+    classes = len(train.classes) or int(train.labels.max()) + 1
+    scores = linear_probe(*arrays, classes=classes, config=config, device=device)
+    return replace(scores, settings={"probe": asdict(config), "classes": classes})
 
 
 def standardised(train_Nd: Tensor, test_Md: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,26 +198,12 @@ def _epoch(
 
 
 @torch.no_grad()
-def _accuracy(layer: nn.Linear, X: Tensor, y: Tensor) -> tuple[float, float | None]:
-    """Top-1 and, with more than five classes, top-5 accuracy."""
+def _accuracy(layer: nn.Linear, X: Tensor, y: Tensor) -> dict[str, float]:
+    """Shares of images: top1 and, with more than five classes, top5."""
     top = min(_TOP, layer.out_features)
     hits = torch.zeros(top, dtype=torch.int64, device=y.device)
     for X_Bd, y_B in zip(torch.split(X, _SLICE), torch.split(y, _SLICE), strict=True):
         ranked_BT = layer(X_Bd.to(y.device)).topk(top, dim=1).indices
         hits += (ranked_BT == y_B[:, None]).sum(dim=0)
     shares = (hits.cumsum(0).double() / len(y)).tolist()
-    return shares[0], shares[-1] if layer.out_features > _TOP else None
-
-
-def _check_split(split: str, features: NDArray[np.float32], labels: NDArray[np.integer]) -> None:
-    if features.ndim != 2 or len(features) != len(labels) or len(labels) == 0:
-        raise DataError(
-            f"{split}: features of shape {features.shape} and {len(labels)} labels; need (images, d) and one label each"
-        )
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
-        raise DataError(
-            f"{split}: NaN or infinity in the features of {len(bad)} of {len(features)} images "
-            f"(first: row {bad[0]}); check the weights and the normalisation"
-        )
-    check_labels(split, labels)
+    return {"top1": shares[0]} | ({"top5": shares[-1]} if layer.out_features > _TOP else {})

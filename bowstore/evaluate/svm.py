@@ -60,7 +60,7 @@ def normalise_rows(features_Nd: NDArray[np.floating]) -> NDArray[np.float64]:
     return wide_Nd
 
 
-def train_targets(labels: NDArray[np.int8]) -> NDArray[np.int8]:
+def train_targets(labels: NDArray[np.integer]) -> NDArray[np.int8]:
     """Labels for training: 1 where the class is present, else -1.
 
     The protocol's quirk: images with only difficult objects of the class (-1) are negatives in training and
@@ -69,7 +69,7 @@ def train_targets(labels: NDArray[np.int8]) -> NDArray[np.int8]:
     return np.where(labels == PRESENT, np.int8(1), np.int8(-1))
 
 
-def average_precision(scores_M: NDArray[np.float64], labels_M: NDArray[np.int8]) -> float:
+def average_precision(scores_M: NDArray[np.float64], labels_M: NDArray[np.integer]) -> float:
     """VOC average precision over all points of the envelope, 0 to 1; ignored images (-1) are dropped.
 
     Images are ranked by falling score, equal scores in reverse order of the images. Precision is made
@@ -93,8 +93,8 @@ def average_precision(scores_M: NDArray[np.float64], labels_M: NDArray[np.int8])
 
 
 def check_problem(
-    train_labels_NK: NDArray[np.int8],
-    test_labels_MK: NDArray[np.int8],
+    train_labels_NK: NDArray[np.integer],
+    test_labels_MK: NDArray[np.integer],
     classes: Sequence[str],
     costs: Sequence[float],
     *,
@@ -120,9 +120,9 @@ def check_problem(
 
 def evaluate_svms(
     train_Nd: NDArray[np.floating],
-    train_labels_NK: NDArray[np.int8],
+    train_labels_NK: NDArray[np.integer],
     test_Md: NDArray[np.floating],
-    test_labels_MK: NDArray[np.int8],
+    test_labels_MK: NDArray[np.integer],
     *,
     classes: Sequence[str],
     costs: Sequence[float],

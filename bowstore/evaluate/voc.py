@@ -8,13 +8,11 @@ Legend: N images, K classes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from bowstore.config import Workspace
 from bowstore.data.file_reader import FileReader
@@ -42,30 +40,12 @@ _VIEW = {"size": 224, "resize": 256, "squash": True}  # pixels (protocols 3.1), 
 _SEED = 0  # liblinear's
 
 
-@dataclass(frozen=True)
-class VocSplit:
-    """The images of one split, sorted by id.
-
-    Attributes:
-        ids: image ids, for example "000005".
-        paths: image files.
-        classes: sorted names.
-        labels_NK: int8, 1 present, 0 absent, -1 only difficult objects of that class.
-        fingerprint: 32 hex digits over classes, ids, labels and the images' sizes in bytes.
-    """
-
-    ids: tuple[str, ...]
-    paths: tuple[Path, ...]
-    classes: tuple[str, ...]
-    labels_NK: NDArray[np.int8]
-    fingerprint: str
-
-
-def read_split(voc: Path, split: Split) -> VocSplit:
+def read_split(voc: Path, split: Split) -> LabelledSplit:
     """Read `ImageSets/Main/<class>_<split>.txt` of all classes of a devkit.
 
-    A line is an image id and 1 (present), -1 (absent) or 0 (only difficult objects). All classes list the
-    same ids.
+    A line is an image id and 1 (present), -1 (absent) or 0 (only difficult objects). All classes list the same ids.
+    Images come sorted by id; labels are int8 (N, K): 1 present, 0 absent, -1 only difficult objects of that class. The
+    fingerprint is over classes, ids, labels and the images' sizes in bytes.
 
     Args:
         voc: the folder with JPEGImages and ImageSets, for example VOCdevkit/VOC2007.
@@ -89,9 +69,7 @@ def read_split(voc: Path, split: Split) -> VocSplit:
             )
     ids = tuple(sorted(labels[first]))
     paths = tuple(voc / "JPEGImages" / f"{image}.jpg" for image in ids)
-    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
-    absent = [path for path, size in zip(paths, sizes, strict=True) if size < 0]
-    if absent:
+    if absent := [path for path in paths if not path.is_file()]:
         line = list(labels[first]).index(absent[0].stem) + 1
         raise MissingError(
             f"{lists[first]}:{line}: no image {absent[0]} ({len(absent)} of {len(ids)} are missing); "
@@ -101,9 +79,18 @@ def read_split(voc: Path, split: Split) -> VocSplit:
     for name, label_N in zip(labels, labels_NK.T, strict=True):
         if not (label_N == PRESENT).any():
             raise DataError(f"{lists[name]}: class {name} has 0 positive images of {len(ids)}; need at least 1")
-    digest = xxhash.xxh3_128(" ".join((*labels, *ids, *map(str, sizes))).encode())
+    found = [path.stat() for path in paths]
+    digest = xxhash.xxh3_128(" ".join((*labels, *ids, *(str(stat.st_size) for stat in found))).encode())
     digest.update(labels_NK.tobytes())
-    return VocSplit(ids, paths, tuple(labels), labels_NK, digest.hexdigest())
+    return LabelledSplit(
+        open=lambda: FileReader(paths),
+        rows=np.arange(len(paths)),
+        labels=labels_NK,
+        classes=tuple(labels),
+        fingerprint=digest.hexdigest(),
+        content=xxhash.xxh3_128_hexdigest(repr([(*paths, *(stat.st_mtime_ns for stat in found))]).encode()),
+        role="test" if split == "test" else "train",
+    )
 
 
 def _class_lists(voc: Path, split: Split) -> dict[str, Path]:
@@ -157,32 +144,24 @@ def data(settings: Voc07Settings, _workspace: Workspace) -> DataSets:
             f"{voc}: {len(train.classes)} classes in trainval and {len(test.classes)} in test (first that "
             f"differs: {different[0]}); extract both archives of one year into the same devkit"
         )
-    shared = set(train.ids) & set(test.ids)
-    if shared:
+    if shared := _names(train) & _names(test):
         raise MismatchError(
             f"{voc}: {len(shared)} images are in both trainval and test (first: {min(shared)}); "
             "extract the devkit again"
         )
-    check_problem(train.labels_NK, test.labels_NK, train.classes, COSTS[settings.costs], jobs=settings.jobs)
-    shape = len(train.ids), len(test.ids), len(train.classes)
+    check_problem(train.labels, test.labels, train.classes, COSTS[settings.costs], jobs=settings.jobs)
+    shape = len(train), len(test), len(train.classes)
     return DataSets(
-        splits={"trainval": _labelled(train, "train"), "test": _labelled(test, "test")},
+        splits={"trainval": train, "test": test},
         view=_VIEW,
         dataset="voc07" if shape == _VOC07_SHAPE else None,  # the real one can be told by its numbers
     )
 
 
-def _labelled(split: VocSplit, role: str) -> LabelledSplit:
-    changed = [path.stat().st_mtime_ns for path in split.paths]
-    return LabelledSplit(
-        open=lambda: FileReader(split.paths),
-        rows=np.arange(len(split.paths)),
-        labels=split.labels_NK,
-        classes=split.classes,
-        fingerprint=split.fingerprint,
-        content=xxhash.xxh3_128_hexdigest(repr((split.paths, changed)).encode()),
-        role=role,
-    )
+def _names(split: LabelledSplit) -> set[str]:
+    """Ids of the images."""
+    images = split.open()
+    return {Path(images.name(row)).stem for row in split.rows.tolist()}
 
 
 def taps(backbone: Backbone, settings: Voc07Settings, size: int) -> Mapping[str, Tap]:
@@ -206,9 +185,9 @@ def score(features: Features, settings: Voc07Settings) -> Scores:
     scores = {
         layer: evaluate_svms(
             train[layer],
-            train.labels.astype(np.int8),
+            train.labels,
             test[layer],
-            test.labels.astype(np.int8),
+            test.labels,
             classes=train.classes,
             costs=costs,
             seed=_SEED,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bowstore.errors import DataError
 from bowstore.evaluate import splits
-from bowstore.evaluate.splits import known_dataset, share_no_class
+from bowstore.evaluate.splits import check_classes, check_labels, known_dataset, share_no_class
 
 # MiniImageNet's 64 base classes (Ravi and Larochelle, 2017).
 BASE = """
@@ -95,3 +95,21 @@ def test_what_cannot_be_held_out() -> None:
         splits._held_out(labelled([0, 0, 1]), Path("train"))
     with pytest.raises(DataError, match="train: 1 of 3 images have no label"):
         splits._held_out(labelled([0, 0, -1]), Path("train"))
+
+
+def test_labels_that_no_protocol_can_use() -> None:
+    def check(labels: list[int], test_labels: list[int], classes: int | None = None) -> None:
+        check_classes(np.array(labels), np.array(test_labels), classes)
+
+    with pytest.raises(DataError, match=r"train: 2 of 4 images have no label \(first: row 1\)"):
+        check_labels("train", np.array([0, -1, 1, -1]))
+    with pytest.raises(DataError, match=r"1 of 3 classes have no train images \(first: class 1\)"):
+        check([0, 2], [0])
+    with pytest.raises(DataError, match=r"2 of 4 classes have no train images \(first: class 2\)"):
+        check([0, 1], [0], 4)
+    with pytest.raises(DataError, match=r"2 of 3 test images have labels \(first: 5\) outside the 2 train"):
+        check([0, 1], [0, 5, 7])
+    with pytest.raises(DataError, match="train labels reach 4 with 3 classes"):
+        check([0, 1, 2, 4], [0], 3)
+    with pytest.raises(DataError, match=r"1 class in 2 train images; .* at least 2"):
+        check([0, 0], [0])

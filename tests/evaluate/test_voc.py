@@ -26,20 +26,20 @@ def main(voc: Path, name: str) -> Path:
 def test_split_as_written(voc: Path) -> None:
     split = read_split(voc, "trainval")
     assert split.classes == ("blue", "green", "red")
-    assert split.ids[:3] == ("000001", "000002", "000003")
-    assert split.labels_NK.shape == (24, 3)
-    assert split.labels_NK.dtype == np.int8
-    assert set(np.unique(split.labels_NK)) == {-1, 0, 1}
-    assert split.labels_NK[2, 0] == -1  # listed as 0: difficult objects only
-    assert all(path.is_file() for path in split.paths)
+    assert [split.open().name(row) for row in (0, 1, 2)] == [str(voc / f"JPEGImages/00000{n}.jpg") for n in (1, 2, 3)]
+    assert split.labels.shape == (24, 3)
+    assert split.labels.dtype == np.int8
+    assert set(np.unique(split.labels)) == {-1, 0, 1}
+    assert split.labels[2, 0] == -1  # listed as 0: difficult objects only
+    assert len(split.open().read(split.rows)) == 24
 
 
 def test_label_mapping_and_order_of_ids(voc: Path) -> None:
     for name in ("blue", "green", "red"):
         main(voc, f"{name}_test.txt").write_text("000027  1\n000025  0\n000026 -1\n")
     split = read_split(voc, "test")
-    assert split.ids == ("000025", "000026", "000027")
-    assert split.labels_NK[:, 0].tolist() == [-1, 0, 1]
+    assert [Path(split.open().name(row)).stem for row in split.rows] == ["000025", "000026", "000027"]
+    assert split.labels[:, 0].tolist() == [-1, 0, 1]
 
 
 def test_fingerprint_sees_labels(voc: Path) -> None:
