@@ -93,6 +93,8 @@ def test_the_four_commands(workspace: Path) -> None:
     assert "already complete" in call(*ENCODE)
     report = json.loads(call(*BOWNET, "--json"))
     assert report["run"] == "runs/cifar10_bownet"
+    lineage = "lineage: rotation -> cifar10_rotnet -> 16 words of block3 -> cifar10_bownet\n"
+    assert lineage in call("verify", "runs/cifar10_bownet")
     assert report["steps"] == 14
     result = json.loads(call("eval", "linear", "--json"))
     assert result["protocol"] == "linear/bownet-cifar"
