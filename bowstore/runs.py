@@ -248,20 +248,18 @@ def read_lineage(run: Path) -> dict[str, Any] | None:
     return value
 
 
-def descent(lineage: Mapping[str, Any]) -> list[str]:
+def descent(lineage: Mapping[str, Any]) -> tuple[str, ...]:
     """How a run came about, the first thing first: `rotation`, `rotnet`, `256 words of block3`, `bownet`."""
     targets = lineage["targets"]
-    if not (teacher := targets.get("teacher")):
-        return [str(lineage.get("task")), str(lineage.get("name"))]
-    return [
-        *_descent_of_teacher(teacher),
-        f"{targets.get('num_words')} words of {targets.get('layer')}",
-        str(lineage.get("name")),
-    ]
+    before = descent_of_words(targets) if targets.get("teacher") else (str(lineage.get("task")),)
+    return *before, str(lineage.get("name"))
 
 
-def _descent_of_teacher(teacher: Mapping[str, Any]) -> list[str]:
-    if teacher.get("lineage"):
-        return descent(teacher["lineage"])
+def descent_of_words(layer: Mapping[str, Any]) -> tuple[str, ...]:
+    """The same of words, of what `bowstore.words.layer.Layer.lineage` says of them."""
+    teacher = layer.get("teacher") or {"name": "unknown"}
     name, origin = teacher.get("name"), teacher.get("weights_file") or teacher.get("weights_layout")
-    return [str(name) if origin in (None, name) else f"{name} ({origin})"]
+    before: tuple[str, ...] = (str(name) if origin in (None, name) else f"{name} ({origin})",)
+    if teacher.get("lineage"):
+        before = descent(teacher["lineage"])
+    return *before, f"{layer.get('num_words')} words of {layer.get('layer')}"

@@ -32,7 +32,7 @@ class PathReport:
         odd: images of a deep check that every decoder reads, but not as plain RGB: how many of each kind.
         digest: a store's digest over vocabulary and words, where asked for.
         arithmetic: by which the words of a store's layers are made, by layer.
-        descent: of runs: how each came about, by its name (`bowstore.runs.descent`).
+        descent: how each run, or the words of each layer, came about, by name (`bowstore.runs.descent`).
     """
 
     path: Path
@@ -165,7 +165,15 @@ def _verify_store(
             repairs.append(f"{what} taken back; {report.remedy}, to write just that")
     words_digest = verify.digest(path) if digest and report.sound else None
     return PathReport(
-        path, "store", checked, problems, repairs, not problems, digest=words_digest, arithmetic=report.arithmetic
+        path,
+        "store",
+        checked,
+        problems,
+        repairs,
+        not problems,
+        digest=words_digest,
+        arithmetic=report.arithmetic,
+        descent=report.descent,
     )
 
 

@@ -84,14 +84,14 @@ def test_how_a_run_came_about(tmp_path: Path) -> None:
     x1 = lineage("bownet", {"name": "rotnet", "weights_file": "rotnet", "lineage": rotnet})
     x2 = lineage("x2", {"name": "bownet", "weights_file": "bownet", "lineage": x1})
     words = "256 words of block3"
-    assert runs.descent(x2) == ["rotation", "rotnet", words, "bownet", words, "x2"]
+    assert runs.descent(x2) == ("rotation", "rotnet", words, "bownet", words, "x2")
     for teacher, told in (
         ({"name": "rotnet", "weights_file": "rotnet", "student": None}, "rotnet"),  # as old stores have it
         ({"name": "timm:a", "weights_file": None, "weights_layout": "random, seed 0"}, "timm:a (random, seed 0)"),
         ({"name": "resnet50", "weights_file": "moco.pth", "lineage": None}, "resnet50 (moco.pth)"),
         ({"name": "t"}, "t"),
     ):
-        assert runs.descent(lineage("run", teacher)) == [told, words, "run"]
+        assert runs.descent(lineage("run", teacher)) == (told, words, "run")
 
 
 def test_lineage_that_is_not_there_or_not_readable(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def _check_lineage(found: RunFindings, newest: dict[str, Any]) -> None:
     """Whether the record says of the data what the newest checkpoint does."""
     with found.noting():
         if lineage := runs.read_lineage(found.path):
-            found.descent = tuple(runs.descent(lineage))
+            found.descent = runs.descent(lineage)
             if newest and lineage.get("inputs") != newest["inputs"]:
                 path = found.path / runs.LINEAGE_FILE
                 raise MismatchError(f"{path} tells of other shards or words than the newest checkpoint; {RESTORE_BOTH}")

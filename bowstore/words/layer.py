@@ -169,6 +169,12 @@ class Layer:
             **{name: vocabulary.get(name) for name in VOCABULARY_SETTINGS},
         }
 
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What its words are and whose, as runs that learn them record it."""
+        made = {name: self.attributes.get(name) for name in ("vocabulary_digest", "teacher")}
+        return {"layer": self.name, "num_words": self.num_words, **made}
+
     def rows(self, chunk: int) -> slice:
         """The rows of a chunk."""
         return slice(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.images))

@@ -15,6 +15,7 @@ from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.progress import Progress, say
+from bowstore.runs import descent_of_words
 from bowstore.words.append import drop_append
 from bowstore.words.arithmetic import recorded
 from bowstore.words.claims import Board
@@ -41,6 +42,7 @@ class VerifyReport:
         unseen: layers whose nearest images are damaged.
         remedy: the command that encodes them, for messages.
         arithmetic: how each layer's words were computed.
+        descent: how each layer's words came about (`bowstore.runs.descent_of_words`).
     """
 
     path: Path
@@ -54,6 +56,7 @@ class VerifyReport:
     unseen: set[str] = field(default_factory=set)
     remedy: str = ""
     arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
+    descent: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def sound(self) -> bool:
@@ -101,6 +104,7 @@ def _verify(path: Path, index: Index | None, *, reencoded: bool) -> VerifyReport
     layers, report.remedy, report.fingerprint = store.every_layer(), store.remedy, store.fingerprint
     report.images, report.layers = len(store), tuple(layer.name for layer in layers)
     report.arithmetic = {layer.name: dict(recorded(layer)) for layer in layers}
+    report.descent = {layer.name: descent_of_words(layer.lineage) for layer in layers}
     if not layers:
         report.problems.append(f"word store {path} has no layer; run `bowstore encode` again")
     with Progress("verify", sum(layer.chunks for layer in layers), "chunks") as progress:

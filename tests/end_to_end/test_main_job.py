@@ -154,7 +154,8 @@ def test_voc07_as_typed(workspace: Path) -> None:
 
 
 def test_verify_names_the_chunk_of_a_flipped_byte(workspace: Path) -> None:
-    assert "no problem found" in call("verify", "data/words.zarr", "--shards", "data/shards/train")
+    told = call("verify", "data/words.zarr", "--shards", "data/shards/train")
+    assert told.splitlines()[1:] == ["lineage: rotation -> cifar10_rotnet -> 16 words of block3", "no problem found"]
     digest = call("verify", "data/words.zarr", "--digest").splitlines()[-1]
     assert len(digest) == 32
     chunk = workspace / "data/words.zarr/block3/words/c/0/0/0"

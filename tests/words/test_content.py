@@ -122,7 +122,7 @@ def test_equal_keys_of_other_images_are_refused_everywhere(store: Path, tmp_path
     index = open_index(strange)
     message = (
         rf"^{IMAGES} of {IMAGES} images of the shards are not those that word store {store} was made of, though they "
-        r"have their keys, for example img0000, .*img0004; .*--set words\.reencoded=true in training, --reencoded"
+        r"have their keys, for example img0000, .*img0004; .*--set task\.reencoded=true in training, --reencoded"
     )
     with pytest.raises(MismatchError, match=message):
         join_rows(open_store(store), index)

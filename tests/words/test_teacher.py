@@ -98,7 +98,7 @@ def test_the_words_of_a_run_record_what_it_was_made_of(teacher_file: Path, tmp_p
     write_lineage(run, name="tiny-rotnet", task="words", inputs={}, targets=words)
     for spec in (run, run / BACKBONE_FILE):
         lineage = load_teacher(spec, ("block3",), CPU).provenance("block3")["lineage"]
-        assert descent(lineage) == ["rotnet", "12 words of block3", "tiny-rotnet"]
+        assert descent(lineage) == ("rotnet", "12 words of block3", "tiny-rotnet")
 
 
 def test_weights_of_another_codebase(tmp_path: Path) -> None:

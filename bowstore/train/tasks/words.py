@@ -114,10 +114,4 @@ def _open(settings: WordsSettings, job: Job) -> tuple[Targets, dict[str, Any]]:
         storage=config.runtime.storage or StorageConfig(),
         shown=world.first,
     )
-    return targets, {
-        "store": str(settings.store),
-        "layer": layer.name,
-        "num_words": layer.num_words,
-        "vocabulary_digest": layer.attributes["vocabulary_digest"],
-        "teacher": layer.attributes["teacher"],
-    }
+    return targets, {"store": str(settings.store), **layer.lineage}
