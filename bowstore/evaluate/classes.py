@@ -38,7 +38,7 @@ def read_classes(given: Sequence[str]) -> tuple[str, ...]:
     if ALL in names and len(names) > 1:
         raise UsageError(f"classes: {ALL!r} stands for all of the split; leave the others out")
     if not names:
-        raise UsageError(f"classes: {', '.join(map(repr, given)) or 'the list'} names no class")
+        raise UsageError(f"classes: {', '.join(map(repr, given)) or 'the list'} names no class; give one at least")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"classes: {_some(twice)} {'is' if len(twice) == 1 else 'are'} named twice; name each once")
     return in_order(names)

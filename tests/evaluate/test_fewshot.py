@@ -87,11 +87,12 @@ def test_the_id_says_ways_shots_and_classes(settings: dict[str, Any], protocol_i
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shots": [5, 1]}, "shots 5, 1 must ascend; write each once, in that order"),
+        ({"shots": [5, 1]}, "shots 5, 1 must ascend; each once, smallest first"),
         ({"shots": [1, 1]}, "shots 1, 1 must ascend"),
         ({"shots": []}, "at least 1 item"),
         ({"shots": [0]}, "greater than or equal to 1"),
         ({"ways": 1}, "greater than or equal to 2"),
+        ({"episodes": 100_000, "ways": 20}, "show 130000000 images, more than 67108864; take fewer episodes"),
         ({"episodes": 1}, "greater than or equal to 2"),
         ({"way": 5}, "did you mean 'ways'"),
     ],

@@ -20,6 +20,7 @@ from bowstore.evaluate.splits import check_labels, labelled
 from bowstore.progress import say
 from bowstore.workspace import shards_beside, val_shards
 
+_MAX_DRAWN = 1 << 26  # images of all episodes, repeated ones too: 2 GB while they are drawn
 # The split that a list is one of: the paper's data set, and how many classes and images that split has.
 _SPLITS = {"cifar-fs-test": ("cifar100", 100, 10_000), "miniimagenet-test": ("miniimagenet", 20, 12_000)}
 
@@ -42,9 +43,14 @@ class FewShotSettings(Strict):
     seed: Seed = Field(0, description="of the episodes")
 
     @model_validator(mode="after")
-    def _ascending(self) -> Self:
+    def _drawable(self) -> Self:
         if any(more <= fewer for fewer, more in zip(self.shots, self.shots[1:], strict=False)):
-            raise ValueError(f"shots {', '.join(map(str, self.shots))} must ascend; write each once, in that order")
+            raise ValueError(f"shots {', '.join(map(str, self.shots))} must ascend; each once, smallest first")
+        if (drawn := self.episodes * self.ways * self.images) > _MAX_DRAWN:
+            raise ValueError(
+                f"{self.episodes} episodes of {self.ways} ways and {self.images} images a class show {drawn} images, "
+                f"more than {_MAX_DRAWN}; take fewer episodes"
+            )
         return self
 
     @property
