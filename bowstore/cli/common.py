@@ -3,10 +3,11 @@
 import errno
 import json
 import os
+import signal
 import sys
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -171,3 +172,14 @@ def emit(value: Any, text: str, as_json: bool) -> None:
         click.echo(shown)
     except UnicodeEncodeError as error:  # a terminal of another encoding shows what it lacks as escapes
         click.echo(shown.encode(error.encoding, "backslashreplace"))
+
+
+def interrupt_on_sigterm() -> None:
+    """SIGTERM ends a command as Ctrl-C does: claims are given back at once, and other processes need not wait."""
+    signal.signal(signal.SIGTERM, _interrupted)
+
+
+def _interrupted(_number: int, _frame: object) -> NoReturn:
+    # torchrun sends it to all when one has ended, which we may know before
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt

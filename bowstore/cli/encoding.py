@@ -1,12 +1,11 @@
 """The command that makes word stores: encode."""
 
-import signal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from bowstore.cli.common import PATH, emit
+from bowstore.cli.common import PATH, emit, interrupt_on_sigterm
 from bowstore.cli.options import command, fields
 
 
@@ -25,6 +24,7 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     """Quantize the teacher's feature maps of every image over k-means vocabularies, into a word store.
 
     \b
+    bowstore encode                                         the next words of the workspace's recipe
     bowstore encode --layer conv4 --K 20000                 the newest teacher's words
     bowstore encode --layer conv4 --layer conv5 --K 20000   two layers in one pass
     bowstore encode --append --shards MORE                  images that came later
@@ -34,14 +34,20 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     `bowstore layers ARCH` lists the layers of a teacher.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import load_workspace, validate
+    from bowstore.recipes.next import next_encoding, workspace_plan
     from bowstore.train.distributed import beside_others
     from bowstore.words.config import EncodeConfig
     from bowstore.words.encode import encode as run_encode
     from bowstore.workspace import resolve_teacher
 
-    signal.signal(signal.SIGTERM, _interrupted)
+    interrupt_on_sigterm()
     workspace = load_workspace()
-    teacher = resolve_teacher(workspace, given.get("teacher"))
+    if workspace.recipe and not append and not given.get("layers"):
+        step = next_encoding(workspace_plan(workspace, "--layer LAYER"))
+        shards_dir, store = shards_dir or step.on, store or step.store
+        given = {**step.config.model_dump(), **given}
+    named = given.get("teacher")
+    teacher = resolve_teacher(workspace, str(named) if named else None)
     config = validate(EncodeConfig, {**given, "teacher": teacher}, "encode")
     with beside_others():
         report = run_encode(
@@ -53,11 +59,3 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
         )
     if report.first:
         emit(report.as_dict(), report.text(), as_json)
-
-
-def _interrupted(_number: int, _frame: object) -> NoReturn:
-    """SIGTERM ends a run as Ctrl-C does: claims are given back at once, and other processes need not wait."""
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # torchrun sends it to all when one has ended, which we may know before
-    raise KeyboardInterrupt

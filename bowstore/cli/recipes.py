@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from bowstore.cli.common import PATH, SEED, TEXT, emit
+from bowstore.cli.common import COUNT, PATH, SEED, TEXT, emit, interrupt_on_sigterm
 
 
 @click.command()
@@ -17,15 +17,28 @@ from bowstore.cli.common import PATH, SEED, TEXT, emit
 @click.option(
     "--set", "overrides", type=TEXT, multiple=True, metavar="KEY=VALUE", help="As in stages.data.shards.src=IMAGES."
 )
+@click.option("--stage", type=TEXT, help="Run this stage alone; under torchrun, by all its processes.")
+@click.option(
+    "--processes", type=COUNT, default=1, show_default=True, help="GPUs of this machine that train and encode."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
 def run(
-    recipe: Path | None, dry_run: bool, seed: int | None, out: Path | None, overrides: tuple[str, ...], as_json: bool
+    recipe: Path | None,
+    dry_run: bool,
+    seed: int | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    stage: str | None,
+    processes: int,
+    as_json: bool,
 ) -> None:
     """Run the stages of RECIPE that are not done; a file, or the name of one, by default the workspace's.
 
     \b
     bowstore run cifar10 --dry-run       what there is to do
     bowstore run cifar10                 download, shards, teacher, words, BoWNet, evaluations
+    bowstore run --processes 8           of the workspace's recipe, on 8 GPUs
+    torchrun --nnodes 2 --nproc-per-node 8 ... -m bowstore run --stage rotnet
 
     Interrupted or killed, the same command goes on. What was made with other settings is refused, never mixed.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
@@ -43,9 +56,13 @@ def run(
     if dry_run:
         emit(overview(plan), overview_text(plan), as_json)
         return
-    from bowstore.recipes.run import run_recipe
+    from bowstore.recipes.run import run_recipe, run_stage
 
-    result = run_recipe(plan)
+    interrupt_on_sigterm()
+    if stage:
+        run_stage(plan, stage)
+        return
+    result = run_recipe(plan, processes=processes)
     emit(result.as_dict(), result.text(), as_json)
 
 

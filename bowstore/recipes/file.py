@@ -37,12 +37,14 @@ class Recipe:
         path: its file.
         file: what stands there.
         stages: by name, each behind its inputs.
+        overrides: those over what stands in the file.
     """
 
     name: str
     path: Path
     file: RecipeFile
     stages: dict[str, Spec]
+    overrides: tuple[str, ...] = ()
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -96,7 +98,7 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
     stages = {name: _stage(name, values, f"{path}: stage {name!r}") for name, values in file.stages.items()}
     for name, spec in stages.items():
         _check_inputs(name, spec, stages, path)
-    return Recipe(path.stem, path, file, _in_order(stages, path))
+    return Recipe(path.stem, path, file, _in_order(stages, path), tuple(overrides))
 
 
 def kind_of(spec: Spec) -> str:

@@ -160,6 +160,7 @@ class _Maker:
             reads.append(f"{words.store}/{layer}")
         elif task.get("store", "") is None:
             raise UsageError(f"{file} learns words; name the stage that makes them, as in `words: STAGE`")
+        config = config.model_copy(update={"shards": config.shards or on})
         run = self.workspace.runs / config.name
         return TrainStep(
             name=name, kind="train", reads=tuple(reads), writes=(str(run),), run=run, config=config, file=file,

@@ -1,6 +1,8 @@
 """Running a recipe: stage after stage by the product's own functions, and one table at the end."""
 
 import resource
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -9,7 +11,7 @@ from bowstore.config import Workspace
 from bowstore.data.downloads import fetch
 from bowstore.data.shards import make_shards
 from bowstore.data.synthetic import write_images
-from bowstore.errors import MismatchError
+from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.results import Result, comparison_table, read_result
 from bowstore.evaluate.runner import evaluate
@@ -28,6 +30,8 @@ from bowstore.recipes.steps import (
     in_stage,
     remedy_of,
 )
+from bowstore.torchrun import ranks
+from bowstore.train.distributed import beside_others
 from bowstore.train.loop import train
 from bowstore.words.encode import encode
 from bowstore.workspace import resolve_train
@@ -74,26 +78,32 @@ class RecipeResult:
         )
 
 
-def run_recipe(plan: Plan) -> RecipeResult:
+def run_recipe(plan: Plan, *, processes: int = 1) -> RecipeResult:
     """Run the stages that are not done, one after the other; what is done is skipped.
 
     Killed at any moment, the same call goes on: each stage does so by itself.
 
+    Args:
+        plan: the recipe.
+        processes: torchrun starts so many on this machine for each stage that trains or encodes.
+
     Raises:
+        UsageError: torchrun started this process itself.
         MismatchError: the results of a stage lie there, of other settings or inputs.
         BowstoreError: as the stage's own command; the message says which stage.
     """
+    if (size := ranks().size) > 1:
+        raise UsageError(
+            f"`bowstore run` is for one process, and torchrun started {size}; give it --processes {ranks().local_size} "
+            f"without torchrun, or run one stage: torchrun ... -m bowstore run {plan.recipe.path} --stage NAME"
+        )
     seconds: dict[str, float] = {}
-    for name, planned in plan.steps.items():
-        with in_stage(name, plan.recipe), timed(seconds, name):
-            step = again(plan).steps[name] if isinstance(planned, EvalStep) else planned
-            state = state_of(step)
-            if state.problem:
-                raise MismatchError(f"{state.problem}; {remedy_of(step)}")
-            if state == DONE and step.known_whole:
-                say(f"{name}: done already")
-            elif is_wanted(step, plan):
-                run_step(step, plan.workspace)
+    for name, step in plan.steps.items():
+        with timed(seconds, name):
+            if processes > 1 and isinstance(step, TrainStep | EncodeStep):
+                _start(step, plan, processes)
+            else:
+                run_stage(plan, name)
     rows: dict[str, list[Result]] = {}
     for step in again(plan).steps.values():
         for cell in step.cells if isinstance(step, EvalStep) else ():
@@ -103,6 +113,54 @@ def run_recipe(plan: Plan) -> RecipeResult:
     make_folder(plan.result.parent)
     write_json(plan.result, result.as_dict())
     return result
+
+
+def run_stage(plan: Plan, name: str) -> None:
+    """Run one stage, or go on with it, or skip what is done; under torchrun, by all its processes.
+
+    Raises:
+        UsageError: no such stage, or one for a single process.
+        MismatchError: its results lie there, of other settings or inputs.
+        BowstoreError: as the stage's own command; the message says which stage.
+    """
+    if name not in plan.steps:
+        raise UsageError(f"{plan.recipe.path} has no stage {name!r}; its stages are {', '.join(plan.steps)}")
+    with in_stage(name, plan.recipe):
+        step = again(plan).steps[name]
+        if ranks().size > 1 and not isinstance(step, TrainStep | EncodeStep):
+            raise UsageError(f"it is of kind {step.kind}, for one process; start it without torchrun")
+        state = state_of(step)
+        if state.problem:
+            raise MismatchError(f"{state.problem}; {remedy_of(step)}")
+        if state == DONE and step.known_whole:
+            _tell(f"{name}: done already")
+        elif is_wanted(step, plan):
+            run_step(step, plan.workspace)
+
+
+def _start(step: Step, plan: Plan, processes: int) -> None:
+    """Run a stage by torchrun, unless it is done."""
+    if state_of(step) == DONE:
+        run_stage(plan, step.name)
+        return
+    arguments = ["run", str(plan.recipe.path), "--stage", step.name, "--out", str(plan.folder)]
+    arguments += [] if plan.seed is None else ["--seed", str(plan.seed)]
+    arguments += [part for override in plan.recipe.overrides for part in ("--set", override)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with subprocess.Popen([*torchrun, "-m", "bowstore", *arguments]) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # or SIGTERM, of which torchrun knows nothing
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        raise BowstoreError(f"stage {step.name!r} ended with exit code {code}; its own lines above say why")
+
+
+def _tell(line: str) -> None:
+    if ranks().first:
+        say(line)
 
 
 @singledispatch
@@ -131,12 +189,15 @@ def _(step: ShardsStep, workspace: Workspace) -> None:
 @run_step.register
 def _(step: TrainStep, workspace: Workspace) -> None:
     config = resolve_train(workspace, step.file, flags=step.flags)
-    say(train(config, workspace.runs).text())
+    report = train(config, workspace.runs)
+    _tell(report.text())
 
 
 @run_step.register
 def _(step: EncodeStep, workspace: Workspace) -> None:
-    say(encode(step.config, shards=step.on, store=step.store, storage=workspace.storage).text())
+    with beside_others():
+        report = encode(step.config, shards=step.on, store=step.store, storage=workspace.storage)
+    _tell(report.text())
 
 
 @run_step.register

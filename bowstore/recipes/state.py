@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import singledispatch
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -88,25 +89,51 @@ def _(step: TrainStep) -> State:
 
 
 def run_state(run: Path, config: TrainConfig) -> State:
-    """How far a run is."""
+    """How far a run is, and whether it is the one of a configuration and what it names."""
+    if not (runs.is_finished(run) or runs.checkpoints(run)):
+        return BEGUN if (run / runs.CONFIG_FILE).exists() else TO_DO
+    state = DONE if runs.is_finished(run) else BEGUN
     if not (run / runs.CONFIG_FILE).exists():
-        return TO_DO
-    so_far: Literal["done", "begun"] = "done" if runs.is_finished(run) else "begun"
+        return state  # lost: `train` compares what checkpoints and export say
     there = validate(TrainConfig, runs.read_config(run), str(run / runs.CONFIG_FILE))
-    if found := differences(there, config):
-        return State(so_far, f"run directory {run} holds another configuration ({found[0]})")
-    made_of = read_json(run / runs.ENVIRONMENT_FILE).get("inputs", {}) if so_far == "done" else {}
+    if found := differences(there, _with_layer_of(there, config)):
+        return state._replace(problem=f"run directory {run} holds another configuration ({found[0]})")
+    lineage = runs.read_lineage(run)
+    made_of = lineage["inputs"] if lineage else _recorded_inputs(run)
     here = fingerprint(config.shards) if config.shards else None
     if here and made_of.get("shards") not in (None, here):
-        return State(so_far, f"{run} was trained on other images than {config.shards} holds")
-    return State(so_far)
+        return state._replace(problem=f"{run} was trained on other images than {config.shards} holds")
+    vocabulary = lineage["targets"].get("vocabulary_digest") if lineage else None
+    store, layer = getattr(there.task, "store", None), getattr(there.task, "layer", None)
+    if (
+        vocabulary
+        and store
+        and layer_of(store, layer)
+        and vocabulary != _layers(store)[layer].made_with()["vocabulary"]
+    ):
+        return state._replace(problem=f"{run} was trained on other words of {layer} than word store {store} holds")
+    return state
+
+
+def _with_layer_of(there: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """The configuration, with the layer that the run found to be the store's only one."""
+    if getattr(config.task, "layer", "") is None and getattr(there.task, "layer", None):
+        return config.model_copy(update={"task": config.task.model_copy(update={"layer": there.task.layer})})  # type: ignore[attr-defined]
+    return config
+
+
+def _recorded_inputs(run: Path) -> dict[str, str]:
+    try:
+        return dict(read_json(run / runs.ENVIRONMENT_FILE)["inputs"])
+    except (MissingError, KeyError, TypeError):
+        return {}
 
 
 @state_of.register
 def _(step: EncodeStep) -> State:
     if is_remote(step.store) or not step.store.exists():
         return TO_DO
-    layers = {layer.name: layer for layer in Store(step.store).every_layer()}
+    layers = _layers(step.store)
     there = [layers[name] for name in step.config.layers if name in layers]
     done = len(there) == len(step.config.layers) and all(layer.complete for layer in there)
     for problem in _store_problems(step, layers):
@@ -114,30 +141,19 @@ def _(step: EncodeStep) -> State:
     return DONE if done else BEGUN if there else TO_DO
 
 
-def _store_problems(step: EncodeStep, layers: dict[str, Layer]) -> Iterator[str]:
+def _store_problems(step: EncodeStep, layers: dict[str | None, Layer]) -> Iterator[str]:
     here, there = fingerprint(step.on), Store(step.store).fingerprint
     if here and here != there:
         yield f"word store {step.store} was made of data set {there}, but {step.on} is {here}"
-    weights = run_weights(Path(step.config.teacher))
-    config = step.config
-    for place, name in enumerate(config.layers):
-        if name not in layers:
-            continue
-        made = layers[name].made_with()
-        asked = {
-            "K": config.num_words[0]
-            if len(config.num_words) == 1
-            else config.num_words[place]
-            if config.num_words
-            else made["K"]
-        }
-        asked |= {"precision": config.precision, "border": config.border}
-        if config.vocabulary is None:
-            asked |= {key: getattr(config, key) for key in VOCABULARY_SETTINGS}
-        if weights:
-            asked["teacher weights"] = weights
-        for key, value in asked.items():
-            if made[key] != value:
+    config, weights = step.config, run_weights(Path(step.config.teacher))
+    numbers = config.num_words * len(config.layers) if len(config.num_words) == 1 else config.num_words
+    asked: dict[str, Any] = {"precision": config.precision, "border": config.border}
+    asked |= {} if config.vocabulary else {key: getattr(config, key) for key in VOCABULARY_SETTINGS}
+    asked |= {"teacher weights": weights} if weights else {}
+    for name, number in zip_longest(config.layers, numbers):
+        made = layers[name].made_with() if name in layers else {}
+        for key, value in (asked | ({"K": number} if number else {})).items():
+            if made and made[key] != value:
                 yield f"layer {name!r} of word store {step.store} was made with {key} {made[key]}, not {value}"
 
 
@@ -192,7 +208,11 @@ def run_weights(run: Path) -> str | None:
 
 def layer_of(store: Path, name: str | None) -> bool:
     """Whether a complete layer of that name is there."""
-    return store.exists() and name in Store(store).layers
+    return not is_remote(store) and store.exists() and name in Store(store).layers
+
+
+def _layers(store: Path) -> dict[str | None, Layer]:
+    return {layer.name: layer for layer in Store(store).every_layer()}
 
 
 def fingerprint(shards: Path) -> str | None:

@@ -136,6 +136,87 @@ def test_fewshot_and_knn_as_typed(workspace: Path) -> None:
     assert 0 < result["metrics"]["top1"] <= result["metrics"]["top5"] <= 1
 
 
+RECIPE = """
+title: as typed
+stages:
+  data:   {{shards: {{src: {images}}}}}
+  rotnet: {{train: cifar10_rotnet.yaml, on: data, set: {{{short}}}}}
+  words:
+    encode: {{layers: [block3], num_words: [16], sample_per_word: 64, iterations: 5}}
+    teacher: rotnet
+    on: data
+  bownet: {{train: cifar10_bownet.yaml, words: words, on: data, set: {{{short}}}}}
+  linear: {{eval: linear, of: [rotnet, bownet], random: bownet, train: data, test: data}}
+"""
+
+
+@pytest.fixture
+def recipe(workspace: Path, images: Path) -> Path:
+    """The stages of `prepared` and what follows, as a recipe of the workspace."""
+    path = workspace / "configs/recipes/typed.yaml"
+    short = ", ".join(value.replace("=", ": ", 1) for value in SHORT[1::2])
+    path.write_text(RECIPE.format(images=images, short=short))
+    return path
+
+
+def states(*arguments: object) -> list[str]:
+    return [stage["state"] for stage in json.loads(call("run", "typed", "--dry-run", "--json", *arguments))]
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_recipe_goes_on_from_what_was_typed_and_never_mixes_settings(workspace: Path, recipe: Path) -> None:
+    before = times(workspace)
+    assert states() == ["done", "done", "done", "to do", "to do"]
+    assert times(workspace) == before, "a dry run changes nothing"
+    result = json.loads(call("run", "typed", "--json"))
+    assert list(result["results"]) == ["random network", "rotnet", "bownet"]
+    assert result == json.loads((workspace / "runs/typed.recipe.json").read_text())
+    assert states() == ["done"] * 5
+
+    before = times(workspace / "runs")
+    assert "as typed\n\nprotocol" in call("run", "typed")
+    changed = {path.name for path, time in times(workspace / "runs").items() if before.get(path) != time}
+    assert changed == {"typed.recipe.json"}, "what is done is not done again"
+
+    differs = "run directory runs/cifar10_rotnet holds another configuration (optim.lr is 0.1 there, 0.2 here)"
+    for change, words in (
+        ("stages.rotnet.set.optim.lr=0.2", differs),
+        ("stages.words.encode.num_words=[8]", "layer 'block3' of word store data/words.zarr was made with K 16, not 8"),
+        ("stages.data.shards.per_shard=7", "data/shards/train was made with per_shard 4096, not 7"),
+    ):
+        assert f"{words}; set it back, or give the stage another `" in refused("run", "typed", "--set", change)
+        assert words in call("run", "typed", "--dry-run", "--set", change), "a dry run says so, too"
+    assert states("--set", "stages.linear.eval=[{linear: {seed: 1}}]")[-1] == "to do"
+
+    shutil.rmtree(workspace / "data/words.zarr")
+    call(*ENCODE, "--seed", "1")
+    assert "was made with seed 1, not 0" in refused("run", "typed")
+    words = "runs/cifar10_bownet was trained on other words of block3 than word store data/words.zarr holds"
+    assert words in refused("run", "typed", "--set", "stages.words.encode.seed=1")
+
+
+@pytest.mark.slow
+def test_kill_9_in_a_recipe_and_again(workspace: Path, recipe: Path) -> None:
+    torch.set_num_threads(1)
+    whole = json.loads(call("run", "typed", "--json"))["results"]
+    shutil.rmtree(workspace / "runs/cifar10_bownet")
+    for result in workspace.glob("runs/*/eval/*.json"):
+        result.unlink()
+    for path, lines in (
+        ("runs/cifar10_bownet/metrics.jsonl", 6),
+        ("runs/cifar10_rotnet/eval/linear-bownet-cifar.json", 1),
+    ):
+        process = bowstore("run", "typed")
+        wait_for_lines(workspace / path, lines)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert states()[:4] == ["done"] * 4
+    assert json.loads(call("run", "typed", "--json"))["results"] == whole
+
+
 def test_bench_train(workspace: Path) -> None:
     arguments = ["--config", "cifar10_rotnet.yaml", *SHORT[:6], "--steps", 5, "--rounds", 2]
     result = json.loads(call("bench", "train", *arguments, "--json"))
