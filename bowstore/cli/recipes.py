@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from bowstore.cli.common import COUNT, PATH, SEED, TEXT, emit, interrupt_on_sigterm
+from bowstore.cli.common import PATH, SEED, TEXT, THREADS, emit, interrupt_on_sigterm
 
 
 @click.command()
@@ -19,7 +19,7 @@ from bowstore.cli.common import COUNT, PATH, SEED, TEXT, emit, interrupt_on_sigt
 )
 @click.option("--stage", type=TEXT, help="Run this stage alone; under torchrun, by all its processes.")
 @click.option(
-    "--processes", type=COUNT, default=1, show_default=True, help="GPUs of this machine that train and encode."
+    "--processes", type=THREADS, default=1, show_default=True, help="GPUs of this machine that train and encode."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON alone.")
 def run(
