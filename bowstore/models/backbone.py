@@ -19,7 +19,7 @@ _SHOWN_LAYERS = 8
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer whose map can be had.
+    """A layer that gives a map.
 
     Attributes:
         name: what `--layer` takes and a word store records.
@@ -27,8 +27,8 @@ class LayerInfo:
         channels: c.
         grid: (h, w) at the size that was asked for.
         note: what the name stands for, where it is not the module's own.
-        passes_on: the module gives on what it got (identity, dropout).
-        is_output: it is what the trunk itself gives.
+        passes_on: the module returns its input (identity, dropout).
+        is_output: its output is the trunk's.
     """
 
     name: str
@@ -41,14 +41,14 @@ class LayerInfo:
 
 
 class Backbone(nn.Module, ABC):
-    """A network without its classifier, whose maps can be had without running what follows them.
+    """A network without its classifier; it is run no further than the deepest map that is asked for.
 
     Attributes:
         arch: its name.
         layers: names of its stages, in order of depth; other modules are layers too (`layer_table`).
         channels: width of each stage's map.
         features: width of the pooled feature, the mean of the last stage's map.
-        image_size: side of the images that `resolve` looks at layers with, pixels.
+        image_size: side of the square images for which layers are listed, pixels.
         layout: how its modules lay out maps.
     """
 
@@ -69,10 +69,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def trunk(self, images_BCHW: Tensor) -> Tensor:
-        """Run the whole network; its own output."""
+        """The output of the whole network."""
 
     def aliases(self, probed: Sequence[Probed], size: int) -> dict[str, tuple[str, str]]:
-        """Names of its own for modules: (path, note) by name."""
+        """Its own names for modules: (path, note) by name."""
         return {}
 
     def synonym(self, layer: str) -> str:
@@ -91,7 +91,7 @@ class Backbone(nn.Module, ABC):
         """Maps (B, c, h, w) of the named layers; nothing deeper than the deepest of them is run.
 
         Raises:
-            UsageError: a name that is no layer, or a module that gives no map.
+            UsageError: a name of no layer, or of a module that gives no map.
         """
         table, _ = self._table(self.image_size)
         wanted = {layer: table[self.resolve(layer)].module for layer in layers}
@@ -106,12 +106,12 @@ class Backbone(nn.Module, ABC):
         return maps
 
     def freeze_unused(self) -> tuple[str, ...]:
-        """Take out of training what no gradient reaches: heads that lie behind the last stage's map.
+        """Freeze what no gradient reaches, heads behind the last stage's map: DDP would wait for their gradients.
 
-        They stay among the weights, so that files keep their names. DDP would wait for their gradients.
+        They stay in the state dict, so that files keep their names.
 
         Returns:
-            Names of the parameters that are frozen.
+            Names of the frozen parameters.
         """
         ghost, last = without_data(self).train(), self.layers[-1]
         images = torch.zeros(2, 3, self.image_size, self.image_size, device="meta")
@@ -158,7 +158,7 @@ class Backbone(nn.Module, ABC):
         )
 
     def _table(self, size: int) -> tuple[dict[str, LayerInfo], dict[str, str]]:
-        """Usable layers by name, and why the other modules are none."""
+        """Usable layers by name, and why each other module is not one."""
         if size not in self._tables:
             ghost = without_data(self)
             try:
@@ -195,6 +195,6 @@ class Backbone(nn.Module, ABC):
 
 
 def mean_pool(map_BChw: Tensor) -> Tensor:
-    """Mean over a map's cells, (B, C): of maps in half precision in float32, which they are summed in anyway."""
+    """Mean over a map's cells, (B, C); float32 for maps in half precision, which are summed in float32 anyway."""
     half = map_BChw.dtype in (torch.float16, torch.bfloat16)
     return map_BChw.mean((2, 3), dtype=torch.float32 if half else None)

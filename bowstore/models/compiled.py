@@ -1,9 +1,9 @@
 """Frozen networks compiled ahead by torch's inductor: weights become constants, batch norm goes into convolutions.
 
-What a network does with images of one size is traced once, as it is run (hooks and early ends are only Python and
-leave no trace), and compiled once, on the thread that asks. What comes out is a plain function of a batch: no guards,
-nothing that compiles anew, no state, so that any number of threads call it at a time and share its weights. On a CPU
-it is one C++ function that leaves Python to the other threads.
+A network is traced once as it runs on images of one size (hooks and early ends are plain Python and leave no trace),
+and compiled once, on the calling thread. The result is a plain function of a batch: no guards, no recompilation, no
+state, so that any number of threads can call it at once and share its weights. On a CPU it is one C++ function, which
+releases Python's lock.
 
 Legend: B batch, C channels, H W pixels.
 """
@@ -29,8 +29,8 @@ from bowstore.torchrun import ranks
 EAGER, FROZEN = "eager", "inductor freezing"
 Use = Callable[[Backbone, Tensor], dict[str, Tensor]]
 
-# What decides for `auto` is the work alone, never the machine or what is left of it: every process of a job, and every
-# one that goes on with it, has to take the same way. A core does 50 to 100 GFLOP/s; compiling takes 10 to 50 s.
+# `auto` decides by the work alone, never by the machine or by how much is left to do: all processes of a job, and those
+# that resume it, must decide alike. A core does 50 to 100 GFLOP/s; compiling takes 10 to 50 s.
 _CORE_FLOPS = 60e9
 _WORTH_SECONDS = 1000.0
 _TOLERANCE = 1e-4  # of the largest value; through 50 layers float32 rounds 3e-6 of it away
@@ -96,7 +96,7 @@ def way_of(setting: Compile, backbone: Backbone, use: Use, *, images: int, size:
 
 
 def tell_fallback(problem: str) -> None:
-    """Say once a job that the network runs without being compiled."""
+    """Say, once per job, that the network runs without being compiled."""
     if ranks().first:
         say(f"the network is run as it is, not compiled: {problem}")
 
@@ -143,7 +143,7 @@ def compile_frozen(
     """Compile what is done with batches of images; takes 10 to 50 s. For the main thread.
 
     Args:
-        backbone: the network, frozen, in eval mode, where it runs; may be dropped afterwards.
+        backbone: the network, frozen, in eval mode, on its device; may be dropped afterwards.
         use: what is done with images; results are tensors (B, ...).
         batch: images of a batch.
         size: side of the square input, pixels.
@@ -166,7 +166,7 @@ def compile_frozen(
             compiled = Compiled(batch, tuple(expected), graph)
             found = compiled(images_BCHW)
         except Exception as error:  # of the tracer, the compiler, the loader of what it made
-            raise CannotCompileError(f"inductor cannot compile {backbone.arch}: {_told(error)}") from error
+            raise CannotCompileError(f"inductor cannot compile {backbone.arch}: {_one_line(error)}") from error
     for name, map_B in expected.items():
         _check_equal(f"{name!r} of {backbone.arch}", map_B, found[name], tolerance)
     return compiled
@@ -184,8 +184,8 @@ def _graph(
     return graph
 
 
-def _told(error: Exception) -> str:
-    """An error in a line: its first, and of what a compiler put out the first that is an error."""
+def _one_line(error: Exception) -> str:
+    """An error in one line: its own first line, and the first error in the compiler's output."""
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     output = others[others.index("Output:") + 1 :] if "Output:" in others else []
     reason = next((line for line in output if "error" in line), "".join(output[-1:]))
@@ -202,7 +202,7 @@ def _check_equal(what: str, expected_B: Tensor, found_B: Tensor, tolerance: floa
 
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
-    """So many threads an operation: weights are packed for them."""
+    """Use that many threads an operation; weights are packed for them."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -213,7 +213,7 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warning that a machine that has CUDA's compiler has no GPU: on a CPU none is wanted."""
+    """Silence torch's warning that a machine with CUDA's compiler has no GPU: on a CPU none is wanted."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)

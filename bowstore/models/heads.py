@@ -74,11 +74,11 @@ class RotationHead(nn.Module):
     def __init__(self, backbone: Backbone, blocks: int | None = None) -> None:
         super().__init__()
         self.stage = extra_residual_group(backbone, blocks)
-        self.linear = nn.Linear(backbone.features, 4)
+        self.linear = LinearHead(backbone.features, 4)
 
     def forward(self, map_BChw: Tensor) -> Tensor:
         """Logits (B, 4) of 0, 90, 180, 270 degrees."""
-        return exact_linear(mean_pool(self.stage(map_BChw)), self.linear.weight, self.linear.bias)
+        return self.linear(mean_pool(self.stage(map_BChw)))  # type: ignore[no-any-return]
 
 
 def group_depth(backbone: Backbone) -> int:

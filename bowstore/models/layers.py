@@ -1,4 +1,4 @@
-"""What `bowstore layers` tells: the layers of an architecture, their maps and words."""
+"""What `bowstore layers` prints: the layers of an architecture, their maps and words."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,8 @@
 """Weights files of other codebases: which tensors of a file belong to a backbone, by rules, not by names of methods.
 
-Every tensor of a file has a dotted path (`state_dict.module.encoder_q.conv1.weight`). A backbone's own names are
-looked for behind every prefix there is, in every spelling that the backbone has, and what matches most is taken:
-so the layouts of torchvision, timm, MoCo, SwAV, DINO, DINOv2, VISSL, lightly and bowstore are all found alike.
+Every tensor of a file has a dotted path (`state_dict.module.encoder_q.conv1.weight`). A backbone's names, in each of
+their spellings, are searched for behind every prefix, and the prefix and spelling that cover most of them are taken.
+This finds the layouts of torchvision, timm, MoCo, SwAV, DINO, DINOv2, VISSL, lightly and bowstore alike.
 Heads are dropped by name; every other tensor must have its place, and every tensor of the backbone must be there.
 """
 

@@ -18,7 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Layout:
-    """How a network lays out what its modules give.
+    """How a network lays out the outputs of its modules.
 
     Attributes:
         prefix_tokens: class and register tokens before the patch tokens.
@@ -31,14 +31,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Probed:
-    """What one module gave in one pass over black images.
+    """The output of one module in one pass over black images.
 
     Attributes:
         name: its path.
         calls: how often it was run.
-        shape: of its output; None where that is not one tensor.
-        channels: c of its map; 0 where it gives none.
-        grid: (h, w) of its map; (0, 0) where it gives none.
+        shape: of its output; None if that is not one tensor.
+        channels: c of its map; 0 if its output is no map.
+        grid: (h, w) of its map; (0, 0) if its output is no map.
         passes_on: its output is its input (identity, dropout).
         is_output: its output is the trunk's.
     """
@@ -82,7 +82,7 @@ def outputs_of(trunk: Callable[[Tensor], Any], modules: Mapping[str, nn.Module],
 
 
 def as_map(output: Any, layout: Layout) -> Tensor | None:
-    """A module's output as a map (B, c, h, w) with h = w, or None where it is none.
+    """A module's output as a map (B, c, h, w) with h = w, or None if it is not one.
 
     Tokens (B, T, c) lose those that belong to no patch and are laid out row by row.
     """
@@ -119,10 +119,10 @@ class _Seen:
 
 @torch.no_grad()
 def probe(network: nn.Module, run: Callable[[Tensor], Any], size: int, layout: Layout) -> list[Probed]:
-    """What every module of `network` gives for images of `size` x `size` pixels, in the order they finish.
+    """The output of every module of `network` for images of `size` x `size` pixels, in the order they finish.
 
     Args:
-        network: whose modules are looked at; a copy `without_data`.
+        network: a copy `without_data`.
         run: runs it on images.
         size: side of the square input, pixels.
         layout: how the network lays out its maps.
@@ -168,7 +168,7 @@ def _described(last: Mapping[str, _Seen], calls: Mapping[str, int], output: Any,
                 channels=0 if map_Bchw is None else map_Bchw.shape[1],
                 grid=(0, 0) if map_Bchw is None else (map_Bchw.shape[2], map_Bchw.shape[3]),
                 passes_on=seen.passes_on,
-                # A tensor that was written to afterwards (ReLU in place) is the output no more.
+                # A tensor that was written to afterwards (ReLU in place) is no longer the module's output.
                 is_output=isinstance(value, Tensor) and value is output and value._version == seen.version,
             )
         )

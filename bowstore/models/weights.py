@@ -26,7 +26,7 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 def content_digest(value: Any) -> str:
     """xxh3-128 over tensors (dtypes, shapes, bytes) and plain values, nested at will, as 32 hex digits.
 
-    Of what is held, not of how a file spells it: equal content gives equal digests on any device, in any memory
+    Equal content gives equal digests on any device, in any memory
     layout, and in any order of a mapping's keys. Against corruption, not against an adversary.
 
     Raises:
