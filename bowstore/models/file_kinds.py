@@ -7,6 +7,7 @@ files alone. PyTorch's advice to load a file as code is never passed on.
 import codecs
 import re
 import zipfile
+from pathlib import Path
 from typing import BinaryIO
 
 from bowstore.beginnings import foreign_kind
@@ -66,6 +67,11 @@ def is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 40
 
 
+def reads_as_safetensors(path: Path, start: bytes) -> bool:
+    """Whether a file is read as safetensors: by its first bytes, and by its name where these are damaged."""
+    return is_safetensors(start) or (path.suffix == ".safetensors" and not is_torch(start))
+
+
 def is_torch(start: bytes) -> bool:
     """Whether a file begins as those of torch.save do."""
     return start.startswith(_ZIP) or _LEGACY_TORCH in start
@@ -76,19 +82,23 @@ def is_archive(start: bytes) -> bool:
     return start.startswith(_ZIP)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def why_unread(error: Exception) -> str:
     """Why torch.load refused a file, on one line."""
     if isinstance(error, zipfile.BadZipFile):
         return "its end is missing or damaged"
     if isinstance(error, EOFError):
         return "it ends too early"
-    text = (str(error) or type(error).__name__).strip()
+    text = str(error)
     if named := re.search(r"GLOBAL ([\w.]+)", text):
         return f"Python objects that could run code: {named[1]}"
     if "Unsupported operand 149" in text:  # with which every pickle of protocol 4 and above begins
         return "a pickle protocol that PyTorch reads only as code; 2 is its default"
-    first = text.splitlines()[0][:200]
-    return "nothing in it can be unpickled" if re.search("weights.only", text, re.IGNORECASE) else first
+    return "nothing in it can be unpickled" if re.search("weights.only", text, re.IGNORECASE) else first_line(error)
 
 
 def _other_archive(file: BinaryIO) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError, is_machine_error
 from bowstore.models.backbone import Backbone
-from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
+from bowstore.models.file_kinds import first_line, is_archive, other_kind, reads_as_safetensors, why_unread
 
 _MAX_DEPTH = 8
 # A tensor whose first name holds one of these words belongs to a head, a queue or a decoder.
@@ -138,7 +138,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], set[str]]:
             raise DataError(f"{path} is no weights file: it is {kind}")
         file.seek(0)
         start = file.read(64)
-    if is_safetensors(start) or (path.suffix == ".safetensors" and not is_torch(start)):
+    if reads_as_safetensors(path, start):
         return _read_safetensors(path), {""}
     tree = _read_torch(path, archive=is_archive(start))
     tensors = {_WRAPPERS.sub("", name): found for name, found in _flat(tree, "", _MAX_DEPTH)}
@@ -169,7 +169,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError) as error:
         raise CorruptError(
-            f"{path} is not a whole weights file: damaged or cut off ({_first_line(error)}); fetch it again"
+            f"{path} is not a whole weights file: damaged or cut off ({first_line(error)}); fetch it again"
         ) from error
 
 
@@ -306,7 +306,3 @@ def _misfit(backbone: Backbone, match: _Match, path: Path) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -23,7 +23,7 @@ from bowstore.config import ModelConfig, Seed, Strict, Text, ViewConfig, dump, v
 from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.models.backbone import Backbone
-from bowstore.models.file_kinds import is_archive, is_safetensors, is_torch, other_kind, why_unread
+from bowstore.models.file_kinds import first_line, is_archive, other_kind, reads_as_safetensors, why_unread
 from bowstore.models.registry import build_backbone
 from bowstore.models.weights import content_digest
 from bowstore.progress import say
@@ -223,7 +223,7 @@ def load_backbone(path: Path) -> LoadedBackbone:
     else:
         path = run / runs.BACKBONE_FILE if run else path
         data = _file_bytes(path, "file" if runs.is_export(path) else "checkpoint")
-        if is_safetensors(data[:64]) or (runs.is_export(path) and not is_torch(data[:64])):
+        if reads_as_safetensors(path, data[:64]):
             state, network = _export(data, path)
         else:
             checkpoint = _checkpoint(data, path)
@@ -300,7 +300,7 @@ def _export(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], SavedNetw
     except Exception as error:  # damaged bytes end in errors of any kind
         if is_machine_error(error):
             raise
-        raise CorruptError(f"{path} is not a whole safetensors file ({_first_line(error)}); {_REDO}") from error
+        raise CorruptError(f"{path} is not a whole safetensors file ({first_line(error)}); {_REDO}") from error
     digest = metadata.pop("digest", None)
     if values is None and digest is None:
         raise MismatchError(f"{path} was not written by bowstore (no network is recorded in it); {_foreign(path)}")
@@ -334,7 +334,3 @@ def _file_bytes(path: Path, what: str) -> bytes:
 
 def _foreign(path: Path) -> str:
     return f"weights of other codebases go with an architecture: --teacher timm:NAME --weights {path}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
