@@ -244,20 +244,22 @@ def read_lineage(run: Path) -> dict[str, Any] | None:
         return None
     value = read_json(path)
     if not isinstance(value, dict) or not isinstance(value.get("targets"), dict):
-        raise CorruptError(f"{path} does not say what the run was made of; move it away, `bowstore train` writes it")
+        raise CorruptError(f"{path} does not say what the run was made of; restore it from a copy, or move it away")
     return value
 
 
 def descent(lineage: Mapping[str, Any]) -> tuple[str, ...]:
     """How a run came about, the first thing first: `rotation`, `rotnet`, `256 words of block3`, `bownet`."""
-    targets = lineage["targets"]
-    before = descent_of_words(targets) if targets.get("teacher") else (str(lineage.get("task")),)
+    targets = lineage.get("targets") or {}
+    before = descent_of_words(targets) if "teacher" in targets else (str(lineage.get("task")),)
     return *before, str(lineage.get("name"))
 
 
 def descent_of_words(layer: Mapping[str, Any]) -> tuple[str, ...]:
     """The same of words, of what `bowstore.words.layer.Layer.lineage` says of them."""
-    teacher = layer.get("teacher") or {"name": "unknown"}
+    teacher = layer.get("teacher")
+    if not isinstance(teacher, Mapping):  # a plugin's own, or lost
+        teacher = {"name": teacher or "unknown"}
     name, origin = teacher.get("name"), teacher.get("weights_file") or teacher.get("weights_layout")
     before: tuple[str, ...] = (str(name) if origin in (None, name) else f"{name} ({origin})",)
     if teacher.get("lineage"):

@@ -86,12 +86,17 @@ def test_how_a_run_came_about(tmp_path: Path) -> None:
     words = "256 words of block3"
     assert runs.descent(x2) == ("rotation", "rotnet", words, "bownet", words, "x2")
     for teacher, told in (
-        ({"name": "rotnet", "weights_file": "rotnet", "student": None}, "rotnet"),  # as old stores have it
+        ({"name": "rotnet", "weights_file": "rotnet", "student": None}, "rotnet"),  # as old stores say
         ({"name": "timm:a", "weights_file": None, "weights_layout": "random, seed 0"}, "timm:a (random, seed 0)"),
         ({"name": "resnet50", "weights_file": "moco.pth", "lineage": None}, "resnet50 (moco.pth)"),
         ({"name": "t"}, "t"),
+        ("a plugin's", "a plugin's"),
+        (None, "unknown"),
     ):
-        assert runs.descent(lineage("run", teacher)) == (told, words, "run")
+        layer = {"layer": "block3", "num_words": 256, "teacher": teacher}
+        assert runs.descent_of_words(layer) == (told, words)
+        assert runs.descent({"name": "run", "task": "words", "targets": layer}) == (told, words, "run")
+    assert runs.descent({"name": "run", "task": "mine"}) == ("mine", "run")
 
 
 def test_lineage_that_is_not_there_or_not_readable(tmp_path: Path) -> None:
