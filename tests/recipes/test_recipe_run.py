@@ -1,0 +1,58 @@
+"""Recipes under torchrun: one process goes through the stages, and starts others for those that can use them."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bowstore.cli import main
+from bowstore.config import Workspace
+from bowstore.errors import BowstoreError
+from bowstore.recipes.file import load_recipe
+from bowstore.recipes.plan import make_plan
+from bowstore.recipes.run import run_recipe
+
+RANKS = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "x"}
+
+
+def test_run_under_torchrun_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {**RANKS, "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(main, ["run", "cifar10"])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert (
+        "for one process, and torchrun started 8; give it --processes 4 without torchrun, or run one stage: torchrun "
+        in (result.stderr)
+    )
+    result = CliRunner().invoke(main, ["run", "cifar10", "--stage", "linear"])
+    assert "stage 'linear': it is of kind eval, for one process; start it without torchrun" in result.stderr
+    result = CliRunner().invoke(main, ["run", "cifar10", "--stage", "liner"])
+    assert "has no stage 'liner'; its stages are images, data, rotnet, words, bownet, linear" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_are_started_by_torchrun_with_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    class Failing:
+        def __init__(self, command: list[str]) -> None:
+            started.append(command[1:])
+
+        def __enter__(self) -> "Failing":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def wait(self) -> int:
+            return 3
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bowstore.recipes.run.subprocess.Popen", Failing)
+    Path("r.yaml").write_text("stages: {rotnet: {train: cifar10_rotnet.yaml}}")
+    recipe = load_recipe(Path("r.yaml"), ["stages.rotnet.set.optim.epochs=2"])
+    with pytest.raises(BowstoreError, match=r"stage 'rotnet' ended with exit code 3; its own lines above say why"):
+        run_recipe(make_plan(recipe, Workspace(), seed=4, folder=Path("out")), processes=8)
+    command = "-m torch.distributed.run --standalone --nproc-per-node 8 -m bowstore run r.yaml --stage rotnet --out out"
+    assert started == [[*command.split(), "--seed", "4", "--set", "stages.rotnet.set.optim.epochs=2"]]
