@@ -22,9 +22,8 @@ from recorded_training import (
 
 from bowstore.data.index import build_index
 from bowstore.errors import BowstoreError, DataError, MismatchError
-from bowstore.models.saved import checkpoints
 from bowstore.progress import say
-from bowstore.runs import read_metrics
+from bowstore.runs import checkpoints, read_metrics
 from bowstore.train import distributed, lifeline
 from bowstore.train.config import TrainConfig
 

@@ -1,7 +1,6 @@
 """The way of computing is recorded with a layer, and an unfinished layer is gone on with by the same."""
 
 import json
-import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 from encoding import encode_in_process, run_encode
 from growing import LAYERS, interrupted_append
+from served import SERVER
 
 from bowstore.errors import MismatchError, UsageError
 from bowstore.models import compiled
@@ -211,13 +211,12 @@ def test_the_compiled_teacher_gives_the_same_words_to_any_number_of_processes(
     assert verify(alone).arithmetic["block3"]["trunk"] == "inductor freezing"
     path = tmp_path / "shared.zarr"
     values = {"teacher": teacher_file, "shards": shards, "store": path, "compile": True, **LAYERS}
-    spawn = multiprocessing.get_context("spawn")
-    dying = spawn.Process(target=encode_in_process, args=(values,), kwargs={"renames": 45})
+    dying = SERVER.Process(target=encode_in_process, args=(values,), kwargs={"renames": 45})
     dying.start()
     dying.join()
     assert dying.exitcode == -signal.SIGKILL
     assert Store(path).layers == ()
-    both = [spawn.Process(target=encode_in_process, args=(values,)) for _ in range(2)]
+    both = [SERVER.Process(target=encode_in_process, args=(values,)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
