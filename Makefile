@@ -30,8 +30,9 @@ shards: install
 	@test -n "$(SRC)" -a -n "$(OUT)" || { echo "usage: make shards SRC=folder OUT=folder" >&2; exit 2; }
 	$(BIN)/python tools/make_shards.py "$(SRC)" "$(OUT)" $(SHARDS_FLAGS)
 
+# Most tests keep one core busy, so each core gets a process of them; processes take memory, 2 GB each.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: install
 	$(BIN)/ruff check .
