@@ -56,16 +56,21 @@ def network(arch: str) -> tuple[Backbone, SavedNetwork]:
     return backbone.eval(), saved
 
 
+def finished_run(arch: str) -> Path:
+    """A run below the current directory that ended with a network."""
+    run = Path("runs/first")
+    run.mkdir(parents=True, exist_ok=True)
+    save_backbone(run / BACKBONE_FILE, *network(arch))
+    return run
+
+
 @pytest.fixture
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exported]:
     """Exports a network of runs/first to a file in the current directory."""
     monkeypatch.chdir(tmp_path)
 
     def run(arch: str, form: str, out: str = "net.pth") -> Exported:
-        run = tmp_path / "runs/first"
-        run.mkdir(parents=True, exist_ok=True)
-        save_backbone(run / BACKBONE_FILE, *network(arch))
-        return export_network(run, Path(out), ExportConfig(format=form))  # type: ignore[arg-type]
+        return export_network(finished_run(arch), Path(out), ExportConfig(format=form))  # type: ignore[arg-type]
 
     return run
 
@@ -107,9 +112,10 @@ def test_timm_loads_strictly_and_computes_the_same(exported: Callable[..., Expor
 
 
 def test_the_lines_of_help_and_guide_load_resnet50_of_the_newest_run(
-    exported: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exported("resnet50", "safetensors", "net.safetensors")
+    monkeypatch.chdir(tmp_path)
+    finished_run("resnet50")
     shown = CliRunner().invoke(main, ["export", "--help"]).output
     guide = GUIDE.read_text()
     for library in ("torchvision", "timm"):
