@@ -134,7 +134,8 @@ def _read_late(batches: Any, check: Check) -> Iterator[torch.Tensor]:
 
 def loader(check: Check) -> None:
     """`bowstore bench loader`, over shares of the GPU's decoder and, where both work, ways to decode windows."""
-    from bowstore.benchmarks.loader import LoaderSettings, bench_loader
+    from bowstore.benchmarks.config import LoaderBench
+    from bowstore.benchmarks.loader import bench_loader
     from bowstore.data.gpu_decode import gpu_decoding
 
     view = ViewConfig(**check.size({}, {}, {"size": 32, "resize": 40}), cutmix=True)
@@ -142,12 +143,11 @@ def loader(check: Check) -> None:
     if check.device.type == "cuda":
         both = gpu_decoding(check.device).way == "slice"
         loads, ways = ((0.0, 0.65, 1.0), ("slice", "image")) if both else ((0.0, 0.4, 0.65, 0.8, 1.0), ())
-    result = bench_loader(
-        photographs(check).root,
-        LoaderSettings(
-            view, check.size(256, 256, 8), cores(), check.device, check.size(12, 6, 2), check.size(3, 2, 1), loads, ways
-        ),
-    )
+    config = LoaderBench(
+        batch=check.size(256, 256, 8), threads=cores(), device=check.device.type, batches=check.size(12, 6, 2),
+        rounds=check.size(3, 2, 1), hw_loads=loads, ways=ways,
+    )  # fmt: skip
+    result = bench_loader(photographs(check).root, config, view)
     check.bench(result)
     whole = [timing for timing in result.timings if timing.name.startswith("loader")]
     best = max(whole, key=lambda timing: timing.median)

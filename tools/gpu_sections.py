@@ -196,16 +196,13 @@ def assign(check: Check) -> None:
 
 def kmeans(check: Check) -> None:
     """`bowstore bench kmeans` at the paper's size; in small the same bytes twice, and FAISS's inertia."""
+    from bowstore.benchmarks.config import KmeansBench
     from bowstore.benchmarks.kmeans import bench_kmeans
 
     vectors, dimensions, k = check.size((5_120_000, 1024, 20_000), (5_120_000, 1024, 20_000), (600, 8, 20))
+    rounds, device = check.size(3, 1, 2), check.device.type
     result = bench_kmeans(
-        vectors=vectors,
-        dimensions=dimensions,
-        num_words=k,
-        iterations=25,
-        rounds=check.size(3, 1, 2),
-        device=check.device,
+        KmeansBench(vectors=vectors, dimensions=dimensions, num_words=k, rounds=rounds, device=device)
     )
     check.bench(result)
     for timing in result.timings:
@@ -316,6 +313,7 @@ def trunk(check: Check) -> None:
 
 def targets(check: Check) -> None:
     """`bowstore bench targets` on made-up words of 14 x 14."""
+    from bowstore.benchmarks.config import TargetsBench
     from bowstore.benchmarks.made_up import made_up_index, made_up_store
     from bowstore.benchmarks.targets import bench_targets
     from bowstore.config import StorageConfig
@@ -324,10 +322,11 @@ def targets(check: Check) -> None:
         folder = Path(name)
         index = made_up_index(folder / "shards", check.size(20_000, 10_000, 40))
         store = made_up_store(folder / "words.zarr", index, num_words=check.size(20_000, 20_000, 30), grid=14)
-        result = bench_targets(
-            store, index.root, layer=None, batch=check.size(256, 256, 8), batches=check.size(200, 100, 3),
-            rounds=check.size(5, 3, 2), device=check.device, storage=StorageConfig(cache=folder / "cache"),
+        config = TargetsBench(
+            batch=check.size(256, 256, 8), batches=check.size(200, 100, 3), rounds=check.size(5, 3, 2),
+            device=check.device.type,
         )  # fmt: skip
+        result = bench_targets(store, index.root, None, config, StorageConfig(cache=folder / "cache"))
     check.bench(result)
     for name, value in result.figures.items():
         check.figure(name.replace("_", " "), value)

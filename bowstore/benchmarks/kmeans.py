@@ -2,15 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import cycle
 
 import torch
 from torch import Tensor
 
+from bowstore.benchmarks.config import KmeansBench
 from bowstore.benchmarks.result import BenchResult, Timing
-from bowstore.environment import cores, device_name
+from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
 from bowstore.progress import Progress
 from bowstore.words.kmeans import Backend, default_backend, make_lloyd
@@ -21,30 +21,14 @@ _FACTORS = 16  # of which vectors are made: real ones, too, lie near surfaces of
 _BLOCK = 1 << 18  # vectors that are made at a time
 
 
-def bench_kmeans(
-    *,
-    vectors: int,
-    dimensions: int,
-    num_words: int,
-    iterations: int,
-    rounds: int,
-    device: torch.device,
-    backends: Sequence[Backend] = (),
-) -> BenchResult:
-    """Iterations/s of the backends, interleaved; a vocabulary's time is `iterations` of them.
-
-    Args:
-        vectors: of the sample.
-        dimensions: of a vector.
-        num_words: K.
-        iterations: of a vocabulary, for the table's remark.
-        rounds: timed interleaved iterations, after two to warm up: the first is exact in every backend.
-        device: where k-means runs.
-        backends: what is timed; empty for all that there are on a CPU, and for what `encode` uses on a GPU.
+def bench_kmeans(config: KmeansBench) -> BenchResult:
+    """Iterations/s of the backends, interleaved, after two to warm up: the first is exact in every backend.
 
     Raises:
         UsageError: fewer vectors than words, or a backend that does not run here.
     """
+    vectors, dimensions, num_words, iterations = config.vectors, config.dimensions, config.num_words, config.iterations
+    device, rounds, backends = choose_device(config.device), config.rounds, config.backends
     if num_words > vectors:
         raise UsageError(f"--K {num_words} words need as many vectors, --vectors {vectors} are fewer; raise it")
     there = _there(num_words, dimensions, device)

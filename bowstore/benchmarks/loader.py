@@ -7,8 +7,7 @@ resize is one pass: its stage is `normalise`, and flip, jitter and CutMix are wh
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
@@ -16,136 +15,87 @@ from typing import Any
 import numpy as np
 import torch
 
+from bowstore.benchmarks.config import LoaderBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import StorageConfig, ViewConfig
 from bowstore.data.config import HW_LOAD
 from bowstore.data.feed import PREFETCH
 from bowstore.data.finish import AHEAD
-from bowstore.data.gpu_decode import Way, gpu_decoding
+from bowstore.data.gpu_decode import gpu_decoding
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import train_batches
-from bowstore.data.plan import Plan, Schedule, plans
+from bowstore.data.plan import Schedule, plans
 from bowstore.data.reader import ShardReader
 from bowstore.data.views import Stage, stages
-from bowstore.environment import cores, device_name
+from bowstore.environment import choose_device, cores, cores_per_rank, device_name
 from bowstore.errors import UsageError
 from bowstore.progress import Progress
 
 _LOADER = "loader"  # the whole thing, as training calls it
 
 
-@dataclass(frozen=True)
-class LoaderSettings:
-    """What is timed.
-
-    Attributes:
-        view: the train view.
-        batch: images a batch.
-        threads: decoding threads.
-        device: where the graph runs.
-        batches: timed batches of each stage a round.
-        rounds: interleaved rounds.
-        hw_loads: shares of the GPU's hardware decoder to try, on a GPU.
-        ways: of decoding windows to try; without any, that which training takes.
-    """
-
-    view: ViewConfig
-    batch: int
-    threads: int
-    device: torch.device
-    batches: int
-    rounds: int
-    hw_loads: tuple[float, ...] = ()
-    ways: tuple[Way, ...] = ()
-
-
-def bench_loader(shards: Path, settings: LoaderSettings, storage: StorageConfig | None = None) -> BenchResult:
+def bench_loader(
+    shards: Path, config: LoaderBench, view: ViewConfig, storage: StorageConfig | None = None
+) -> BenchResult:
     """Rates of planning, reading, each prefix of the graph, and the loader as training calls it.
 
     Raises:
         UsageError: fewer images than one batch; a sweep of the hardware decoder without a GPU.
     """
-    if settings.hw_loads and settings.device.type != "cuda":
+    device, threads = choose_device(config.device), config.threads or cores_per_rank()
+    if config.hw_loads and device.type != "cuda":
         raise UsageError("--hw-load sweeps the hardware decoder of a GPU, and there is none; leave it out")
     index = open_index(shards, storage)
-    schedule = Schedule(len(index), settings.batch // 4 * 4, seed=0)
-    steps = _steps(index, schedule, settings)
-    rates: dict[str, list[float]] = {name: [] for name in steps}
-    with Progress("bench loader", (settings.rounds + 1) * len(steps), "timings") as progress:
-        for number in range(settings.rounds + 1):
-            for name, step in steps.items():
-                rate = _rate(step, settings, schedule.batch)
-                if number:  # the first round warms the page cache, the allocators and the decoders
-                    rates[name].append(rate)
-                progress.advance(note=f"{name} {rate:.0f} images/s")
-    return _result(rates, index, settings, schedule.batch)
+    schedule = Schedule(len(index), config.batch // 4 * 4, seed=0)
 
+    def batches(**how: Any) -> Callable[[], Any]:
+        drawn = plans(schedule, index, view, start=0, stop=sys.maxsize)
+        batch = schedule.batch
+        made = train_batches(ShardReader(index), view, drawn, batch=batch, device=device, threads=threads, **how)
+        return made.__next__
 
-def _steps(index: Index, schedule: Schedule, settings: LoaderSettings) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name: each call makes one batch."""
-
-    def planned() -> Iterator[Plan]:
-        return plans(schedule, index, settings.view, start=0, stop=sys.maxsize)
-
+    to_plan, to_read = (plans(schedule, index, view, start=0, stop=sys.maxsize) for _ in range(2))
     reader = ShardReader(index)
-    to_plan, to_read = planned(), planned()
     steps: dict[str, Callable[[], Any]] = {
         "plan": lambda: next(to_plan),
         "read": lambda: reader.read(next(to_read).rows),
+        **{stage: batches(until=stage) for stage in stages(device)},
     }
-    for stage in stages(settings.device):
-        steps[stage] = _ended(index, settings, schedule.batch, stage, planned())
-    for load, way in product(settings.hw_loads or (HW_LOAD,), settings.ways or (None,)):
-        parts = [_LOADER, *([f"hw load {load:g}"] if settings.hw_loads else []), *([f"decode {way}"] if way else [])]
-        made = train_batches(
-            ShardReader(index),
-            settings.view,
-            planned(),
-            batch=schedule.batch,
-            device=settings.device,
-            threads=settings.threads,
-            hw_load=load,
-            way=way,
-        )
-        steps[", ".join(parts)] = made.__next__
-    return steps
+    for load, way in product(config.hw_loads or (HW_LOAD,), config.ways or (None,)):
+        parts = [_LOADER, *([f"hw load {load:g}"] if config.hw_loads else []), *([f"decode {way}"] if way else [])]
+        steps[", ".join(parts)] = batches(hw_load=load, way=way)
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    with Progress("bench loader", (config.rounds + 1) * len(steps), "timings") as progress:
+        for number in range(config.rounds + 1):
+            for name, step in steps.items():
+                rate = _rate(step, config.batches, schedule.batch, device)
+                if number:  # the first round warms the page cache, the allocators and the decoders
+                    rates[name].append(rate)
+                progress.advance(note=f"{name} {rate:.0f} images/s")
+    return _result(rates, index, {"batch": schedule.batch, "threads": threads}, view, device)
 
 
-def _ended(
-    index: Index, settings: LoaderSettings, batch: int, stage: Stage, steps: Iterator[Plan]
-) -> Callable[[], Any]:
-    """The view with its end after `stage`."""
-    made = train_batches(
-        ShardReader(index),
-        settings.view,
-        steps,
-        batch=batch,
-        device=settings.device,
-        threads=settings.threads,
-        until=stage,
-    )
-    return made.__next__
-
-
-def _rate(step: Callable[[], Any], settings: LoaderSettings, batch: int) -> float:
+def _rate(step: Callable[[], Any], batches: int, batch: int, device: torch.device) -> float:
     """Images/s of one stage; batches made ahead are drained first, and made again before the next one's turn."""
     drain = PREFETCH + AHEAD + 2
     for _ in range(drain):
         step()
     begun = time.perf_counter()
-    for _ in range(settings.batches):
+    for _ in range(batches):
         step()
-    if settings.device.type == "cuda":
-        torch.cuda.synchronize(settings.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begun
-    time.sleep(1.25 * seconds * drain / settings.batches)
-    return settings.batches * batch / seconds
+    time.sleep(1.25 * seconds * drain / batches)
+    return batches * batch / seconds
 
 
-def _result(rates: dict[str, list[float]], index: Index, settings: LoaderSettings, batch: int) -> BenchResult:
+def _result(
+    rates: dict[str, list[float]], index: Index, settings: dict[str, Any], view: ViewConfig, device: torch.device
+) -> BenchResult:
     median = {name: float(np.median(values)) for name, values in rates.items()}
     whole = max((name for name in median if name.startswith(_LOADER)), key=lambda name: median[name])
-    order = stages(settings.device)
+    order = stages(device)
     costs = _costs(median, order)
     details = {name: f"{1e6 * seconds:.0f} us an image" for name, seconds in costs.items()}
     details["read"] = f"{median['read'] * float(index.size.mean()) / 1e6:.0f} MB/s"
@@ -156,18 +106,17 @@ def _result(rates: dict[str, list[float]], index: Index, settings: LoaderSetting
     else:
         binds = f"the view, {100 * costs[dearest] * median[order[-1]]:.0f} % of it {dearest}"
     notes = ["a stage's rate is that of the view up to it; its cost is the difference to the stage before"]
-    if settings.device.type == "cuda":
-        notes.append(f"decoding: {gpu_decoding(settings.device)}")
+    if device.type == "cuda":
+        notes.append(f"decoding: {gpu_decoding(device)}")
     return BenchResult(
         protocol="bench/loader",
-        device=f"{device_name(settings.device)}, {cores()} cores",
+        device=f"{device_name(device)}, {cores()} cores",
         inputs={"shards": index.fingerprint},
         settings={
-            "batch": batch,
-            "threads": settings.threads,
+            **settings,
             "images": len(index),
             "mean_image_bytes": float(index.size.mean()),
-            "view": settings.view.model_dump(),
+            "view": view.model_dump(),
         },
         unit="images",
         timings=[Timing(name, values, details.get(name, "")) for name, values in rates.items()],

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bowstore.benchmarks.config import ReaderBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import StorageConfig
 from bowstore.data.index import open_index
@@ -17,20 +18,12 @@ from bowstore.errors import UsageError
 from bowstore.progress import Progress
 
 
-def bench_reader(
-    shards: Path, *, batch: int, batches: int, rounds: int, storage: StorageConfig | None = None
-) -> BenchResult:
+def bench_reader(shards: Path, config: ReaderBench, storage: StorageConfig | None = None) -> BenchResult:
     """Images/s of reading random rows, with header and image checked and every page touched, for each way to read.
 
     Comparing an image with its digest is timed separately, on the bytes just read.
-
-    Args:
-        shards: folder of indexed shards.
-        batch: rows read at once.
-        batches: timed batches of each way a round.
-        rounds: interleaved rounds.
-        storage: settings of the reads.
     """
+    batch, batches, rounds = config.batch, config.batches, config.rounds
     given = storage or StorageConfig()
     readers = {}
     for way in ("mmap", "pread"):

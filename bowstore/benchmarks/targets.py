@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from bowstore.benchmarks.config import TargetsBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.config import StorageConfig
 from bowstore.data.index import open_index
-from bowstore.environment import cores, device_name
+from bowstore.environment import choose_device, cores, device_name
 from bowstore.progress import Progress
 from bowstore.remote import fetch_store
 from bowstore.words.store import join_rows, open_store
@@ -18,26 +18,12 @@ from bowstore.words.targets import TIERS, choose_tier, open_targets, time_batche
 def bench_targets(
     store: Path,
     shards: Path,
-    *,
     layer: str | None,
-    batch: int,
-    batches: int,
-    rounds: int,
-    device: torch.device,
+    config: TargetsBench,
     storage: StorageConfig,
 ) -> BenchResult:
-    """Rows/s and microseconds a batch of random rows, for every tier, in interleaved rounds.
-
-    Args:
-        store: word store.
-        shards: folder of indexed shards, whose rows are asked for.
-        layer: which layer; None for the only one.
-        batch: rows a batch.
-        batches: timed batches of each tier a round.
-        rounds: interleaved rounds.
-        device: where bags are wanted.
-        storage: the cache of the streamed tier.
-    """
+    """Rows/s and microseconds a batch of random rows, for every tier, in interleaved rounds."""
+    device, batch, batches, rounds = choose_device(config.device), config.batch, config.batches, config.rounds
     opened, index = open_store(fetch_store(store, storage)), open_index(shards, storage)
     what, store_row_N = opened.layer(layer), join_rows(opened, index)
     tiers = {tier: open_targets(tier, what, store_row_N, "count", device, storage=storage) for tier in TIERS}

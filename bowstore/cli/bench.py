@@ -40,20 +40,16 @@ def _benchmark(model: str, *extra: Any, **how: Any) -> Callable[[Callable[..., N
 def loader(config: Path | None, shards: Path | None, given: dict[str, Any], as_json: bool) -> None:
     """The train view stage by stage, planning and reading first, and which stage binds."""
     from bowstore.benchmarks.config import LoaderBench
-    from bowstore.benchmarks.loader import LoaderSettings, bench_loader
-    from bowstore.config import ViewConfig, load_workspace
-    from bowstore.environment import cores_per_rank
+    from bowstore.benchmarks.loader import bench_loader
+    from bowstore.config import ViewConfig, load_workspace, validate
     from bowstore.train.config import load_train_config
 
-    workspace = load_workspace()
-    settings = _settings(LoaderBench, given)
-    size = settings.pop("size")
-    settings["view"] = ViewConfig(size=size, resize=max(size, 256))
-    settings["threads"] = settings["threads"] or cores_per_rank()
+    workspace, asked = load_workspace(), validate(LoaderBench, given, "bench loader")
+    view = ViewConfig(size=asked.size, resize=max(asked.size, 256))
     if config:
         loaded = load_train_config(config)
-        settings |= {"view": loaded.view, "batch": loaded.optim.batch}
-    result = bench_loader(shards or workspace.shards, LoaderSettings(**settings), workspace.storage)
+        view, asked = loaded.view, asked.model_copy(update={"batch": loaded.optim.batch})
+    result = bench_loader(shards or workspace.shards, asked, view, workspace.storage)
     _keep(workspace, "loader", result, as_json)
 
 
@@ -62,10 +58,10 @@ def reader(shards: Path | None, given: dict[str, Any], as_json: bool) -> None:
     """Encoded bytes of random rows: from memory maps, and by single reads as on a network file system."""
     from bowstore.benchmarks.config import ReaderBench
     from bowstore.benchmarks.reader import bench_reader
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace, validate
 
-    workspace = load_workspace()
-    result = bench_reader(shards or workspace.shards, **_settings(ReaderBench, given), storage=workspace.storage)
+    workspace, asked = load_workspace(), validate(ReaderBench, given, "bench reader")
+    result = bench_reader(shards or workspace.shards, asked, workspace.storage)
     _keep(workspace, "reader", result, as_json)
 
 
@@ -74,12 +70,12 @@ def store(store: Path | None, layer: str | None, shards: Path | None, given: dic
     """A word store: bulk load with every check, and the join of its keys with the shards'."""
     from bowstore.benchmarks.config import StoreBench
     from bowstore.benchmarks.store import bench_store
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace, validate
 
     workspace = load_workspace()
     shards = shards or (workspace.shards if workspace.shards.exists() else None)
-    settings = _settings(StoreBench, given)
-    result = bench_store(store or workspace.store, shards, layer=layer, storage=workspace.storage, **settings)
+    rounds = validate(StoreBench, given, "bench store").rounds
+    result = bench_store(store or workspace.store, shards, rounds=rounds, layer=layer, storage=workspace.storage)
     _keep(workspace, "store", result, as_json)
 
 
@@ -88,16 +84,10 @@ def targets(store: Path | None, layer: str | None, shards: Path | None, given: d
     """Bags of random rows from every tier: words on the device, in host memory, on disk."""
     from bowstore.benchmarks.config import TargetsBench
     from bowstore.benchmarks.targets import bench_targets
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace, validate
 
-    workspace = load_workspace()
-    result = bench_targets(
-        store or workspace.store,
-        shards or workspace.shards,
-        layer=layer,
-        storage=workspace.storage,
-        **_settings(TargetsBench, given),
-    )
+    workspace, asked = load_workspace(), validate(TargetsBench, given, "bench targets")
+    result = bench_targets(store or workspace.store, shards or workspace.shards, layer, asked, workspace.storage)
     _keep(workspace, "targets", result, as_json)
 
 
@@ -121,12 +111,12 @@ def train(
     """Training with the loader over the same step on resident data."""
     from bowstore.benchmarks.config import TrainBench
     from bowstore.benchmarks.train import bench_training
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace, validate
     from bowstore.recipes.next import resolve_training
 
     workspace = load_workspace()
     resolved, _ = resolve_training(workspace, config, overrides, {"shards": shards, "task.store": store})
-    result = bench_training(resolved, **_settings(TrainBench, given))
+    result = bench_training(resolved, **dict(validate(TrainBench, given, "bench train")))
     if result:
         _keep(workspace, "train", result, as_json)
 
@@ -136,9 +126,12 @@ def assign(given: dict[str, Any], as_json: bool) -> None:
     """The nearest word of each vector, against the matrix product of the same shape and FAISS's search."""
     from bowstore.benchmarks.assign import bench_assign
     from bowstore.benchmarks.config import AssignBench
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace, validate
+    from bowstore.environment import choose_device
 
-    _keep(load_workspace(), "assign", bench_assign(**_settings(AssignBench, given)), as_json)
+    asked = validate(AssignBench, given, "bench assign").model_dump()
+    asked["device"] = choose_device(asked["device"])
+    _keep(load_workspace(), "assign", bench_assign(**asked), as_json)
 
 
 @_benchmark(
@@ -172,18 +165,9 @@ def kmeans(given: dict[str, Any], as_json: bool) -> None:
     """k-means by FAISS, by the search of its SuperKMeans, and by our own iteration over a resident sample."""
     from bowstore.benchmarks.config import KmeansBench
     from bowstore.benchmarks.kmeans import bench_kmeans
-    from bowstore.config import load_workspace
+    from bowstore.config import load_workspace, validate
 
-    _keep(load_workspace(), "kmeans", bench_kmeans(**_settings(KmeansBench, given)), as_json)
-
-
-def _settings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """A benchmark's settings by name, with the device that they mean."""
-    from bowstore.config import validate
-    from bowstore.environment import choose_device
-
-    settings = dict(validate(model, given, "bench"))
-    return settings | {"device": choose_device(settings["device"])} if "device" in settings else settings
+    _keep(load_workspace(), "kmeans", bench_kmeans(validate(KmeansBench, given, "bench kmeans")), as_json)
 
 
 def _keep(workspace: Any, name: str, result: Any, as_json: bool) -> None:

@@ -266,9 +266,11 @@ def test_kmeans_needs_no_faiss_for_torch() -> None:
     code = (
         "import sys; sys.modules['faiss'] = None\n"
         "import torch, numpy; from bowstore.benchmarks.kmeans import bench_kmeans\n"
+        "from bowstore.benchmarks.config import KmeansBench\n"
         "from bowstore.words.kmeans import kmeans; cpu = torch.device('cpu'); x = numpy.eye(9, dtype='f')\n"
         "print(kmeans(x, 3, seed=0, iterations=2, device=cpu, backend='torch', shown=False).backend)\n"
-        "bench_kmeans(vectors=50, dimensions=4, num_words=3, iterations=2, rounds=1, device=cpu, backends=['torch'])"
+        "bench_kmeans(KmeansBench(vectors=50, dimensions=4, num_words=3, iterations=2, rounds=1, device='cpu', "
+        "backends=['torch']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
