@@ -168,10 +168,12 @@ print(build_backbone(ModelConfig(arch="wrn-10-1")).features)
     assert run(code).strip() == "64"
 
 
-def test_results_and_what_protocols_are_load_no_torch() -> None:
+def test_results_settings_and_registries_load_no_torch() -> None:
     code = (
         "import sys, bowstore.evaluate.results, bowstore.evaluate.config;"
         "from bowstore.evaluate.protocols import PROTOCOLS;"
+        "from bowstore.train.config import TrainConfig;"
+        "[TrainConfig(name='x', task=name, view={'cutmix': False}) for name in ('rotation', 'words', 'supervised')];"
         "print([kind.describe(kind.settings()).id for kind in PROTOCOLS.values()][:2]);"
         "print([m for m in ('torch', 'sklearn', 'nvidia.dali', 'zarr') if m in sys.modules])"
     )

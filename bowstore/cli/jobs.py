@@ -31,7 +31,7 @@ def train(
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Train a teacher (task rotation) or BoWNet (task words); under torchrun, on many devices.
+    """Train a teacher (task rotation), BoWNet (words) or a supervised reference; under torchrun, on many devices.
 
     Without a configuration: the next training stage of the workspace's recipe, the teacher first, then BoWNet.
     A run that was interrupted goes on from its newest checkpoint when the same command is given again.

@@ -124,7 +124,7 @@ def of_today(values: dict[str, Any], named: str | None = None) -> tuple[dict[str
     """Values of a configuration of any age as they are written today, `task: {name: words, form: count}`.
 
     Args:
-        values: of a file; `student`, which named what `bowstore train` was to train next, is left out.
+        values: of a file; `student`, which named the configuration to train next, is left out.
         named: the task to take instead of the file's.
 
     Returns:

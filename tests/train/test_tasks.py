@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from bowstore.config import Workspace, dump, validate
 from bowstore.data.index import Index, open_index
 from bowstore.data.plan import plans
 from bowstore.data.views import Batch
-from bowstore.errors import DataError, UsageError
+from bowstore.errors import DataError, MissingError, UsageError
 from bowstore.models.heads import CosineHead, LinearHead
 from bowstore.runs import read_metrics
 from bowstore.train import loop
@@ -30,6 +31,7 @@ from bowstore.train.tasks import task as task_module
 from bowstore.train.tasks.base import called
 from bowstore.train.tasks.settings import SUPERVISED, RotationSettings, SupervisedSettings, WordsSettings
 from bowstore.train.tasks.task import Network, Task, build_task, last_map, pooled
+from bowstore.workspace import newest_run
 
 Make = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -109,6 +111,23 @@ def test_a_task_sets_the_modes_of_its_network(
     counted = {name: int(value) for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
     assert {value for name, value in counted.items() if name.startswith("backbone")} == {0}
     assert {value for name, value in counted.items() if name.startswith("head")} == {4}
+
+
+def test_the_newest_teacher_is_of_a_task_that_makes_them(tmp_path: Path) -> None:
+    workspace = Workspace(runs=tmp_path)
+    tasks = ("rotation", "{name: rotation}", "{name: supervised}", "words")
+    for number, task in enumerate(tasks):
+        run = tmp_path / str(number)
+        run.mkdir()
+        (run / "config.yaml").write_text(f"task: {task}")
+        (run / "backbone.safetensors").touch()
+        os.utime(run / "backbone.safetensors", (number, number))
+    assert newest_run(workspace) == tmp_path / "3"
+    for newest in ("1", "0"):
+        assert newest_run(workspace, teacher=True) == tmp_path / newest
+        (tmp_path / newest / "backbone.safetensors").unlink()
+    with pytest.raises(MissingError, match=r"no finished run of a teacher \(task rotation\) in "):
+        newest_run(workspace, teacher=True)
 
 
 def test_what_a_run_learned_from_is_told_as_plain_values(make_config: Make) -> None:

@@ -17,7 +17,7 @@ from bowstore.errors import DataError
 from bowstore.models.heads import CosineHead, LinearHead
 from bowstore.train.schedule import images_in_use
 from bowstore.train.tasks.settings import SupervisedSettings
-from bowstore.train.tasks.task import Dead, Job, Network, Task, pooled
+from bowstore.train.tasks.task import Dead, Job, Network, Task, mixing, pooled
 from bowstore.words.bags import Bag, bow_cross_entropy, count_bag, mix_bags, weight_at
 
 
@@ -34,10 +34,8 @@ def build(settings: SupervisedSettings, job: Job) -> Task:
     device = job.world.device
 
     def bring(batch: Batch) -> tuple[Tensor, ...]:
-        plan = batch.plan
-        mixed = (plan.partner.astype(np.int64), plan.kept) if plan.mixed else ()
-        given = (label_N[plan.rows].astype(np.int64), *mixed)
-        return batch.images_BCHW, *(torch.from_numpy(values_B).to(device, non_blocking=True) for values_B in given)
+        label_B = torch.from_numpy(label_N[batch.plan.rows].astype(np.int64)).to(device, non_blocking=True)
+        return batch.images_BCHW, label_B, *mixing(batch.plan, device)
 
     return Task(
         network=Network(job.backbone, _head(settings, job.backbone.features, num_classes), pooled),

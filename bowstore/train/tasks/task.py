@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -129,6 +130,12 @@ class Job:
     backbone: Backbone
     index: Index
     world: World
+
+
+def mixing(plan: Plan, device: torch.device) -> tuple[Tensor, ...]:
+    """What `mix_bags` takes of a batch whose images are mixed, on the device; of any other, nothing."""
+    values = (plan.partner.astype(np.int64), plan.kept) if plan.mixed else ()
+    return tuple(torch.from_numpy(values_B).to(device, non_blocking=True) for values_B in values)
 
 
 def build_task(config: TrainConfig, index: Index, world: World) -> Task:

@@ -5,7 +5,6 @@ Legend: B batch, C channels, H W pixels, K words, M bag slots, N rows.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from bowstore.progress import say
 from bowstore.remote import fetch_store
 from bowstore.train.schedule import images_in_use
 from bowstore.train.tasks.settings import WordsSettings
-from bowstore.train.tasks.task import Dead, Job, Network, Task, pooled
+from bowstore.train.tasks.task import Dead, Job, Network, Task, mixing, pooled
 from bowstore.words.bags import Bag, MeanBag, bag_entropy, bag_of, bow_cross_entropy, mix_bags, weight_at
 from bowstore.words.targets import (
     TIERS,
@@ -45,9 +44,7 @@ def build(settings: WordsSettings, job: Job) -> Task:
         plan = batch.plan
         packed_BM = targets.words(plan.rows, batch.ahead)
         waits_ms.append(1e3 * targets.waited_s)
-        mixed = (plan.partner.astype(np.int64), plan.kept) if plan.mixed else ()
-        moved = (torch.from_numpy(values_B).to(world.device, non_blocking=True) for values_B in mixed)
-        return batch.images_BCHW, packed_BM, *moved
+        return batch.images_BCHW, packed_BM, *mixing(plan, world.device)
 
     def make(images_BCHW: Tensor, packed_BM: Tensor, *mixed: Tensor) -> tuple[Tensor, Bag]:
         bag = bag_of(packed_BM, targets.form)
