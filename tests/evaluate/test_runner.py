@@ -14,56 +14,10 @@ from bowstore.evaluate.config import EvalConfig
 from bowstore.evaluate.protocol import Kind
 from bowstore.evaluate.protocols.linear import KIND, LinearSettings
 from bowstore.evaluate.runner import evaluate
-from bowstore.models.saved import network_of, save_backbone
+from bowstore.models.saved import load_backbone, network_of, save_backbone
+from bowstore.models.weights import weights_sha256
 
-PROTOCOLS = '''
-"""The nearest class mean, on features; and a linear head that is trained on augmented images."""
-import numpy as np
-import torch
-from pydantic import Field
-from torch.nn import functional as F
-from bowstore.config import Count
-from bowstore.evaluate.augmented import augmented
-from bowstore.evaluate.protocol import Kind, Protocol, Scores
-from bowstore.evaluate.train_test import TrainTestSettings, open_train_test, resolve_train_test
-
-def describe_mean(settings):
-    return Protocol(id="mean/plain", version=1, description="the nearest class mean", headline="top1")
-
-def score(features, settings):
-    train, test = features["train"], features["test"]
-    means = np.stack([train["pooled"][train.labels == k].mean(axis=0) for k in range(len(train.classes))])
-    found = np.square(test["pooled"][:, None] - means).sum(axis=2).argmin(axis=1)
-    return Scores(metrics={"first": 0.0, "top1": float((found == test.labels).mean())})
-
-class HeadSettings(TrainTestSettings):
-    """Of the head."""
-    steps: Count = Field(3, description="of training")
-
-def describe_head(settings):
-    return Protocol(id=f"head/{settings.steps}-steps", version=4, description="a linear head", headline="top1")
-
-def run(network, data, settings, world):
-    backbone, losses = network.backbone, []
-    head = torch.nn.Linear(backbone.features, len(data["train"].classes)).to(world.device)
-    parameters = [*head.parameters(), *backbone.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.05)
-    for images_BCHW, labels_B in augmented(
-        data["train"], network.view, batch=8, seed=0, world=world, steps=settings.steps
-    ):
-        loss = F.cross_entropy(head(backbone(images_BCHW.float())), torch.from_numpy(labels_B))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return Scores(metrics={"top1": 0.5}, details={"losses": losses}, settings={"batch": 8})
-
-DATA = {"data": open_train_test, "resolve": resolve_train_test}
-MEAN = Kind(name="mean", help="The nearest class mean.", settings=TrainTestSettings, describe=describe_mean,
-            score=score, **DATA)
-HEAD = Kind(name="head", help="A head on augmented images.", settings=HeadSettings, describe=describe_head,
-            run=run, **DATA)
-'''
+EXTENDING = Path(__file__).parents[1] / "extending"
 
 
 @pytest.fixture
@@ -71,8 +25,8 @@ def workspace(make_shard_set: ShardMaker, tmp_path: Path, monkeypatch: pytest.Mo
     """A workspace with labelled shards, a network and the two protocols."""
     make_shard_set(24, folder="train", classes=2)
     make_shard_set(8, folder="test", classes=2, first=24)
-    (tmp_path / "own.py").write_text(PROTOCOLS)
-    (tmp_path / "bowstore.yaml").write_text("shards: train\nval_shards: test\nplugins: [own.py]\n")
+    plugins = f"[{EXTENDING / 'class_means.py'}, {EXTENDING / 'finetune.py'}]"
+    (tmp_path / "bowstore.yaml").write_text(f"shards: train\nval_shards: test\nplugins: {plugins}\n")
     view = {"size": 16, "resize": None, "cutmix": True}
     network = network_of({"name": "r", "task": "words", "view": view, "model": {"arch": "wrn-10-1"}}, "test")
     save_backbone(tmp_path / "net.safetensors", network.fresh(), network)
@@ -86,53 +40,46 @@ def call(*arguments: str) -> Result:
 
 def test_a_protocol_of_features_in_a_plugin(workspace: Path) -> None:
     shown = call("--help").output
-    assert "The nearest class mean." in shown
+    assert "Nearest class mean" in shown
     assert "Linear classifier" in shown
-    done = call("mean", "--run", "net.safetensors", "--json")
+    done = call("class-means", "--run", "net.safetensors", "--random", "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
-    assert result == json.loads((workspace / "net/eval/mean-plain.json").read_text())
-    assert (result["protocol"], result["headline"]) == ("mean/plain", "top1")
+    assert result == json.loads((workspace / "net/random/eval/class-means-euclidean.json").read_text())
+    assert (result["protocol"], result["headline"], result["inputs"]["run"]) == (
+        "class-means/euclidean", "top1", "r (random)"
+    )  # fmt: skip
     assert result["metrics"]["top1"] in {n / 8 for n in range(9)}
     assert result["settings"]["images"] == {"train": 24, "test": 8}
     assert result["details"]["variation"].keys() == {"train", "test"}
 
 
 def test_a_protocol_that_trains_in_a_plugin(workspace: Path) -> None:
-    options = call("head", "--help").output
+    options = call("finetune", "--help").output
     assert "--steps" in options
-    assert "Of training.  [default: 3]" in options
+    assert "[default: 100]" in options
     assert "--compile" not in options  # says how features are taken
-    results = []
-    for _ in range(2):
-        done = call("head", "--run", "net.safetensors", "--json")
-        assert done.exit_code == 0, done.output
-        results.append(json.loads((workspace / "net/eval/head-3-steps.json").read_text()))
-    one, two = results
-    assert one["protocol_version"] == 4
-    assert one["inputs"] == two["inputs"]  # the digest is that of the weights before training
-    assert len(one["details"]["losses"]) == 3
-    assert all(0.2 < loss < 3 for loss in one["details"]["losses"])
-    assert one["settings"]["options"]["steps"] == 3
-    assert one["settings"]["batch"] == 8
-    assert one["settings"]["view"]["cutmix"] is True
-
-
-def test_results_of_a_random_network_lie_apart(workspace: Path) -> None:
-    assert call("mean", "--run", "net.safetensors", "--random").exit_code == 0
-    result = json.loads((workspace / "net/random/eval/mean-plain.json").read_text())
-    assert result["inputs"]["run"] == "r (random)"
+    done = call("finetune", "--run", "net.safetensors", "--steps", "3", "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads((workspace / "net/eval/finetune-3-steps.json").read_text())
+    assert result == json.loads(done.stdout)
+    weights = weights_sha256(load_backbone(workspace / "net.safetensors").backbone.state_dict())
+    assert result["inputs"]["weights_sha256"] == weights  # before training
+    assert len(result["details"]["losses"]) == 3
+    assert all(0.2 < loss < 3 for loss in result["details"]["losses"])
+    assert (result["settings"]["options"]["steps"], result["settings"]["ranks"]) == (3, 1)
+    assert result["settings"]["view"]["cutmix"] is True
 
 
 def test_what_a_user_can_get_wrong_is_one_line(workspace: Path) -> None:
     for arguments, code, message in (
         (["liner"], 2, "Error: no protocol 'liner'; did you mean 'linear'? there are linear, "),
         (
-            ["mean", "--held-out", "--test", "test"],
+            ["class-means", "--held-out", "--test", "test"],
             2,
-            "Error: eval mean: configuration: held_out tests on train images",
+            "Error: eval class-means: configuration: held_out tests on train images",
         ),
-        (["mean", "--run", "nobody"], 1, "Error: no run or file 'nobody'"),
+        (["class-means", "--run", "nobody"], 1, "Error: no run or file 'nobody'"),
     ):
         done = call(*arguments)
         assert done.exit_code == code
