@@ -34,7 +34,7 @@ class Extraction:
 
     Attributes:
         backbone: the frozen network.
-        weights: `weights_sha256` of it.
+        identity: text that is the same for networks that compute the same: digest of the weights, how it is built.
         view: how it sees images.
         taps: where features are taken, by name.
         batch: images a forward pass.
@@ -44,7 +44,7 @@ class Extraction:
     """
 
     backbone: Backbone
-    weights: str
+    identity: str
     view: CleanView
     taps: Mapping[str, Tap]
     batch: int
@@ -54,10 +54,9 @@ class Extraction:
 
     def key(self, split: LabelledSplit, trunk: str) -> str:
         """What a feature set is kept under: all that its numbers, to the last digit, depend on."""
-        taps = {name: str(tap) for name, tap in self.taps.items()}
-        network = (self.weights, self.backbone.arch, asdict(self.view), taps)
-        arithmetic = (trunk, self.batch, "float32", device_name(self.device), library_versions())
-        return xxhash.xxh3_128_hexdigest(repr((split.key, network, arithmetic)).encode())
+        arithmetic = trunk, self.batch, "float32", device_name(self.device), torch.get_num_threads(), library_versions()
+        all_of_it = split.key, self.identity, asdict(self.view), dict(self.taps), arithmetic
+        return xxhash.xxh3_128_hexdigest(repr(all_of_it).encode())
 
     def features(
         self,

@@ -58,8 +58,9 @@ def evaluate(
         else:
             view = replace(clean_view(network.view), **data.view)
             taps = function(kind.taps)(network.backbone, settings, view.size)
+            identity = repr((weights, saved.model, saved.seed))  # strides, and what is drawn, are in no weights
             how = Extraction(
-                backbone=network.backbone, weights=weights, view=view, taps=taps, device=world.device, **asked
+                backbone=network.backbone, identity=identity, view=view, taps=taps, device=world.device, **asked
             )
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)

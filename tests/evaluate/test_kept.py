@@ -16,7 +16,7 @@ from bowstore.config import StorageConfig
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError
 from bowstore.evaluate import kept
-from bowstore.evaluate.features import POOLED, GridPool, Tap
+from bowstore.evaluate.features import POOLED, GridPool, Tap, WindowPool
 from bowstore.evaluate.kept import Extraction, FeatureSets
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit
 from bowstore.remote.cache import make_room
@@ -54,7 +54,7 @@ def split(images: int = 5, **changed: Any) -> LabelledSplit:
 def how(**changed: Any) -> Extraction:
     values: dict[str, Any] = {
         "backbone": Levels(),
-        "weights": "w",
+        "identity": "w",
         "view": CleanView(size=8, resize=8, squash=False, mean=(0, 0, 0), std=(1, 1, 1)),
         "taps": TAPS,
         "batch": 2,
@@ -118,7 +118,7 @@ def test_a_command_takes_a_set_once_and_writes_no_small_one(tmp_path: Path, take
 @pytest.mark.parametrize(
     ("changed", "of_split"),
     [
-        ({"weights": "v"}, {}),
+        ({"identity": "v"}, {}),
         ({"view": CleanView(size=8, resize=9, squash=False, mean=(0, 0, 0), std=(1, 1, 1))}, {}),
         ({"taps": {**POOLED, "all": Tap("all", GridPool(4, 1))}}, {}),
         ({"batch": 3}, {}),
@@ -129,6 +129,9 @@ def test_a_command_takes_a_set_once_and_writes_no_small_one(tmp_path: Path, take
 )
 def test_whatever_changes_the_numbers_is_in_the_key(changed: dict[str, Any], of_split: dict[str, Any]) -> None:
     assert how(**changed).key(split(**of_split), "eager") != how().key(split(), "eager")
+    pools = [WindowPool(2, 2, 1, count_padding) for count_padding in (True, False)]
+    one, other = (how(taps={"all": Tap("all", pool)}).key(split(), "eager") for pool in pools)
+    assert one != other
     assert how().key(split(), "inductor freezing") != how().key(split(), "eager")
     assert how(threads=3).key(split(labels=np.zeros(5, int)), "eager") == how().key(split(), "eager")
 
@@ -136,8 +139,8 @@ def test_whatever_changes_the_numbers_is_in_the_key(changed: dict[str, Any], of_
 def test_the_oldest_leave_the_memory_first(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "_MEMORY_BYTES", 4 * 15 * 9)  # nine images
     sets = FeatureSets()
-    for weights in "wvw":
-        sets.take(how(weights=weights), DATA)
+    for network in "wvw":
+        sets.take(how(identity=network), DATA)
     assert len(taken) == 6
     sets.take(how(), DATA)
     assert len(taken) == 6
@@ -152,7 +155,7 @@ def test_a_large_set_is_mapped_from_the_cache_by_other_commands(storage: Storage
     for found in (one, two):
         assert isinstance(found["train"]["pooled"], np.memmap)
         assert torch.from_numpy(found["train"]["pooled"]).sum() > 0  # no warning of an array that cannot be written
-    FeatureSets(storage).take(how(weights="v"), DATA)
+    FeatureSets(storage).take(how(identity="v"), DATA)
     assert len(files(storage)) == 8
 
 
