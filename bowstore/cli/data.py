@@ -84,8 +84,8 @@ def shards(src: Path, out: Path, given: dict[str, Any], as_json: bool) -> None:
     `bowstore data` shows what each expects.
 
     Every image is decoded once; what cannot be decoded is set aside with its reason in OUT/SPLIT/quarantine.jsonl.
-    The report ends with what in SRC became no image, and with classes without images. A second run does nothing, an
-    interrupted one goes on.
+    The report ends with what in SRC became no image, and with classes without images. A second run does nothing;
+    after an interruption it continues.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import load_workspace, validate
     from bowstore.data.config import ShardsConfig

@@ -30,7 +30,7 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     bowstore encode --append --shards MORE                  images that came later
     torchrun --nproc-per-node 8 -m bowstore encode ...      or the same command on machines that share the folder
 
-    Vocabularies by k-means over sampled vectors, then one pass over all images. An interrupted run goes on.
+    Vocabularies by k-means over sampled vectors, then one pass over all images. Run again, it continues.
     `bowstore layers ARCH` lists the layers of a teacher.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import load_workspace, validate

@@ -34,7 +34,7 @@ def train(
     """Train a teacher (task rotation), BoWNet (words) or a supervised reference; under torchrun, on many devices.
 
     Without a configuration: the next training stage of the workspace's recipe, the teacher first, then BoWNet.
-    A run that was interrupted goes on from its newest checkpoint when the same command is given again.
+    Given again after an interruption, the same command continues from the newest checkpoint.
     """
     from bowstore.config import load_workspace
     from bowstore.recipes.next import resolve_training
