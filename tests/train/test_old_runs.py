@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bowstore import runs
 from bowstore.config import dump, validate
 from bowstore.errors import MismatchError
-from bowstore.models.saved import load_backbone, load_export, newest_checkpoint, save_backbone
+from bowstore.models.saved import load_backbone, load_checkpoint, load_export, newest_checkpoint, save_backbone
+from bowstore.train.checkpoint import save_checkpoint
 from bowstore.train.config import TrainConfig
 from bowstore.train.rundir import check_run, check_start, read_run_config, write_config
 from bowstore.verify import verify_path
@@ -81,3 +83,19 @@ def test_an_old_run_goes_on_under_its_configuration_of_today(old: Path, tmp_path
 
 
 OTHER = {"rotation": {"blocks": 3}, "words": {"form": "binary"}}
+
+
+def test_a_training_option_that_is_gone_orphans_no_teacher(old: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(old / "old-rotation", run)
+    with (run / "config.yaml").open("a") as file:
+        file.write("renamed_since: 3\n")
+    state = load_checkpoint(runs.checkpoints(run)[0])
+    for part in ("version", "digest"):
+        state.pop(part, None)
+    state["config"]["optim"] = {"renamed_since": 3}
+    save_checkpoint(run, state)
+    assert load_backbone(run).saved == load_backbone(runs.checkpoints(run)[0]).saved
+    assert [problem.message.partition("renamed")[0] for problem in verify_path(run).problems] == [
+        f"{run / 'config.yaml'}: unknown configuration key '"
+    ]
