@@ -81,8 +81,8 @@ def check_start(
         )
     if state["step"] > steps:
         raise MismatchError(
-            f"{path} lies behind the end of this configuration, which is step {steps}; raise optim.epochs, or take "
-            f"another --name"
+            f"{path} is past the end of this configuration, which is step {steps}; raise optim.epochs, or take another "
+            f"--name"
         )
     if state["step"] < steps:
         for difference in found if shown else ():

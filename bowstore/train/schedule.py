@@ -33,9 +33,7 @@ def without_effect(config: TrainConfig) -> list[str]:
     """What a configuration says and its run never does, in lines for people."""
     optim, lines = config.optim, []
     if late := [milestone for milestone in optim.milestones if milestone >= optim.epochs]:
-        lines.append(
-            f"optim.milestones {late} lie at or behind the end of {optim.epochs} epochs: lr does not fall there"
-        )
+        lines.append(f"optim.milestones {late} lie at or past the end of {optim.epochs} epochs: lr does not fall there")
     if early := [milestone for milestone in optim.milestones if milestone < optim.warmup_epochs]:
         lines.append(
             f"optim.milestones {early} lie within the {optim.warmup_epochs:g} epochs of warm-up: lr falls only after it"

@@ -110,9 +110,7 @@ def test_a_schedule_that_ends_before_the_checkpoint_is_no_finished_run(runs: Pat
     run = runs / "0" / "run"
     (run / "backbone.safetensors").unlink()
     shorter = make(optim={"epochs": 1, "milestones": []})
-    with pytest.raises(
-        MismatchError, match=r"step-000000008\.pt lies behind the end of .*, which is step 4; raise optim"
-    ):
+    with pytest.raises(MismatchError, match=r"step-000000008\.pt is past the end of .*, which is step 4; raise optim"):
         loop.train(shorter, runs / "0", resume=True)
     assert not (run / "backbone.safetensors").exists()
     loop.train(make(), runs / "0")
