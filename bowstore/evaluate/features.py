@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bowstore.config import Compile
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ImageSource
 from bowstore.data.views import CleanView
@@ -26,9 +25,9 @@ from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import (
     CannotCompileError,
     Compiled,
+    Use,
     compile_frozen,
     tell_fallback,
-    way_of,
 )
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.progress import Progress, say
@@ -178,20 +177,9 @@ def widths(backbone: Backbone, taps: Mapping[str, Tap], *, size: int, device: to
     return {name: pooled_1d.shape[1] for name, pooled_1d in pooled.items()}
 
 
-def trunk_of(
-    backbone: Backbone, taps: Mapping[str, Tap], setting: Compile, *, images: int, size: int, device: torch.device
-) -> str:
-    """How the network of `extract` runs: `EAGER` or `FROZEN`, by the setting and the work of the whole evaluation.
-
-    Args:
-        backbone: the network.
-        taps: where features are taken, by name.
-        setting: true, false or auto.
-        images: of all calls of `extract` together.
-        size: side of the square input, pixels.
-        device: where the network runs.
-    """
-    return way_of(setting, backbone, partial(_tap, taps=taps), images=images, size=size, device=device)
+def tapping(taps: Mapping[str, Tap]) -> Use:
+    """What a network is used for: the features of these taps."""
+    return partial(_tap, taps=taps)
 
 
 def compiled_features(
@@ -199,23 +187,17 @@ def compiled_features(
 ) -> Compiled | None:
     """The network and its taps as one compiled function for `extract`; None where it cannot be compiled.
 
-    Args:
-        backbone: the network; moved to `device`.
-        taps: where features are taken, by name.
-        required: refuse to do without.
-        size: side of the square input, pixels.
-        batch: images a forward pass.
-        device: where the network runs.
+    The network is moved to `device`; its input is `size` x `size` pixels.
 
     Raises:
         UsageError: it is required, and not possible.
     """
     say("compiling the network (10 to 50 s)")
     backbone.to(device).to(memory_format=FROZEN_FORMAT)
-    use, threads = partial(_tap, taps=taps), torch.get_num_threads()
+    threads = torch.get_num_threads()
     try:
         with evaluating(backbone), exact_float32():
-            return compile_frozen(backbone, use, batch=batch, size=size, device=device, threads=threads)
+            return compile_frozen(backbone, tapping(taps), batch=batch, size=size, device=device, threads=threads)
     except CannotCompileError as error:
         if required:
             raise UsageError(f"{error}; leave --compile out to do without") from error
@@ -275,17 +257,9 @@ def collect(
     what: str = "features",
     into: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """`extract` behind the pipeline: run the network over `batches` and fill one array a tap.
+    """`extract` behind the pipeline: run the network, which is where the images are, and fill one array a tap.
 
-    Args:
-        backbone: the network, where the images are.
-        batches: (rows (B,), images_BCHW), in the order of `rows`.
-        rows: int64 (N,), the rows that are expected.
-        taps: where features are taken, by name.
-        compiled: runs network and taps; None for the network as it is.
-        name_of: name of a row for messages.
-        what: name of the step in the progress line.
-        into: as for `extract`.
+    Batches are (rows (B,), images_BCHW), in the order of `rows`; `name_of` a row is for messages.
 
     Raises:
         DataError: as `extract`.
@@ -294,7 +268,7 @@ def collect(
     if len(rows) == 0:
         raise DataError(f"{what}: no images to take features of; name shards that hold at least one")
     features = dict(into or {})
-    run = compiled or partial(_tap, backbone, taps=taps)
+    run = compiled or partial(tapping(taps), backbone)
     start = 0
     with evaluating(backbone), exact_float32(), torch.no_grad(), Progress(what, len(rows)) as progress:
         for rows_B, images_BCHW in batches:

@@ -19,10 +19,10 @@ from bowstore.config import Compile, StorageConfig
 from bowstore.data.views import CleanView
 from bowstore.environment import device_name, library_versions
 from bowstore.evaluate.feature_files import Arrays, FeatureSet, Shapes, read_features, write_features
-from bowstore.evaluate.features import Tap, compiled_features, extract, trunk_of, variation, warn_of_collapse, widths
+from bowstore.evaluate.features import Tap, compiled_features, extract, tapping, variation, warn_of_collapse, widths
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, SplitFeatures
 from bowstore.models.backbone import Backbone
-from bowstore.models.compiled import EAGER, FROZEN, Compiled
+from bowstore.models.compiled import EAGER, FROZEN, Compiled, way_of
 
 LARGE_BYTES = 64 << 20  # from which on a feature set goes to the disk
 _MEMORY_BYTES = 512 << 20  # of all that lie in memory: the oldest go first
@@ -90,7 +90,7 @@ class FeatureSets:
         where: dict[str, Any] = {"size": how.view.size, "device": how.device}
         # By the work of all splits, whatever is kept of them: the same evaluation gives the same digits.
         images = sum(map(len, data.splits.values()))
-        trunk = trunk_of(how.backbone, how.taps, how.compile, images=images, **where)
+        trunk = way_of(how.compile, how.backbone, tapping(how.taps), images=images, **where)
         wide, compiled = widths(how.backbone, how.taps, **where), None
         found = self._find(how, trunk, data, wide)
         if trunk == FROZEN and None in found.values():

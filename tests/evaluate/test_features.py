@@ -24,12 +24,12 @@ from bowstore.evaluate.features import (
     compiled_features,
     extract,
     layer_taps,
-    trunk_of,
+    tapping,
     variation,
     warn_of_collapse,
 )
 from bowstore.models.backbone import Backbone
-from bowstore.models.compiled import EAGER, Compiled
+from bowstore.models.compiled import EAGER, Compiled, way_of
 from bowstore.models.registry import build_backbone
 
 CPU = torch.device("cpu")
@@ -328,7 +328,7 @@ def test_compiled_features_are_the_networks_own(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ask(setting: Compile, images: int = 5) -> Compiled | None:
-        if trunk_of(backbone, taps, setting, images=images, size=16, device=CPU) == EAGER:
+        if way_of(setting, backbone, tapping(taps), images=images, size=16, device=CPU) == EAGER:
             return None
         return compiled_features(backbone, taps, required=setting is True, size=16, batch=2, device=CPU)
 
