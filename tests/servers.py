@@ -78,6 +78,7 @@ class FolderServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the client to acknowledge its headers
     server: FolderServer
 
     def log_message(self, format: str, *args: object) -> None:
@@ -168,7 +169,9 @@ def serve_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 server in memory with the bucket `bucket`, for the length of the block; gives its endpoint."""
     import boto3
     from moto.server import ThreadedMotoServer
+    from werkzeug.serving import WSGIRequestHandler
 
+    monkeypatch.setattr(WSGIRequestHandler, "disable_nagle_algorithm", True)
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     for name, value in {"AWS_ACCESS_KEY_ID": "fake", "AWS_SECRET_ACCESS_KEY": "fake"}.items():
         monkeypatch.setenv(name, value)

@@ -23,7 +23,7 @@ def watch():  # private memory: pages of mapped shards are the kernel's, and it 
 threading.Thread(target=watch, daemon=True).start()
 from encoding import run_encode
 teacher, shards, store = map(Path, sys.argv[1:])
-layer = dict(layers=("block1",), num_words=(16,), sample_per_word=64, iterations=1)
+layer = dict(layers=("block1",), num_words=(16,), sample_per_word=64, iterations=1, batch=64)
 run_encode(teacher=teacher, shards=shards, store=store, **layer)
 print(peak_kib)
 """
