@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bowstore.benchmarks.config import EncodeBench
 from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.benchmarks.rounds import in_rounds
 from bowstore.config import StorageConfig
 from bowstore.data.feed import PREFETCH
 from bowstore.data.index import Index, open_index
@@ -23,7 +24,6 @@ from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
-from bowstore.progress import Progress
 from bowstore.words.assign_pass import AssignPass
 from bowstore.words.claims import Board
 from bowstore.words.config import EncodeConfig
@@ -131,7 +131,7 @@ def bench_encode(
             smaller than a round is repeated; one more round warms up.
         storage: how shards are read.
     """
-    device, rounds = choose_device(config.device), config.rounds
+    device = choose_device(config.device)
     bench = _prepare(fetched(open_index(shards, storage)), config, config.images, device)
     batches, job = bench.view(), bench.job
     shares: dict[str, float] = {}
@@ -144,14 +144,7 @@ def bench_encode(
     ways: dict[str, Callable[[], float]] = dict(
         zip(_WAYS, (lambda: bench.time_view(batches), bench.time_teacher, encode), strict=True)
     )
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    with Progress("bench encode", (rounds + 1) * len(ways), "timings") as progress:
-        for number in range(rounds + 1):
-            for name, way in ways.items():
-                rate = way()
-                if number:  # the first round warms caches, allocators and compilers
-                    rates[name].append(rate)
-                progress.advance(note=f"{name} {rate:.1f} images/s")
+    rates = in_rounds("bench encode", ways, config.rounds, lambda rate: f"{rate:.1f} images/s")
     view, teacher, whole = (rates[name] for name in _WAYS)
     ratios = [all_ / min(one, other) for one, other, all_ in zip(view, teacher, whole, strict=True)]
     median = {name: statistics.median(values) for name, values in rates.items()}

@@ -8,6 +8,7 @@ resize is one pass: its stage is `normalise`, and flip, jitter and CutMix are wh
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from bowstore.benchmarks.config import LoaderBench
 from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.benchmarks.rounds import in_rounds
 from bowstore.config import StorageConfig, ViewConfig
 from bowstore.data.config import HW_LOAD
 from bowstore.data.feed import PREFETCH
@@ -29,7 +31,6 @@ from bowstore.data.reader import ShardReader
 from bowstore.data.views import Stage, stages
 from bowstore.environment import choose_device, cores, cores_per_rank, device_name
 from bowstore.errors import UsageError
-from bowstore.progress import Progress
 
 _LOADER = "loader"  # the whole thing, as training calls it
 
@@ -64,14 +65,8 @@ def bench_loader(
     for load, way in product(config.hw_loads or (HW_LOAD,), config.ways or (None,)):
         parts = [_LOADER, *([f"hw load {load:g}"] if config.hw_loads else []), *([f"decode {way}"] if way else [])]
         steps[", ".join(parts)] = batches(hw_load=load, way=way)
-    rates: dict[str, list[float]] = {name: [] for name in steps}
-    with Progress("bench loader", (config.rounds + 1) * len(steps), "timings") as progress:
-        for number in range(config.rounds + 1):
-            for name, step in steps.items():
-                rate = _rate(step, config.batches, schedule.batch, device)
-                if number:  # the first round warms the page cache, the allocators and the decoders
-                    rates[name].append(rate)
-                progress.advance(note=f"{name} {rate:.0f} images/s")
+    ways = {name: partial(_rate, step, config.batches, schedule.batch, device) for name, step in steps.items()}
+    rates = in_rounds("bench loader", ways, config.rounds, lambda rate: f"{rate:.0f} images/s")
     return _result(rates, index, {"batch": schedule.batch, "threads": threads}, view, device)
 
 

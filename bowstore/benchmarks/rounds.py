@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,19 +37,27 @@ def seconds_of(way: Way, device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def interleaved(what: str, ways: Mapping[str, Way], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way in interleaved rounds, after one that warms caches, allocators and compilers.
+def in_rounds(
+    what: str, ways: Mapping[str, Callable[[], float]], rounds: int, shown: Callable[[float], str]
+) -> dict[str, list[float]]:
+    """What each way returns in interleaved rounds, after one that warms caches, allocators and compilers.
 
     Machines are noisy: what is compared must run in the same minutes, and ratios are taken within a round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in ways}
     with Progress(what, (rounds + 1) * len(ways), "timings") as progress:
         for number in range(rounds + 1):
             for name, way in ways.items():
-                spent = seconds_of(way, device)
+                value = way()
                 if number:
-                    seconds[name].append(spent)
+                    found[name].append(value)
                     if listener := _listener.get():
-                        listener(name, seconds[name])
-                progress.advance(note=f"{name} {1e3 * spent:.1f} ms")
-    return seconds
+                        listener(name, found[name])
+                progress.advance(note=f"{name} {shown(value)}")
+    return found
+
+
+def interleaved(what: str, ways: Mapping[str, Way], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each way, `in_rounds`."""
+    timed = {name: partial(seconds_of, way, device) for name, way in ways.items()}
+    return in_rounds(what, timed, rounds, lambda seconds: f"{1e3 * seconds:.1f} ms")
