@@ -6,15 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any
 
 from bowstore.config import Strict, Workspace, dump
 from bowstore.data.views import clean_view
 from bowstore.environment import choose_device, device_name, library_versions
-from bowstore.errors import UsageError
+from bowstore.errors import DataError, UsageError
 from bowstore.evaluate.config import OF_FEATURES, EvalConfig
 from bowstore.evaluate.kept import Extraction, FeatureSets
-from bowstore.evaluate.protocol import Features, Kind, Network, Scores, function
+from bowstore.evaluate.protocol import Features, Kind, Network, Protocol, Scores, function
 from bowstore.evaluate.results import Result, write_result
 from bowstore.models.saved import load_backbone
 from bowstore.models.weights import weights_sha256
@@ -38,7 +39,7 @@ def evaluate(
 
     Raises:
         MissingError: no such run, or no data.
-        MismatchError, DataError: data or features that the protocol cannot use.
+        MismatchError, DataError: data or features that the protocol cannot use; a metric that is no number.
         UsageError: settings that do not go together.
     """
     path = find_run(workspace, config.run) if config.run else newest_run(workspace)
@@ -57,14 +58,18 @@ def evaluate(
             ran: dict[str, Any] = {"view": dump(network.view), "ranks": world.size}
         else:
             view = replace(clean_view(network.view), **data.view)
-            taps = function(kind.taps)(network.backbone, settings, view.size)
-            identity = repr((weights, saved.model, saved.seed))  # strides, and what is drawn, are in no weights
             how = Extraction(
-                backbone=network.backbone, identity=identity, view=view, taps=taps, device=world.device, **asked
+                backbone=network.backbone,
+                identity=repr((weights, saved.model, saved.seed)),  # strides, and what is drawn, are in no weights
+                view=view,
+                taps=function(kind.taps)(network.backbone, settings, view.size),
+                device=world.device,
+                **asked,
             )
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)
             ran = {"view": asdict(view), "trunk": trunk, "batch": config.batch, "taps": _taps(how, features)}
+        _check_finite(protocol, scores)
         result = Result(
             protocol=protocol.id,
             protocol_version=protocol.version,
@@ -110,6 +115,12 @@ def _world(kind: Kind, config: EvalConfig) -> Iterator[World]:
         raise UsageError(f"eval {kind.name} is for one process, and torchrun started {size}; start it without torchrun")
     else:
         yield World(0, 1, choose_device(config.device))
+
+
+def _check_finite(protocol: Protocol, scores: Scores) -> None:
+    for name, value in scores.metrics.items():
+        if not isfinite(value):
+            raise DataError(f"{protocol.id}: {name} is {value}, which is no result; look at the images of each class")
 
 
 def _taps(how: Extraction, features: Features) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What every evaluation shares: a plugin's protocol of each form from `bowstore eval` to its result file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from shard_sets import ShardMaker
 
 from bowstore.cli import main
 from bowstore.config import Workspace
-from bowstore.errors import UsageError
+from bowstore.errors import DataError, UsageError
 from bowstore.evaluate.config import EvalConfig
-from bowstore.evaluate.protocol import Kind
+from bowstore.evaluate.protocol import Kind, Scores
 from bowstore.evaluate.protocols.linear import KIND, LinearSettings
 from bowstore.evaluate.runner import evaluate
 from bowstore.models.saved import load_backbone, network_of, save_backbone
@@ -94,6 +95,14 @@ def test_features_are_scored_by_one_process(workspace: Path, monkeypatch: pytest
     shards = Workspace(shards=Path("train"), val_shards=Path("test"))
     with pytest.raises(UsageError, match="eval linear is for one process, and torchrun started 2; start it without"):
         evaluate(KIND, LinearSettings(), EvalConfig(run="net.safetensors"), shards)
+
+
+def test_a_metric_that_is_no_number_is_no_result(workspace: Path) -> None:
+    kind = replace(KIND, score=lambda features, settings: Scores(metrics={"top1": float("nan")}))
+    shards = Workspace(shards=Path("train"), val_shards=Path("test"))
+    with pytest.raises(DataError, match="linear/bownet-cifar: top1 is nan, which is no result; look at the images"):
+        evaluate(kind, LinearSettings(), EvalConfig(run="net.safetensors"), shards)
+    assert not (workspace / "net").exists()
 
 
 def test_a_kind_has_one_form() -> None:
