@@ -47,6 +47,7 @@ def run(
     from bowstore.recipes.file import load_recipe
     from bowstore.recipes.plan import make_plan
     from bowstore.recipes.state import overview, overview_text
+    from bowstore.torchrun import ranks
 
     workspace = load_workspace()
     named = recipe or workspace.recipe
@@ -61,6 +62,9 @@ def run(
     interrupt_on_sigterm()
     if stage:
         run_stage(plan, stage)
+        if ranks().first:
+            done = next(line for line in overview(plan) if line["stage"] == stage)
+            emit(done, f"{stage}: {done['state']}", as_json)
         return
     result = run_recipe(plan, processes=processes)
     emit(result.as_dict(), result.text(), as_json)

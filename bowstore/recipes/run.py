@@ -11,14 +11,14 @@ from bowstore.config import Workspace
 from bowstore.data.downloads import fetch
 from bowstore.data.shards import make_shards
 from bowstore.data.synthetic import write_images
-from bowstore.errors import BowstoreError, MismatchError, UsageError
+from bowstore.errors import BowstoreError, UsageError
 from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.results import Result, comparison_table, read_result
 from bowstore.evaluate.runner import evaluate
 from bowstore.files import make_folder, write_json
 from bowstore.progress import format_seconds, say, timed
 from bowstore.recipes.plan import again
-from bowstore.recipes.state import DONE, cell_is_done, is_wanted, state_of
+from bowstore.recipes.state import DONE, cell_is_done, check_before, is_wanted, state_of
 from bowstore.recipes.steps import (
     EncodeStep,
     EvalStep,
@@ -28,7 +28,6 @@ from bowstore.recipes.steps import (
     Step,
     TrainStep,
     in_stage,
-    remedy_of,
 )
 from bowstore.torchrun import ranks
 from bowstore.train.distributed import beside_others
@@ -97,6 +96,9 @@ def run_recipe(plan: Plan, *, processes: int = 1) -> RecipeResult:
             f"`bowstore run` is for one process, and torchrun started {size}; give it --processes {ranks().local_size} "
             f"without torchrun, or run one stage: torchrun ... -m bowstore run {plan.recipe.path} --stage NAME"
         )
+    for name, step in plan.steps.items():  # before the first hour of work, not after it
+        with in_stage(name, plan.recipe):
+            check_before(step, plan)
     seconds: dict[str, float] = {}
     for name, step in plan.steps.items():
         with timed(seconds, name):
@@ -129,10 +131,8 @@ def run_stage(plan: Plan, name: str) -> None:
         step = again(plan).steps[name]
         if ranks().size > 1 and not isinstance(step, TrainStep | EncodeStep):
             raise UsageError(f"it is of kind {step.kind}, for one process; start it without torchrun")
-        state = state_of(step)
-        if state.problem:
-            raise MismatchError(f"{state.problem}; {remedy_of(step)}")
-        if state == DONE and step.known_whole:
+        check_before(step, plan)
+        if state_of(step) == DONE and step.known_whole:
             _tell(f"{name}: done already")
         elif is_wanted(step, plan):
             run_step(step, plan.workspace)

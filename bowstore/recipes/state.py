@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import singledispatch
+from functools import cache, singledispatch
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,9 +13,20 @@ from bowstore.config import dump, validate
 from bowstore.data.records import PARTS_FOLDER, PLAN_FILE, read_manifest
 from bowstore.data.synthetic import MARKER
 from bowstore.data.table import INDEX_FILE, read_header
-from bowstore.errors import MissingError
+from bowstore.errors import BowstoreError, MismatchError, MissingError
 from bowstore.files import read_json
-from bowstore.recipes.steps import Cell, EncodeStep, EvalStep, ImagesStep, Plan, ShardsStep, Step, TrainStep, in_stage
+from bowstore.recipes.steps import (
+    Cell,
+    EncodeStep,
+    EvalStep,
+    ImagesStep,
+    Plan,
+    ShardsStep,
+    Step,
+    TrainStep,
+    in_stage,
+    remedy_of,
+)
 from bowstore.remote import is_remote
 from bowstore.train.config import TrainConfig, differences
 from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
@@ -192,8 +203,14 @@ _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 def run_weights(run: Path) -> str | None:
     """`weights_sha256` of a finished run's network, read from its file; None where there is none."""
+    path = run / runs.BACKBONE_FILE
+    return _weights(path, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+@cache
+def _weights(path: Path, _written: int) -> str | None:
     try:
-        data = (run / runs.BACKBONE_FILE).read_bytes()
+        data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         entries = json.loads(data[8 : 8 + length])
         digest, blob = hashlib.sha256(), memoryview(data)[8 + length :]
@@ -233,19 +250,55 @@ def is_wanted(step: Step, plan: Plan) -> bool:
     return not readers or any(state_of(reader).so_far != "done" for reader in readers)
 
 
+def check_before(step: Step, plan: Plan) -> None:
+    """Refuse what is known before anything runs: results of other settings, and inputs that nobody will make.
+
+    Raises:
+        MismatchError: what lies in the stage's place is of other settings or inputs.
+        MissingError: something that it reads is not there, and no stage makes it.
+    """
+    state = state_of(step)
+    if state.problem:
+        raise MismatchError(f"{state.problem}; {remedy_of(step)}")
+    if state != DONE and (lost := _lost(step, plan)):
+        raise MissingError(f"{lost} is not there, and no stage makes it; name another, or put it there")
+
+
+def _lost(step: Step, plan: Plan) -> Path | None:
+    """Data that a stage reads, that is not there, and that no stage makes."""
+    match step:
+        case ShardsStep():
+            read = [step.src]
+        case TrainStep() | EncodeStep():
+            read = [step.on]
+        case EvalStep():
+            read = [place for cell in step.cells for place in cell.data.values()]
+        case _:
+            read = []
+    made = [Path(place) for other in plan.steps.values() for place in other.writes]
+    for place in read:
+        near = any(place.is_relative_to(other) or other.is_relative_to(place) for other in made)
+        if not (is_remote(place) or place.exists() or near):
+            return place
+    return None
+
+
 def overview(plan: Plan) -> list[dict[str, Any]]:
     """The stages in the order of running, as plain values: what each reads and writes, and how far it is."""
     shown = []
     for step in plan.steps.values():
         with in_stage(step.name, plan.recipe):
-            state = state_of(step)
-            wanted = is_wanted(step, plan)
+            state, wanted, problem = state_of(step), is_wanted(step, plan), ""
+            try:
+                check_before(step, plan)
+            except BowstoreError as error:
+                problem = str(error)
         shown.append(
             {
                 "stage": step.name,
                 "kind": step.kind,
                 "state": state.so_far if wanted or state == DONE else "not needed",
-                "problem": state.problem,
+                "problem": problem,
                 "reads": list(step.reads),
                 "writes": list(step.writes),
             }

@@ -3,8 +3,9 @@
 Legend: S sampled vectors, p dimensions, K words, B vectors of a slice, U words or vectors that are moved or moved to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import faiss
@@ -24,6 +25,20 @@ _SLICE = 2048, 8192  # vectors that one thread searches at a time: enough slices
 _TURNS = 2  # of signs and cosines: one already mixes well, two leave no trace of the features' own axes
 
 
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """FAISS's calls take all cores: torchrun leaves a process one, but while this one makes words, the others wait.
+
+    PyTorch may share the setting, and a training that follows in this process must round as it does in one of its own.
+    """
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(cores())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 class FaissLloyd(Lloyd):
     """FAISS's k-means, on all cores of the machine or on a GPU; the result is the same for any number of threads."""
 
@@ -33,8 +48,6 @@ class FaissLloyd(Lloyd):
         vectors, dimensions = sample_Sp.shape
         self._sample = sample_Sp
         gpu = device.type == "cuda" and hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
-        # torchrun leaves a process one thread; but while this one makes the vocabulary, the others wait.
-        faiss.omp_set_num_threads(cores())
         self._index: Any
         if gpu:
             self._resources = faiss.StandardGpuResources()  # has to outlive the index
@@ -53,7 +66,8 @@ class FaissLloyd(Lloyd):
 
     def step(self) -> tuple[float, int]:
         """One call of FAISS with one iteration; it splits large clusters for words that ran empty."""
-        self._clustering.train(self._sample, self._index)
+        with _all_cores():
+            self._clustering.train(self._sample, self._index)
         stats: Any = self._clustering.iteration_stats  # a C++ vector
         last = stats.at(self._done)
         self._done += 1
@@ -63,7 +77,8 @@ class FaissLloyd(Lloyd):
         """FAISS's exhaustive search."""
         self._index.reset()
         self._index.add(self.centroids())
-        distance_S, word_S = self._index.search(self._sample, 1)
+        with _all_cores():
+            distance_S, word_S = self._index.search(self._sample, 1)
         return word_S[:, 0], np.maximum(distance_S[:, 0], 0)
 
     def centroids(self) -> NDArray[np.float32]:

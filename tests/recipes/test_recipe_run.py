@@ -32,6 +32,26 @@ def test_run_under_torchrun_says_what_to_type(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inputs_that_nobody_makes_are_asked_for_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(
+        "stages:\n  data: {shards: {src: IMAGES}}\n  rotnet: {train: cifar10_rotnet.yaml, on: data}\n"
+        "  voc: {eval: {voc07: {voc: VOC2007}}, of: [rotnet]}\n"
+    )
+    for there, asked in (("x", "stage 'data': IMAGES"), ("IMAGES", "stage 'voc': VOC2007")):
+        Path(there).mkdir()
+        result = CliRunner().invoke(main, ["run", "r.yaml"])
+        line = f"Error: r.yaml: {asked} is not there, and no stage makes it; name another, or put it there"
+        assert result.stderr.splitlines() == [line]
+        assert (
+            f"refused: {asked.partition(': ')[2]} is not"
+            in CliRunner().invoke(main, ["run", "r.yaml", "--dry-run"]).stdout
+        )
+    assert not Path("data").exists()
+
+
 def test_processes_are_started_by_torchrun_with_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 
@@ -50,6 +70,7 @@ def test_processes_are_started_by_torchrun_with_the_same_plan(tmp_path: Path, mo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bowstore.recipes.run.subprocess.Popen", Failing)
+    Path("data/shards/train").mkdir(parents=True)
     Path("r.yaml").write_text("stages: {rotnet: {train: cifar10_rotnet.yaml}}")
     recipe = load_recipe(Path("r.yaml"), ["stages.rotnet.set.optim.epochs=2"])
     with pytest.raises(BowstoreError, match=r"stage 'rotnet' ended with exit code 3; its own lines above say why"):

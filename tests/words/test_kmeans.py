@@ -77,6 +77,7 @@ def test_faiss_gives_the_same_for_any_number_of_threads(monkeypatch: pytest.Monk
         monkeypatch.setattr(lloyd_faiss, "cores", lambda threads=threads: threads)
         found.append(run(vectors, 300, backend="faiss", iterations=3).centroids_Kp)
     assert all(np.array_equal(found[0], other) for other in found[1:])
+    assert torch.get_num_threads() == 1, "PyTorch's are as they were: a training may follow"
 
 
 @pytest.mark.parametrize(("n", "d"), [(5000, 131), (2049, 160)])  # slices of 2048, and what is left
