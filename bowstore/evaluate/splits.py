@@ -51,23 +51,19 @@ def open_splits(train: Path, test: Path | None, storage: StorageConfig | None = 
     tested = open_index(test, storage) if test else None
     if tested is None:
         splits = _held_out(index, train)
+    elif tested.fingerprint == index.fingerprint:
+        raise MismatchError(f"{train} and {test} hold the same images; name another split's shards as test")
+    elif tested.classes != index.classes:
+        raise MismatchError(
+            f"{train} has {len(index.classes)} classes and {test} {len(tested.classes)}, or other ones; "
+            "write both splits from one data set, or hold a tenth of each train class out (--held-out)"
+        )
     else:
-        _check_pair(index, tested)
         splits = {"train": labelled(index), "test": labelled(tested)}
     for name, split in splits.items():
         check_labels(name, split.labels)
     check_classes(splits["train"].labels, splits["test"].labels, len(index.classes) or None)
     return DataSets(splits=splits, dataset=known_dataset(index, tested))
-
-
-def _check_pair(train: Index, test: Index) -> None:
-    if train.fingerprint == test.fingerprint:
-        raise MismatchError(f"{train.root} and {test.root} hold the same images; name another split's shards as test")
-    if train.classes != test.classes:
-        raise MismatchError(
-            f"{train.root} has {len(train.classes)} classes and {test.root} {len(test.classes)}, or other ones; "
-            "write both splits from one data set, or hold a tenth of each train class out (--held-out)"
-        )
 
 
 def _held_out(index: Index, train: Path) -> dict[str, LabelledSplit]:

@@ -226,7 +226,7 @@ class TestWhole:
 
     def test_same_images_twice(self, tmp_path: Path) -> None:
         train = write_shards(tmp_path / "train", 6, 0, names=self.names)
-        with pytest.raises(MismatchError, match="hold the same images"):
+        with pytest.raises(MismatchError, match=rf"{train} and {train} hold the same images"):
             self.evaluate(tmp_path, Workspace(), train=train, test=train)
 
     def test_other_classes(self, tmp_path: Path) -> None:
