@@ -51,6 +51,7 @@ store: data/words.zarr           # written by: bowstore encode
 runs: runs
 teacher: null                    # run or checkpoint; null: the newest finished run of a teacher's task
 config: null                     # what `bowstore train` trains; null: the recipe's next training stage
+# What follows what: `bowstore run` runs it, `bowstore train` and `bowstore encode` take its next stage.
 recipe: {recipe}
 voc: data/VOCdevkit/VOC2007      # for: bowstore eval voc07
 plugins: []                      # files or modules with sources, tasks and protocols of your own

@@ -26,15 +26,17 @@ def main(debug: bool) -> None:
     """Learn image representations without labels by predicting bags of visual words.
 
     \b
+    bowstore init --recipe imagenet             a workspace: its paths, and what follows what
     bowstore shards IMAGES data/shards          images to WebDataset shards
-    bowstore train --config CONFIG              the teacher (rotation prediction)
+    bowstore train                              the teacher (rotation prediction)
     bowstore encode --layer conv4 --K 20000     its feature maps to words, once, into a store
     bowstore words --out words.html             a page to look at the words
     bowstore train                              BoWNet on the words, with no teacher in the loop
     bowstore eval voc07                         how good the representation is
     bowstore export net.pth --format timm       the network for other code
+    bowstore run                                the whole of a recipe; interrupted, it goes on
 
-    The current directory is the workspace; `bowstore init` writes its bowstore.yaml.
+    The current directory is the workspace.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 

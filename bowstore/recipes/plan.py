@@ -255,10 +255,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _check_places(steps: dict[str, Step], recipe: Recipe) -> None:
     writers: dict[str, str] = {}
-    for step in steps.values():
-        for place in step.writes:
-            if (other := writers.setdefault(place, step.name)) != step.name:
-                raise UsageError(
-                    f"{recipe.path}: stages {other!r} and {step.name!r} both write {place}; give one of them another "
-                    f"{OWN_PLACE[step.kind]}"
-                )
+    for name, place in ((step.name, place) for step in steps.values() for place in step.writes):
+        if place in writers:
+            who = f"stages {writers[place]!r} and {name!r} both write {place}"
+            who = who if writers[place] != name else f"stage {name!r} writes {place} twice"
+            raise UsageError(f"{recipe.path}: {who}; give one of them another {OWN_PLACE[steps[name].kind]}")
+        writers[place] = name

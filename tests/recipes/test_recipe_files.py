@@ -94,6 +94,11 @@ MISTAKES = [
         "  again: {encode: {layers: [block3], num_words: [9]}, teacher: bownet}\n  linear:",
         r"stages 'words' and 'again' both write data/words\.zarr/block3; give one of them another `store:`",
     ),
+    (
+        "eval: linear",
+        "eval: [linear, {linear: {seed: 1}}]",
+        r"'linear' writes runs/.*bownet-cifar\.json twice",
+    ),
     (SMALL, "stages: {}", r"r\.yaml has no stages; write some below `stages:`"),
     (SMALL, "stage: {}", r"r\.yaml: unknown configuration key 'stage'; did you mean 'stages'\?"),
     (SMALL, "stages: {", r"r\.yaml is not a YAML file: .*line 1"),
