@@ -111,11 +111,11 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         network = placed_network(task, config, world)
         optimizer = build_optimizer(network, config)
         meter = Meter(world.device)
-        begun = _start(run, config, steps, network, optimizer, meter, task, world, resume=resume)
+        begun = _start(run, config, steps, optimizer, meter, task, world, resume=resume)
         start, first = begun.step, begun.step or 0
         _same_start(first, task, config, world)
         if first >= steps or (start is None and is_finished(run)):
-            return _finish(run, config, network, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
+            return _finish(run, config, task, world, TrainReport(run, steps, 0.0, 0.0, first=world.first))
         compiled = compiles_here(compiles(config, task, steps, world.device), world)
         model = build_objective(task, config, world, compiled=compiled)
         if world.first:
@@ -179,14 +179,14 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             if saving:
                 if log:
                     log.sync()
-                kept.save(_state(config, done, network, optimizer, meter, task, world, compiled=compiled))
+                kept.save(_state(config, done, optimizer, meter, task, world, compiled=compiled))
             if stopping:
                 if world.first:
                     say(f"stopped by a signal at step {done} of {steps}; run the command again to go on")
                 raise SystemExit(_STOPPED_EXIT_CODE)
         kept.proved()  # nothing follows that could prove it
         report = TrainReport(run, steps, *meter.rates(), last=log.last if log else {}, first=world.first)
-        return _finish(run, config, network, world, report)
+        return _finish(run, config, task, world, report)
 
 
 def keys_digest(plan: Plan, index: Index, schedule: Schedule, world: World) -> str:
@@ -246,7 +246,6 @@ def _start(
     run: Path,
     config: TrainConfig,
     steps: int,
-    network: Network,
     optimizer: torch.optim.Optimizer,
     meter: Meter,
     task: Task,
@@ -260,13 +259,11 @@ def _start(
     if state is None:
         return _Start(None, None, None, slower=False)
     slower = state["config"]["optim"]["lr"] > config.optim.lr
-    step = _restore(state, network, optimizer, meter, task, run)
+    step = _restore(state, optimizer, meter, task, run)
     return _Start(step, last_logged(state), state.get("compiled"), slower=slower)
 
 
-def _restore(
-    state: dict[str, Any], network: Network, optimizer: torch.optim.Optimizer, meter: Meter, task: Task, run: Path
-) -> int:
+def _restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, meter: Meter, task: Task, run: Path) -> int:
     """Load a checkpoint into network, optimiser and meter; return its step."""
     if state["inputs"] != task.inputs:
         names = sorted(state["inputs"].keys() | task.inputs.keys())
@@ -275,8 +272,8 @@ def _restore(
             f"{' and '.join(changed)} changed since the checkpoint of {run} was written; restore them, or train "
             f"under another --name"
         )
-    saved.load_weights(network.backbone, state["backbone"], str(run))
-    saved.load_weights(network.head, state["head"], str(run))
+    saved.load_weights(task.network.backbone, state["backbone"], str(run))
+    saved.load_weights(task.network.head, state["head"], str(run))
     values = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         load_optimizer(optimizer, state["optimizer"])
@@ -296,7 +293,7 @@ def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> No
     """Refuse ranks that would train something else, each with what its own machine holds."""
     for value, what in (
         (str(first), f"starts at step {first}, others elsewhere: all ranks need the same runs folder"),
-        (str(task.inputs), "has other shards or words than the others: all machines need the same copies"),
+        (str(task.inputs), "has other images or targets than the others: all machines need the same copies"),
         (str(learned(config)), "has another configuration than the others: all machines need the same files"),
     ):
         if not world.same(value):
@@ -304,32 +301,24 @@ def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> No
 
 
 def _state(
-    config: TrainConfig,
-    step: int,
-    network: Network,
-    optimizer: Any,
-    meter: Meter,
-    task: Task,
-    world: World,
-    *,
-    compiled: bool,
+    config: TrainConfig, step: int, optimizer: Any, meter: Meter, task: Task, world: World, *, compiled: bool
 ) -> dict[str, Any]:
     """All that a run needs to go on; every rank has a part in it."""
     return {
         "step": step,
         "config": dump(config),
         "inputs": task.inputs,
-        "backbone": dict(network.backbone.state_dict()),
-        "head": dict(network.head.state_dict()),
+        "backbone": dict(task.network.backbone.state_dict()),
+        "head": dict(task.network.head.state_dict()),
         "optimizer": optimizer.state_dict(),
         "meter": meter.state(world),
         "compiled": compiled,
     }
 
 
-def _finish(run: Path, config: TrainConfig, network: Network, world: World, report: TrainReport) -> TrainReport:
+def _finish(run: Path, config: TrainConfig, task: Task, world: World, report: TrainReport) -> TrainReport:
     if world.first and not is_finished(run):
-        saved.save_backbone(run / BACKBONE_FILE, network.backbone, saved.network_of(dump(config), config.name))
+        saved.save_backbone(run / BACKBONE_FILE, task.network.backbone, saved.network_of(dump(config), config.name))
     world.barrier()
     return report
 

@@ -150,7 +150,7 @@ def test_elastic_ranks_with_other_shards_are_refused(config: TrainConfig, tmp_pa
     assert exit_codes(start_ranks(with_its_own_shards, 2, (config, tmp_path))) == [0, 0]
     for rank in range(2):
         text = (tmp_path / f"refused-{rank}").read_text()
-        assert text.startswith(f"rank {rank} has other shards or words than the others: all machines need the same")
+        assert text.startswith(f"rank {rank} has other images or targets than the others: all machines need the same")
 
 
 def three_ranks(rank: int, how: str, folder: Path) -> None:

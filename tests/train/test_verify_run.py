@@ -97,7 +97,7 @@ def test_the_lineage_of_another_run_is_named(run: Path) -> None:
     }  # fmt: skip
     path.write_text(json.dumps({**lineage, "inputs": {"shards": "0" * 32}}))
     assert messages(verify_path(run)) == [
-        f"{path} tells of other shards or words than the newest checkpoint; restore both from one copy"
+        f"{path} tells of other images or targets than the newest checkpoint; restore both from one copy"
     ]
 
 
