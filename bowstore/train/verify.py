@@ -141,7 +141,8 @@ def _check_lineage(found: RunFindings, newest: dict[str, Any]) -> None:
             found.descent = runs.descent(lineage)
             if newest and lineage.get("inputs") != newest["inputs"]:
                 path = found.path / runs.LINEAGE_FILE
-                raise MismatchError(f"{path} tells of other images or targets than the newest checkpoint; {RESTORE_BOTH}")
+                told = "tells of other images or targets than the newest checkpoint"
+                raise MismatchError(f"{path} {told}; {RESTORE_BOTH}")
 
 
 def _check_finite(found: RunFindings, path: Path, tensors: dict[str, Tensor]) -> None:
