@@ -128,7 +128,7 @@ def test_weights_and_pickles_that_did_not_fit_into_memory_are_not_damaged(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", failing(NO_ROOM))
         with pytest.raises(RuntimeError, match="can't allocate memory"):
-            layouts.load_foreign(backbone, tmp_path / "w.pt")
+            layouts.load_foreign(backbone, layouts.read_weights(tmp_path / "w.pt"))
     with monkeypatch.context() as patch:
         patch.setattr(library, "_torchvision_network", failing(NO_ROOM))
         with pytest.raises(RuntimeError, match="can't allocate memory"):

@@ -17,10 +17,10 @@ from bowstore.models import wide_resnet
 from bowstore.models.backbone import Backbone, mean_pool
 from bowstore.models.library import library_backbone
 from bowstore.models.residual import WIDE, wide_sizes
-from bowstore.models.saved import LoadedBackbone, load_backbone
+from bowstore.models.saved import EXPORTED, LoadedBackbone, load_backbone
+from bowstore.models.weights import put_weights
 from bowstore.remote import local_only
 
-RECORD = "bowstore_export"  # where a file says what is in it
 _SAFETENSORS = ".safetensors"
 _SUFFIXES = (".pth", ".pt", _SAFETENSORS)
 _TOLERANCE = 1e-5  # of the largest value of a map, between two libraries' code for one network
@@ -49,11 +49,11 @@ class Exported:
 
     def text(self) -> str:
         """What was written and how it is loaded, for people."""
-        record, view = self.record, self.record["view"]
+        record, model, view = self.record, self.record["model"], self.record["view"]
         side = view["size"]
         cut = f"short side {view['resize']}, centre {side} x {side}" if view["resize"] else f"whole, {side} x {side}"
         lines = [
-            f"{self.out}: {record['arch']} of run {record['run']}, without a classifier; {record['features']} features",
+            f"{self.out}: {model['arch']} of run {record['name']}, without a classifier; {record['features']} features",
             f"images: {cut}; mean {_listed(view['mean'])}, deviation {_listed(view['std'])}",
             *([f"{self.definition}: its definition"] if self.definition else []),
             *(f"  {line}" for line in self.python),
@@ -82,7 +82,7 @@ def export_network(source: Path, out: Path, config: ExportConfig) -> Exported:
         MismatchError: its file is not what it should be.
     """
     local_only(out, "write the network to a file here, then copy it there")
-    check_free(out, mark=RECORD.encode(), command="bowstore export", example=f"network{_SAFETENSORS}")
+    check_free(out, mark=EXPORTED.encode(), command="bowstore export", example=f"network{_SAFETENSORS}")
     if out.suffix not in _SUFFIXES:
         raise UsageError(f"{out} must end with .pth or .pt (a file of torch.save) or {_SAFETENSORS}; name it so")
     if config.format == "safetensors" and out.suffix != _SAFETENSORS:
@@ -95,11 +95,10 @@ def export_network(source: Path, out: Path, config: ExportConfig) -> Exported:
         wide = wide_sizes(loaded.backbone.arch)
         made = _defined(loaded, *wide, config.format) if wide else _in_library(loaded.backbone, config.format)
     definition = _write_definition(out.parent) if wide else None
-    view = dump(loaded.saved.view)
+    saved, view = dump(loaded.saved), dump(loaded.saved.view)
     record = {
         "format": config.format,
-        "arch": loaded.saved.model.arch,
-        "run": loaded.saved.name,
+        **{name: saved[name] for name in ("name", "task", "model")},
         "features": loaded.backbone.features,
         "view": {name: view[name] for name in ("size", "resize", "mean", "std")},
         "bowstore": __version__,
@@ -108,7 +107,10 @@ def export_network(source: Path, out: Path, config: ExportConfig) -> Exported:
     plain = out.suffix != _SAFETENSORS
     imports = ", ".join(["torch" if plain else "safetensors.torch, torch", *made.imports])
     load = f'torch.load("{out}")' if plain else f'safetensors.torch.load_file("{out}")'
-    return Exported(out, definition, (f"import {imports}", *made.python, f"net.load_state_dict({load})"), record)
+    loading = [f"net.load_state_dict({load})"]
+    if not plain and not _loads_plain_tensors(made.network):
+        loading = ["state = net.state_dict()", f"state.update({load})", "net.load_state_dict(state)"]
+    return Exported(out, definition, (f"import {imports}", *made.python, *loading), record)
 
 
 class _Made(NamedTuple):
@@ -128,7 +130,7 @@ def _defined(loaded: LoadedBackbone, depth: int, width: int, form: str) -> _Made
         )
     strides = loaded.saved.model.strides
     network = wide_resnet.WideResNet(depth, width, strides)
-    network.load_state_dict(_renamed(loaded.backbone, WIDE))
+    put_weights(network, _renamed(loaded.backbone, WIDE))
     call = f"net = WideResNet({depth}, {width}, strides={strides})"
     return _Made(network, (), (f"from {WIDE} import WideResNet", call))
 
@@ -148,10 +150,19 @@ def _in_library(backbone: Backbone, form: str) -> _Made:
     if shapes != wanted:
         first = next(key for key in shapes | wanted if shapes.get(key) != wanted.get(key))
         raise UsageError(f"{other.arch} has other tensors than {backbone.arch} (the first is {first}); {held}")
-    other.network.load_state_dict(state)
+    put_weights(other.network, state)
     if library != own and not _same_features(backbone, other.eval()):
         raise UsageError(f"{other.arch} has the tensors of {backbone.arch}, but computes something else; {held}")
     return _Made(other.network, (library,), other.python)
+
+
+def _loads_plain_tensors(network: nn.Module) -> bool:
+    """Whether it does without the versions of its modules (see `put_weights`), which safetensors cannot hold."""
+    try:
+        network.load_state_dict(dict(network.state_dict()))
+    except ValueError:
+        return False
+    return True
 
 
 def _renamed(backbone: Backbone, names: str) -> dict[str, Tensor]:
@@ -194,8 +205,8 @@ def _write(out: Path, network: nn.Module, record: dict[str, Any]) -> None:
     with atomic_file(out) as file:
         if out.suffix == _SAFETENSORS:
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-            file.write(safetensors.torch.save(tensors, metadata={"format": "pt", RECORD: json.dumps(record)}))
+            file.write(safetensors.torch.save(tensors, metadata={"format": "pt", EXPORTED: json.dumps(record)}))
         else:
             # Torch keeps the versions of modules there, by their names; so the file is a state dict and no more.
-            state._metadata[RECORD] = record  # type: ignore[attr-defined]
+            state._metadata[EXPORTED] = record  # type: ignore[attr-defined]
             torch.save(state, file)

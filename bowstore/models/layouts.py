@@ -26,6 +26,8 @@ from torch import Tensor
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError, is_machine_error
 from bowstore.models.backbone import Backbone
 from bowstore.models.file_kinds import first_line, is_archive, other_kind, reads_as_safetensors, why_unread
+from bowstore.models.saved import PARTS, RECORDED, SavedNetwork, recorded_network
+from bowstore.models.weights import put_weights
 
 _MAX_DEPTH = 8
 # A tensor whose first name holds one of these words belongs to a head, a queue or a decoder.
@@ -45,6 +47,23 @@ _POSITIONS = re.compile(r"pos_embed|pos_embedding|rel_pos|relative_position")
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _CHUNKED = re.compile(r"\bblocks\.\d+\.(?=\d+\.(?:norm|attn|mlp|ls)\d?\.)")  # DINOv2 trained with block chunks
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A weights file that was read.
+
+    Attributes:
+        path: the file.
+        tensors: by dotted path.
+        containers: paths of the mappings that hold them, each with a dot at its end.
+        network: what bowstore recorded of the network, strides and view, where it wrote the file.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    containers: set[str]
+    network: SavedNetwork | None
 
 
 @dataclass(frozen=True)
@@ -94,21 +113,14 @@ class _Match:
         return not (self.missing or self.wrong or self.unknown)
 
 
-def load_foreign(backbone: Backbone, path: Path) -> Understood:
-    """Load a weights file of any known layout into a backbone.
-
-    Args:
-        backbone: gets the weights, as float32.
-        path: a `.safetensors` file, or a file of torch.save; of the latter only tensors and plain values are read.
+def load_foreign(backbone: Backbone, file: WeightsFile) -> Understood:
+    """Load weights of any known layout into a backbone, as float32.
 
     Raises:
-        MissingError: no such file.
-        UsageError: a folder, or no regular file.
-        CorruptError: not a whole file.
-        DataError: a file of another kind (`file_kinds`), or it holds code, no tensors, or values that are not finite.
-        MismatchError: it does not fit; the message counts and names the first tensors.
+        DataError: values that are not finite.
+        MismatchError: they do not fit; the message counts and names the first tensors.
     """
-    tensors, containers = _read(path)
+    path, tensors = file.path, file.tensors
     if not any(_CHUNKED.search(name) for name in backbone.state_dict()):
         tensors = {_CHUNKED.sub("blocks.", name): tensor for name, tensor in tensors.items()}
     match = _match(backbone, tensors, path)
@@ -122,16 +134,24 @@ def load_foreign(backbone: Backbone, path: Path) -> Understood:
             f"{path} holds NaN or infinity in {len(bad)} of {len(match.state)} tensors of the backbone "
             f"({_some(bad)}); take another checkpoint"
         )
-    state = backbone.state_dict()  # with the versions of its modules, which some refuse to load without (MNASNet)
-    state.update(match.state)
-    backbone.load_state_dict(state)
-    container = max((c for c in containers if match.prefix.startswith(c)), key=len, default="")
+    put_weights(backbone, match.state)
+    container = max((c for c in file.containers if match.prefix.startswith(c)), key=len, default="")
     prefix = match.prefix[len(container) :]
     return Understood(path.name, match.names, container.rstrip("."), prefix, match.dropped, match.converted)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], set[str]]:
-    """All tensors by dotted path, and the paths of the mappings that hold them (each with a dot at its end)."""
+def read_weights(path: Path) -> WeightsFile:
+    """Read a weights file of any known layout.
+
+    Args:
+        path: a `.safetensors` file, or a file of torch.save; of the latter only tensors and plain values are read.
+
+    Raises:
+        MissingError: no such file.
+        UsageError: a folder, or no regular file.
+        CorruptError: not a whole file.
+        DataError: a file of another kind (`file_kinds`), or it holds code, or no tensors.
+    """
     _check_kind(path)
     with path.open("rb") as file:
         if kind := other_kind(file):
@@ -139,12 +159,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], set[str]]:
         file.seek(0)
         start = file.read(64)
     if reads_as_safetensors(path, start):
-        return _read_safetensors(path), {""}
+        tensors, metadata = _read_safetensors(path)
+        return WeightsFile(path, tensors, {""}, recorded_network(metadata, path))
     tree = _read_torch(path, archive=is_archive(start))
-    tensors = {_WRAPPERS.sub("", name): found for name, found in _flat(tree, "", _MAX_DEPTH)}
-    if not tensors:
+    found = {_WRAPPERS.sub("", name): tensor for name, tensor in _flat(tree, "", _MAX_DEPTH)}
+    if not found:
         raise DataError(f"{path} holds a {type(tree).__name__} without tensors by name; give a state dict")
-    return {name: tensor for name, (tensor, _) in tensors.items()}, {container for _, container in tensors.values()}
+    tensors = {name: tensor for name, (tensor, _) in found.items()}
+    is_checkpoint = isinstance(tree, dict) and tree.keys() >= PARTS.keys()
+    metadata = {RECORDED: tree["config"]} if is_checkpoint else getattr(tree, "_metadata", {})
+    containers = {container for _, container in found.values()}
+    return WeightsFile(path, tensors, containers, recorded_network(metadata, path))
 
 
 def _check_kind(path: Path) -> None:
@@ -163,10 +188,10 @@ def _check_kind(path: Path) -> None:
         raise DataError(f"{path} is empty (0 bytes): its download or copy did not happen; fetch it again")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise CorruptError(
             f"{path} is not a whole weights file: damaged or cut off ({first_line(error)}); fetch it again"

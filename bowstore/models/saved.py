@@ -25,13 +25,15 @@ from bowstore.files import atomic_file
 from bowstore.models.backbone import Backbone
 from bowstore.models.file_kinds import first_line, is_archive, other_kind, reads_as_safetensors, why_unread
 from bowstore.models.registry import build_backbone
-from bowstore.models.weights import content_digest
+from bowstore.models.weights import content_digest, put_weights
 from bowstore.progress import say
 from bowstore.torchrun import ranks
 
 CHECKPOINT_VERSION = 2
 _WITHOUT_DIGEST = 1  # the version of checkpoints that had none
-_PARTS = {"step": int, "config": dict, "inputs": dict, "backbone": dict, "head": dict, "optimizer": dict}
+# Where metadata say what network a file holds: a run's own file, and one for other code.
+RECORDED, EXPORTED = "bowstore", "bowstore_export"
+PARTS = {"step": int, "config": dict, "inputs": dict, "backbone": dict, "head": dict, "optimizer": dict}
 
 
 class SavedNetwork(Strict):
@@ -120,7 +122,7 @@ def _checkpoint(data: bytes, path: Path, *, shown: bool = True) -> dict[str, Any
             raise
         raise CorruptError(f"{path} is not a whole bowstore checkpoint ({why_unread(error)})") from error
     if not isinstance(state, dict) or "version" not in state:
-        raise MismatchError(f"{path} is no checkpoint of bowstore; {_foreign(path)}")
+        raise MismatchError(_foreign(path, "is no checkpoint of bowstore", getattr(state, "_metadata", {})))
     return _checked(state, path, shown=shown)
 
 
@@ -128,7 +130,7 @@ def _checked(state: dict[str, Any], path: Path, *, shown: bool) -> dict[str, Any
     """The parts of a checkpoint, once its version, their presence and its digest are right."""
     version, digest = state["version"], state.pop("digest", None)
     known = type(version) is int and version in (_WITHOUT_DIGEST, CHECKPOINT_VERSION)
-    lost = [name for name, kind in _PARTS.items() if not isinstance(state.get(name), kind)]
+    lost = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
     if known and lost:
         raise CorruptError(f"{path} is not a whole bowstore checkpoint (it lacks {', '.join(lost)})")
     if known and digest is None and version == _WITHOUT_DIGEST:
@@ -195,7 +197,7 @@ def newest_checkpoint(run: Path, *, shown: bool = True) -> dict[str, Any] | None
 def save_backbone(path: Path, backbone: Backbone, network: SavedNetwork) -> None:
     """Write the network alone, as safetensors with what rebuilds it and a digest in its metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    metadata = {"bowstore": json.dumps(dump(network))}
+    metadata = {RECORDED: json.dumps(dump(network))}
     metadata["digest"] = content_digest({"metadata": metadata, "tensors": tensors})
     with atomic_file(path) as file:
         file.write(safetensors.torch.save(tensors, metadata=metadata))
@@ -273,7 +275,7 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], origin
             f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; is model.arch the one it was trained with "
             f"(and, for a rotation head, task.blocks: 1 in runs from before that setting)?"
         )
-    module.load_state_dict(state)
+    put_weights(module, state)
 
 
 def load_export(path: Path) -> tuple[dict[str, torch.Tensor], SavedNetwork]:
@@ -296,14 +298,14 @@ def _export(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor], SavedNetw
     try:
         tensors = safetensors.torch.load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        values = json.loads(metadata.get("bowstore", "null"))
+        values = json.loads(metadata.get(RECORDED, "null"))
     except Exception as error:  # damaged bytes end in errors of any kind
         if is_machine_error(error):
             raise
         raise CorruptError(f"{path} is not a whole safetensors file ({first_line(error)}); {_REDO}") from error
     digest = metadata.pop("digest", None)
     if values is None and digest is None:
-        raise MismatchError(f"{path} was not written by bowstore (no network is recorded in it); {_foreign(path)}")
+        raise MismatchError(_foreign(path, "was not written by bowstore (no network is recorded in it)", metadata))
     if digest is None and len(metadata) == 1:
         say(f"{path} was written before exported networks had a digest: its weights were not checked")
     elif digest != content_digest({"metadata": metadata, "tensors": tensors}):
@@ -332,5 +334,21 @@ def _file_bytes(path: Path, what: str) -> bytes:
     return path.read_bytes()
 
 
-def _foreign(path: Path) -> str:
-    return f"weights of other codebases go with an architecture: --teacher timm:NAME --weights {path}"
+def recorded_network(metadata: Mapping[str, Any], path: Path) -> SavedNetwork | None:
+    """The network that a file's metadata describe, where bowstore wrote it, for itself or for other code."""
+    record = metadata.get(RECORDED, metadata.get(EXPORTED))
+    try:
+        values = json.loads(record) if isinstance(record, str) else record
+    except ValueError:
+        values = None
+    return network_of(values, str(path)) if isinstance(values, dict) else None
+
+
+def _foreign(path: Path, is_not: str, metadata: Mapping[str, Any]) -> str:
+    """What to do with a file that is no run's network."""
+    if network := recorded_network(metadata, path):
+        return (
+            f"{path} is the network of run {network.name} as `bowstore export` wrote it for other code; give the run, "
+            f"or as a teacher: --teacher {network.model.arch} --weights {path}"
+        )
+    return f"{path} {is_not}; weights of other codebases go with an architecture: --teacher timm:NAME --weights {path}"

@@ -1,4 +1,4 @@
-"""Identity of a network's weights, and of whatever else is saved with them."""
+"""A network's weights: how they get into it, and their identity, with that of whatever else is saved with them."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -7,7 +7,14 @@ from typing import Any
 import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def put_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load tensors by name, all of which the module has, and in their shapes."""
+    own = module.state_dict()  # with the versions of its modules, which some refuse to load without (MNASNet)
+    own.update(state)
+    module.load_state_dict(own)
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

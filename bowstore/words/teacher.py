@@ -19,7 +19,7 @@ from bowstore.errors import DataError, UsageError
 from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
-from bowstore.models.layouts import load_foreign
+from bowstore.models.layouts import load_foreign, read_weights
 from bowstore.models.library import library_view
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.registry import build_backbone, is_arch
@@ -198,13 +198,16 @@ def _open_run(path: Path, weights: Path | None) -> tuple[Backbone, ViewConfig, O
 
 
 def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> tuple[Backbone, ViewConfig, Origin]:
-    view = library_view(arch) if ":" in arch else ViewConfig()
+    model, view = ModelConfig(arch=arch), library_view(arch) if ":" in arch else ViewConfig()
+    file = read_weights(weights) if weights else None
+    if file and file.network:  # what no tensor says: a wide network's strides, and the images that it takes
+        model, view = model.model_copy(update={"strides": file.network.model.strides}), file.network.view
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = build_backbone(ModelConfig(arch=arch), size)
-    if weights is None:
+        backbone = build_backbone(model, size)
+    if file is None:
         return backbone, view, Origin(backbone.arch, None, f"random, seed {seed}")
-    understood = load_foreign(backbone, weights)
+    understood = load_foreign(backbone, file)
     return backbone, view, Origin(backbone.arch, understood.file, understood.text())
 
 

@@ -19,12 +19,13 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from bowstore.cli import main
-from bowstore.config import ExportConfig, ModelConfig, ViewConfig
-from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.config import ExportConfig, ModelConfig, ViewConfig, dump
+from bowstore.data.views import clean_view
+from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
 from bowstore.models import export
 from bowstore.models.backbone import Backbone, mean_pool
 from bowstore.models.export import Exported, export_network
-from bowstore.models.saved import SavedNetwork, save_backbone
+from bowstore.models.saved import EXPORTED, SavedNetwork, checkpoint_bytes, load_backbone, save_backbone
 from bowstore.runs import BACKBONE_FILE
 from bowstore.words.teacher import load_teacher
 
@@ -134,6 +135,7 @@ def test_the_lines_of_help_and_guide_load_resnet50_of_the_newest_run(
     ("arch", "form", "line"),
     [
         ("torchvision:mobilenet_v3_small", "safetensors", "net.classifier = torch.nn.Identity()"),
+        ("torchvision:mnasnet0_5", "safetensors", "state.update(safetensors.torch.load_file(\"net.safetensors\"))"),
         ("timm:resnet18.a1_in1k", "torchvision", "net = torchvision.models.resnet18()"),
         ("timm:test_convnext", "timm", "net.head = torch.nn.Identity()"),
         ("timm:test_vit", "safetensors", 'net = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)'),
@@ -206,11 +208,30 @@ def test_a_wide_resnet_comes_with_a_definition_that_needs_torch_alone(exported: 
 def test_a_teacher_is_made_of_an_export(
     exported: Callable[..., Exported], arch: str, form: str, spec: str, layer: str
 ) -> None:
+    """It has the strides and sees the images that the network was trained with, as from a run's own files."""
     exported(arch, form, "net.safetensors")
-    teacher = load_teacher(spec, (layer,), CPU, weights=Path("net.safetensors"))
-    state = network(arch)[0].state_dict().values()
-    found = teacher.backbone.state_dict().values()
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(state, found, strict=True))
+    ours, saved = network(arch)
+    state = {"config": dump(saved), "step": 1, "inputs": {}, "head": {}, "optimizer": {}}
+    Path("last.pt").write_bytes(checkpoint_bytes({**state, "backbone": ours.state_dict()}))
+    images = noise()
+    for file in ("net.safetensors", f"runs/first/{BACKBONE_FILE}", "last.pt"):
+        teacher = load_teacher(spec, (layer,), CPU, weights=Path(file))
+        torch.testing.assert_close(teacher.maps(images), ours.feature_maps(images, [layer]), rtol=1e-4, atol=1e-4)
+        assert teacher.view == clean_view(VIEW)
+    assert load_teacher(spec, (layer,), CPU, weights=Path("last.pt"), size=96).view.size == 96
+
+
+@pytest.mark.parametrize(("out", "form"), [("net.safetensors", "safetensors"), ("net.pth", "timm")])
+def test_an_export_that_is_given_as_a_run_is_named_for_what_it_is(
+    exported: Callable[..., Exported], out: str, form: str
+) -> None:
+    exported("timm:test_resnet", form, out)
+    with pytest.raises(
+        MismatchError,
+        match=rf"^{out} is the network of run first as `bowstore export` wrote it for other code; give the run, or as "
+        rf"a teacher: --teacher timm:test_resnet --weights {out}$",
+    ):
+        load_backbone(Path(out))
 
 
 def test_a_file_says_what_is_in_it(exported: Callable[..., Exported]) -> None:
@@ -218,18 +239,19 @@ def test_a_file_says_what_is_in_it(exported: Callable[..., Exported]) -> None:
     told = CliRunner().invoke(main, ["export", "first", "net.pth", "--format", "timm", "--json"])
     assert told.exit_code == 0, told.output
     shown = json.loads(told.stdout)
-    record = torch.load("net.pth")._metadata[export.RECORD]
+    record = torch.load("net.pth")._metadata[EXPORTED]
     assert record == {key: shown[key] for key in record}
     assert {**record, "bowstore": ""} == {
         "format": "timm",
-        "arch": "timm:test_resnet",
-        "run": "first",
+        "name": "first",
+        "task": "words",
+        "model": {"arch": "timm:test_resnet", "strides": list(STRIDES)},
         "features": 96,
         "view": {"size": 160, "resize": None, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.625]},
         "bowstore": "",
     }
     with safetensors.safe_open("net.safetensors", "pt") as file:
-        assert json.loads(file.metadata()[export.RECORD]) == record | {"format": "safetensors"}
+        assert json.loads(file.metadata()[EXPORTED]) == record | {"format": "safetensors"}
         assert file.metadata()["format"] == "pt"
     text = CliRunner().invoke(main, ["export", "first", "net.pth", "--format", "timm"]).stdout
     assert text.splitlines()[:2] == [

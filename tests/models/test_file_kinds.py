@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bowstore.config import ModelConfig
 from bowstore.errors import BowstoreError, CorruptError, DataError, UsageError
 from bowstore.models.backbone import Backbone
-from bowstore.models.layouts import load_foreign
+from bowstore.models.layouts import load_foreign, read_weights
 from bowstore.models.registry import build_backbone
 from bowstore.models.weights import weights_sha256
 
@@ -123,7 +123,7 @@ def test_other_files_are_told_for_what_they_are(kind: str, backbone: Backbone, t
         path = tmp_path / name
         path.write_bytes(data)
         with pytest.raises(DataError, match=told) as caught:
-            load_foreign(backbone, path)
+            load_foreign(backbone, read_weights(path))
         assert not isinstance(caught.value, CorruptError)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -139,7 +139,7 @@ def test_weights_under_any_name_are_loaded(backbone: Backbone, saved: bytes, tmp
     (tmp_path / "old.safetensors").write_bytes((tmp_path / "old.tar").read_bytes())
     for path in sorted(tmp_path.iterdir()):
         other = build_backbone(ModelConfig(arch=ARCH))
-        load_foreign(other, path)
+        load_foreign(other, read_weights(path))
         assert weights_sha256(other.state_dict()) == digest
 
 
@@ -160,7 +160,7 @@ def test_what_training_wraps_around_names_is_taken_off(backbone: Backbone, tmp_p
     ):
         torch.save(content, path)
         other = build_backbone(ModelConfig(arch=ARCH))
-        load_foreign(other, path)
+        load_foreign(other, read_weights(path))
         assert weights_sha256(other.state_dict()) == digest
 
 
@@ -179,25 +179,25 @@ def test_damaged_weights_are_told_so(backbone: Backbone, saved: bytes, tmp_path:
     ):
         path.write_bytes(data)
         with pytest.raises(CorruptError, match=told) as caught:
-            load_foreign(backbone, path)
+            load_foreign(backbone, read_weights(path))
         assert "weights_only" not in str(caught.value)
     save_file({"a": torch.ones(9)}, tmp_path / "w.safetensors")
     os.truncate(tmp_path / "w.safetensors", 70)
     with pytest.raises(CorruptError, match=r"damaged or cut off \(.*\); fetch it again"):
-        load_foreign(backbone, tmp_path / "w.safetensors")
+        load_foreign(backbone, read_weights(tmp_path / "w.safetensors"))
 
 
 def test_what_is_no_file(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     with pytest.raises(UsageError, match=r"weights .*model is a folder; name a file$"):
-        load_foreign(backbone, folder)
+        load_foreign(backbone, read_weights(folder))
     (folder / "model.safetensors").touch()
     with pytest.raises(UsageError, match=r"is a folder; name a file in it: model\.safetensors"):
-        load_foreign(backbone, folder)
+        load_foreign(backbone, read_weights(folder))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="is a pipe, socket or device; name a file"):
-        load_foreign(backbone, tmp_path / "pipe")
+        load_foreign(backbone, read_weights(tmp_path / "pipe"))
     path = tmp_path / "w.pth"
     torch.save(backbone.state_dict(), path)
 
@@ -206,5 +206,5 @@ def test_what_is_no_file(backbone: Backbone, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(PermissionError) as caught:
-        load_foreign(backbone, path)
+        load_foreign(backbone, read_weights(path))
     assert not isinstance(caught.value, BowstoreError)  # the machine's, not the file's

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bowstore.config import ModelConfig
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
 from bowstore.models.backbone import Backbone
-from bowstore.models.layouts import Understood, load_foreign
+from bowstore.models.layouts import Understood, load_foreign, read_weights
 from bowstore.models.registry import build_backbone
 
 State = dict[str, Tensor]
@@ -162,7 +162,7 @@ RESNET_LAYOUTS: dict[str, tuple[Callable[[State], Any], str, str, str, tuple[str
 def loaded(arch: str, path: Path, *, size: int | None = None) -> tuple[Backbone, Understood]:
     torch.manual_seed(99)
     backbone = build_backbone(ModelConfig(arch=arch), size).eval()
-    understood = load_foreign(backbone, path)
+    understood = load_foreign(backbone, read_weights(path))
     path.unlink()
     return backbone, understood
 
@@ -302,7 +302,7 @@ def test_register_tokens_of_dinov2(tmp_path: Path) -> None:
 
 def misfit(arch: str, path: Path) -> str:
     with pytest.raises(MismatchError) as caught:
-        load_foreign(build_backbone(ModelConfig(arch=arch)), path)
+        load_foreign(build_backbone(ModelConfig(arch=arch)), read_weights(path))
     return str(caught.value)
 
 
@@ -311,7 +311,7 @@ def test_a_network_that_asks_for_the_version_of_its_weights(tmp_path: Path) -> N
     plain = torchvision.models.mnasnet0_5()
     save_file(body(plain.state_dict()), tmp_path / "net.safetensors")
     backbone = build_backbone(ModelConfig(arch="torchvision:mnasnet0_5"))
-    load_foreign(backbone, tmp_path / "net.safetensors")
+    load_foreign(backbone, read_weights(tmp_path / "net.safetensors"))
     assert torch.equal(backbone.state_dict()["network.layers.0.weight"], plain.layers[0].weight)
 
 
@@ -352,19 +352,19 @@ def test_files_that_cannot_be_used(resnet: nn.Module, tmp_path: Path) -> None:
     backbone = build_backbone(ModelConfig(arch="resnet18"))
     path = write(tmp_path / "w.pth", {**resnet.state_dict(), "args": Payload(tmp_path / "ran")})
     with pytest.raises(DataError, match=r"holds more than tensors and plain values \(.*\), which is never loaded"):
-        load_foreign(backbone, path)
+        load_foreign(backbone, read_weights(path))
     assert not (tmp_path / "ran").exists()
     bad = {**resnet.state_dict(), "bn1.running_var": torch.full((64,), float("nan"))}
     with pytest.raises(DataError, match=r"NaN or infinity in 1 of 120 tensors.*\(stages\.conv1\.bn1\.running_var\)"):
-        load_foreign(backbone, write(path, bad))
+        load_foreign(backbone, read_weights(write(path, bad)))
     with pytest.raises(DataError, match="holds a list without tensors by name"):
-        load_foreign(backbone, write(path, [torch.ones(2)]))
+        load_foreign(backbone, read_weights(write(path, [torch.ones(2)])))
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CorruptError, match=r"is not a whole weights file: .* \(its end is missing or damaged\); fetch"):
-        load_foreign(backbone, path)
+        load_foreign(backbone, read_weights(path))
     (tmp_path / "w.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(CorruptError, match="is not a whole weights file"):
-        load_foreign(backbone, tmp_path / "w.safetensors")
+        load_foreign(backbone, read_weights(tmp_path / "w.safetensors"))
     for name in ("gone.pth", "gone.safetensors"):
         with pytest.raises(MissingError, match=f"no weights file .*{name}"):
-            load_foreign(backbone, tmp_path / name)
+            load_foreign(backbone, read_weights(tmp_path / name))
