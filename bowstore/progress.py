@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 
 _LOG_EVERY_SECONDS = 10.0
@@ -23,6 +24,12 @@ def say(message: str) -> None:
             raise
         # What is still in the old one's buffer would turn the exit code of the whole command into 120.
         sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
+@cache
+def say_once(message: str) -> None:
+    """Print a line that holds for the whole command, however often it comes up."""
+    say(message)
 
 
 def reader_is_gone() -> bool:

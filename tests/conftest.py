@@ -6,6 +6,7 @@ import torch
 from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
 
 from bowstore.data.index import Index, build_index
+from bowstore.progress import say_once
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +40,12 @@ def make_shard_set(tmp_path: Path) -> ShardMaker:
         return build_index(root, classes=tuple(f"c{n}" for n in range(classes)))
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _no_line_is_said_yet() -> None:
+    """Each test is a command of its own."""
+    say_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

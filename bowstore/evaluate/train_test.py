@@ -9,7 +9,7 @@ from bowstore.config import Place, Strict, Workspace
 from bowstore.data.index import open_index
 from bowstore.evaluate.protocol import DataSets, Protocol
 from bowstore.evaluate.splits import open_splits, share_no_class
-from bowstore.progress import say
+from bowstore.progress import say_once
 from bowstore.workspace import val_shards
 
 
@@ -36,7 +36,7 @@ def resolve_train_test(settings: S, workspace: Workspace) -> S:
     test = None if settings.held_out else settings.test or val_shards(workspace)
     if test and not settings.test:
         if share_no_class(*(open_index(path, workspace.storage) for path in (train, test))):
-            say(
+            say_once(
                 f"{test} holds other classes than {train}: a tenth of each train class is held out and tested on, "
                 "under a protocol id of its own; --test names a test split of the same classes"
             )

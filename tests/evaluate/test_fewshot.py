@@ -114,7 +114,7 @@ def test_the_classes_of_a_known_data_set_are_found_however_they_are_written(
         assert np.bincount(data["test"].labels).tolist() == [100] * 20
         assert resolved()[0].classes == CIFAR_FS  # by default
     line = "episodes of the 20 classes cifar-fs-test of data/shards/test; --classes all takes all 100"
-    assert line in capsys.readouterr().err
+    assert capsys.readouterr().err.count(line) == 1  # however often a recipe asks
     settings, data = resolved(classes=["all"])
     assert (describe(settings).id, data.dataset) == ("fewshot/5way-1-5-10-50shot/all", None)
     assert len(data["test"].classes) == 100

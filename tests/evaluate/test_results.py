@@ -126,8 +126,15 @@ def test_paper_rows_name_known_protocols_and_metrics() -> None:
     protocols = [kind.describe(kind.settings()) for kind in PROTOCOLS.values()]
     headlines = {protocol.id.split("/")[0]: protocol.headline for protocol in protocols}
     for paper in paper_figures():
-        assert headlines[paper.protocol.split("/")[0]] in paper.metrics
+        of_chosen_layers = paper.protocol == "voc07-svm/fair/*"
+        assert (headlines[paper.protocol.split("/")[0]] in paper.metrics) != of_chosen_layers
         assert all(len(percent) == len(paper.metrics) for percent in paper.percent.values())
+
+
+def test_the_best_of_layers_that_were_chosen_is_none_of_the_papers() -> None:
+    result = a_result("voc07-svm/fair/conv3-conv4", "map_best", map_conv3=0.4, map_conv4=0.5, map_best=0.5)
+    table = result_table(result.model_copy(update={"inputs": result.inputs | {"dataset": "voc07"}}))
+    assert ["paper:", "BoWNet-conv4", "-", "73.6", "-"] in [line.split()[:5] for line in table.splitlines()]
 
 
 def test_columns_align() -> None:

@@ -7,7 +7,7 @@ from voc_devkit import write_devkit
 from bowstore.config import ViewConfig, Workspace, dump
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.evaluate.config import EvalConfig
-from bowstore.evaluate.protocols.voc07 import KIND, Voc07Settings
+from bowstore.evaluate.protocols.voc07 import KIND, Voc07Settings, describe
 from bowstore.evaluate.results import Result, read_result, result_table
 from bowstore.evaluate.runner import evaluate
 from bowstore.evaluate.voc import read_split
@@ -48,6 +48,19 @@ def test_fingerprint_sees_labels(voc: Path) -> None:
     path = main(voc, "red_test.txt")
     path.write_text(path.read_text().replace("-1", " 0", 1))
     assert read_split(voc, "test").fingerprint != before
+
+
+def test_the_id_says_layers_that_were_chosen() -> None:
+    def described(**settings: object) -> tuple[str, int]:
+        protocol = describe(Voc07Settings.model_validate(settings))
+        return protocol.id, protocol.version
+
+    assert described() == ("voc07-svm/fair", 2)
+    assert described(layers=["pool1", "conv4"]) == described(layers=["conv4", "pool1"])
+    assert described(layers=["pool1", "conv4"]) == ("voc07-svm/fair/conv4-pool1", 2)
+    many = [f"layer3.{n}.conv1" for n in range(30)]
+    assert described(layers=many, costs="obow")[0].startswith("voc07-svm/obow/30-layers-")
+    assert described(layers=many) != described(layers=[*many[1:], "layer4"])
 
 
 class TestErrors:
@@ -149,7 +162,13 @@ class TestWhole:
         assert result.settings["taps"][layer] == {"of": f"{layer} average grid 1x1", "dims": 64}
         assert result.protocol == "voc07-svm/obow"
 
-    def test_layers_are_chosen_by_name(self, voc: Path, tmp_path: Path) -> None:
+    def test_layers_are_chosen_by_name(self, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Their best is another figure than that of the last two layers, and lies beside it."""
+        monkeypatch.setattr("bowstore.evaluate.voc.COSTS", {"vissl": (1.0,)})
+        result = self.evaluate(voc, tmp_path / "run", layers=["block1"])
+        assert result.metrics.keys() == {"map_block1", "map_best"}
+        assert result.protocol == "voc07-svm/vissl/block1"
+        assert read_result(tmp_path / "run" / "eval" / "voc07-svm-vissl-block1.json") == result
         with pytest.raises(UsageError, match="conv9"):
             self.evaluate(voc, tmp_path, layers=["conv9"])
 

@@ -17,7 +17,7 @@ from bowstore.evaluate.episodes import draw_episodes, episode_accuracy, mean_and
 from bowstore.evaluate.protocol import DataSets, Features, Kind, Protocol, Scores
 from bowstore.evaluate.results import INTERVAL
 from bowstore.evaluate.splits import check_labels, labelled
-from bowstore.progress import say
+from bowstore.progress import say_once
 from bowstore.workspace import shards_beside, val_shards
 
 _MAX_DRAWN = 1 << 26  # images of all episodes, repeated ones too: 2 GB while they are drawn
@@ -100,7 +100,7 @@ def _default_list(index: Index, test: Path) -> str:
         listed = class_lists()[name]
         if len(index.classes) == classes and has_classes(listed, index.classes):
             others = f"; --classes all takes all {classes}" if classes > len(listed) else ""
-            say(f"episodes of the {len(listed)} classes {name} of {test}{others}")
+            say_once(f"episodes of the {len(listed)} classes {name} of {test}{others}")
             return name
     return ALL
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import xxhash
 from pydantic import Field
 
 from bowstore.config import Listed, Place, Strict, Text, Threads, Workspace
@@ -16,6 +17,7 @@ COSTS: Mapping[CostList, tuple[float, ...]] = {
     "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
     "obow": (0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 5.0, *_POWERS),
 }
+_LONGEST = 80  # characters of an id, which names a file, that layers may take
 _SOURCES = {"fair": "FAIR self-supervision benchmark; the paper's", "vissl": "VISSL", "obow": "obow"}
 
 
@@ -24,17 +26,23 @@ class Voc07Settings(Strict):
 
     voc: Place | None = Field(None, description="VOC devkit folder (VOC2007); null: the workspace's")
     costs: CostList = Field("fair", description="cost list, by the code that uses it (another protocol id each)")
-    layers: Listed[Text] = Field((), description="layer of the network, more than once for several; null: last two")
+    layers: Listed[Text] = Field(
+        (), description="layer of the network, more than once for several (another protocol id); null: last two"
+    )
     jobs: Threads | None = Field(None, description="parallel SVM fits; null: one a core")
 
 
 def describe(settings: Voc07Settings) -> Protocol:
-    """Each list of costs is a protocol, and obow's has features of its own."""
+    """Each list of costs is a protocol, and obow's has features of its own; so is each choice of layers by name."""
     costs = settings.costs
+    layers = "-".join(sorted(settings.layers))
+    if len(layers) > _LONGEST:
+        layers = f"{len(settings.layers)}-layers-{xxhash.xxh3_64_hexdigest(layers.encode())[:8]}"
     return Protocol(
-        id=f"voc07-svm/{costs}",
+        id=f"voc07-svm/{costs}/{layers}" if layers else f"voc07-svm/{costs}",
         version=2,  # 1: conv1 of a residual network was the map behind its max-pool
-        description=f"VOC07 classification, one linear SVM a class, {len(COSTS[costs])} costs ({_SOURCES[costs]})",
+        description=f"VOC07 classification, one linear SVM a class, {len(COSTS[costs])} costs ({_SOURCES[costs]})"
+        + (f", best of {', '.join(settings.layers)}" if layers else ""),
         headline="map_best",
     )
 
