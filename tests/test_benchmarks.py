@@ -102,7 +102,7 @@ def test_bench_encode_times_the_compiled_teacher(workspace: Path, monkeypatch: p
 
 
 def test_bench_trunk_compares_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bowstore.benchmarks.trunk import bench_trunk
+    from gpu_trunk import bench_trunk
 
     settings: dict[str, Any] = {"size": 16, "batch": 4, "rounds": 1, "device": torch.device("cpu"), "compiled": True}
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, images, options: graph)

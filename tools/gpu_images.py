@@ -157,7 +157,8 @@ def loader(check: Check) -> None:
 
 def train(check: Check) -> None:
     """`bowstore bench train` at the paper's size."""
-    from bowstore.benchmarks.made_up import LAYER, made_up_store
+    from gpu_made_up import LAYER, made_up_store
+
     from bowstore.benchmarks.train import bench_training
 
     index = photographs(check)

@@ -47,7 +47,7 @@ SECTIONS = (
     Section("kernels", "the kernels of the search compile, each in a process of its own", 35, 35, ("triton",)),
     Section("words", "words are the nearest, over shapes, ties and far vectors", 40, 25),
     Section("assign", "images/s of assignment against cuBLAS", 50, 35),
-    Section("kmeans", "an iteration at full size, equality in small", 40, 30),
+    Section("kmeans", "an iteration at full size, equality in small", 40, 30, _CONFIG),
     Section("step", "training steps on resident data: eager, compiled, tuned", 150, 100, _STORE),
     Section("trunk", "the teacher's trunk in every precision and layout", 85, 70, _CONFIG),
     Section("head", "head, bag and optimiser alone; the loss against the dense form", 20, 15, _CONFIG),

@@ -233,7 +233,7 @@ def _small_kmeans(check: Check) -> None:
 
 def step(check: Check) -> None:
     """ResNet-50, batch 256, K = 20000, bags of CutMix, each way with one thing more than the one before."""
-    from bowstore.benchmarks.step import StepWay
+    from gpu_step import StepWay
 
     ways = (
         StepWay("eager", {"compile": False}),
@@ -273,7 +273,7 @@ def faiss(check: Check) -> None:
 
 def teacher(check: Check) -> None:
     """The compiled step with and without a bfloat16 teacher, whose conv4 is assigned to 20000 words."""
-    from bowstore.benchmarks.step import StepWay
+    from gpu_step import StepWay
 
     result = _bench_step(
         check, [StepWay("compiled", {"compile": "auto"}, tuned=True)], check.size("conv4", "conv4", "block2")
@@ -282,7 +282,7 @@ def teacher(check: Check) -> None:
 
 
 def _bench_step(check: Check, ways: Any, teacher_layer: str | None = None) -> Any:
-    from bowstore.benchmarks.step import StepSettings, bench_step
+    from gpu_step import StepSettings, bench_step
 
     settings = StepSettings(
         arch=check.size("resnet50", "resnet50", "wrn-10-1"), size=check.size(224, 224, 16),
@@ -297,7 +297,7 @@ def _bench_step(check: Check, ways: Any, teacher_layer: str | None = None) -> An
 
 def trunk(check: Check) -> None:
     """ResNet-50 to conv4, batch 256."""
-    from bowstore.benchmarks.trunk import bench_trunk
+    from gpu_trunk import bench_trunk
 
     arch, layer, size, batch = check.size(("resnet50", "conv4", 224, 256), ("resnet50", "conv4", 224, 256),
                                           ("wrn-10-1", "block2", 16, 8))  # fmt: skip
@@ -313,8 +313,9 @@ def trunk(check: Check) -> None:
 
 def targets(check: Check) -> None:
     """`bowstore bench targets` on made-up words of 14 x 14."""
+    from gpu_made_up import made_up_index, made_up_store
+
     from bowstore.benchmarks.config import TargetsBench
-    from bowstore.benchmarks.made_up import made_up_index, made_up_store
     from bowstore.benchmarks.targets import bench_targets
     from bowstore.config import StorageConfig
 

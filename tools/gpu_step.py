@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from gpu_made_up import LAYER, made_up_index, made_up_store
 from torch import Tensor
 
-from bowstore.benchmarks.made_up import LAYER, made_up_index, made_up_store
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
 from bowstore.config import validate
