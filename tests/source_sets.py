@@ -14,6 +14,7 @@ from PIL import Image
 from bowstore.data.config import ShardsConfig
 from bowstore.data.index import open_index
 from bowstore.data.shards import make_shards
+from bowstore.data.sources import Split, list_source
 
 
 def tiny_image(number: int, kind: str = "JPEG") -> bytes:
@@ -46,6 +47,11 @@ class Sample(NamedTuple):
 
     data: bytes
     label: int
+
+
+def list_splits(source: Path, kind: str | None = None, **options: Any) -> list[Split]:
+    """The splits of a source."""
+    return list_source(source, kind, **options).splits
 
 
 def shards_of(source: Path, out: Path, **arguments: Any) -> dict[str, dict[str, Sample]]:

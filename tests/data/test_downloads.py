@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from source_sets import cifar10_files, cifar100_files, tiny_image, write_cifar
+from source_sets import cifar10_files, cifar100_files, list_splits, tiny_image, write_cifar
 from voc_devkit import write_devkit
 
 from bowstore.cli import main
 from bowstore.data import downloads
 from bowstore.data.downloads import DOWNLOADS, fetch
-from bowstore.data.sources import find_source, list_splits
+from bowstore.data.sources import find_source
 from bowstore.errors import BowstoreError, BusyError, UsageError
 from bowstore.files import exclusive_lock
 

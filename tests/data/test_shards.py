@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from left_behind import left_behind
 from PIL import Image
+from source_sets import list_splits
 
 from bowstore.data import shard_writer
 from bowstore.data.config import ShardsConfig
 from bowstore.data.index import open_index
 from bowstore.data.shard_writer import Record, ShardJob, write_shards
 from bowstore.data.shards import make_shards
-from bowstore.data.sources import ImageFile, Source, list_splits
+from bowstore.data.sources import ImageFile, Source
 from bowstore.data.verify import verify_folder
 from bowstore.errors import BowstoreError, BusyError, DataError, MismatchError, MissingError, UsageError
 from bowstore.files import exclusive_lock, file_digest

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from source_sets import list_splits
 
-from bowstore.data.sources import DANGLING, MAX_KEY_BYTES, NO_LABEL, list_splits, make_keys
+from bowstore.data.sources import DANGLING, MAX_KEY_BYTES, NO_LABEL, make_keys
 from bowstore.errors import DataError, MissingError, UsageError
 
 

@@ -17,6 +17,7 @@ from source_sets import (
     cifar100_files,
     cifar_pixels,
     classes_of,
+    list_splits,
     python2_pickle,
     shards_of,
     write_cifar,
@@ -25,7 +26,7 @@ from source_sets import (
 
 from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
-from bowstore.data.sources import Source, list_splits, open_source
+from bowstore.data.sources import Source, open_source
 from bowstore.data.sources.plain_pickle import read_plain_pickle
 from bowstore.errors import CorruptError, DataError, MissingError
 

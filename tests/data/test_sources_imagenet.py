@@ -27,11 +27,11 @@ from imagenet_sets import (
     write_tiny,
 )
 from shard_sets import real_data
-from source_sets import classes_of, shards_of, tiny_image, write_file, write_members
+from source_sets import classes_of, list_splits, shards_of, tiny_image, write_file, write_members
 
 from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
-from bowstore.data.sources import NO_LABEL, find_source, list_source, list_splits
+from bowstore.data.sources import NO_LABEL, find_source, list_source
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError, UsageError
 
 WNIDS = sorted(IDS)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from imagenet_sets import small_imagenet, write_archives, write_kaggle, write_tiny
-from source_sets import cifar10_files, cifar100_files, tiny_image, write_cifar, write_file, write_members
+from source_sets import cifar10_files, cifar100_files, list_splits, tiny_image, write_cifar, write_file, write_members
 from voc_devkit import write_devkit
 
 from bowstore.cli import main
 from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
-from bowstore.data.sources import KINDS, find_source, list_splits
+from bowstore.data.sources import KINDS, find_source
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 
 

@@ -8,11 +8,11 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_sets import shards_of, tiny_image, write_file, write_members
+from source_sets import list_splits, shards_of, tiny_image, write_file, write_members
 
 from bowstore.cli import main
-from bowstore.data.sources import Folders, find_source, list_source, list_splits
-from bowstore.errors import DataError, MissingError, UsageError
+from bowstore.data.sources import Folders, find_source, list_source
+from bowstore.errors import DataError, MissingError
 
 JPEG = tiny_image(1)
 
@@ -40,8 +40,6 @@ def test_classes_that_are_called_like_splits(tmp_path: Path) -> None:
     listed = list_source(tmp_path, folders="splits")
     assert [(split.name, [image.key for image in split.images]) for split in listed.splits] == [("train", ["1"])]
     assert listed.passed_over.counts == {"images": 2}
-    with pytest.raises(UsageError, match=r"folders is 'class'; it must be classes or splits"):
-        list_splits(tmp_path, folders="class")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

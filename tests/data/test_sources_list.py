@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_sets import classes_of, shards_of, tiny_image, write_file
+from source_sets import classes_of, list_splits, shards_of, tiny_image, write_file
 
-from bowstore.data.sources import MAX_KEY_BYTES, NO_LABEL, list_splits
+from bowstore.data.sources import MAX_KEY_BYTES, NO_LABEL
 from bowstore.errors import DataError, MissingError, UsageError
 
 

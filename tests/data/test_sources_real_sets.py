@@ -16,9 +16,9 @@ from imagenet_sets import (
     write_kaggle,
     write_tiny,
 )
-from source_sets import classes_of, shards_of, tiny_image, write_file, write_members
+from source_sets import classes_of, list_splits, shards_of, tiny_image, write_file, write_members
 
-from bowstore.data.sources import Folders, list_source, list_splits
+from bowstore.data.sources import Folders, list_source
 from bowstore.errors import DataError, MismatchError, MissingError
 
 JPEG = tiny_image(1)

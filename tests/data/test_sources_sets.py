@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from source_sets import classes_of, shards_of, tiny_image, write_file
+from source_sets import classes_of, list_splits, shards_of, tiny_image, write_file
 from voc_devkit import write_devkit
 
-from bowstore.data.sources import NO_LABEL, list_splits
+from bowstore.data.sources import NO_LABEL
 from bowstore.errors import DataError, MissingError
 
 MINI = {"train": ("n02", "n01", "n03"), "val": ("n05", "n04"), "test": ("n07",)}

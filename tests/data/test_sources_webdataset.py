@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_sets import classes_of, shards_of, tiny_image, write_file, write_members
+from source_sets import classes_of, list_splits, shards_of, tiny_image, write_file, write_members
 
 from bowstore.data.config import ShardsConfig
 from bowstore.data.shards import make_shards
-from bowstore.data.sources import MAX_KEY_BYTES, NO_LABEL, Source, list_splits, open_source
+from bowstore.data.sources import MAX_KEY_BYTES, NO_LABEL, Source, open_source
 from bowstore.errors import CorruptError, DataError, MissingError
 
 JPEG, PNG, WEBP, GIF = (tiny_image(number, kind) for number, kind in enumerate(("JPEG", "PNG", "WEBP", "GIF")))

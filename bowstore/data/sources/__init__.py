@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bowstore.data.sources.arrange import CLASSES, check_folders, wrapped
+from bowstore.data.sources.arrange import CLASSES, wrapped
 from bowstore.data.sources.base import (
     DANGLING,
     NO_LABEL,
@@ -42,7 +42,6 @@ __all__ = [
     "Split",
     "find_source",
     "list_source",
-    "list_splits",
     "make_keys",
     "open_source",
 ]
@@ -88,7 +87,6 @@ def find_source(
     """
     if not source.exists():
         raise MissingError(f"no folder {source}; name the one that holds train/ and val/, or class folders; {_HELP}")
-    check_folders(folders)
     name = kind or (LIST if listed else None)
     kinds = [KINDS.get(name)] if name else KINDS.values()
     levels = [source] if name == LIST or folders == CLASSES else wrapped(source, folders)
@@ -203,18 +201,6 @@ def _passed_over(path: Path, source: Source, listing: Listing) -> PassedOver:
     for what, count in listing.passed_over.items():
         found.add(what, "", count)
     return found
-
-
-def list_splits(
-    path: Path,
-    kind: str | None = None,
-    *,
-    lists: Sequence[str] = (),
-    label_field: str | None = None,
-    folders: Folders | None = None,
-) -> list[Split]:
-    """The splits that `list_source` finds."""
-    return list_source(path, kind, lists=lists, label_field=label_field, folders=folders).splits
 
 
 def open_source(source: Source) -> Reader:

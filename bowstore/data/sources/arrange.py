@@ -12,7 +12,7 @@ from typing import get_args
 from bowstore.data.sources.base import SPLIT_NAMES, Folders, some
 from bowstore.data.sources.names import split_of, splits_in
 from bowstore.data.sources.walk import holds_image, look
-from bowstore.errors import DataError, UsageError
+from bowstore.errors import DataError
 
 CLASSES, SPLITS = get_args(Folders)
 # Folders that are called by what they hold are no classes, where nothing lies beside them.
@@ -99,16 +99,6 @@ def _refuse_others(source: Path, what: str, splits: list[str], others: list[str]
         f"{source} holds {', '.join(splits)} beside {len(others)} other folders of {what} ({some(others)}), so they "
         f"may be classes or splits; say which with --folders {CLASSES} or --folders {SPLITS} ({', '.join(then)})"
     )
-
-
-def check_folders(folders: str | None) -> None:
-    """Refuse another word than those that `Options.folders` knows.
-
-    Raises:
-        UsageError: another word.
-    """
-    if folders not in (None, CLASSES, SPLITS):
-        raise UsageError(f"folders is {folders!r}; it must be {CLASSES} or {SPLITS}")
 
 
 def wrapped(source: Path, folders: Folders | None) -> list[Path]:

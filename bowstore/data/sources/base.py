@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -138,7 +139,8 @@ class Kind(Plugin):
         example: a command.
         recognise: whether a path has this layout; looks at names and first bytes only.
         list_splits: what a path of this layout holds.
-        open: a function that returns an image's bytes. It goes to worker processes, and does nothing until called.
+        open: makes the function that returns an image's bytes, and does nothing else; by default it reads files and
+            members of tars.
         general: recognised by what other kinds have too; gives way to a kind that is recognised by marks of its own.
         by_choice: takes what the user names, so that nothing is said of all else that lies there.
         folders: takes `Options.folders`.
@@ -149,7 +151,7 @@ class Kind(Plugin):
     example: str
     recognise: Callable[[Path], bool]
     list_splits: Callable[[Path, Options], Listing]
-    open: Callable[[Path], Reader]
+    open: Callable[[Path], Reader] = lambda source: partial(read_image, source)
     general: bool = False
     by_choice: bool = False
     folders: bool = False
@@ -192,6 +194,34 @@ def read_file(source: Path, image: ImageFile) -> bytes:
     if len(data) != image.size_bytes:
         raise source_changed(path, f"has {os.path.getsize(path)} bytes, {image.size_bytes} when it was listed")
     return data
+
+
+def read_member(source: Path, image: ImageFile) -> bytes:
+    """The bytes of a member of a tar.
+
+    Args:
+        source: the tar, or the folder that `image.container` is relative to.
+        image: what was listed.
+
+    Raises:
+        DataError: the tar cannot be read, or changed after listing.
+    """
+    path = source if source.is_file() else source / image.container
+    try:
+        with open(path, "rb") as file:
+            stamp = os.fstat(file.fileno()).st_mtime_ns
+            file.seek(image.place)
+            data = file.read(image.size_bytes)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
+    if stamp != image.stamp or len(data) != image.size_bytes:
+        raise source_changed(str(path), "changed after it was listed")
+    return data
+
+
+def read_image(source: Path, image: ImageFile) -> bytes:
+    """Bytes of an image that is a file of its own, or a member of a tar; errors as theirs."""
+    return read_member(source, image) if image.container else read_file(source, image)
 
 
 def source_changed(path: str, how: str) -> DataError:

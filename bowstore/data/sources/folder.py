@@ -4,23 +4,11 @@ Reads names, sizes and times; of files whose names tell nothing, the first bytes
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from bowstore.data.sources.arrange import CLASSES, SPLITS, is_container, split_folders
-from bowstore.data.sources.base import (
-    NO_LABEL,
-    NO_LABEL_FIELD,
-    Folders,
-    ImageFile,
-    Kind,
-    Listing,
-    Options,
-    Split,
-    read_file,
-    some,
-)
+from bowstore.data.sources.base import NO_LABEL, NO_LABEL_FIELD, Folders, ImageFile, Kind, Listing, Options, Split, some
 from bowstore.data.sources.keys import make_keys
 from bowstore.data.sources.labels import same_classes
 from bowstore.data.sources.names import IMAGE_SUFFIXES, split_of, splits_in
@@ -188,7 +176,6 @@ KIND = Kind(
     example="bowstore shards imagenet data/shards",
     recognise=_recognise,
     list_splits=_list_splits,
-    open=lambda source: partial(read_file, source),
     general=True,
     folders=True,
     label_field=True,

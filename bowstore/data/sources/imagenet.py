@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, some
@@ -17,7 +16,7 @@ from bowstore.data.sources.labels import Draft
 from bowstore.data.sources.names import SIGNATURE_BYTES, has_image_suffix, is_image, is_system_member, split_of
 from bowstore.data.sources.nested import NestedTar, open_tar
 from bowstore.data.sources.synsets import WNID, Synsets, Truth, read_devkit, read_solution
-from bowstore.data.sources.tars import read_file_or_member, total_bytes
+from bowstore.data.sources.tars import total_bytes
 from bowstore.data.sources.walk import SYSTEM, holds_image, look
 from bowstore.data.sources.wnids import Drafts, above, add_folder, finish, lies_flat
 from bowstore.data.tar import Member
@@ -305,5 +304,4 @@ KIND = Kind(
     example="bowstore shards ilsvrc2012 data/shards",
     recognise=_recognise,
     list_splits=_list_splits,
-    open=lambda source: partial(read_file_or_member, source),
 )

@@ -1,9 +1,8 @@
 """ImageNet as Kaggle gives it out: ILSVRC/Data/CLS-LOC with train by class and val flat, and tables beside."""
 
-from functools import partial
 from pathlib import Path
 
-from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file
+from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options
 from bowstore.data.sources.synsets import read_names, read_solution
 from bowstore.data.sources.wnids import above, add_splits, finish
 from bowstore.errors import MissingError
@@ -44,5 +43,4 @@ KIND = Kind(
     example="bowstore shards imagenet-object-localization-challenge data/shards",
     recognise=lambda source: _images(source) is not None,
     list_splits=_list_splits,
-    open=lambda source: partial(read_file, source),
 )

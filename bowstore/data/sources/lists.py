@@ -1,10 +1,9 @@
 """A flat folder, or any tree, with a text list or a CSV that names its images."""
 
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
-from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file
+from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options
 from bowstore.data.sources.labels import Draft, finish_splits
 from bowstore.data.sources.listing import Entry, find_files, read_list
 from bowstore.data.sources.names import split_of
@@ -67,7 +66,6 @@ KIND = Kind(
     example="bowstore shards photos data/shards --list train=train.txt --list val=val.csv",
     recognise=lambda _source: False,  # only a list makes it one
     list_splits=_list_splits,
-    open=lambda source: partial(read_file, source),
     by_choice=True,
     label_field=True,
 )

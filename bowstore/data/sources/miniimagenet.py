@@ -1,10 +1,9 @@
 """MiniImageNet: a folder of images and a CSV for each split, whose classes differ (Ravi and Larochelle, 2017)."""
 
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file, some
+from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, some
 from bowstore.data.sources.labels import finish_splits
 from bowstore.data.sources.listing import find_files, read_list
 from bowstore.errors import DataError, MissingError
@@ -48,5 +47,4 @@ KIND = Kind(
     example="bowstore shards mini-imagenet data/shards",
     recognise=_recognise,
     list_splits=_list_splits,
-    open=lambda source: partial(read_file, source),
 )

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from bowstore.data.sources.base import Kind, Listing, Options, read_file
+from bowstore.data.sources.base import Kind, Listing, Options
 from bowstore.data.sources.labels import Draft, finish_splits
 from bowstore.data.sources.listing import Entry, find_files, read_list
 from bowstore.errors import DataError, MissingError
@@ -97,5 +96,4 @@ KIND = Kind(
     example="bowstore shards places205 data/shards",
     recognise=lambda source: bool(_find_lists(source)),
     list_splits=_list_splits,
-    open=lambda source: partial(read_file, source),
 )

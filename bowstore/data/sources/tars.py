@@ -4,13 +4,12 @@ Nothing is extracted, and no member is decoded but JSON: pickles and arrays in a
 """
 
 import json
-import os
 import posixpath
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bowstore.data.sources.base import NO_LABEL_FIELD, ImageFile, read_file, source_changed
+from bowstore.data.sources.base import NO_LABEL_FIELD
 from bowstore.data.sources.labels import usual_label
 from bowstore.data.sources.names import SIGNATURE_BYTES, is_image, is_system_member
 from bowstore.data.tar import Member, TarReader, open_tar_file, split_key
@@ -188,31 +187,3 @@ def total_bytes(paths: Iterable[Path]) -> int:
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}; bring it there, or take it away") from error
     return total
-
-
-def read_member(source: Path, image: ImageFile) -> bytes:
-    """The bytes of a member of a tar.
-
-    Args:
-        source: the tar, or the folder that `image.container` is relative to.
-        image: what was listed.
-
-    Raises:
-        DataError: the tar cannot be read, or changed after listing.
-    """
-    path = source if source.is_file() else source / image.container
-    try:
-        with open(path, "rb") as file:
-            stamp = os.fstat(file.fileno()).st_mtime_ns
-            file.seek(image.place)
-            data = file.read(image.size_bytes)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
-    if stamp != image.stamp or len(data) != image.size_bytes:
-        raise source_changed(str(path), "changed after it was listed")
-    return data
-
-
-def read_file_or_member(source: Path, image: ImageFile) -> bytes:
-    """The bytes of an image that is a file of its own, or a member of a tar; errors as theirs."""
-    return read_member(source, image) if image.container else read_file(source, image)

@@ -1,9 +1,8 @@
 """Tiny-ImageNet: train/WNID/images, and a flat val/images with a table; wnids.txt and words.txt name the classes."""
 
-from functools import partial
 from pathlib import Path
 
-from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read_file
+from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options
 from bowstore.data.sources.synsets import read_annotations, read_names
 from bowstore.data.sources.wnids import add_splits, finish
 from bowstore.errors import MissingError
@@ -40,5 +39,4 @@ KIND = Kind(
     example="bowstore shards tiny-imagenet-200 data/shards",
     recognise=_recognise,
     list_splits=_list_splits,
-    open=lambda source: partial(read_file, source),
 )

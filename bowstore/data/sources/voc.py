@@ -4,10 +4,9 @@ An image holds objects of several classes, so there is no single label; `bowstor
 own lists of classes.
 """
 
-from functools import partial
 from pathlib import Path
 
-from bowstore.data.sources.base import Kind, Listing, Options, read_file, some
+from bowstore.data.sources.base import Kind, Listing, Options, some
 from bowstore.data.sources.labels import finish_splits
 from bowstore.data.sources.listing import Entry, find_files, read_list
 from bowstore.errors import DataError, MissingError
@@ -55,5 +54,4 @@ KIND = Kind(
     example="bowstore shards VOCdevkit/VOC2007 data/shards",
     recognise=lambda source: bool(_years(source)),
     list_splits=_list_splits,
-    open=lambda source: partial(read_file, source),
 )

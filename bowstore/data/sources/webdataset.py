@@ -6,7 +6,6 @@ extensions, labels as text or JSON, and images that want a check.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from bowstore.data.sources.arrange import split_folders
 from bowstore.data.sources.base import LABEL_FIELDS, SPLIT_NAMES, Kind, Listing, Options, some
 from bowstore.data.sources.labels import Draft, finish_splits, text_is_label, whole_number
 from bowstore.data.sources.names import split_of, splits_in
-from bowstore.data.sources.tars import TarContent, TarImage, read_member, read_tar, total_bytes
+from bowstore.data.sources.tars import TarContent, TarImage, read_tar, total_bytes
 from bowstore.data.sources.walk import SYSTEM, holds_image, look
 from bowstore.data.tar import split_key
 from bowstore.errors import DataError, MissingError
@@ -192,7 +191,6 @@ KIND = Kind(
     example="bowstore shards laion data/shards --label-field class",
     recognise=_recognise,
     list_splits=_list_splits,
-    open=lambda source: partial(read_member, source),
     general=True,
     folders=True,
     label_field=True,
