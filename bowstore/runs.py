@@ -11,12 +11,16 @@ runs/NAME/config.yaml           the resolved configuration
 The one place that spells these names. Loads no torch, and reads runs of any version of bowstore.
 """
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, deserialize
 
 from bowstore.errors import CorruptError, MissingError
 from bowstore.files import read_json, write_json
@@ -88,6 +92,30 @@ def task_name(config: Mapping[str, Any]) -> Any:
     """
     task = config.get("task")
     return task.get("name") if isinstance(task, Mapping) else task
+
+
+# --- the network
+
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+          "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+
+
+def weights_sha256(run: Path) -> str | None:
+    """The digest of a finished run's network, that of `models.weights`, without torch; None where there is none."""
+    path = run / BACKBONE_FILE
+    return _digest_of(path, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+@cache
+def _digest_of(path: Path, _written: int) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        for name, tensor in sorted(deserialize(path.read_bytes())):  # type: ignore[no-untyped-call]
+            digest.update(f"{name}\ntorch.{_TYPES[tensor['dtype']]}\n{tuple(tensor['shape'])}\n".encode())
+            digest.update(tensor["data"])
+    except (OSError, SafetensorError, KeyError):
+        return None  # who loads it says what is wrong
+    return digest.hexdigest()
 
 
 # --- checkpoints

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bowstore import runs
 from bowstore.errors import CorruptError, MissingError, UsageError
+from bowstore.models.weights import weights_sha256
 
 
 def make_run(folder: Path, name: str, *, task: str = "task: words", finished_at: int | None = None) -> Path:
@@ -55,6 +58,20 @@ def test_checkpoints_and_what_was_set_aside(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / name).touch()
     assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-000000012.pt", "step-5.pt"]
     assert {path.name for path in runs.set_aside(tmp_path)} == set(names[2:4])
+
+
+def test_the_network_has_one_digest_with_and_without_torch(tmp_path: Path) -> None:
+    weights = {
+        "b.weight": torch.randn(3, 2), "a": torch.tensor(1.5, dtype=torch.bfloat16), "n": torch.arange(4),
+        "empty": torch.zeros(0, 2, dtype=torch.float16), "mask": torch.tensor([True, False]),
+    }  # fmt: skip
+    path = tmp_path / "backbone.safetensors"
+    assert runs.weights_sha256(tmp_path) is None
+    save_file(weights, path, {"name": "x"})
+    assert runs.weights_sha256(tmp_path) == weights_sha256(weights)
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, ns=(1, 1))
+    assert runs.weights_sha256(tmp_path) is None, "who loads it says what is wrong"
 
 
 def test_where_results_go(tmp_path: Path) -> None:

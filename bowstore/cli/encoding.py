@@ -43,9 +43,9 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     interrupt_on_sigterm()
     workspace = load_workspace()
     if workspace.recipe and not append and not given.get("layers"):
-        step = next_encoding(workspace_plan(workspace, "--layer LAYER"))
-        shards_dir, store = shards_dir or step.on, store or step.store
-        given = {**step.config.model_dump(), **given}
+        stage = next_encoding(workspace_plan(workspace, "--layer LAYER"))
+        shards_dir, store = shards_dir or stage.shards, store or stage.place
+        given = {**stage.config.model_dump(), **given}
     named = given.get("teacher")
     teacher = resolve_teacher(workspace, str(named) if named else None)
     config = validate(EncodeConfig, {**given, "teacher": teacher}, "encode")

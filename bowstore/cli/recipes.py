@@ -46,7 +46,6 @@ def run(
     from bowstore.errors import MissingError
     from bowstore.recipes.file import load_recipe
     from bowstore.recipes.plan import make_plan
-    from bowstore.recipes.state import overview, overview_text
     from bowstore.torchrun import ranks
 
     workspace = load_workspace()
@@ -55,7 +54,7 @@ def run(
         raise MissingError("no recipe was named; `bowstore run RECIPE`, or `recipe: RECIPE` in bowstore.yaml")
     plan = make_plan(load_recipe(named, overrides), workspace, seed=seed, folder=out)
     if dry_run:
-        emit(overview(plan), overview_text(plan), as_json)
+        emit(plan.overview(), plan.text(), as_json)
         return
     from bowstore.recipes.run import run_recipe, run_stage
 
@@ -63,7 +62,7 @@ def run(
     if stage:
         run_stage(plan, stage)
         if ranks().first:
-            done = next(line for line in overview(plan) if line["stage"] == stage)
+            done = next(line for line in plan.overview() if line["stage"] == stage)
             emit(done, f"{stage}: {done['state']}", as_json)
         return
     result = run_recipe(plan, processes=processes)

@@ -11,17 +11,24 @@ from pydantic import Field
 from bowstore.config import CONFIGS, Place, Seed, Strict, Text, bundled_configs, find_config, validate
 from bowstore.errors import MissingError, UsageError
 from bowstore.overrides import apply_overrides
-from bowstore.recipes.kinds import KINDS, Spec, TrainSpec
+from bowstore.recipes.encode import EncodeStage
+from bowstore.recipes.evaluate import EvalStage
+from bowstore.recipes.images import DownloadStage, RenderStage, ShardsStage
+from bowstore.recipes.stage import Stage, stage_of
+from bowstore.recipes.train import TrainStage
 from bowstore.yaml_file import read_yaml, shown
 
 RECIPES = "recipes"  # the folder, in configs/
+KINDS: dict[str, type[Stage]] = {
+    stage.kind: stage for stage in (RenderStage, DownloadStage, ShardsStage, TrainStage, EncodeStage, EvalStage)
+}
 
 
 class RecipeFile(Strict):
     """What stands in the file."""
 
     title: Text | None = Field(None, description="line above the table of results")
-    folder: Place | None = Field(None, description="all relative places below lie in it; null: the current directory")
+    folder: Place | None = Field(None, description="where relative places of results lie; null: the current directory")
     runs: Place | None = Field(None, description="of run directories; null: the workspace's")
     result: Place | None = Field(None, description="file of the results; null: NAME.recipe.json in runs")
     seed: Seed | None = Field(None, description="of all training and encoding; null: what their configurations say")
@@ -43,7 +50,7 @@ class Recipe:
     name: str
     path: Path
     file: RecipeFile
-    stages: dict[str, Spec]
+    stages: dict[str, Stage]
     overrides: tuple[str, ...] = ()
 
 
@@ -73,10 +80,10 @@ def find_recipe(recipe: Path) -> Path:
 def recipe_files(recipe: Recipe) -> dict[Path, Path]:
     """A recipe's file and those of its training configurations, by their places in a workspace; the recipe first."""
     files = {CONFIGS / RECIPES / f"{recipe.name}.yaml": recipe.path}
-    for spec in recipe.stages.values():
-        if isinstance(spec, TrainSpec):
-            bundled = bundled_configs() / spec.train.name
-            files[CONFIGS / spec.train.name] = bundled if bundled.is_file() else find_config(spec.train)
+    for stage in recipe.stages.values():
+        if isinstance(stage, TrainStage):
+            bundled = bundled_configs() / stage.train.name
+            files[CONFIGS / stage.train.name] = bundled if bundled.is_file() else find_config(stage.train)
     return files
 
 
@@ -96,22 +103,14 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not file.stages:
         raise UsageError(f"{path} has no stages; write some below `stages:`")
     stages = {name: _stage(name, values, f"{path}: stage {name!r}") for name, values in file.stages.items()}
-    for name, spec in stages.items():
-        _check_inputs(name, spec, stages, path)
+    for name, stage in stages.items():
+        for role, reference in stage.inputs():
+            if problem := _input_problem(reference, stages, stage.takes[role]):
+                raise UsageError(f"{path}: stage {name!r}: input `{role}: {reference}`{problem}")
     return Recipe(path.stem, path, file, _in_order(stages, path), tuple(overrides))
 
 
-def kind_of(spec: Spec) -> str:
-    """A stage's kind."""
-    return next(kind for kind, model in KINDS.items() if type(spec) is model)
-
-
-def stage_of(reference: str) -> str:
-    """The stage that an input names, without a split."""
-    return reference.partition("/")[0]
-
-
-def _stage(name: str, values: dict[str, Any], where: str) -> Spec:
+def _stage(name: str, values: dict[str, Any], where: str) -> Stage:
     if "/" in name or not name.strip():
         raise UsageError(f"{where}: a stage's name is text without a slash")
     kinds = ["eval"] if "eval" in values else [kind for kind in KINDS if kind in values]  # eval has an input `train`
@@ -120,27 +119,22 @@ def _stage(name: str, values: dict[str, Any], where: str) -> Spec:
         hint = f"did you mean {near[0]!r}?" if near and not kinds else f"the kinds are {', '.join(KINDS)}"
         what = "is of kinds " + " and ".join(kinds) if kinds else f"with {shown(sorted(values))} is of no known kind"
         raise UsageError(f"{where} {what}; {hint}")
-    spec = validate(KINDS[kinds[0]], {**values, kinds[0]: values[kinds[0]] or {}}, where)
-    return spec
+    return validate(KINDS[kinds[0]], {**values, kinds[0]: values[kinds[0]] or {}}, where)
 
 
-def _check_inputs(name: str, spec: Spec, stages: dict[str, Spec], path: Path) -> None:
-    for role, reference in spec.inputs():
-        stage, where = stage_of(reference), f"{path}: stage {name!r}: input `{role}: {reference}`"
-        if stage not in stages:
-            near = difflib.get_close_matches(stage, stages, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the stages are {', '.join(stages)}"
-            raise UsageError(f"{where}: no stage {stage!r}; {hint}")
-        kind, wanted = kind_of(stages[stage]), spec.takes[role]
-        if kind not in wanted:
-            raise UsageError(f"{where} is a stage of kind {kind}, and must be one of kind {' or '.join(wanted)}")
-        if "/" in reference and kind != "shards":
-            raise UsageError(f"{where}: only shards have splits; write {stage!r}")
+def _input_problem(reference: str, stages: dict[str, Stage], wanted: tuple[str, ...]) -> str | None:
+    name = stage_of(reference)
+    if name not in stages:
+        near = difflib.get_close_matches(name, stages, n=1)
+        return f": no stage {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"they are {', '.join(stages)}")
+    if (kind := stages[name].kind) not in wanted:
+        return f" is a stage of kind {kind}, and must be one of kind {' or '.join(wanted)}"
+    return f": only shards have splits; write {name!r}" if "/" in reference and kind != "shards" else None
 
 
-def _in_order(stages: dict[str, Spec], path: Path) -> dict[str, Spec]:
+def _in_order(stages: dict[str, Stage], path: Path) -> dict[str, Stage]:
     """Each stage behind its inputs, else in the order of the file."""
-    ordered: dict[str, Spec] = {}
+    ordered: dict[str, Stage] = {}
 
     def visit(name: str, behind: tuple[str, ...]) -> None:
         if name in behind:

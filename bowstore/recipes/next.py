@@ -1,6 +1,6 @@
 """Which stage of the workspace's recipe `bowstore train` and `bowstore encode` take. Loads no torch."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,16 +8,17 @@ from bowstore import runs
 from bowstore.config import WORKSPACE_FILE, Workspace
 from bowstore.errors import MissingError
 from bowstore.progress import say
+from bowstore.recipes.encode import EncodeStage, complete_layer
 from bowstore.recipes.file import load_recipe
-from bowstore.recipes.plan import make_plan
-from bowstore.recipes.state import fingerprint, layer_of, state_of
-from bowstore.recipes.steps import EncodeStep, Plan, Step, TrainStep
+from bowstore.recipes.plan import Plan, make_plan
+from bowstore.recipes.stage import fingerprint
+from bowstore.recipes.train import TrainStage
 from bowstore.remote import is_remote
 from bowstore.torchrun import ranks
 from bowstore.train.config import TrainConfig, key_of_today
 from bowstore.workspace import resolve_train
 
-S = TypeVar("S", bound=Step)
+S = TypeVar("S", TrainStage, EncodeStage)
 
 
 def resolve_training(
@@ -39,10 +40,10 @@ def resolve_training(
     if named := config or workspace.config:
         return resolve_train(workspace, named, overrides, given), workspace.runs
     plan = workspace_plan(workspace, "--config CONFIG")
-    step = next_training(plan, given)
-    set_here = {key_of_today(override.partition("=")[0].strip(), step.config.task.name) for override in overrides}
-    said = {name: value for name, value in step.flags.items() if name not in set_here}
-    return resolve_train(plan.workspace, step.file, overrides, {**said, **given}), plan.workspace.runs
+    stage = next_training(plan, given)
+    set_here = {key_of_today(override.partition("=")[0].strip(), stage.config.task.name) for override in overrides}
+    said = {name: value for name, value in stage.flags.items() if name not in set_here}
+    return resolve_train(plan.workspace, stage.file, overrides, {**said, **given}), plan.workspace.runs
 
 
 def workspace_plan(workspace: Workspace, flag: str) -> Plan:
@@ -59,7 +60,7 @@ def workspace_plan(workspace: Workspace, flag: str) -> Plan:
     return make_plan(load_recipe(workspace.recipe), workspace)
 
 
-def next_training(plan: Plan, given: Iterable[str] = ()) -> TrainStep:
+def next_training(plan: Plan, given: Collection[str] = ()) -> TrainStage:
     """The first training stage whose run is not finished and whose inputs are there; the last if all are finished.
 
     Args:
@@ -69,50 +70,46 @@ def next_training(plan: Plan, given: Iterable[str] = ()) -> TrainStep:
     Raises:
         MissingError: none has its inputs; the message says what the first one lacks.
     """
-    steps = [step for step in plan.steps.values() if isinstance(step, TrainStep)]
-    left = [step for step in steps if not runs.is_finished(step.run)]
-    step = _first_ready(plan, left or steps[-1:], given)
-    for words in plan.inputs(step, EncodeStep):
-        if (problem := state_of(words).problem) and ranks().first:
-            say(f"{problem}, as stage {words.name!r} says; it is trained on as it is")
-    return step
+    stages = {name: stage for name, stage in plan.stages.items() if isinstance(stage, TrainStage)}
+    stage = _first_ready(plan, stages, given)
+    if stage.encoding and (problem := stage.encoding.state().problem) and ranks().first:
+        say(f"{problem}, as stage {stage.words!r} says; it is trained on as it is")
+    return stage
 
 
-def next_encoding(plan: Plan) -> EncodeStep:
+def next_encoding(plan: Plan) -> EncodeStage:
     """The first stage of words that are not complete and whose inputs are there; the last if all are complete.
 
     Raises:
         MissingError: none has its inputs; the message says what the first one lacks.
     """
-    steps = [step for step in plan.steps.values() if isinstance(step, EncodeStep)]
-    return _first_ready(plan, [step for step in steps if state_of(step).so_far != "done"] or steps[-1:], ())
+    return _first_ready(plan, {name: s for name, s in plan.stages.items() if isinstance(s, EncodeStage)}, ())
 
 
-def _first_ready(plan: Plan, steps: Sequence[S], given: Iterable[str]) -> S:
-    if not steps:
+def _first_ready(plan: Plan, stages: Mapping[str, S], given: Collection[str]) -> S:
+    if not stages:
         raise MissingError(f"{plan.recipe.path} has no such stage")
-    lacking = {step.name: next(_missing(step, plan, set(given)), None) for step in steps}
-    for step in steps:
-        if lacking[step.name] is None:
-            if ranks().first:
-                say(f"{plan.recipe.path}: stage {step.name!r}")
-            return step
-    first = steps[0].name
-    raise MissingError(f"{plan.recipe.path}: stage {first!r} waits for {lacking[first]}, or `bowstore run` all of it")
+    left = [name for name, stage in stages.items() if stage.state().so_far != "done"] or list(stages)[-1:]
+    lacking = {name: _lacking(stages[name], given) for name in left}
+    name = next((name for name in left if not lacking[name]), None)
+    if name is None:
+        raise MissingError(
+            f"{plan.recipe.path}: stage {left[0]!r} waits for {lacking[left[0]]}, or `bowstore run` all of it"
+        )
+    if ranks().first:
+        say(f"{plan.recipe.path}: stage {name!r}")
+    return stages[name]
 
 
-def _missing(step: Step, plan: Plan, given: set[str]) -> Iterator[str]:
-    """What a stage lacks, and the command that makes it."""
-    assert isinstance(step, TrainStep | EncodeStep)
-    if "shards" not in given and not is_remote(step.on) and fingerprint(step.on) is None:
-        yield f"shards in {step.on}: make them, `bowstore shards IMAGES {step.on.parent}`"
-    for words in plan.inputs(step, EncodeStep) if "task.store" not in given else ():
-        layer = getattr(step.config.task, "layer", None) if isinstance(step, TrainStep) else None
-        if not is_remote(words.store) and not layer_of(words.store, layer):
-            yield (
-                f"layer {layer} of word store {words.store}: make it, `bowstore encode --layer {layer} "
-                f"--K {words.config.num_words[0] if words.config.num_words else 'K'}`"
-            )
-    for teacher in plan.inputs(step, TrainStep):
-        if not runs.is_finished(teacher.run):
-            yield f"the run {teacher.run}: finish it, `bowstore train`"
+def _lacking(stage: TrainStage | EncodeStage, given: Collection[str]) -> str:
+    """What a stage lacks first, and the command that makes it; nothing if it is ready."""
+    if "shards" not in given and not is_remote(stage.shards) and fingerprint(stage.shards) is None:
+        return f"shards in {stage.shards}: make them, `bowstore shards IMAGES {stage.shards.parent}`"
+    if isinstance(stage, EncodeStage):
+        unfinished = stage.teacher and not runs.is_finished(Path(stage.config.teacher))
+        return f"the run {stage.config.teacher}: finish it, `bowstore train`" if unfinished else ""
+    words, layer = stage.encoding, stage.flags.get("task.layer")
+    if not words or "task.store" in given or is_remote(words.place) or complete_layer(words.place, layer):
+        return ""
+    number = next(iter(words.config.num_words), "K")
+    return f"layer {layer} of word store {words.place}: make it, `bowstore encode --layer {layer} --K {number}`"

@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from bowstore.cli import main
 from bowstore.config import Workspace, load_workspace
 from bowstore.errors import MissingError, UsageError
+from bowstore.recipes.encode import EncodeStage
+from bowstore.recipes.evaluate import EvalStage
 from bowstore.recipes.file import bundled_recipes, find_recipe, load_recipe
-from bowstore.recipes.plan import make_plan
-from bowstore.recipes.state import overview
-from bowstore.recipes.steps import EncodeStep, EvalStep, Plan, ShardsStep, TrainStep
+from bowstore.recipes.images import ShardsStage
+from bowstore.recipes.plan import Plan, make_plan
+from bowstore.recipes.train import TrainStage
 
 SMALL = """
 stages:
@@ -134,24 +136,28 @@ def test_a_name_means_the_workspaces_recipe_before_bowstores() -> None:
 def test_stages_come_behind_their_inputs_in_whatever_order_they_are_written() -> None:
     head, *stages = SMALL.strip().splitlines()
     for lines in (stages, stages[::-1], stages[3:] + stages[:3]):
-        names = list(plan_of("\n".join((head, *lines))).steps)
+        names = list(plan_of("\n".join((head, *lines))).stages)
         assert names == ["images", "data", "rotnet", "words", "bownet", "linear"]
 
 
 def test_places_are_the_workspaces_unless_named() -> None:
-    steps = plan_of(SMALL, seed=3).steps
+    steps = plan_of(SMALL, seed=3).stages
     data, rotnet, words, bownet, linear = (steps[name] for name in ("data", "rotnet", "words", "bownet", "linear"))
-    assert isinstance(data, ShardsStep)
-    assert (data.src, data.out, data.train, data.test) == tuple(
+    assert isinstance(data, ShardsStage)
+    assert (data.source, *data.writes, *data.splits.values()) == tuple(
         map(Path, ("data/images", "data/shards", "data/shards/train", "data/shards/val"))
     )
-    assert isinstance(rotnet, TrainStep)
-    assert (rotnet.run, rotnet.config.seed, rotnet.config.shards) == (Path("runs/cifar10_rotnet"), 3, data.train)
-    assert isinstance(words, EncodeStep)
-    assert (words.store, words.config.teacher, words.config.seed) == (Path("data/words.zarr"), rotnet.run, 3)
-    assert isinstance(bownet, TrainStep)
-    assert bownet.reads == ("data/shards/train", "data/words.zarr/block3")
-    assert isinstance(linear, EvalStep)
+    assert isinstance(rotnet, TrainStage)
+    assert (rotnet.run, rotnet.config.seed, rotnet.config.shards) == (
+        Path("runs/cifar10_rotnet"),
+        3,
+        data.splits["train"],
+    )
+    assert isinstance(words, EncodeStage)
+    assert (words.place, words.config.teacher, words.config.seed) == (Path("data/words.zarr"), rotnet.run, 3)
+    assert isinstance(bownet, TrainStage)
+    assert bownet.reads == (data.splits["train"], words.place / "block3")
+    assert isinstance(linear, EvalStage)
     assert [(cell.row, cell.run.name, cell.config.random) for cell in linear.cells] == [
         ("random network", "cifar10_bownet", True),
         ("rotnet", "cifar10_rotnet", False),
@@ -162,17 +168,17 @@ def test_places_are_the_workspaces_unless_named() -> None:
 def test_the_demo_lies_as_it_always_did() -> None:
     plan = make_plan(load_recipe(bundled_recipes()["demo"]), Workspace(), seed=2, folder=Path("out"))
     assert str(plan.result) == "out/seed-2/demo.json"
-    assert [place for step in plan.steps.values() for place in step.writes][:5] == [
+    assert [str(place) for stage in plan.stages.values() for place in stage.writes][:5] == [
         "out/images", "out/shards", "out/seed-2/runs/demo_rotnet", "out/seed-2/words.zarr/block3",
         "out/seed-2/runs/demo_bownet",
     ]  # fmt: skip
-    assert [line["state"] for line in overview(plan)] == ["to do"] * 6
+    assert [line["state"] for line in plan.overview()] == ["to do"] * 6
 
 
 @pytest.mark.parametrize("name", bundled_recipes())
 def test_bundled_recipes_can_be_planned(name: str) -> None:
     path = bundled_recipes()[name]
-    steps = make_plan(load_recipe(path), Workspace()).steps
+    steps = make_plan(load_recipe(path), Workspace()).stages
     assert {step.kind for step in steps.values()} >= {"shards", "train", "encode", "eval"}
     assert all(word in path.read_text() for word in ("# Command:", "# Hardware:", "# Expected:"))
 
@@ -185,7 +191,7 @@ def test_init_writes_a_recipe_with_its_configurations() -> None:
     ]  # fmt: skip
     workspace = load_workspace()
     assert workspace.recipe == Path("configs/recipes/imagenet.yaml")
-    assert list(make_plan(load_recipe(workspace.recipe), workspace).steps)[-1] == "voc07"
+    assert list(make_plan(load_recipe(workspace.recipe), workspace).stages)[-1] == "voc07"
     assert "is already there" in CliRunner().invoke(main, ["init", "--recipe", "imagenet"]).stderr
     assert (
         "no recipe mnist; those that come with" in CliRunner().invoke(main, ["init", "x", "--recipe", "mnist"]).stderr

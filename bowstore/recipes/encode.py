@@ -1,0 +1,116 @@
+"""The stage that makes words: a teacher's, of all images."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from pydantic import Field
+
+from bowstore import runs
+from bowstore.config import Place, Text, validate
+from bowstore.errors import UsageError
+from bowstore.recipes.images import shards_of
+from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint
+from bowstore.remote import is_remote
+from bowstore.words.config import EncodeConfig
+from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
+from bowstore.words.store import Store
+
+
+class EncodeStage(Stage):
+    """A teacher's words of all images."""
+
+    kind = "encode"
+    takes = {"on": ("shards",), "teacher": ("train",)}  # noqa: RUF012 - pydantic keeps it out of the fields
+    own_place = "`store:`"
+    distributed = True
+
+    encode: dict[str, Any] = Field(description="as `bowstore encode` has them")
+    on: Text | None = Field(None, description="shards; null: the workspace's")
+    teacher: Text | None = Field(None, description="the run; or encode.teacher")
+    store: Place | None = Field(None, description="null: the workspace's")
+
+    @cached_property
+    def config(self) -> EncodeConfig:
+        """What `bowstore encode` is told."""
+        seed = {} if self._here.seed is None else {"seed": self._here.seed}
+        values = {**seed, **self.encode}
+        if self.teacher and "teacher" in values:
+            raise UsageError("the teacher is named twice, as an input and below `encode`; take one out")
+        if self.teacher:
+            values["teacher"] = self._here.stages[self.teacher].writes[0]
+        elif "teacher" not in values:
+            raise UsageError("no teacher; name the stage that trains it, as in `teacher: STAGE`, or encode.teacher")
+        config = validate(EncodeConfig, values, "encode")
+        if not config.layers:
+            raise UsageError("encode: no layer; write some, as in `layers: [conv4]`")
+        return config
+
+    @property
+    def shards(self) -> Path:
+        """The images."""
+        return shards_of(self.on, "train", self._here)
+
+    @property
+    def place(self) -> Path:
+        """The word store."""
+        return self._here.place(self.store) if self.store else self._here.workspace.store
+
+    @property
+    def reads(self) -> tuple[Path | str, ...]:
+        """The teacher and the images."""
+        return self.config.teacher, self.shards
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """The layers."""
+        return tuple(self.place / layer for layer in self.config.layers)
+
+    @property
+    def known_whole(self) -> bool:
+        """Where the teacher is a run: of another network the weights have to be loaded."""
+        return runs.is_finished(Path(self.config.teacher))
+
+    def state(self) -> State:
+        """By the layers and how they were made."""
+        if is_remote(self.place) or not self.place.exists():
+            return TO_DO
+        layers = {layer.name: layer for layer in Store(self.place).every_layer()}
+        there = [layers[name] for name in self.config.layers if name in layers]
+        whole = len(there) == len(self.config.layers) and all(layer.complete for layer in there)
+        if problem := next(self._problems(layers), ""):
+            return State("done" if whole else "begun", problem)
+        return DONE if whole else BEGUN if there else TO_DO
+
+    def _problems(self, layers: dict[str, Layer]) -> Iterator[str]:
+        """In what the store is not the one of these images, teacher and settings."""
+        here, there = fingerprint(self.shards), Store(self.place).fingerprint
+        if here and here != there:
+            yield f"word store {self.place} was made of data set {there}, but {self.shards} is {here}"
+        config, weights = self.config, runs.weights_sha256(Path(self.config.teacher))
+        asked: dict[str, Any] = {"precision": config.precision, "border": config.border}
+        asked |= {} if config.vocabulary else {key: getattr(config, key) for key in VOCABULARY_SETTINGS}
+        asked |= {"teacher weights": weights} if weights else {}
+        numbers = config.num_words * len(config.layers) if len(config.num_words) == 1 else config.num_words
+        for name, number in zip_longest(config.layers, numbers):
+            made = layers[name].made_with() if name in layers else {}
+            for key, value in (asked | ({"K": number} if number else {})).items():
+                if made and made[key] != value:
+                    yield f"layer {name!r} of word store {self.place} was made with {key} {made[key]}, not {value}"
+
+    def make(self) -> list[str]:
+        """Encode."""
+        encode = resolve_name("bowstore.words.encode:encode")
+        with resolve_name("bowstore.train.distributed:beside_others")():
+            report = encode(self.config, shards=self.shards, store=self.place, storage=self._here.workspace.storage)
+        return [report.text()]
+
+
+def complete_layer(store: Path | None, name: str | None) -> Layer | None:
+    """A layer that is here and complete."""
+    if not name or store is None or is_remote(store) or not store.exists():
+        return None
+    return next((layer for layer in Store(store).every_layer() if layer.name == name and layer.complete), None)

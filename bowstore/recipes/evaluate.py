@@ -1,0 +1,161 @@
+"""The stage that evaluates: each protocol of each network, in one table."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from bowstore import runs
+from bowstore.config import Listed, Strict, Text, dump, validate
+from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.protocol import Kind, function
+from bowstore.evaluate.protocols import PROTOCOLS
+from bowstore.files import read_json
+from bowstore.recipes.images import shards_of
+from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint
+
+_HOW = EvalConfig.model_fields.keys() - {"run", "random"}  # what settings may say of how an evaluation runs
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network under one protocol.
+
+    Attributes:
+        row: what the table calls the network.
+        kind: the protocol.
+        settings: of the protocol, as far as they can be resolved.
+        config: which run, and how it runs.
+    """
+
+    row: str
+    kind: Kind
+    settings: Strict
+    config: EvalConfig
+
+    @property
+    def run(self) -> Path:
+        """The network's run."""
+        return Path(str(self.config.run))
+
+    @property
+    def result(self) -> Path:
+        """Where its result lies."""
+        folder = runs.results_folder(self.run, random_init=self.config.random)
+        return runs.result_path(folder, self.kind.describe(self.settings).id)
+
+    @property
+    def data(self) -> dict[str, Path]:
+        """Folders of images, by the settings that name them."""
+        return {name: value for name, value in self.settings if isinstance(value, Path)}
+
+    def is_done(self) -> bool:
+        """Whether the result of these weights, images and settings is there."""
+        try:
+            result = read_json(self.result)
+            inputs, settings, version = result["inputs"], result["settings"], result["protocol_version"]
+            recorded = {**settings.get("probe", {}), **settings.get("options", {})}  # options: not before 0.2
+        except (MissingError, KeyError, TypeError, AttributeError):
+            return False
+        if version != self.kind.describe(self.settings).version:
+            return False
+        for name, value in dump(self.settings).items():
+            there, here = recorded.get(name, value), value
+            if name in self.data and (known := fingerprint(self.data[name])):
+                there, here = inputs.get(name), known  # the images, wherever they lie
+            if there != here:
+                return False
+        if self.config.random:  # of the run's own seed and network, unless its configuration was written since
+            return self.result.stat().st_mtime >= (self.run / runs.CONFIG_FILE).stat().st_mtime
+        return bool(inputs.get("weights_sha256") == runs.weights_sha256(self.run))
+
+
+class EvalStage(Stage):
+    """Evaluations of some networks: each protocol of each of them, in one table."""
+
+    kind = "eval"
+    takes = {"of": ("train",), "random": ("train",), "train": ("shards",), "test": ("shards",)}  # noqa: RUF012
+    own_place = "protocol or network"
+
+    eval: Any = Field(description="NAME, {NAME: settings}, or a list of these")
+    of: Listed[Text] = Field((), description="the runs")
+    random: Text | None = Field(None, description="a run whose network is evaluated as it was initialised, too")
+    train: Text | None = Field(None, description="labelled shards; null: the workspace's")
+    test: Text | None = Field(None, description="labelled shards; null: the workspace's")
+
+    @model_validator(mode="after")
+    def _some_network(self) -> Self:
+        if not self.of and not self.random:
+            raise ValueError("name the networks: `of: [STAGE, ...]`")
+        return self
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Each protocol of each network."""
+        try:
+            protocols = [self._protocol(item) for item in (self.eval if isinstance(self.eval, list) else [self.eval])]
+        except ValueError as error:  # UsageError, too
+            raise UsageError(f"eval: {error}") from error
+        for role in ("train", "test"):
+            if getattr(self, role) and not any(role in kind.settings.model_fields for kind, _, _ in protocols):
+                raise UsageError(
+                    f"{' and '.join(kind.name for kind, _, _ in protocols)} take no `{role}`; leave it out"
+                )
+        networks = [("random network", self.random)] if self.random else []
+        networks += [(stage, stage) for stage in self.of]
+        runs_of = {stage: self._here.stages[stage].writes[0] for _, stage in networks}
+        return [
+            Cell(row, kind, settings, how.model_copy(update={"run": str(runs_of[stage]), "random": row != stage}))
+            for kind, settings, how in protocols
+            for row, stage in networks
+        ]
+
+    def _protocol(self, item: Any) -> tuple[Kind, Strict, EvalConfig]:
+        """A protocol, its settings with what the workspace says, and how it runs."""
+        name, values = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
+        if not isinstance(name, str) or not isinstance(values, dict | None):
+            raise UsageError(f"{item!r} is no protocol; write its name, or {{NAME: {{SETTING: VALUE}}}}")
+        kind, values = PROTOCOLS.get(name), values or {}
+        fields = kind.settings.model_fields
+        how = {key: value for key, value in values.items() if key in _HOW and key not in fields}
+        data = {
+            role: shards_of(reference, role, self._here)
+            for role, reference in (("train", self.train), ("test", self.test))
+            if reference and role in fields
+        }
+        own = {key: value for key, value in values.items() if key not in how}
+        settings = validate(kind.settings, data | own, name)
+        try:
+            settings = function(kind.resolve)(settings, self._here.workspace)
+        except BowstoreError:  # what it looks at is not there yet
+            pass
+        return kind, settings, validate(EvalConfig, how, name)
+
+    @property
+    def reads(self) -> tuple[Path | str, ...]:
+        """Runs, then images."""
+        data = (place for cell in self.cells for place in cell.data.values())
+        return tuple(dict.fromkeys([*(cell.run for cell in self.cells), *data]))
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """The result files."""
+        return tuple(cell.result for cell in self.cells)
+
+    def state(self) -> State:
+        """By the result files."""
+        done = sum(cell.is_done() for cell in self.cells)
+        return DONE if done == len(self.cells) else BEGUN if done else TO_DO
+
+    def make(self) -> list[str]:
+        """Evaluate what was not; each feature set is taken once."""
+        workspace, evaluate = self._here.workspace, resolve_name("bowstore.evaluate.runner:evaluate")
+        kept = resolve_name("bowstore.evaluate.kept:FeatureSets")(workspace.storage)
+        for cell in self.cells:
+            if not cell.is_done():
+                evaluate(cell.kind, cell.settings, cell.config, workspace, kept=kept)
+        return []

@@ -1,0 +1,147 @@
+"""The stage that trains: a configuration, the images, and perhaps the words that it learns."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, cast
+
+from pydantic import Field
+
+from bowstore import runs
+from bowstore.config import Place, Text, find_config, validate
+from bowstore.errors import MissingError, UsageError
+from bowstore.files import read_json
+from bowstore.recipes.encode import EncodeStage, complete_layer
+from bowstore.recipes.images import shards_of
+from bowstore.recipes.stage import BEGUN, TO_DO, Stage, State, fingerprint
+from bowstore.train.config import TrainConfig, differences, load_train_config
+from bowstore.workspace import resolve_train
+
+
+class TrainStage(Stage):
+    """A training run."""
+
+    kind = "train"
+    takes = {"on": ("shards",), "words": ("encode",)}  # noqa: RUF012 - pydantic keeps it out of the fields
+    own_place = "`name:`"
+    distributed = True
+
+    train: Place = Field(description="configuration, by its path or name")
+    set: dict[str, Any] = Field({}, description="values over those of the configuration, as in {optim.lr: 0.1}")
+    name: Text | None = Field(None, description="of the run; null: the configuration's")
+    on: Text | None = Field(None, description="shards; null: the configuration's, or the workspace's")
+    words: Text | None = Field(None, description="the words that it learns")
+
+    @property
+    def file(self) -> Path:
+        """The configuration's file."""
+        return find_config(self.train)
+
+    @property
+    def encoding(self) -> EncodeStage | None:
+        """The stage whose words it learns."""
+        return cast(EncodeStage, self._here.stages[self.words]) if self.words else None
+
+    @cached_property
+    def flags(self) -> dict[str, Any]:
+        """What makes `config` of the file: values by key."""
+        flags = dict(_flat(self.set))
+        flags |= {"name": self.name} if self.name else {}
+        flags |= {"shards": shards_of(self.on, "train", self._here)} if self.on else {}
+        if self._here.seed is not None:
+            flags.setdefault("seed", self._here.seed)
+        task = load_train_config(self.file, (), flags).task
+        if self.encoding:
+            if not hasattr(task, "store"):
+                raise UsageError(
+                    f"{self.file} is of task {task.name}, which learns no words; take `words: {self.words}` out"
+                )
+            flags |= {"task.store": self.encoding.place, "task.layer": self._layer(getattr(task, "layer", None))}
+        elif getattr(task, "store", "") is None:
+            raise UsageError(f"{self.file} learns words; name the stage that makes them, as in `words: STAGE`")
+        return flags
+
+    def _layer(self, named: str | None) -> str:
+        """The layer whose words are learned: the configuration's, or the only one that the stage makes."""
+        layers = self.encoding.config.layers if self.encoding else ()
+        if (named or len(layers) > 1) and named not in layers:
+            raise UsageError(
+                f"stage {self.words!r} makes layers {', '.join(layers)}; name one of them, as in "
+                f"`set: {{task.layer: {layers[0]}}}`"
+            )
+        return named or layers[0]
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The configuration as it will be resolved, with its shards."""
+        config = load_train_config(self.file, (), self.flags)
+        return config.model_copy(update={"shards": config.shards or self._here.workspace.shards})
+
+    @property
+    def shards(self) -> Path:
+        """The images."""
+        return cast(Path, self.config.shards)
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self._here.workspace.runs / self.config.name
+
+    @property
+    def reads(self) -> tuple[Path | str, ...]:
+        """Shards and words."""
+        return self.shards, *([self.encoding.place / self.flags["task.layer"]] if self.encoding else [])
+
+    @property
+    def writes(self) -> tuple[Path, ...]:
+        """The run."""
+        return (self.run,)
+
+    def state(self) -> State:
+        """By its checkpoints, and whether configuration, images and words are still what the run records."""
+        finished, recorded = runs.is_finished(self.run), (self.run / runs.CONFIG_FILE).exists()
+        if not (finished or runs.checkpoints(self.run)):
+            return BEGUN if recorded else TO_DO
+        # Where the record is lost, `train` compares what checkpoints and export say.
+        return State("done" if finished else "begun", self._problem() if recorded else "")
+
+    def _problem(self) -> str:
+        run, config = self.run, self.config
+        there = validate(TrainConfig, runs.read_config(run), str(run / runs.CONFIG_FILE))
+        store, layer = getattr(there.task, "store", None), getattr(there.task, "layer", None)
+        if layer and getattr(config.task, "layer", "") is None:  # the run found the store's only one
+            config = config.model_copy(update={"task": config.task.model_copy(update={"layer": layer})})
+        if found := differences(there, config):
+            return f"run directory {run} holds another configuration ({found[0]})"
+        lineage = runs.read_lineage(run)
+        images, here = (lineage["inputs"] if lineage else _recorded_inputs(run)).get("shards"), fingerprint(self.shards)
+        if images and here and images != here:
+            return f"{run} was trained on other images than {self.shards} holds"
+        words, now = lineage["targets"].get("vocabulary_digest") if lineage else None, complete_layer(store, layer)
+        if words and now and words != now.made_with()["vocabulary"]:
+            return f"{run} was trained on other words of {layer} than word store {store} holds"
+        return ""
+
+    def make(self) -> list[str]:
+        """Train."""
+        workspace = self._here.workspace
+        config = resolve_train(workspace, self.file, flags=self.flags)
+        return [resolve_name("bowstore.train.loop:train")(config, workspace.runs).text()]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _recorded_inputs(run: Path) -> dict[str, str]:
+    """What runs recorded from before they had a lineage."""
+    try:
+        return dict(read_json(run / runs.ENVIRONMENT_FILE)["inputs"])
+    except (MissingError, KeyError, TypeError):
+        return {}
