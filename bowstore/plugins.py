@@ -16,7 +16,7 @@ from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from bowstore.errors import UsageError
 from bowstore.files import check_plain_file
@@ -125,9 +125,18 @@ class Registry(Generic[T]):
         )
 
 
-def _attribute(path: str) -> object:
+def _attribute(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def called(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself; that of "module:name" is imported now.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    return _imported(function, partial(_attribute, function)) if isinstance(function, str) else function
 
 
 def _same(value: object) -> object:

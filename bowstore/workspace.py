@@ -9,11 +9,11 @@ from bowstore.config import CONFIGS, WORKSPACE_FILE, StorageConfig, Workspace
 from bowstore.data.table import INDEX_FILE
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.files import atomic_file, make_folder
+from bowstore.plugins import called
 from bowstore.progress import say
 from bowstore.remote import RemoteFolder, is_remote
 from bowstore.train.config import TrainConfig, load_train_config
 from bowstore.train.tasks import TASKS
-from bowstore.train.tasks.base import called
 
 
 def init_workspace(folder: Path, files: Mapping[Path, Path]) -> list[Path]:

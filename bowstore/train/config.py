@@ -121,27 +121,21 @@ class TrainConfig(Strict):
 
 
 def of_today(values: dict[str, Any], named: str | None = None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Values of a configuration of any age as they are written today, `task: {name: words, form: count}`.
+    """Values of a configuration of any age as they are written today, and the settings in them of other tasks, by name.
 
     Args:
         values: of a file; `student`, which named the configuration to train next, is left out.
         named: the task to take instead of the file's.
-
-    Returns:
-        The values, and the settings in them of other tasks, by name, which are left out.
     """
     values = {key: value for key, value in values.items() if key != "student"}
     given = values.get("task")
-    if given is None or isinstance(given, str):
-        own, groups = given, {name: values[name] for name in _OLD_GROUPS if isinstance(values.get(name), dict)}
-        values = {key: value for key, value in values.items() if key not in groups}
-    elif isinstance(given, dict) and isinstance(given.get("name"), str):
-        own = given["name"]
-        groups = {own: {key: value for key, value in given.items() if key != "name"}}
-    else:  # which validation refuses
+    if isinstance(given, dict):
+        groups = {str(given.get("name")): {key: value for key, value in given.items() if key != "name"}}
+    else:
+        groups = {name: values.pop(name) for name in _OLD_GROUPS if isinstance(values.get(name), dict)}
+    name = named or task_name(values)
+    if not isinstance(name, str):  # which validation refuses
         return values, {}
-    if (name := named or own) is None:
-        return values, groups
     return {**values, "task": {"name": name, **groups.pop(name, {})}}, groups
 
 
@@ -171,9 +165,17 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
     values.setdefault("name", path.stem)
     if values.get("student") is not None:
         raise UsageError(f"{path}: student: {_NO_STUDENT}")
-    values = _of_one_task(values, overrides, flags or {}, path)
+    pairs = (override.partition("=") for override in overrides)
+    named = next((text.strip(" '\"") for key, _, text in pairs if key.strip() in ("task", "task.name")), None)
+    values, others = of_today(values, named)
     meant = partial(key_of_today, task=task_name(values))
-    return validate(TrainConfig, apply_overrides(values, overrides, flags, meant), str(path))
+    values = apply_overrides(values, overrides, flags, meant)
+    _refuse_flags_of_others(flags or {}, task_name(values), path)
+    config = validate(TrainConfig, values, str(path))
+    for other, group in others.items():
+        if _says_something(other, group) and ranks().first:
+            say(f"warning: {path}: the settings of task {other} are left out: the task is {config.task.name}")
+    return config
 
 
 def key_of_today(key: str, task: str | None) -> str:
@@ -192,23 +194,17 @@ def key_of_today(key: str, task: str | None) -> str:
     return f"task.{rest}"
 
 
-def _of_one_task(
-    values: dict[str, Any], overrides: Sequence[str], flags: Mapping[str, Any], path: Path
-) -> dict[str, Any]:
-    """The values with the settings of the task that the file or --set names; says which others are left out."""
-    pairs = (override.partition("=") for override in overrides)
-    named = next((text.strip(" '\"") for key, _, text in pairs if key.strip() in ("task", "task.name")), None)
-    values, others = of_today(values, named)
-    task = task_name(values)
-    for other, group in others.items():
-        defaults = dump(TASKS.get(other).settings.model_validate({"name": other}))
-        if any(defaults.get(key) != value for key, value in group.items()) and ranks().first:
-            say(f"warning: {path}: the settings of task {other} are left out: the task is {task}")
-    for flag in flags:
-        setting = flag.removeprefix("task.")
-        if setting != flag and task in TASKS.names() and setting not in TASKS.get(task).settings.model_fields:
+def _refuse_flags_of_others(flags: Mapping[str, Any], task: Any, path: Path) -> None:
+    """Refuse flags that set what the task has not."""
+    for setting in (flag.removeprefix("task.") for flag in flags if flag.startswith("task.")):
+        if task in TASKS.names() and setting not in TASKS.get(task).settings.model_fields:
             raise UsageError(f"--{setting}: task {task} of {path} has none; leave it out")
-    return values
+
+
+def _says_something(task: str, group: Mapping[str, Any]) -> bool:
+    """Whether settings of a task differ from its defaults: older runs recorded those of all tasks."""
+    known = TASKS.get(task).settings.model_fields if task in TASKS.names() else {}
+    return any(key not in known or known[key].default != value for key, value in group.items())
 
 
 def learned(config: TrainConfig) -> dict[str, Any]:

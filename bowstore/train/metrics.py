@@ -274,7 +274,7 @@ class RunLog:
         self.progress.advance(0, note=f"loss {values['loss']:.4f}")
         dead = self._dead
         if dead and not self._warned and step >= 2 * self._epoch_steps and values["loss"] > _DEAD_SHARE * dead.loss:
-            say(f"warning: {dead.sentence.format(**values)}")
+            say(f"warning: {dead.told(values)}")
             self._warned = True
 
     def sync(self) -> None:

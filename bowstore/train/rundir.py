@@ -11,7 +11,7 @@ from bowstore import runs
 from bowstore.config import dump, validate
 from bowstore.data.gpu_decode import gpu_decoding
 from bowstore.environment import device_name, library_versions
-from bowstore.errors import BowstoreError, MismatchError
+from bowstore.errors import BowstoreError, MismatchError, UsageError
 from bowstore.files import atomic_file, write_json
 from bowstore.models.saved import load_export, network_of, other_network
 from bowstore.models.weights import content_digest
@@ -37,13 +37,17 @@ def check_run(run: Path, config: TrainConfig, *, resume: bool) -> None:
     Raises:
         MismatchError: another configuration is there and `resume` is false; the message names the first difference.
             Or files where a run's go that no run left.
+        UsageError: its configuration is no longer known: of a plugin that is gone or has other settings now.
     """
     if not (runs.checkpoints(run) or runs.is_finished(run)):
         _refuse_foreign(run)
         return
     if not (run / runs.CONFIG_FILE).exists():
         return  # lost: what the checkpoints say is compared
-    found = differences(read_run_config(run), config)
+    try:
+        found = differences(read_run_config(run), config)
+    except UsageError as error:
+        raise UsageError(f"{error}; put that right, or take another --name") from error
     if found and not resume:
         raise MismatchError(
             f"run directory {run} holds another configuration ({found[0]}); take another --name, or "

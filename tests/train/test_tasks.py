@@ -4,7 +4,7 @@ import ast
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ from bowstore.data.plan import plans
 from bowstore.data.views import Batch
 from bowstore.errors import DataError, MissingError, UsageError
 from bowstore.models.heads import CosineHead, LinearHead
+from bowstore.plugins import Named, called, use_plugins
 from bowstore.runs import read_metrics
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig, learned, load_train_config
 from bowstore.train.distributed import World
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks import task as task_module
-from bowstore.train.tasks.base import called
 from bowstore.train.tasks.settings import SUPERVISED, RotationSettings, SupervisedSettings, WordsSettings
-from bowstore.train.tasks.task import Network, Task, build_task, last_map, pooled
+from bowstore.train.tasks.task import Dead, Network, Task, build_task, last_map, pooled
+from bowstore.train.verify import verify_run
 from bowstore.workspace import newest_run
 
 Make = Callable[..., TrainConfig]
@@ -71,7 +72,7 @@ def test_a_kind_says_what_its_settings_and_task_hold(make_config: Make, name: st
     assert len(inputs) == task.views * len(batch.plan.rows)
     assert task.inputs.keys() >= {"shards"}
     assert task.dead is not None
-    chance, told = task.dead.loss, task.dead.sentence.format(loss=1.5, gamma=2.0)
+    chance, told = task.dead.loss, task.dead.told({"loss": 1.5, "gamma": 2.0})
     assert chance == pytest.approx(next(iter(task.constants.values())))
     assert told.startswith("the loss 1.5000 is still that of ")
     assert f"({chance:.4f}): nothing is learned" in told
@@ -90,27 +91,71 @@ def test_a_network_gives_its_head_what_its_feature_function_takes(make_config: M
         torch.testing.assert_close(Network(backbone, torch.nn.Identity(), features)(images_BCHW), expected)
 
 
-def test_a_task_sets_the_modes_of_its_network(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A frozen trunk in eval mode keeps its running statistics through a run."""
+def test_a_frozen_trunk_stays_as_it_is(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither weight decay nor running statistics move it, in a run that stops and goes on; its head is trained."""
     original, seen = task_module.called, []
 
     def build(function: Any) -> Any:
         def frozen_trunk(*args: Any) -> Task:
             task = original(function)(*args)
-            seen.append(task.network)
+            seen.append((task.network, {name: value.clone() for name, value in task.network.state_dict().items()}))
+            task.network.backbone.requires_grad_(False)
             return replace(task, modes=lambda network: (network.train(), network.backbone.eval()))
 
         return frozen_trunk
 
     monkeypatch.setattr(task_module, "called", build)
-    loop.train(make_config("rotation", optim={"epochs": 1, "milestones": []}), tmp_path / "runs")
-    (network,) = seen
+    for epochs in (1, 2):
+        optim = {"epochs": epochs, "milestones": [], "weight_decay": 0.1}
+        loop.train(make_config("rotation", optim=optim), tmp_path / "runs", resume=True)
+    network = seen[1][0]
     assert (network.training, network.head.training, network.backbone.training) == (True, True, False)
-    counted = {name: int(value) for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    assert {value for name, value in counted.items() if name.startswith("backbone")} == {0}
-    assert {value for name, value in counted.items() if name.startswith("head")} == {4}
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, seen[0][1][name]) == name.startswith("backbone"), name
+    assert not verify_run(tmp_path / "runs/rotation-run").problems
+
+
+def test_a_dead_runs_sentence_has_values_of_the_log_and_keeps_other_braces() -> None:
+    dead = Dead(1.0, "loss {loss:.2f}, {gamma}, {accuracy:.3g}: {the docs}, {0}, {loss:z}, {}{")
+    assert dead.told({"loss": 2.345, "accuracy": 0.5}) == "loss 2.35, {gamma}, 0.5: {the docs}, {0}, {loss:z}, {}{"
+
+
+# --- tasks of plugins
+
+PLUGIN = """
+from bowstore.train.tasks.base import Kind, TaskSettings
+class Needing(TaskSettings):
+    need: int
+KIND = Kind(name="needing", settings=Needing, build="nowhere:build", mixes=True)
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator[Path]:
+    """The file of a task with a setting that has no default, and a build function that is not there."""
+    path = tmp_path / "needing.py"
+    path.write_text(PLUGIN)
+    use_plugins(Named((path.name,), str(tmp_path)))
+    yield path
+    use_plugins(Named((), ""))
+
+
+def test_settings_without_defaults_can_be_left_out_for_another_task(
+    plugin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    for settings in ("name: needing, need: 1", "name: gone, need: 1"):
+        path.write_text(f"task: {{{settings}}}")
+        assert load_train_config(path, ["task=words"]).task == WordsSettings()
+        assert "are left out: the task is words" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"task: no task 'word'; did you mean 'words'\?"):
+        load_train_config(path, ["task=word"])
+    assert capsys.readouterr().err == ""
+
+
+def test_code_of_a_plugin_that_is_not_there_is_one_line(plugin: Path, make_config: Make) -> None:
+    with pytest.raises(UsageError, match=r"^nowhere:build cannot be imported: ModuleNotFoundError: .*'nowhere'"):
+        task_and_batch(make_config("needing", {"need": 1}))
 
 
 def test_the_newest_teacher_is_of_a_task_that_makes_them(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bowstore.config import Strict, Workspace
@@ -40,12 +39,3 @@ class Kind(Plugin):
     teacher: bool = True
     mixes: bool
     resolve: str | Callable[[Any, Workspace], TaskSettings] | None = None
-
-
-def called(function: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself; that of "module:name" is imported now."""
-    if not isinstance(function, str):
-        return function
-    module, _, name = function.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), name)
-    return found

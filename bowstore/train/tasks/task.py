@@ -6,7 +6,8 @@ network.
 Legend: B batch, C channels, H W pixels, h w feature map.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,13 +21,15 @@ from bowstore.data.views import Batch
 from bowstore.models.backbone import Backbone
 from bowstore.models.memory import training_format
 from bowstore.models.registry import build_backbone
+from bowstore.plugins import called
 from bowstore.progress import say
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.tasks import TASKS
-from bowstore.train.tasks.base import called
 
 Features = Callable[[Backbone, Tensor], Tensor]
+
+_VALUE = re.compile(r"\{(\w+):?((?:\.\d[efg])?)\}")  # {loss:.4f}
 
 
 def pooled(backbone: Backbone, images_BCHW: Tensor) -> Tensor:
@@ -70,11 +73,17 @@ class Dead(NamedTuple):
 
     Attributes:
         loss: what it stays at, nats.
-        sentence: what it says and what may help; `{name}` stands for a value of the log.
+        sentence: what it says and what may help; `{loss:.4f}` stands for a value of the log.
     """
 
     loss: float
     sentence: str
+
+    def told(self, values: Mapping[str, float]) -> str:
+        """The sentence of one line of the log; braces around anything else stay as they are."""
+        return _VALUE.sub(
+            lambda found: format(values[found[1]], found[2]) if found[1] in values else found[0], self.sentence
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
