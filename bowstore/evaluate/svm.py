@@ -5,10 +5,10 @@ Needs no torch: worker processes import this module alone.
 Legend: N training images, M test images, d feature width, K classes, C costs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import joblib
@@ -19,14 +19,13 @@ from sklearn.model_selection import cross_validate
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
-from bowstore.errors import BowstoreError, DataError, UsageError
+from bowstore.errors import BowstoreError, DataError
 from bowstore.progress import Progress
 
 NORM_EPSILON = 1e-5
 MAX_ITERATIONS = 2000
 FOLDS = 3
 PRESENT, ABSENT, IGNORED = 1, 0, -1
-Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +91,12 @@ def average_precision(scores_M: NDArray[np.float64], labels_M: NDArray[np.intege
     return float(envelope[ranked].sum() / ranked.sum())
 
 
-def check_problem(
-    train_labels_NK: NDArray[np.integer],
-    test_labels_MK: NDArray[np.integer],
-    classes: Sequence[str],
-    costs: Sequence[float],
-    *,
-    jobs: int | None,
-) -> None:
-    """Refuse what `evaluate_svms` cannot do before any feature is computed; errors are its own."""
-    if (jobs is not None and jobs < 1) or not costs or min(costs) <= 0:
-        raise UsageError(f"SVMs need at least 1 job and positive costs; got {jobs} and {list(costs)}")
+def check_problem(train_labels_NK: NDArray[np.integer], classes: Sequence[str]) -> None:
+    """Refuse what `evaluate_svms` cannot do, before any feature is computed.
+
+    Raises:
+        DataError: a class with fewer than 3 positive or negative training images.
+    """
     for k, name in enumerate(classes):
         positives = int((train_labels_NK[:, k] == PRESENT).sum())
         for sign, count in (("positive", positives), ("negative", len(train_labels_NK) - positives)):
@@ -111,11 +105,6 @@ def check_problem(
                     f"class {name}: {count} {sign} training images; cross-validation needs at least {FOLDS}, "
                     "one a fold: use the full devkit"
                 )
-        if not (test_labels_MK[:, k] == PRESENT).any():
-            raise DataError(
-                f"class {name}: no positive among {len(test_labels_MK)} test images, so it has no average "
-                "precision; use the full devkit"
-            )
 
 
 def evaluate_svms(
@@ -142,7 +131,7 @@ def evaluate_svms(
 
     Args:
         train_Nd: features, not normalised.
-        train_labels_NK: int8, 1 present, 0 absent, -1 only difficult objects.
+        train_labels_NK: int8, 1 present, 0 absent, -1 only difficult objects; as `check_problem` wants them.
         test_Md: features, not normalised.
         test_labels_MK: int8, as for training.
         classes: names of the K classes.
@@ -152,11 +141,9 @@ def evaluate_svms(
         what: name of the step in the progress line.
 
     Raises:
-        DataError: a class with fewer than 3 positive or negative training images, or no positive test image.
-        UsageError: no costs, a cost that is not positive, or fewer than one job.
+        DataError: as `average_precision`.
         BowstoreError: a worker process was killed.
     """
-    check_problem(train_labels_NK, test_labels_MK, classes, costs, jobs=jobs)
     jobs = jobs or joblib.cpu_count()
     targets_NK = train_targets(train_labels_NK)
     train, test = normalise_rows(train_Nd), normalise_rows(test_Md)
@@ -167,15 +154,17 @@ def evaluate_svms(
     # Large costs take longest: first in line, so that no process is left alone with one at the end.
     order = [(k, c) for c in np.argsort(costs)[::-1].tolist() for k in range(len(classes))]
     with Progress(what, fits, "fits") as progress:
-        searches = (((k, c), _cross_validate, (train, targets_NK[:, k], costs[c], seed)) for k, c in order)
-        for (k, c), (score, stopped) in _in_processes(jobs, searches):
+        searches = (joblib.delayed(_cross_validate)(train, targets_NK[:, k], costs[c], seed) for k, c in order)
+        for (k, c), (score, stopped) in zip(order, _in_processes(jobs, searches), strict=True):
             validation_KC[k, c] = score
             unconverged += stopped
             progress.advance(FOLDS)
         cost_K = np.array([costs[c] for c in validation_KC.argmax(axis=1)])
         precision_K = np.empty(len(classes))
-        refits = ((k, _fit_and_score, (train, targets_NK[:, k], test, cost_K[k], seed)) for k in range(len(classes)))
-        for k, (scores_M, stopped) in _in_processes(jobs, refits):
+        refits = (
+            joblib.delayed(_fit_and_score)(train, targets_NK[:, k], test, cost, seed) for k, cost in enumerate(cost_K)
+        )
+        for k, (scores_M, stopped) in enumerate(_in_processes(jobs, refits)):
             precision_K[k] = average_precision(scores_M, test_labels_MK[:, k])
             unconverged += stopped
             progress.advance()
@@ -188,21 +177,15 @@ def evaluate_svms(
     )
 
 
-def _in_processes(
-    jobs: int, tasks: Iterable[tuple[Key, Callable[..., Any], tuple[Any, ...]]]
-) -> Iterator[tuple[Key, Any]]:
-    """Yield (key, value) of each task as it is done; large arrays are shared through memory maps."""
-    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+def _in_processes(jobs: int, tasks: Iterable[Any]) -> Iterator[Any]:
+    """What each task gives (`joblib.delayed`), in their order; large arrays are shared through memory maps."""
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=1)
     try:
-        yield from parallel(joblib.delayed(_keyed)(*task) for task in tasks)
+        yield from parallel(tasks)
     except BrokenProcessPool as error:
         raise BowstoreError(
             f"a process of {jobs} fitting SVMs was killed, most often for want of memory; use fewer --jobs"
         ) from error
-
-
-def _keyed(key: Key, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Key, Any]:
-    return key, function(*arguments)
 
 
 def _svm(cost: float, seed: int) -> LinearSVC:

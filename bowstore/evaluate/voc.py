@@ -20,15 +20,7 @@ from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.evaluate.features import Tap, layer_taps
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
 from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings
-from bowstore.evaluate.svm import (
-    ABSENT,
-    IGNORED,
-    NORM_EPSILON,
-    PRESENT,
-    SvmScores,
-    check_problem,
-    evaluate_svms,
-)
+from bowstore.evaluate.svm import ABSENT, IGNORED, NORM_EPSILON, PRESENT, SvmScores, check_problem, evaluate_svms
 from bowstore.models.backbone import Backbone
 
 Split = Literal["trainval", "test"]
@@ -149,7 +141,7 @@ def data(settings: Voc07Settings, _workspace: Workspace) -> DataSets:
             f"{voc}: {len(shared)} images are in both trainval and test (first: {min(shared)}); "
             "extract the devkit again"
         )
-    check_problem(train.labels, test.labels, train.classes, COSTS[settings.costs], jobs=settings.jobs)
+    check_problem(train.labels, train.classes)
     shape = len(train), len(test), len(train.classes)
     return DataSets(
         splits={"trainval": train, "test": test},
