@@ -11,10 +11,10 @@ loads neither torch nor scikit-learn.
 Legend: N images of a split, K classes, d width of a feature.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -24,14 +24,16 @@ from numpy.typing import NDArray
 from bowstore.config import Strict, ViewConfig, Workspace
 from bowstore.data.index import Index
 from bowstore.data.reader import ImageSource
-from bowstore.plugins import Plugin
+from bowstore.errors import UsageError
+from bowstore.plugins import Plugin, called
 
 if TYPE_CHECKING:  # they load torch
     from bowstore.evaluate.features import Tap
     from bowstore.models.backbone import Backbone
     from bowstore.train.distributed import World
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+_ID = re.compile(r"[^./\s][^\0-\x1f]*")  # of it a file is named: no hidden one, and none elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,10 @@ class Protocol:
     version: int
     description: str
     headline: str
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.id):
+            raise UsageError(f"{self.id!r} is no id of a protocol; it begins with a letter or a digit, as in knn/k200")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,10 @@ class LabelledSplit:
     content: str = ""
     index: Index | None = None
     role: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.rows) != len(self.labels):
+            raise UsageError(f"a protocol's split has {len(self.rows)} rows and {len(self.labels)} labels; correct it")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -165,6 +175,11 @@ class Scores:
     details: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, Mapping):
+                raise UsageError(f"a protocol's {name} are {type(value).__name__}, not values by name; correct it")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
@@ -220,7 +235,15 @@ class Kind(Plugin):
         if (self.score is None) == (self.run is None):
             raise ValueError(f"protocol {self.name!r} needs one of score and run")
 
+    def ask(self, part: str, kind: type[T], *given: Any) -> T:
+        """What the function of one part, for example `data`, gives.
 
-def function(named: F | str) -> F:
-    """A function of a kind, imported if it is named by "package.module:function"."""
-    return resolve_name(named) if isinstance(named, str) else named
+        Raises:
+            UsageError: it cannot be imported, or gives anything but a `kind`.
+        """
+        found = called(getattr(self, part))(*given)
+        if not isinstance(found, kind):
+            raise UsageError(
+                f"protocol {self.name!r}: its {part} gives {type(found).__name__}, not {kind.__name__}; correct it"
+            )
+        return found

@@ -4,13 +4,15 @@ One owner for one rule: numbers of different protocols, versions or test images 
 A protocol's version grows whenever the numbers it gives for the same weights and images can change.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
 
 from bowstore.config import Listed, Strict, dump, validate
 from bowstore.errors import CorruptError, DataError
@@ -30,7 +32,9 @@ class Result(Strict):
     protocol: str = Field(description="protocol id")
     protocol_version: int
     headline: str | None = Field(default=None, description="the metric that stands for all in a comparison")
-    metrics: dict[str, Finite] = Field(description="shares between 0 and 1; the headline metric is among them")
+    metrics: Annotated[dict[str, Finite], Field(min_length=1)] = Field(
+        description="shares between 0 and 1; the headline metric is among them"
+    )
     settings: dict[str, Any] = Field(description="everything that was set, as plain values")
     inputs: dict[str, str | None] = Field(
         description="fingerprints of train and test, weights_sha256, run, and dataset if it is a paper's"
@@ -40,6 +44,12 @@ class Result(Strict):
     device: str
     created: str = Field(description="UTC, ISO 8601")
     seconds: Finite = Field(description="wall clock of the evaluation")
+
+    @model_validator(mode="after")
+    def _has_headline(self) -> Self:
+        if self.headline is not None and self.headline not in self.metrics:
+            raise ValueError(f"no headline metric {self.headline!r} among {', '.join(self.metrics)}")
+        return self
 
 
 class PaperFigures(Strict):
@@ -92,11 +102,37 @@ def read_result(path: Path) -> Result:
     try:
         return Result.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise CorruptError(
-            f"{path} is not a result file ({where}: {first['msg']}); remove it and evaluate again"
-        ) from error
+        raise CorruptError(f"{path} is not a result file ({_problem(error)}); remove it and evaluate again") from error
+
+
+def made_result(**values: Any) -> Result:
+    """A result of what a protocol gave; NumPy's values become plain ones, so that it equals its file.
+
+    Raises:
+        DataError: what no file can hold: metrics that are no finite numbers, no headline, details of other types.
+    """
+    try:
+        return Result.model_validate(json.loads(json.dumps(values, default=_plain)))
+    except ValidationError as error:
+        problem = _problem(error)
+    except (TypeError, ValueError) as error:  # a value or a key that JSON has not
+        problem = str(error)
+    raise DataError(
+        f"{values['protocol']} gives no result ({problem}); look at the images of each class, or correct the protocol"
+    )
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the whole"
+    given = "" if isinstance(first["input"], dict | list) else f" (got {first['input']})"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no plain value")
 
 
 def read_results(run: Path) -> list[Result]:

@@ -1,22 +1,20 @@
 """One evaluation, from what a command says to the result file: the network, the device, the time, the writing."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from math import isfinite
 from typing import Any
 
 from bowstore.config import Strict, Workspace, dump
 from bowstore.data.views import clean_view
 from bowstore.environment import choose_device, device_name, library_versions
-from bowstore.errors import DataError, UsageError
+from bowstore.errors import UsageError
 from bowstore.evaluate.config import OF_FEATURES, EvalConfig
 from bowstore.evaluate.kept import Extraction, FeatureSets
-from bowstore.evaluate.protocol import Features, Kind, Network, Protocol, Scores, function
-from bowstore.evaluate.results import Result, write_result
+from bowstore.evaluate.protocol import DataSets, Features, Kind, Network, Protocol, Scores
+from bowstore.evaluate.results import Result, made_result, write_result
 from bowstore.models.saved import load_backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.runs import results_folder
@@ -43,8 +41,8 @@ def evaluate(
         UsageError: settings that do not go together.
     """
     path = find_run(workspace, config.run) if config.run else newest_run(workspace)
-    settings = function(kind.resolve)(settings, workspace)
-    protocol, data = kind.describe(settings), function(kind.data)(settings, workspace)
+    settings = kind.ask("resolve", kind.settings, settings, workspace)
+    protocol, data = kind.ask("describe", Protocol, settings), kind.ask("data", DataSets, settings, workspace)
     loaded = load_backbone(path)
     saved = loaded.saved
     network = Network(backbone=saved.fresh().eval() if config.random else loaded.backbone, view=saved.view)
@@ -54,7 +52,7 @@ def evaluate(
     with _world(kind, config) as world:
         network.backbone.to(world.device)
         if kind.run:
-            scores = function(kind.run)(network, data, settings, world)
+            scores = kind.ask("run", Scores, network, data, settings, world)
             ran: dict[str, Any] = {"view": dump(network.view), "ranks": world.size}
         else:
             view = replace(clean_view(network.view), **data.view)
@@ -62,35 +60,32 @@ def evaluate(
                 backbone=network.backbone,
                 identity=repr((weights, saved.model, saved.seed)),  # strides, and what is drawn, are in no weights
                 view=view,
-                taps=function(kind.taps)(network.backbone, settings, view.size),
+                taps=kind.ask("taps", Mapping, network.backbone, settings, view.size),  # type: ignore[type-abstract]
                 device=world.device,
                 **asked,
             )
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)
             ran = {"view": asdict(view), "trunk": trunk, "batch": config.batch, "taps": _taps(how, features)}
-        _check_finite(protocol, scores)
-        result = Result(
+        result = made_result(
             protocol=protocol.id,
             protocol_version=protocol.version,
             headline=protocol.headline,
-            metrics=dict(scores.metrics),
-            settings=_plain(
-                {
-                    "arch": saved.model.arch,
-                    **ran,
-                    "images": {name: len(split) for name, split in data.splits.items()},
-                    "options": dump(settings),
-                    **scores.settings,
-                }
-            ),
+            metrics=scores.metrics,
+            settings={
+                "arch": saved.model.arch,
+                **ran,
+                "images": {name: len(split) for name, split in data.splits.items()},
+                "options": dump(settings),
+                **scores.settings,
+            },
             inputs={
                 **data.inputs,
                 "weights_sha256": weights,
                 "run": f"{saved.name} (random)" if config.random else saved.name,
                 "dataset": data.dataset,
             },
-            details=_plain(scores.details),
+            details=scores.details,
             versions=library_versions(),
             device=device_name(world.device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,12 +112,6 @@ def _world(kind: Kind, config: EvalConfig) -> Iterator[World]:
         yield World(0, 1, choose_device(config.device))
 
 
-def _check_finite(protocol: Protocol, scores: Scores) -> None:
-    for name, value in scores.metrics.items():
-        if not isfinite(value):
-            raise DataError(f"{protocol.id}: {name} is {value}, which is no result; look at the images of each class")
-
-
 def _taps(how: Extraction, features: Features) -> dict[str, Any]:
     """Where features were taken, and how wide they are."""
     first = next(iter(features.splits.values()))
@@ -131,21 +120,15 @@ def _taps(how: Extraction, features: Features) -> dict[str, Any]:
 
 def _scored(kind: Kind, features: Features, settings: Strict) -> Scores:
     """The scores; in their details also by split how much the features vary, beside what else there is of the tap."""
-    assert kind.score is not None
-    scores = function(kind.score)(features, settings)
+    scores = kind.ask("score", Scores, features, settings)
     details = dict(scores.details)
     taps = list(next(iter(features.splits.values())).taps)
     for tap in taps:
         shares = {name: split.variation[tap] for name, split in features.splits.items()}
-        if tap in details:
+        if isinstance(details.get(tap), Mapping):
             details[tap] = {**details[tap], "variation": shares}
         elif len(taps) == 1:
             details["variation"] = shares
         else:
             details["variation"] = {**details.get("variation", {}), tap: shares}
     return replace(scores, details=details)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as a JSON file gives them back, so that a result equals its file."""
-    return dict(json.loads(json.dumps(values)))

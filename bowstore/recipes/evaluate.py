@@ -12,9 +12,10 @@ from bowstore import runs
 from bowstore.config import Listed, Strict, Text, dump, validate
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.evaluate.config import EvalConfig
-from bowstore.evaluate.protocol import Kind, function
+from bowstore.evaluate.protocol import Kind
 from bowstore.evaluate.protocols import PROTOCOLS
 from bowstore.files import read_json
+from bowstore.plugins import called
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint
 
@@ -130,7 +131,7 @@ class EvalStage(Stage):
         own = {key: value for key, value in values.items() if key not in how}
         settings = validate(kind.settings, data | own, name)
         try:
-            settings = function(kind.resolve)(settings, self._here.workspace)
+            settings = called(kind.resolve)(settings, self._here.workspace)
         except BowstoreError:  # what it looks at is not there yet
             pass
         return kind, settings, validate(EvalConfig, how, name)

@@ -87,7 +87,7 @@ def test_missing_result(tmp_path: Path) -> None:
 
 
 def test_a_file_of_before_headlines_is_read(tmp_path: Path) -> None:
-    old = a_result("voc07-svm/fair", map_conv4=0.7, map_conv5=0.6, map_best=0.7).model_dump()
+    old = a_result("voc07-svm/fair", "map_best", map_conv4=0.7, map_conv5=0.6, map_best=0.7).model_dump()
     del old["headline"]
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "voc07-svm-fair.json").write_text(json.dumps(old))

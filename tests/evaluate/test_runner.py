@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from shard_sets import ShardMaker
@@ -12,13 +14,17 @@ from bowstore.cli import main
 from bowstore.config import Workspace
 from bowstore.errors import DataError, UsageError
 from bowstore.evaluate.config import EvalConfig
-from bowstore.evaluate.protocol import Kind, Scores
+from bowstore.evaluate.kept import FeatureSets
+from bowstore.evaluate.protocol import Kind, LabelledSplit, Protocol, Scores
 from bowstore.evaluate.protocols.linear import KIND, LinearSettings
+from bowstore.evaluate.results import read_results
 from bowstore.evaluate.runner import evaluate
 from bowstore.models.saved import load_backbone, network_of, save_backbone
 from bowstore.models.weights import weights_sha256
 
 EXTENDING = Path(__file__).parents[1] / "extending"
+SHARDS = Workspace(shards=Path("train"), val_shards=Path("test"))
+KEPT = FeatureSets()  # of all tests, whose networks and images are the same
 
 
 @pytest.fixture
@@ -92,17 +98,73 @@ def test_features_are_scored_by_one_process(workspace: Path, monkeypatch: pytest
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    shards = Workspace(shards=Path("train"), val_shards=Path("test"))
     with pytest.raises(UsageError, match="eval linear is for one process, and torchrun started 2; start it without"):
-        evaluate(KIND, LinearSettings(), EvalConfig(run="net.safetensors"), shards)
+        evaluate(KIND, LinearSettings(), EvalConfig(run="net.safetensors"), SHARDS)
 
 
-def test_a_metric_that_is_no_number_is_no_result(workspace: Path) -> None:
-    kind = replace(KIND, score=lambda features, settings: Scores(metrics={"top1": float("nan")}))
-    shards = Workspace(shards=Path("train"), val_shards=Path("test"))
-    with pytest.raises(DataError, match="linear/bownet-cifar: top1 is nan, which is no result; look at the images"):
-        evaluate(kind, LinearSettings(), EvalConfig(run="net.safetensors"), shards)
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"metrics": {"top1": float("nan")}}, r"metrics.top1: Input should be a finite number \(got nan\)\); look at"),
+        ({"metrics": {"top1": "0.5"}}, r"metrics.top1: Input should be a valid number \(got 0.5\)"),
+        ({"metrics": {"top1": np.zeros(2)}}, "metrics.top1: Input should be a valid number"),
+        ({"metrics": {"top5": 0.5}}, "no headline metric 'top1' among top5"),
+        ({"metrics": {}}, "metrics: Dictionary should have at least 1 item"),
+        ({"metrics": {"top1": 0.5}, "details": {"of": EXTENDING}}, "PosixPath is no plain value"),
+        ({"metrics": {"top1": 0.5}, "details": {(1, 2): 3}}, "keys must be str"),
+        ({"metrics": [0.5]}, "a protocol's metrics are list, not values by name; correct it"),
+        (None, "protocol 'linear': its score gives NoneType, not Scores; correct it"),
+    ],
+)
+def test_what_is_no_result_is_refused(workspace: Path, scores: dict[str, Any] | None, message: str) -> None:
+    kind = replace(KIND, score=lambda features, settings: Scores(**scores) if scores else None)  # type: ignore[arg-type, return-value]
+    with pytest.raises((DataError, UsageError), match=message):
+        evaluate(kind, LinearSettings(), EvalConfig(run="net.safetensors"), SHARDS, kept=KEPT)
     assert not (workspace / "net").exists()
+
+
+def test_values_of_numpy_become_plain(workspace: Path) -> None:
+    scores = {"metrics": {"top1": np.float32(0.5)}, "details": {"pooled": 3, "curve": np.arange(2)}}
+    kind = replace(KIND, score=lambda features, settings: Scores(settings={"k": np.int64(3)}, **scores))
+    result = evaluate(kind, LinearSettings(), EvalConfig(run="net.safetensors"), SHARDS, kept=KEPT)
+    assert (result.metrics, result.settings["k"]) == ({"top1": 0.5}, 3)
+    assert result.details["curve"] == [0, 1]
+    assert (result.details["pooled"], result.details["variation"].keys()) == (3, {"train", "test"})
+    assert read_results(workspace / "net") == [result]
+
+
+@pytest.mark.parametrize(
+    ("part", "given", "message"),
+    [
+        ("describe", lambda settings: None, "'linear': its describe gives NoneType, not Protocol; correct it"),
+        ("describe", lambda settings: named("../../x"), "'../../x' is no id of a protocol; it begins with a letter"),
+        ("describe", lambda settings: named(""), "'' is no id of a protocol"),
+        ("data", lambda settings, workspace: {}, "its data gives dict, not DataSets"),
+        ("data", lambda settings, workspace: uneven(), "a protocol's split has 3 rows and 2 labels; correct it"),
+        (
+            "data",
+            "nowhere:data",
+            "nowhere:data cannot be imported: ModuleNotFoundError",
+        ),
+        (
+            "data",
+            "json:data",
+            "json:data cannot be imported: AttributeError",
+        ),
+    ],
+)
+def test_what_a_protocol_gives_is_of_its_type(workspace: Path, part: str, given: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(replace(KIND, **{part: given}), LinearSettings(), EvalConfig(run="net.safetensors"), SHARDS)
+
+
+def named(protocol_id: str) -> Protocol:
+    return Protocol(id=protocol_id, version=1, description="", headline="top1")
+
+
+def uneven() -> LabelledSplit:
+    values: dict[str, Any] = {"rows": np.arange(3), "labels": np.zeros(2, int), "classes": (), "fingerprint": ""}
+    return LabelledSplit(open=lambda: None, **values)  # type: ignore[arg-type, return-value]
 
 
 def test_a_kind_has_one_form() -> None:
