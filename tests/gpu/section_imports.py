@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import bowstore.cli  # noqa: F401 - looking for one of its modules loads it, which must not begin within itself
+
 LACKING = ("nvidia.dali", "zarr", "numcodecs", "faiss", "webdataset", "pydantic", "tensorboard")
 OURS = ("bowstore", "gpu_")
 
