@@ -4,7 +4,7 @@ Everything random comes from the plan through `external_source`; DALI itself dra
 `mixed`; without one the graph runs on the CPU (`device_id=None`) and ends with the decoded images.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,7 @@ def train_graph(
             # An operator of its own costs nothing that can be measured: the paste needs each image already flipped,
             # and a resize from right to left rounds one value in a few thousand otherwise.
             "flip": lambda images: fn.flip(images, horizontal=inputs["mirror"]) if view.flip else images,
-            "jitter": lambda images: _twist(inputs, images, colour),
+            "jitter": lambda images: fn.color_twist(images, **{n: inputs[n] for n in colour}) if colour else images,
             "cutmix": lambda images: paste(images, inputs, view.size) if view.cutmix else images,
             "normalise": lambda images: _normalise(images, view, half=device.type == "cuda"),
         }
@@ -88,12 +88,12 @@ def clean_graph(
     batch: int,
     device: torch.device,
     threads: int | None,
-    hw_load: float,
     way: Way | None,
 ) -> tuple[Pipeline, Feed[NDArray[np.int64]]]:
     """DALI's part of the clean view of rows, each array of them one batch, and what feeds it."""
     feed = Feed((partial(_clean_feed, source, part) for part in parts), ("encoded",))
-    decoder = _decoder(source, device, hw_load, way)
+    # A GPU's hardware decoder takes all that it can, so that an image's pixels do not depend on the batch it is in.
+    decoder = _decoder(source, device, 1.0, way)
     pipe = new_pipeline(batch, device, threads)
     with pipe:
         encoded = feed.declare()["encoded"]
@@ -166,11 +166,6 @@ def _decode_window(inputs: dict[str, Any], decoder: Decoder) -> Any:
     return decoder.window(encoded, start, shape)
 
 
-def _twist(inputs: dict[str, Any], images: Any, colour: Sequence[str]) -> Any:
-    """Colour jitter and grey; nothing without inputs."""
-    return fn.color_twist(images, **{name: inputs[name] for name in colour}) if colour else images
-
-
 def _normalise(images: Any, view: ViewConfig | CleanView, *, half: bool = False) -> Any:
     """Centre crop (a no-op at the right size), (x - mean) / std; HWC, which is channels_last."""
     return fn.crop_mirror_normalize(
@@ -203,5 +198,4 @@ def _train_feed(
 
 
 def _clean_feed(source: ImageSource, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, Any]]:
-    encoded = source.read(rows)
-    return rows, {"encoded": encoded}
+    return rows, {"encoded": source.read(rows)}

@@ -6,9 +6,8 @@ numbers, as in the GPU's graph (`bowstore.data.cutmix`), and rounded to 8 bits i
 Legend: B batch, G images of a group, S side of the view.
 """
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +18,8 @@ from bowstore.data.plan import MIX_GROUP, Plan
 from bowstore.data.views import jitters, normalisation
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """The numbers of a batch for the pass.
+class Mixing(NamedTuple):
+    """The numbers of a batch, as the pass takes them.
 
     Attributes:
         mirror: bool (B,), which images are flipped.
@@ -76,19 +74,7 @@ def mix(out: NDArray[np.float32], resized: NDArray[np.uint8], first: int, mixing
         first: place in the batch of the group's first image.
         mixing: the numbers of the batch.
     """
-    run = _compiled()
-    run(
-        out,
-        resized,
-        first,
-        mixing.mirror,
-        mixing.coloured,
-        mixing.colour,
-        mixing.partner,
-        mixing.box,
-        mixing.mean,
-        mixing.scale,
-    )
+    _compiled()(out, resized, first, *mixing)
 
 
 @cache

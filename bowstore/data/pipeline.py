@@ -102,7 +102,6 @@ def clean_batches(
     batch: int,
     device: torch.device,
     threads: int | None = None,
-    hw_load: float | None = None,
     way: Way | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """Yield (rows (B,), images_BCHW float32, normalised) of the un-augmented images, in order.
@@ -116,8 +115,6 @@ def clean_batches(
         batch: largest number of images in a batch.
         device: where the images are wanted.
         threads: decoding threads; None for one a core.
-        hw_load: share of the JPEG images that a GPU's hardware decoder takes; None for all that it can, so that an
-            image's pixels do not depend on the batch it is in.
         way: how windows are decoded; None for the quicker of those that work there.
 
     Raises:
@@ -129,16 +126,8 @@ def clean_batches(
 
     if isinstance(rows, np.ndarray):
         rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    pipe, feed = clean_graph(
-        source,
-        view,
-        bounded(source, rows),
-        batch=batch,
-        device=device,
-        threads=threads,
-        hw_load=1.0 if hw_load is None else hw_load,
-        way=way,
-    )
+    parts = bounded(source, rows)
+    pipe, feed = clean_graph(source, view, parts, batch=batch, device=device, threads=threads, way=way)
     made = run(pipe, feed, source, lambda part: part)
     if device.type == "cuda":
         yield from ((part, as_images(output)) for part, output in made)

@@ -12,10 +12,8 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from bowstore.data.workers import Report, run_jobs
 from bowstore.errors import MismatchError, UsageError
 from bowstore.files import atomic_file, read_json, sweep_temporary, write_json
 from bowstore.progress import Progress
@@ -374,21 +373,12 @@ def _image_path(out: Path, split: str, index: int) -> Path:
 
 def _write_rows(out: Path, rows: Rows, size: int, seed: int, workers: int, progress: Progress) -> None:
     chunks = [rows[start : start + _CHUNK_IMAGES] for start in range(0, len(rows), _CHUNK_IMAGES)]
-    if min(workers, len(chunks)) <= 1:
-        for chunk in chunks:
-            progress.advance(_write_chunk(out, chunk, size, seed))
-        return
-    # Spawned, not forked: the caller may have loaded torch, whose threads do not survive a fork.
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_write_chunk, out, chunk, size, seed) for chunk in chunks]
-        try:
-            for job in as_completed(jobs):
-                progress.advance(job.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
+    work = partial(_write_chunk, out, size, seed)
+    for _ in run_jobs(work, chunks, max(1, min(workers, len(chunks))), progress.advance):
+        pass
 
 
-def _write_chunk(out: Path, rows: Rows, size: int, seed: int) -> int:
+def _write_chunk(out: Path, size: int, seed: int, rows: Rows, report: Report) -> None:
     for split, index in rows:
         buffer, path = io.BytesIO(), _image_path(out, split, index)
         render(seed, split, index, size)[0].save(buffer, format="JPEG", quality=_JPEG_QUALITY)
@@ -396,4 +386,4 @@ def _write_chunk(out: Path, rows: Rows, size: int, seed: int) -> int:
         # cut took can be rendered again.
         with atomic_file(path, durable=False) as file:
             file.write(buffer.getvalue())
-    return len(rows)
+        report(1)
