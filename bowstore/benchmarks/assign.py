@@ -52,8 +52,9 @@ def bench_assign(
         "assign": _spread(features_ND, lambda part_ND: partial(assign, part_ND, prepared)),
         "matrix product": _spread(features_ND, partial(_product, right_DK=vocabulary_KD.T.contiguous())),
         **_faiss(features_ND, vocabulary_KD),
-        **(_half_product(features_ND, vocabulary_KD) if prepared.fast else {}),
     }
+    if prepared.fast:  # on tensor cores, and nothing else
+        ways["float16 product"] = _product(features_ND.half(), vocabulary_KD.T.contiguous().half())
     rates = _rates("bench assign", ways, rounds, images, device)
     say(", ".join(f"{name} {statistics.median(values):.0f} images/s" for name, values in rates.items()))
     if prepared.fast:  # last, because compiling takes long: the figure has been printed, whatever becomes of the rest
@@ -146,11 +147,6 @@ def _faiss(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
     index = faiss.IndexFlatL2(vocabulary_KD.shape[1])
     index.add(vocabulary_KD.numpy())
     return {"FAISS": lambda: index.search(features_ND.numpy(), 1)}
-
-
-def _half_product(features_ND: Tensor, vocabulary_KD: Tensor) -> dict[str, Way]:
-    """The product of the same shape on tensor cores, and nothing else."""
-    return {"float16 product": _product(features_ND.half(), vocabulary_KD.T.contiguous().half())}
 
 
 def _other_searches(features_ND: Tensor, prepared: PreparedWords, fast: "FastWords") -> dict[str, Way]:

@@ -1,18 +1,16 @@
 """k-means by each backend, on the same made-up vectors."""
 
 import statistics
-import time
 from importlib.util import find_spec
-from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from bowstore.benchmarks.config import KmeansBench
 from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.benchmarks.rounds import interleaved
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
-from bowstore.progress import Progress
 from bowstore.words.kmeans import Backend, default_backend, make_lloyd
 from bowstore.words.lloyd import Lloyd
 from bowstore.words.lloyd_torch import TorchLloyd
@@ -28,7 +26,7 @@ def bench_kmeans(config: KmeansBench) -> BenchResult:
         UsageError: fewer vectors than words, or a backend that does not run here.
     """
     vectors, dimensions, num_words, iterations = config.vectors, config.dimensions, config.num_words, config.iterations
-    device, rounds, backends = choose_device(config.device), config.rounds, config.backends
+    device, backends = choose_device(config.device), config.backends
     if num_words > vectors:
         raise UsageError(f"--K {num_words} words need as many vectors, --vectors {vectors} are fewer; raise it")
     there = _there(num_words, dimensions, device)
@@ -44,17 +42,9 @@ def bench_kmeans(config: KmeansBench) -> BenchResult:
         else make_lloyd(backend, sample_Sp.numpy(), num_words, 0, device)
         for backend in chosen
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    with Progress("bench kmeans", (rounds + 2) * len(ways), "iterations") as progress:
-        for turn, name in zip(range((rounds + 2) * len(ways)), cycle(ways), strict=False):
-            begun = time.perf_counter()
-            ways[name].step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - begun
-            if turn >= 2 * len(ways):
-                rates[name].append(1 / seconds)
-            progress.advance(note=f"{name} {seconds:.2f} s")
+    steps = {name: lloyd.step for name, lloyd in ways.items()}
+    seconds = interleaved("bench kmeans", steps, config.rounds, device, warm=2)
+    rates = {name: [1 / spent for spent in values] for name, values in seconds.items()}
     whole = {name: iterations / statistics.median(values) for name, values in rates.items()}
     return BenchResult(
         protocol="bench/kmeans",

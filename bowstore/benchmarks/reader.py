@@ -1,6 +1,7 @@
 """What the reader can do: encoded bytes of random rows, from memory maps and by single reads."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,13 @@ from numpy.typing import NDArray
 
 from bowstore.benchmarks.config import ReaderBench
 from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.benchmarks.rounds import in_rounds
 from bowstore.config import StorageConfig
 from bowstore.data.index import open_index
 from bowstore.data.reader import ShardReader
 from bowstore.data.table import image_digest
 from bowstore.environment import cores, device_name
 from bowstore.errors import UsageError
-from bowstore.progress import Progress
 
 
 def bench_reader(shards: Path, config: ReaderBench, storage: StorageConfig | None = None) -> BenchResult:
@@ -23,7 +24,7 @@ def bench_reader(shards: Path, config: ReaderBench, storage: StorageConfig | Non
 
     Comparing an image with its digest is timed separately, on the bytes just read.
     """
-    batch, batches, rounds = config.batch, config.batches, config.rounds
+    batch, batches = config.batch, config.batches
     given = storage or StorageConfig()
     readers = {}
     for way in ("mmap", "pread"):
@@ -32,18 +33,17 @@ def bench_reader(shards: Path, config: ReaderBench, storage: StorageConfig | Non
     if len(index) < batch:
         raise UsageError(f"{shards} holds {len(index)} images, fewer than one batch of {batch}; lower --batch")
     rows = np.random.default_rng(0)
-    rates: dict[str, list[float]] = {way: [] for way in readers}
-    shares: dict[str, list[float]] = {way: [] for way in readers}
-    with Progress("bench reader", (rounds + 1) * len(readers), "timings") as progress:
-        for number in range(rounds + 1):
-            for way, reader in readers.items():
-                orders = [rows.choice(len(index), batch, replace=False) for _ in range(batches)]
-                read_s, check_s = zip(*(_time(reader, order) for order in orders), strict=True)
-                rate = batches * batch / sum(read_s)
-                if number:
-                    rates[way].append(rate)
-                    shares[way].append(sum(check_s) / sum(read_s))
-                progress.advance(note=f"{way} {rate:.0f} images/s")
+
+    def rate_and_share(reader: ShardReader) -> tuple[float, float]:
+        """Images/s, and what digests are of that time."""
+        orders = [rows.choice(len(index), batch, replace=False) for _ in range(batches)]
+        read_s, check_s = zip(*(_time(reader, order) for order in orders), strict=True)
+        return batches * batch / sum(read_s), sum(check_s) / sum(read_s)
+
+    ways = {way: partial(rate_and_share, reader) for way, reader in readers.items()}
+    found = in_rounds("bench reader", ways, config.rounds, lambda one: f"{one[0]:.0f} images/s")
+    rates = {way: [rate for rate, _ in values] for way, values in found.items()}
+    shares = {way: [share for _, share in values] for way, values in found.items()}
     size = float(index.size.mean())
     return BenchResult(
         protocol="bench/reader",

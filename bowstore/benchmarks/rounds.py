@@ -5,20 +5,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bowstore.progress import Progress
 
 Way = Callable[[], Any]
-Listener = Callable[[str, list[float]], None]
+Listener = Callable[[str, list[Any]], None]
+T = TypeVar("T")
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
 def heard_by(listener: Listener) -> Iterator[None]:
-    """Call it with a way's name and its seconds so far after each timed call, lest a run that is killed report none."""
+    """Call it with a way's name and its values so far after each timed call, lest a run that is killed report none."""
     token = _listener.set(listener)
     try:
         yield
@@ -38,18 +39,18 @@ def seconds_of(way: Way, device: torch.device) -> float:
 
 
 def in_rounds(
-    what: str, ways: Mapping[str, Callable[[], float]], rounds: int, shown: Callable[[float], str]
-) -> dict[str, list[float]]:
-    """What each way returns in interleaved rounds, after one that warms caches, allocators and compilers.
+    what: str, ways: Mapping[str, Callable[[], T]], rounds: int, shown: Callable[[T], str], *, warm: int = 1
+) -> dict[str, list[T]]:
+    """What each way returns in interleaved rounds, after some that `warm` caches, allocators and compilers.
 
     Machines are noisy: what is compared must run in the same minutes, and ratios are taken within a round.
     """
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    with Progress(what, (rounds + 1) * len(ways), "timings") as progress:
-        for number in range(rounds + 1):
+    found: dict[str, list[T]] = {name: [] for name in ways}
+    with Progress(what, (warm + rounds) * len(ways), "timings") as progress:
+        for number in range(warm + rounds):
             for name, way in ways.items():
                 value = way()
-                if number:
+                if number >= warm:
                     found[name].append(value)
                     if listener := _listener.get():
                         listener(name, found[name])
@@ -57,7 +58,9 @@ def in_rounds(
     return found
 
 
-def interleaved(what: str, ways: Mapping[str, Way], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    what: str, ways: Mapping[str, Way], rounds: int, device: torch.device, *, warm: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each way, `in_rounds`."""
     timed = {name: partial(seconds_of, way, device) for name, way in ways.items()}
-    return in_rounds(what, timed, rounds, lambda seconds: f"{1e3 * seconds:.1f} ms")
+    return in_rounds(what, timed, rounds, lambda seconds: f"{1e3 * seconds:.1f} ms", warm=warm)

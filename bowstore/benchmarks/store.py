@@ -1,15 +1,16 @@
 """What a word store can do: bulk load with every check, and the join with an index."""
 
-import time
+import statistics
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from bowstore.benchmarks.result import BenchResult, Timing
+from bowstore.benchmarks.rounds import Way, interleaved
 from bowstore.config import StorageConfig
 from bowstore.data.index import open_index
 from bowstore.environment import cores
-from bowstore.progress import Progress
 from bowstore.remote import fetch_store
 from bowstore.words.arrays import stored_bytes
 from bowstore.words.store import join_rows, open_store
@@ -33,24 +34,17 @@ def bench_store(
     words_bytes = 2 * len(opened) * what.grid[0] * what.grid[1]
     parts = ("key_hash", "image_digest", f"{what.name}/words", f"{what.name}/chunk_digest")
     disk_bytes = sum(stored_bytes(opened.path / part) for part in parts)
-    load: list[float] = []
-    join: list[float] = []
-    with Progress("bench store", rounds + 1, "rounds") as progress:
-        for number in range(rounds + 1):
-            begun = time.perf_counter()
-            what.read_words()
-            loaded = time.perf_counter()
-            if index is not None:
-                join_rows(opened, index)
-            joined = time.perf_counter()
-            if number:
-                load.append(len(opened) / (loaded - begun))
-                join.append(len(opened) / max(joined - loaded, 1e-9))
-            progress.advance()
-    seconds = len(opened) / float(np.median(load))
-    timings = [Timing("bulk load", load, f"{seconds:.3g} s, {words_bytes / seconds / 1e6:.0f} MB/s of words")]
+    ways: dict[str, Way] = {"bulk load": what.read_words}
     if index is not None:
-        timings.append(Timing("join by key", join, f"{len(opened) / float(np.median(join)):.3g} s"))
+        ways["join by key"] = partial(join_rows, opened, index)
+    found = interleaved("bench store", ways, rounds, torch.device("cpu"))
+    median = {name: statistics.median(values) for name, values in found.items()}
+    seconds = median["bulk load"]
+    details = {"bulk load": f", {words_bytes / seconds / 1e6:.0f} MB/s of words"}
+    timings = [
+        Timing(name, [len(opened) / spent for spent in values], f"{median[name]:.3g} s{details.get(name, '')}")
+        for name, values in found.items()
+    ]
     return BenchResult(
         protocol="bench/store",
         device=f"cpu, {cores()} cores",
