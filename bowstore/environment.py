@@ -72,14 +72,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def local_ranks() -> int:
-    """Number of ranks that torchrun started on this machine; 1 without it."""
-    return ranks().local_size
-
-
 def cores_per_rank() -> int:
     """This process's share of the machine's cores, among the ranks that torchrun started on it."""
-    return max(1, cores() // local_ranks())
+    return max(1, cores() // ranks().local_size)
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

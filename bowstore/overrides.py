@@ -1,6 +1,7 @@
 """Values of the command line over those of a configuration file: `--set a.b=c`, and flags."""
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import yaml
@@ -26,7 +27,7 @@ def apply_overrides(
     Raises:
         UsageError: not of that form, no value, a key given twice, or a key below a value.
     """
-    result: dict[str, Any] = _copy(values)
+    result: dict[str, Any] = deepcopy(values)
     given: dict[str, str] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -64,7 +65,3 @@ def _set(values: dict[str, Any], given: dict[str, str], name: str, value: Any, w
         if not isinstance(place, dict):
             raise UsageError(f"{what}: {folder!r} is a value, not a group of keys")
     place[leaf] = value
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -57,7 +58,7 @@ class Registry(Generic[T]):
             own: bowstore's own values, as "package.module:ATTRIBUTE" by name.
         """
         self._what, self._group, self._kind = what, group, kind
-        self._own = {name: _Entry("bowstore itself", partial(_attribute, path)) for name, path in own.items()}
+        self._own = {name: _Entry("bowstore itself", partial(attribute, path)) for name, path in own.items()}
         self._added: list[tuple[T, str]] = []
 
     def names(self) -> tuple[str, ...]:
@@ -97,13 +98,12 @@ class Registry(Generic[T]):
     def _entries(self) -> dict[str, _Entry]:
         entries = dict(self._own)
         for point in _installed(self._group):
-            self._put(entries, point.name, _Entry(f"the installed package {_package(point)}", point.load))
-        for origin, module in _modules():
-            for value in vars(module).values():
-                if isinstance(value, self._kind):
-                    self._put(entries, value.name, _Entry(origin, partial(_same, value)))
-        for value, origin in self._added:
-            self._put(entries, value.name, _Entry(origin, partial(_same, value)))
+            package = point.dist.name if point.dist else point.value
+            self._put(entries, point.name, _Entry(f"the installed package {package}", point.load))
+        held = ((value, origin) for origin, module in _modules() for value in vars(module).values())
+        for value, origin in chain(held, self._added):
+            if isinstance(value, self._kind):
+                self._put(entries, value.name, _Entry(origin, partial(_same, value)))
         return entries
 
     def _put(self, entries: dict[str, _Entry], name: str, entry: _Entry) -> None:
@@ -125,7 +125,8 @@ class Registry(Generic[T]):
         )
 
 
-def _attribute(path: str) -> Any:
+def attribute(path: str) -> Any:
+    """What "module:NAME" means; the module is imported for it."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -136,7 +137,7 @@ def called(function: str | Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         UsageError: it cannot be imported.
     """
-    return _imported(function, partial(_attribute, function)) if isinstance(function, str) else function
+    return _imported(function, partial(attribute, function)) if isinstance(function, str) else function
 
 
 def _same(value: object) -> object:
@@ -148,10 +149,6 @@ def _installed(group: str) -> tuple["EntryPoint", ...]:
     from importlib.metadata import entry_points  # 20 ms that `bowstore --help` need not wait
 
     return tuple(sorted(entry_points(group=group), key=lambda point: (point.name, point.value)))
-
-
-def _package(point: "EntryPoint") -> str:
-    return point.dist.name if point.dist else point.value
 
 
 class Named(NamedTuple):

@@ -53,15 +53,13 @@ class Progress:
 
     Args:
         what: the step's name, for example "encode".
-        total: number of items, or None when it is not known.
+        total: number of items.
         unit: what an item is, for example "images".
         done: items that an earlier run finished; they count as done but not for the rate.
         shown: False silences it (ranks other than 0).
     """
 
-    def __init__(
-        self, what: str, total: int | None, unit: str = "images", *, done: int = 0, shown: bool = True
-    ) -> None:
+    def __init__(self, what: str, total: int, unit: str = "images", *, done: int = 0, shown: bool = True) -> None:
         self.what, self.total, self.unit, self.count = what, total, unit, done
         self._first = done
         self._shown = shown
@@ -99,11 +97,10 @@ class Progress:
 
     def _line(self, *, final: bool) -> str:
         seconds = time.monotonic() - self._start
-        of = f"/{self.total}" if self.total is not None else ""
-        parts = [f"{self.what}: {self.count}{of} {self.unit}", f"{self.rate:.1f} {self.unit}/s"]
+        parts = [f"{self.what}: {self.count}/{self.total} {self.unit}", f"{self.rate:.1f} {self.unit}/s"]
         if final:
             parts.append(f"{seconds:.1f} s")
-        elif self.total is not None and self.rate > 0:
+        elif self.rate > 0:
             parts.append(f"{format_seconds((self.total - self.count) / self.rate)} left")
         if self._note:
             parts.append(self._note)
@@ -113,7 +110,7 @@ class Progress:
 class _TerminalBar:
     """The rich bar behind `Progress`; rich is imported only when there is a terminal."""
 
-    def __init__(self, what: str, total: int | None, unit: str) -> None:
+    def __init__(self, what: str, total: int, unit: str) -> None:
         from rich.console import Console  # a tenth of a second
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress

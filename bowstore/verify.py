@@ -48,18 +48,7 @@ class PathReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
-        return {
-            "path": str(self.path),
-            "kind": self.kind,
-            "checked": self.checked,
-            "sound": self.sound,
-            "problems": [asdict(problem) for problem in self.problems],
-            "repairs": self.repairs,
-            "odd": self.odd,
-            "digest": self.digest,
-            "arithmetic": self.arithmetic,
-            "descent": self.descent,
-        }
+        return {**asdict(self), "path": str(self.path)}
 
     def text(self) -> str:
         """Lines for people: the problems, or that there are none; what was done about them; a digest last."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bowstore import runs
-from bowstore.config import CONFIGS, WORKSPACE_FILE, StorageConfig, Workspace
+from bowstore.config import CONFIGS, WORKSPACE_FILE, Workspace
 from bowstore.data.table import INDEX_FILE
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.files import atomic_file, make_folder
@@ -150,8 +150,8 @@ def val_shards(workspace: Workspace) -> Path:
 def shards_beside(workspace: Workspace, *splits: str) -> list[Path]:
     """Those of the splits that lie beside the train shards."""
     paths = [workspace.shards.parent / split for split in splits]
-    return [p for p in paths if (_has_index(p, workspace.storage) if is_remote(p) else p.is_dir())]
-
-
-def _has_index(path: Path, storage: StorageConfig) -> bool:
-    return RemoteFolder(path, storage).exists(INDEX_FILE)
+    return [
+        path
+        for path in paths
+        if (RemoteFolder(path, workspace.storage).exists(INDEX_FILE) if is_remote(path) else path.is_dir())
+    ]

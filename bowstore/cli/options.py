@@ -7,7 +7,6 @@ others: what was not given is for the model to say.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -16,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from bowstore.cli.common import PATH, TEXT, Number, Setting
+from bowstore.plugins import attribute
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -55,10 +55,7 @@ class Fields(click.Argument):
     @cached_property
     def model(self) -> "type[BaseModel]":
         """The model, loaded now if it has not been."""
-        if not isinstance(self._source, str):
-            return self._source
-        module, _, name = self._source.partition(":")
-        model: type[BaseModel] = getattr(import_module(module), name)
+        model: type[BaseModel] = attribute(self._source) if isinstance(self._source, str) else self._source
         return model
 
     @cached_property

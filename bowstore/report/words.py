@@ -8,7 +8,7 @@ each word, U distinct rows that are looked up.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ class Neighbour:
     common: int
     lift: float
     npmi: float
-    example: Example | None
+    example: Example | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _collect_layer(store: Store, layer: Layer, index: Index, wish: Wish) -> Laye
             int(usage.count_K[word]),
             float(usage.count_K[word] / usage.count_K.sum()),
             images.nearest(word, wish.examples_shown),
-            tuple(found.named(images.nearest(found.word, 1)) for found in company[word]),
+            tuple(replace(n, example=next(iter(images.nearest(n.word, 1)), None)) for n in company[word]),
         )
         for word in shown
     }
@@ -276,23 +276,10 @@ def _held(words_NM: NDArray[np.uint16], num_words: int) -> Any:
     return csr_array((np.ones(len(words), np.int64), words, starts), shape=(len(words_NM), num_words))
 
 
-class _Bond(NamedTuple):
-    """A `Neighbour` whose image is not yet known."""
-
-    word: int
-    images: int
-    common: int
-    lift: float
-    npmi: float
-
-    def named(self, examples: tuple[Example, ...]) -> Neighbour:
-        return Neighbour(*self, examples[0] if examples else None)
-
-
 def strongest_neighbours(
     common_K: NDArray[np.int64], document_frequency_K: NDArray[np.int64], word: int, images: int
-) -> tuple[_Bond, ...]:
-    """The words that go with a word, by normalised pointwise mutual information (Bouma, 2009) over images.
+) -> tuple[Neighbour, ...]:
+    """The words that go with a word, by normalised pointwise mutual information (Bouma, 2009); without examples.
 
     npmi = log(p(a, b) / (p(a) p(b))) / -log p(a, b), p being shares of images: 0 for independent words, 1 for words
     that never come without each other. Rare words reach high values by accident, so that a few common images are asked
@@ -311,7 +298,7 @@ def strongest_neighbours(
     npmi = np.log(lift) / -np.log(common / images)
     order = np.lexsort((candidates, -common, -npmi))
     return tuple(
-        _Bond(
+        Neighbour(
             int(candidates[at]),
             int(document_frequency_K[candidates[at]]),
             int(common[at]),

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bowstore.config import StorageConfig
-from bowstore.environment import available_memory, local_ranks
+from bowstore.environment import available_memory
 from bowstore.errors import UsageError
 from bowstore.gpu import free_memory
 from bowstore.progress import Progress
+from bowstore.torchrun import ranks
 from bowstore.words.bags import Bag, Form, MeanBag, bag_of
 
 if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in memory train without it
@@ -64,8 +65,9 @@ def choose_tier(setting: Tier | Literal["auto"], size_bytes: int, device: torch.
     Raises:
         UsageError: a tier that was asked for and cannot hold the words.
     """
-    share, ranks = available_memory() // local_ranks(), local_ranks()
-    memory = f"this rank's {_size(share)} of memory" + (f" ({ranks} ranks share the machine)" if ranks > 1 else "")
+    local = ranks().local_size
+    share = available_memory() // local
+    memory = f"this rank's {_size(share)} of memory" + (f" ({local} ranks share the machine)" if local > 1 else "")
     near, place = share, memory
     if device.type == "cuda":
         near = free_memory(device)

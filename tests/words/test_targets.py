@@ -18,6 +18,7 @@ from shard_sets import write_words
 
 from bowstore.config import StorageConfig
 from bowstore.errors import CorruptError, UsageError
+from bowstore.torchrun import Ranks
 from bowstore.words import targets
 from bowstore.words.bags import Form, MeanBag, mix_bags
 from bowstore.words.flat import FlatWords
@@ -292,6 +293,6 @@ def test_a_tier_that_cannot_hold_the_words_is_refused(
 
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 GB of memory, two ranks, a GPU with 40 GB free."""
-    monkeypatch.setattr(targets, "local_ranks", lambda: 2)
+    monkeypatch.setattr(targets, "ranks", lambda: Ranks(0, 2, 0, 2))
     monkeypatch.setattr(targets, "available_memory", lambda: 200 * 10**9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 10**9, 80 * 10**9))
