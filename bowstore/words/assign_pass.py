@@ -88,14 +88,7 @@ def cut_units(images: int, chunk_rows: Sequence[int]) -> list[slice]:
 
 
 class AssignPass:
-    """One process's part in the pass.
-
-    Args:
-        job: what is encoded.
-        writer: of the store.
-        board: where units are claimed.
-        shown: whether to show progress.
-    """
+    """One process's part in the pass."""
 
     def __init__(self, job: Job, writer: StoreWriter, board: Board, *, shown: bool = True) -> None:
         self._job, self._writer, self._board, self._shown = job, writer, board, shown
@@ -143,21 +136,10 @@ class AssignPass:
 
     def _encode(self, first: int) -> None:
         """Encode a unit, and as many others as can be claimed on the way."""
-        job = self._job
         units = chain([first], iter(self._next_unit, None))
         batches = (self._to_index(rows_B) for unit in units for rows_B in self._batches(unit))
         self._writes = _Writes(self.clock)
-        found = forward(
-            job.teacher,
-            job.index,
-            batches,
-            self._quantize,
-            batch=job.batch,
-            device=job.device,
-            clock=self.clock,
-            stage="assign",
-            threads=job.config.threads,
-        )
+        found = forward(self._job, batches, self._quantize, clock=self.clock, stage="assign")
         with self._writes:
             for encoded_B, words in found:
                 rows_B = self._store_rows(len(encoded_B))

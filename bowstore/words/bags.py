@@ -110,10 +110,6 @@ class MeanBag:
 
     Its entropy is the loss of predicting the words' mean frequencies for every image: a run that stays there has
     learned nothing about the images.
-
-    Args:
-        num_words: K.
-        form: of the bags.
     """
 
     def __init__(self, num_words: int, form: Form) -> None:

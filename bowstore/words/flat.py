@@ -94,10 +94,6 @@ class FlatWords:
             )
         return words
 
-    def forget(self) -> None:
-        """Drop the file from the kernel's memory, so that the next reads come from the disk (for measurements)."""
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def _offset(self, row: int) -> int:
         return _HEADER_BYTES + row * self._row_bytes
 

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,8 +24,8 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.errors import DataError
 from bowstore.exact import exact_float32
+from bowstore.words.job import Job
 from bowstore.words.lanes import GpuLanes, Maps, one_thread_each, workers
-from bowstore.words.teacher import Teacher
 
 T = TypeVar("T")
 
@@ -88,41 +87,34 @@ _SAID = {"images": "decoding", "write": "the disk"}
 
 
 def forward(
-    teacher: Teacher,
-    index: Index,
+    job: Job,
     batches: Iterable[NDArray[np.int64]],
     use: Callable[[NDArray[np.int64], Maps], T],
     *,
-    batch: int,
-    device: torch.device,
     clock: Clock,
     stage: str,
-    threads: int | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], T]]:
     """Rows (B,) and what `use` makes of their maps, in order.
 
     Args:
-        teacher: gives the maps.
-        index: the images.
+        job: says which teacher, images and device, and how many images a batch has at most; batches of very large
+            images are split further, by the index alone.
         batches: rows of each batch; asked for a few batches ahead, in another thread.
         use: called with rows and maps (B, c, h, w) by layer, in a worker's thread. On a CPU maps are finite; on a GPU,
             for which nothing waits meanwhile, what was made from others is found and dropped afterwards.
-        batch: largest number of images in a batch; batches of very large images are split further, by the index alone.
-        device: where the teacher runs.
         clock: counts the time.
         stage: the clock's name for the time of `use`.
-        threads: decoding threads; None for one a core.
 
     Raises:
         DataError: an image that does not decode, or maps that are not finite; names the images.
     """
-    own = threading.local()
+    own, index, device = threading.local(), job.index, job.device
     lanes = GpuLanes(device) if device.type == "cuda" else None
     clock.one_at_a_time = {"teacher"} if lanes else set()
 
     def maps_of(images_BCHW: Tensor) -> Maps:
         if not hasattr(own, "teacher"):
-            own.teacher = teacher.replica()
+            own.teacher = job.teacher.replica()
         maps: Maps = own.teacher.maps(images_BCHW)
         return maps
 
@@ -140,7 +132,8 @@ def forward(
         with clock.time(stage):
             return use(rows_B, maps)
 
-    images = clean_batches(ShardReader(index), teacher.view, batches, batch=batch, device=device, threads=threads)
+    view, threads = job.teacher.view, job.config.threads
+    images = clean_batches(ShardReader(index), view, batches, batch=job.batch, device=device, threads=threads)
     waiting: deque[tuple[NDArray[np.int64], Future[T]]] = deque()
     with one_thread_each(device), exact_float32(), workers(clock.workers) as pool:
         try:

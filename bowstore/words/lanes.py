@@ -99,11 +99,7 @@ class Done(NamedTuple, Generic[T]):
 
 
 class GpuLanes:
-    """The streams of a pass, for any number of workers.
-
-    Args:
-        device: the GPU.
-    """
+    """The streams of a pass on a GPU, for any number of workers."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

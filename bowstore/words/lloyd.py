@@ -4,7 +4,6 @@ Legend: S sampled vectors, p dimensions, K words, U words or vectors that are mo
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import numpy as np
 import xxhash
@@ -16,11 +15,9 @@ class Lloyd(ABC):
     """Centroids and the iteration that moves them.
 
     Attributes:
-        name: of the implementation.
         backend: what computes, with its version; kept with the words.
     """
 
-    name: ClassVar[str]
     backend: str
 
     @abstractmethod

@@ -42,8 +42,6 @@ def _all_cores() -> Iterator[None]:
 class FaissLloyd(Lloyd):
     """FAISS's k-means, on all cores of the machine or on a GPU; the result is the same for any number of threads."""
 
-    name = "faiss"
-
     def __init__(self, sample_Sp: NDArray[np.float32], num_words: int, seed: int, device: torch.device) -> None:
         vectors, dimensions = sample_Sp.shape
         self._sample = sample_Sp
@@ -106,8 +104,6 @@ class SuperLloyd(Lloyd):
     one thread each, the rotation is one of cosines, and words are moved in the order of the vectors. So the bytes are
     the same for any number of cores. A second copy of the sample, turned, is kept in memory.
     """
-
-    name = "super"
 
     def __init__(self, sample_Sp: NDArray[np.float32], num_words: int, seed: int, device: torch.device) -> None:
         vectors, dimensions = sample_Sp.shape

@@ -36,8 +36,6 @@ class TorchLloyd(Lloyd):
     vectors as they were given.
     """
 
-    name = "torch"
-
     def __init__(
         self, sample_Sp: NDArray[np.float32] | Tensor, num_words: int, seed: int, device: torch.device
     ) -> None:

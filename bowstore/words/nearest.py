@@ -37,12 +37,7 @@ class NearestImages(NamedTuple):
 
 
 class NearestSearch:
-    """Keeps the nearest images of each of K words.
-
-    Args:
-        num_words: K.
-        kept: n.
-    """
+    """Keeps the n nearest images of each of K words."""
 
     def __init__(self, num_words: int, kept: int = KEPT_IMAGES) -> None:
         self._distance_Kn = np.full((num_words, kept), np.inf, np.float32)

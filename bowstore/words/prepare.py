@@ -193,17 +193,7 @@ def _draw_samples(job: Job) -> dict[str, Sample]:
         return {name: without_border(map_Bchw, config.border) for name, map_Bchw in maps.items()}
 
     with timed(job.seconds, "sample"), Progress("sample", len(rows), "images") as progress:
-        for rows_B, maps in forward(
-            job.teacher,
-            job.index,
-            batches,
-            trimmed,
-            batch=job.batch,
-            device=job.device,
-            clock=clock,
-            stage="sample",
-            threads=config.threads,
-        ):
+        for rows_B, maps in forward(job, batches, trimmed, clock=clock, stage="sample"):
             for name, sample in samples.items():
                 sample.add(rows_B, maps[name])
             progress.advance(len(rows_B), clock.text())

@@ -94,15 +94,11 @@ def _encoded(job: Job, layer: Layer, rows_B: NDArray[np.int64]) -> NDArray[np.ui
         return words_of.quantize(maps[layer.name])[0]
 
     parts = forward(
-        job.teacher,
-        job.index,
+        job,
         np.array_split(rows_B, -(-len(rows_B) // job.batch)),
         quantize,
-        batch=job.batch,
-        device=job.device,
         clock=Clock(compute_workers(job.device, alone=True)),
         stage="compare",
-        threads=job.config.threads,
     )
     return np.concatenate([words for _, words in parts])
 

@@ -20,7 +20,7 @@ Legend: N images, M cells of an image, h w word grid, K words, c channels.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -33,35 +33,15 @@ from bowstore.words.arrays import open_group, read_checked, reading
 from bowstore.words.layer import Layer
 from bowstore.words.nearest import NearestImages
 
+if TYPE_CHECKING:
+    from bowstore.data.index import Index
+
 FORMAT = "bowstore words"
 FORMAT_VERSION = 3
 _OLDER_VERSION = 2  # read: had neither image_digest nor a layer's content_digest
 _EXAMPLES = 5
 _HASHES = 1 << 20  # of an index's keys, looked at together
 _WARNED: set[Path] = set()  # stores of the older format that this process has mentioned
-
-
-class KeyedRows(Protocol):
-    """What `join_rows` needs of an index."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the samples and their order."""
-        ...
-
-    @property
-    def key_hash(self) -> NDArray[np.uint64]:
-        """uint64 (N,)."""
-        ...
-
-    @property
-    def digest(self) -> NDArray[np.uint64]:
-        """Of each image's bytes, uint64 (N,)."""
-        ...
-
-    def key(self, row: int) -> str:
-        """A row's key."""
-        ...
 
 
 class ImageBag(NamedTuple):
@@ -267,7 +247,7 @@ def open_store(path: str | Path, layer: str | None = None) -> Store:
     return store
 
 
-def join_rows(store: Store, index: KeyedRows, *, reencoded: bool = False) -> NDArray[np.int64]:
+def join_rows(store: Store, index: "Index", *, reencoded: bool = False) -> NDArray[np.int64]:
     """The store's row of each row of an index, int64 (N_index,).
 
     Equal fingerprints: the identity. Otherwise rows are joined by the hashes of their keys, and the images of equal
@@ -304,7 +284,7 @@ def join_rows(store: Store, index: KeyedRows, *, reencoded: bool = False) -> NDA
 
 
 def index_rows(
-    store: Store, index: KeyedRows, rows_U: NDArray[np.int64], *, reencoded: bool = False
+    store: Store, index: "Index", rows_U: NDArray[np.int64], *, reencoded: bool = False
 ) -> NDArray[np.int64]:
     """Rows of an index that hold the images of rows of a store, int64 (U,); -1 for images that the shards lack.
 
@@ -333,7 +313,7 @@ def index_rows(
     return found_U
 
 
-def check_images(store: Store, index: KeyedRows, rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]) -> None:
+def check_images(store: Store, index: "Index", rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]) -> None:
     """Refuse rows whose images are not those that the store's rows were made of.
 
     Keys are names of files, and the splits of a data set often use the same ones.
@@ -360,7 +340,7 @@ def check_images(store: Store, index: KeyedRows, rows_M: NDArray[np.int64], stor
         )
 
 
-def _names(index: KeyedRows, rows: NDArray[np.int64]) -> str:
+def _names(index: "Index", rows: NDArray[np.int64]) -> str:
     return ", ".join(index.key(row) for row in rows[:_EXAMPLES].tolist())
 
 

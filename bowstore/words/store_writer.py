@@ -234,11 +234,7 @@ def create_store(
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Refuse to begin what would fill the disk of a store, or the cache where it lies.
-
-    Args:
-        path: the store, which need not be there.
-        needed: bytes.
+    """Refuse to begin what would fill the disk of a store, which need not be there, or the cache where it lies.
 
     Raises:
         BowstoreError: there is less room.

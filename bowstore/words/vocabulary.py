@@ -14,8 +14,7 @@ from torch import Tensor
 
 from bowstore.environment import cores
 from bowstore.errors import DataError, UsageError
-from bowstore.limits import MAX_WORDS
-from bowstore.words.kmeans import Backend, distinct_rows, kmeans
+from bowstore.words.kmeans import distinct_rows, kmeans
 from bowstore.words.projection import Projection, fit_projection, project_sample
 from bowstore.words.statistics import perplexity
 
@@ -70,12 +69,8 @@ def plan_sample(images: int, positions: int, num_words: int, *, sample_per_word:
         seed: of the choice.
 
     Raises:
-        UsageError: more words than vectors, than 65535, or a number that is not positive.
+        UsageError: more words than vectors.
     """
-    if not 1 <= num_words <= MAX_WORDS:
-        raise UsageError(f"K = {num_words} words: a store holds from 1 to {MAX_WORDS}; choose --K in that range")
-    if sample_per_word < 1:
-        raise UsageError(f"sample_per_word = {sample_per_word} must be at least 1")
     there = images * positions
     if num_words > there:
         raise UsageError(
@@ -92,12 +87,7 @@ def plan_sample(images: int, positions: int, num_words: int, *, sample_per_word:
 
 
 class Sample:
-    """The planned vectors of one layer, gathered as the maps of their images arrive.
-
-    Args:
-        plan: images and counts.
-        channels: c.
-    """
+    """The planned vectors of one layer, gathered as the maps of their images arrive."""
 
     def __init__(self, plan: SamplePlan, channels: int) -> None:
         self._plan = plan
@@ -141,34 +131,24 @@ def build_vocabulary(
     device: torch.device,
     pca: int | None = None,
     whiten: bool = False,
-    backend: Backend | None = None,
-    shown: bool = True,
 ) -> Vocabulary:
     """Cluster a sample into K words, from random vectors of the sample, all of them used.
 
     Deterministic for a seed on one machine.
 
     Args:
-        sample_Sc: float32 (S, c), finite.
+        sample_Sc: float32 (S, c), of a `plan_sample`, which has at least K vectors.
         num_words: number of words.
         seed: of the initial words.
         iterations: of Lloyd's algorithm.
         device: where k-means runs.
         pca: principal components that are clustered; None for the vectors themselves.
         whiten: scale the components to unit variance.
-        backend: of k-means; None for the device's.
-        shown: whether to show progress.
 
     Raises:
-        UsageError: more words than vectors, no iteration, or more components than channels.
+        UsageError: more components than channels.
         DataError: fewer distinct vectors than words, or vectors that are not finite.
     """
-    if num_words > len(sample_Sc):
-        raise UsageError(
-            f"K = {num_words} words need as many vectors, the sample has {len(sample_Sc)}; choose a lower --K"
-        )
-    if iterations < 1:
-        raise UsageError(f"iterations = {iterations} must be at least 1")
     if not _all_finite(sample_Sc):
         raise DataError("the sample of feature vectors holds NaN or infinity; is the teacher trained?")
     projection, about = None, {}
@@ -181,7 +161,7 @@ def build_vocabulary(
             f"the sample's {len(sample_Sc)} feature vectors hold only {distinct} distinct ones, too few for "
             f"K = {num_words} words; is the teacher trained? Choose --K at most {distinct}, or another layer"
         )
-    found = kmeans(sample_Sc, num_words, seed=seed, iterations=iterations, device=device, backend=backend, shown=shown)
+    found = kmeans(sample_Sc, num_words, seed=seed, iterations=iterations, device=device)
     return Vocabulary(found.centroids_Kp, projection, {
         "seed": seed,
         "sample": len(sample_Sc),

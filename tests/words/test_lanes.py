@@ -143,9 +143,10 @@ def run(monkeypatch: pytest.MonkeyPatch, teacher: Network, use: Any, device: tor
 
     monkeypatch.setattr(forward_module, "clean_batches", clean_batches)
     index, clock = SimpleNamespace(key=lambda row: f"image-{row}"), Clock(GPU_WORKERS)
-    found: Any = forward(
-        teacher, index, [], use, batch=3, device=device, clock=clock, stage="assign"  # type: ignore[arg-type]
-    )  # fmt: skip
+    job: Any = SimpleNamespace(
+        teacher=teacher, index=index, batch=3, device=device, config=SimpleNamespace(threads=None)
+    )
+    found: Any = forward(job, [], use, clock=clock, stage="assign")
     return list(found), clock
 
 

@@ -57,7 +57,7 @@ def test_a_sample_smaller_than_the_components_is_one_line() -> None:
 
 
 def test_words_lie_among_the_components() -> None:
-    vocabulary = build_vocabulary(sample(), 9, seed=0, iterations=4, device=CPU, pca=3, whiten=True, shown=False)
+    vocabulary = build_vocabulary(sample(), 9, seed=0, iterations=4, device=CPU, pca=3, whiten=True)
     assert vocabulary.centroids_Kp.shape == (9, 3)
     assert vocabulary.projection is not None
     assert vocabulary.projection.matrix_pc.shape == (3, 12)

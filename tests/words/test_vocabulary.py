@@ -53,14 +53,8 @@ def test_plan_is_a_function_of_the_seed() -> None:
 
 
 def test_plan_refuses_too_many_words() -> None:
-    with pytest.raises(UsageError, match=r"K = 65536 words: a store holds from 1 to 65535"):
-        plan_sample(10**6, 196, 65536, sample_per_word=1, seed=0)
-    with pytest.raises(UsageError, match=r"K = 0 words"):
-        plan_sample(10, 4, 0, sample_per_word=1, seed=0)
     with pytest.raises(UsageError, match=r"K = 41 words .* 10 images give 40 \(4 each\); choose --K at most 40"):
         plan_sample(10, 4, 41, sample_per_word=1, seed=0)
-    with pytest.raises(UsageError, match=r"sample_per_word = 0 must be at least 1"):
-        plan_sample(10, 4, 4, sample_per_word=0, seed=0)
 
 
 def draw(plan: SamplePlan, rows: np.ndarray, batch: int, h: int, w: int, *, channels_last: bool = False) -> np.ndarray:
@@ -89,7 +83,7 @@ def test_sample_takes_distinct_positions_of_the_planned_images(batch: int) -> No
 def test_finds_the_clusters() -> None:
     sample = blobs(3, 50)
     inertia = min(
-        build_vocabulary(sample, 3, seed=s, iterations=6, device=CPU, shown=False).provenance["inertia"]
+        build_vocabulary(sample, 3, seed=s, iterations=6, device=CPU).provenance["inertia"]
         for s in range(20)  # random starts may put two words into one cluster
     )
     assert inertia == pytest.approx(8 * 0.01, rel=0.2)
@@ -97,9 +91,7 @@ def test_finds_the_clusters() -> None:
 
 def test_same_seed_same_words_and_one_call_or_many() -> None:
     sample = np.random.default_rng(1).normal(size=(3000, 16)).astype(np.float32)
-    first, again, other = (
-        build_vocabulary(sample, 40, seed=s, iterations=7, device=CPU, shown=False) for s in (4, 4, 5)
-    )
+    first, again, other = (build_vocabulary(sample, 40, seed=s, iterations=7, device=CPU) for s in (4, 4, 5))
     assert np.array_equal(first.centroids_Kp, again.centroids_Kp)
     assert first.provenance == again.provenance
     assert not np.array_equal(first.centroids_Kp, other.centroids_Kp)
@@ -112,7 +104,7 @@ def test_same_seed_same_words_and_one_call_or_many() -> None:
 
 def test_provenance_and_health() -> None:
     sample = np.random.default_rng(1).normal(size=(2000, 8)).astype(np.float32)
-    provenance = build_vocabulary(sample, 30, seed=2**32 - 1, iterations=5, device=CPU, shown=False).provenance
+    provenance = build_vocabulary(sample, 30, seed=2**32 - 1, iterations=5, device=CPU).provenance
     assert provenance["sample"] == 2000
     assert provenance["iterations"] == 5
     assert len(provenance["splits"]) == 5
@@ -124,7 +116,7 @@ def test_provenance_and_health() -> None:
 def test_words_that_nothing_is_nearest_to_are_put_elsewhere() -> None:
     few = np.repeat(blobs(3, 1), 400, axis=0) + np.float32(0)
     few[:20] += np.arange(20, dtype=np.float32)[:, None] * 0.1  # barely enough distinct vectors
-    vocabulary = build_vocabulary(few, 12, seed=0, iterations=4, device=CPU, shown=False)
+    vocabulary = build_vocabulary(few, 12, seed=0, iterations=4, device=CPU)
     provenance = vocabulary.provenance
     assert sum(provenance["splits"]) > 0
     assert provenance["refilled_words"] > 0
@@ -137,13 +129,9 @@ def test_words_that_nothing_is_nearest_to_are_put_elsewhere() -> None:
 
 
 def test_refuses_unusable_samples() -> None:
-    def build(sample: np.ndarray, k: int, iterations: int = 2) -> None:
-        build_vocabulary(sample.astype(np.float32), k, seed=0, iterations=iterations, device=CPU, shown=False)
+    def build(sample: np.ndarray, k: int) -> None:
+        build_vocabulary(sample.astype(np.float32), k, seed=0, iterations=2, device=CPU)
 
-    with pytest.raises(UsageError, match="K = 9 words need as many vectors, the sample has 8"):
-        build(np.eye(8), 9)
-    with pytest.raises(UsageError, match="iterations = 0 must be at least 1"):
-        build(np.eye(8), 2, iterations=0)
     with pytest.raises(DataError, match="500 feature vectors hold only 1 distinct ones, too few for K = 2"):
         build(np.ones((500, 4)), 2)
     with pytest.raises(DataError, match=r"only 8 distinct ones, too few for K = 10 .* Choose --K at most 8"):
@@ -157,7 +145,7 @@ def test_refuses_unusable_samples() -> None:
 
 def test_one_word() -> None:
     sample = blobs(2, 30)
-    vocabulary = build_vocabulary(sample, 1, seed=0, iterations=3, device=CPU, shown=False)
+    vocabulary = build_vocabulary(sample, 1, seed=0, iterations=3, device=CPU)
     assert np.allclose(vocabulary.centroids_Kp[0], sample.mean(axis=0), atol=1e-4)
 
 
