@@ -24,7 +24,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, BusyError, CorruptError, UsageError
@@ -42,13 +42,6 @@ from bowstore.files import (
 _REMOTE, _WORDS, _FEATURES, _WRITING = "remote", "words", "features", "writing"
 STORE_SUFFIX, PART_SUFFIX = ".zarr", ".zarr.part"
 _REMEDY = "raise storage.cache_gb, or name a folder on a larger disk in storage.cache"
-
-
-class _Copy(NamedTuple):
-    """Something that can be removed: a file or a folder, and when it was last used."""
-
-    used_ns: int
-    path: Path
 
 
 def cache_root(storage: StorageConfig) -> Path:
@@ -132,11 +125,11 @@ def make_room(needed: int, what: str, storage: StorageConfig, *, keep: Collectio
         total, free = _taken(root), shutil.disk_usage(root).free
         if total + needed <= bound and needed <= free:
             return
-        for copy in sorted(_copies(root)):
-            if copy.path in keep:
+        for _, copy in sorted(_copies(root)):
+            if copy in keep:
                 continue
-            freed = _freed_by(copy.path)
-            if _remove(copy.path):
+            freed = _freed_by(copy)
+            if _remove(copy):
                 total, free = total - freed, free + freed
             if total + needed <= bound and needed <= free:
                 return
@@ -269,12 +262,12 @@ def _entries(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _copies(root: Path) -> Iterator[_Copy]:
-    """What may be removed: whole copies, and what dead writers left."""
+def _copies(root: Path) -> Iterator[tuple[int, Path]]:
+    """What may be removed, whole copies and what dead writers left: when it was last used, and its path."""
     for path in _entries(root):
         with suppress(FileNotFoundError, NotADirectoryError):
             if _is_ours(path):
-                yield _Copy(_handle(path).stat().st_atime_ns, path)
+                yield _handle(path).stat().st_atime_ns, path
 
 
 def _handle(path: Path) -> Path:

@@ -113,7 +113,7 @@ class RemoteFolder:
             UsageError: together they exceed the cache's bound.
             BowstoreError: as `fetch`.
         """
-        self.check_fits(sum(file.size_bytes for file in files), what)
+        cache.check_fits(sum(file.size_bytes for file in files), what, self.storage)
         paths, missing = {self._path(file.name) for file in files}, []
         for file in files:
             if _is_copy(self._path(file.name), digest=file.digest):
@@ -124,15 +124,19 @@ class RemoteFolder:
             return
         needed = sum(file.size_bytes for file in missing)
         cache.reserve(needed, what, self.storage, keep=paths)
-        arrived = 0
         with Progress("fetch", len(missing), "files", shown=display) as progress:
+            self.bring([partial(self._fetch_one, file) for file in missing], needed, progress)
 
-            def count(size_bytes: int) -> None:
-                nonlocal arrived
-                arrived += size_bytes
-                progress.advance(note=f"{arrived / 1e6:.0f} of {needed / 1e6:.0f} MB")
+    def bring(self, jobs: Iterable[Callable[[], int]], needed: int, progress: Progress) -> None:
+        """Run transfers side by side, each of which returns the bytes of its file, of `needed` in all."""
+        arrived = 0
 
-            self.parallel([partial(self._fetch_one, file) for file in missing], count)
+        def count(size_bytes: int) -> None:
+            nonlocal arrived
+            arrived += size_bytes
+            progress.advance(note=f"{arrived / 1e6:.0f} of {needed / 1e6:.0f} MB")
+
+        self.parallel(jobs, count)
 
     def parallel(self, jobs: Iterable[Callable[[], T]], done: Callable[[T], None]) -> None:
         """Run transfers side by side and hand on each result; the first error ends them all."""
@@ -158,14 +162,6 @@ class RemoteFolder:
             pool.shutdown(cancel_futures=True)
             self.remote.stop.clear()
 
-    def check_fits(self, size_bytes: int, what: str) -> None:
-        """Refuse what the cache can never hold.
-
-        Raises:
-            UsageError: `size_bytes` are more than `storage.cache_gb`.
-        """
-        cache.check_fits(size_bytes, what, self.storage)
-
     def _path(self, name: str) -> Path:
         """Where a file's copy lies; names come from the other side, and must not lead elsewhere."""
         if not name or name.startswith(".") or "/" in name or "\0" in name:
@@ -187,7 +183,7 @@ class RemoteFolder:
         with self._turn(path):
             if _is_copy(path, digest=digest):
                 return
-            if _digest_is(path, digest):  # whole, but its record is not
+            if path.exists() and file_digest(path) == digest:  # whole, but its record is not
                 cache.write_record(path, digest=digest, version=None)
                 return
             part = arriving(path, go_on=True)
@@ -200,7 +196,7 @@ class RemoteFolder:
     def _refresh(self, path: Path) -> None:
         """Bring a file whose content nobody recorded, unless the copy is still that file."""
         url = below(self.url, path.name)
-        known = _known_version(path)
+        known: dict[str, str] | None = _recorded(path).get("version")
         try:
             there = self.remote.describe(url, retries=None if known is None else 0)
         except TransferError as error:
@@ -264,11 +260,3 @@ def _recorded(path: Path) -> dict[str, Any]:
 
 def _is_copy(path: Path, *, digest: str) -> bool:
     return _recorded(path).get("digest") == digest
-
-
-def _known_version(path: Path) -> dict[str, str] | None:
-    return _recorded(path).get("version")
-
-
-def _digest_is(path: Path, digest: str) -> bool:
-    return path.exists() and file_digest(path) == digest

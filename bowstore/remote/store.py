@@ -208,17 +208,11 @@ def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, disp
 
         folder.parallel([partial(_measure, folder, name) for name in names], lambda found: measured(*found))
     missing = {name: size for name, size in sizes.items() if not _is_there(part / name, size)}
-    needed, arrived = sum(missing.values()) + sum(map(len, metadata.values())), 0
+    needed = sum(missing.values()) + sum(map(len, metadata.values()))
     cache.write_store_record(copy, (*metadata, *names))
     cache.reserve(needed, f"word store {url}", folder.storage, keep={part})
     with Progress("word store: fetch", len(names), "files", done=len(names) - len(missing), shown=display) as progress:
-
-        def count(size_bytes: int) -> None:
-            nonlocal arrived
-            arrived += size_bytes
-            progress.advance(note=f"{arrived / 1e6:.0f} of {needed / 1e6:.0f} MB")
-
-        folder.parallel([partial(_fetch, folder, part, name, size) for name, size in missing.items()], count)
+        folder.bring([partial(_fetch, folder, part, name, size) for name, size in missing.items()], needed, progress)
     if store_metadata(folder) != metadata:
         raise MismatchError(f"word store {url} changed while it was read; run the command again")
     for name, text in metadata.items():
