@@ -350,11 +350,7 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
 def try_lock(descriptor: int, folder: Path) -> bool:
     """Lock an open file against all others, without waiting; whether that worked.
 
-    Where the file system has no locks that is said once, and counts as locked.
-
-    Args:
-        descriptor: of the file.
-        folder: where it lies, for the message.
+    Where the file system has no locks that is said once, of the folder, and counts as locked.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

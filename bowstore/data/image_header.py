@@ -115,12 +115,6 @@ def check_before_decoding(data: bytes | memoryview, name: str) -> None:
 def check_pixels(height: int, width: int, size_bytes: int, *, per_byte: int = MAX_PIXELS_PER_BYTE) -> None:
     """Refuse sizes that no format may claim: more than `MAX_PIXELS`, or large images in next to no bytes.
 
-    Args:
-        height: pixels.
-        width: pixels.
-        size_bytes: of the file.
-        per_byte: pixels that a byte may hold.
-
     Raises:
         FalseSize: with the value and the bound.
     """

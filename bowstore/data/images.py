@@ -88,9 +88,6 @@ def prepare(data: bytes) -> Prepared:
     colour profile, which nothing here or later applies. Alpha is dropped, as `convert("RGB")` drops it; of
     more than 8 bits the upper 8 stay; of an animation the first frame.
 
-    Args:
-        data: a file's bytes.
-
     Raises:
         UnusableImage: nothing that can be decoded, pixels whose meaning the file does not tell, or more than
             `MAX_PIXELS` of them.

@@ -7,7 +7,6 @@ are, the index is compared with what the tar says.
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -28,7 +27,7 @@ from bowstore.data.records import (
 )
 from bowstore.data.scan import Refused, ScanSettings
 from bowstore.data.shard_check import COMPARED, UNREAD, CheckJob, Findings, Problem, Rows, check_shard
-from bowstore.data.sources.base import NO_LABEL
+from bowstore.data.sources.base import NO_LABEL, some
 from bowstore.data.table import INDEX_FILE
 from bowstore.data.tar import TARS
 from bowstore.data.workers import run_jobs, worker_count
@@ -38,7 +37,6 @@ from bowstore.progress import Progress
 from bowstore.remote import RemoteFolder
 
 DAMAGED_SUFFIX = ".damaged"
-_EXAMPLES = 3
 _WORTH_BYTES = 1 << 28  # of shards, for one more process
 _WORTH_BYTES_DEEP = 1 << 24
 
@@ -248,7 +246,7 @@ def _repair(report: FolderReport, manifest: Manifest | None, index: Index | None
     """Make good what can be made good without the source, and say what is to be run for the rest."""
     if unread := sorted({str(problem.shard) for problem in report.problems if problem.kind == UNREAD}):
         report.repairs.append(
-            f"{report.root}: nothing was repaired: {len(unread)} shards ({_some(unread)}) cannot be read now, damaged "
+            f"{report.root}: nothing was repaired: {len(unread)} shards ({some(unread)}) cannot be read now, damaged "
             f"or not; see to the disk, the mount and the permissions, and run the same again"
         )
         return
@@ -258,7 +256,7 @@ def _repair(report: FolderReport, manifest: Manifest | None, index: Index | None
         return
     if names := sorted({str(problem.shard) for problem in report.problems if problem.kind == "tar"}):
         report.repairs.append(
-            f"{report.root}: nothing was repaired: {len(names)} shards ({_some(names)}) are not the recorded ones, and "
+            f"{report.root}: nothing was repaired: {len(names)} shards ({some(names)}) are not the recorded ones, and "
             f"bowstore did not write them; fetch them again, or run `bowstore index` to take what is there as it is"
         )
         return
@@ -277,7 +275,7 @@ def _repair_own(report: FolderReport, manifest: Manifest | None) -> None:
             (root / name).with_suffix(".idx").unlink(missing_ok=True)
         (root / PARTS_FOLDER / Path(name).with_suffix(".json")).unlink(missing_ok=True)
     if report.damaged or manifest is None:
-        names = _some([path.name for path in aside])
+        names = some([path.name for path in aside])
         renamed = f"{len(aside)} files were set aside as NAME{DAMAGED_SUFFIX} ({names}); " if aside else ""
         report.repairs.append(
             f"{root}: {renamed}run the same `bowstore shards` command again: it writes just what is missing, with the "
@@ -324,7 +322,3 @@ def _repair_foreign(report: FolderReport, index: Index | None) -> None:
         )
     else:
         report.repairs.append(f"{root}: the index was built anew from the shards; nothing else is to be done")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")

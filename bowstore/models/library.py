@@ -198,13 +198,7 @@ def _arguments(values: Mapping[str, Any]) -> str:
 
 
 def _without(network: nn.Module, heads: Sequence[str], call: str) -> tuple[nn.Module, list[str]]:
-    """The network with its heads emptied, and the Python that makes it: what follows pooling has no part in a map.
-
-    Args:
-        network: a library's.
-        heads: names of what may be one.
-        call: what made the network.
-    """
+    """The network with its heads emptied, and the Python that makes it: what follows pooling has no part in a map."""
     python = [f"net = {call}"]
     for head in heads:
         if hasattr(network, head):

@@ -73,10 +73,6 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in Python: a number in a pi
 def read_plain_pickle(data: bytes, path: PurePath) -> dict[str, Any]:
     """The dictionary in a pickle; text of Python 2 becomes str in keys and stays bytes in values.
 
-    Args:
-        data: the pickle.
-        path: for messages.
-
     Returns:
         Values by key; a value that was an array is uint8, read-only.
 
