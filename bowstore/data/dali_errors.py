@@ -5,7 +5,7 @@ DALI has one class for all of them, and several lines of text around the one tha
 
 import io
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +35,9 @@ _STATUSES = {
 }  # fmt: skip
 
 
-class _Kind(NamedTuple):
-    """Errors that no image is to blame for, and what to do about them."""
-
-    pattern: re.Pattern[str]
-    remedy: str
-
-
-_KINDS = tuple(
-    _Kind(re.compile(pattern, re.IGNORECASE), remedy)
+# Errors that no image is to blame for, and what to do about them.
+_REMEDIES = tuple(
+    (re.compile(pattern, re.IGNORECASE), remedy)
     for pattern, remedy in (
         (
             r"out of memory|bad_alloc|memory ?allocation|allocation failed|allocator failure|allocator_failure",
@@ -89,9 +83,9 @@ def explained(error: Exception, source: "ImageSource", rows: NDArray[np.int64] |
         rows: of the batch (B,); None where there is none yet.
     """
     words = words_of(error)
-    for kind in _KINDS:
-        if kind.pattern.search(words):
-            return BowstoreError(f"DALI failed, and no image is to blame: {words}; {kind.remedy}")
+    for pattern, remedy in _REMEDIES:
+        if pattern.search(words):
+            return BowstoreError(f"DALI failed, and no image is to blame: {words}; {remedy}")
     if rows is None:
         return BowstoreError(
             f"DALI failed before the first batch: {words}; install nvidia-dali again, or on a GPU use --device cpu"

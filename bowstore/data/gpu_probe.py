@@ -197,10 +197,5 @@ def _current(device: int) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-        MemoryError,
-    ) as error:  # of DALI: several lines, the last of which says nothing
-        sys.exit(words_of(error))
+    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        sys.exit(words_of(error))  # DALI's own: several lines, the last of which says nothing

@@ -82,9 +82,9 @@ def read_plain_pickle(data: bytes, path: PurePath) -> dict[str, Any]:
     """
     try:
         value = _PlainUnpickler(data, path).load()
-        return {
-            _text(key): item.array if isinstance(item, _Array) else item for key, item in _dictionary(value).items()
-        }
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds {type(value).__name__}, not a dictionary")
+        return {_text(key): item.array if isinstance(item, _Array) else item for key, item in value.items()}
     except DataError:
         raise
     except Exception as error:
@@ -93,12 +93,6 @@ def read_plain_pickle(data: bytes, path: PurePath) -> dict[str, Any]:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CorruptError(f"{path} is no CIFAR batch: {reason}; fetch the archive anew") from error
-
-
-def _dictionary(value: object) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"it holds {type(value).__name__}, not a dictionary")
-    return value
 
 
 def _text(value: object) -> str:
