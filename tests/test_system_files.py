@@ -15,8 +15,8 @@ from bowstore.data.index import build_index, open_index
 from bowstore.data.shards import make_shards
 from bowstore.data.sources import list_source
 from bowstore.errors import MissingError
-from bowstore.evaluate.results import read_results
 from bowstore.evaluate.voc import read_split
+from bowstore.runs import result_paths
 from bowstore.workspace import find_run, newest_run
 
 APPLE_DOUBLE = b"\0\x05\x16\x07\0\x02\0\0Mac OS X        " + bytes(80)
@@ -65,7 +65,7 @@ def test_runs_and_results_from_a_mac(tmp_path: Path) -> None:
     for name in ("config.yaml", "backbone.safetensors", "eval/x.json"):
         write_file(tmp_path / "runs/._a" / name, APPLE_DOUBLE)
         write_file(tmp_path / "runs/b" / f"{Path(name).parent}/._{Path(name).name}", APPLE_DOUBLE)
-    assert read_results(tmp_path / "runs/b") == []
+    assert result_paths(tmp_path / "runs/b") == []
     workspace = Workspace(runs=tmp_path / "runs")
     with pytest.raises(MissingError, match=r"runs in .*runs: none"):
         find_run(workspace, "a")

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from bowstore.config import Listed, Strict, dump, validate
 from bowstore.errors import CorruptError, DataError
 from bowstore.files import make_folder, read_json, write_json
-from bowstore.runs import result_path, result_paths
+from bowstore.runs import result_path
 from bowstore.yaml_file import read_yaml
 
 INTERVAL = "interval95"  # in details: by metric, half the width of its 95 % interval, where there is one
@@ -133,11 +133,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is no plain value")
-
-
-def read_results(run: Path) -> list[Result]:
-    """All results of a run directory, by file name; empty where nothing was evaluated."""
-    return [read_result(path) for path in result_paths(run)]
 
 
 def result_table(result: Result, name: str = "this run") -> str:

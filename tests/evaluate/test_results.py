@@ -14,11 +14,11 @@ from bowstore.evaluate.results import (
     comparison_table,
     paper_figures,
     read_result,
-    read_results,
     result_table,
     write_result,
 )
 from bowstore.models.weights import weights_sha256
+from bowstore.runs import result_paths
 
 
 def a_result(protocol_id: str = "linear/bownet-cifar", headline: str | None = "top1", **metrics: float) -> Result:
@@ -52,7 +52,7 @@ def test_result_file_goes_there_and_back(tmp_path: Path) -> None:
     path = write_result(tmp_path, result)
     assert path == tmp_path / "eval" / "linear-bownet-cifar.json"
     assert read_result(path) == result
-    assert read_results(tmp_path) == [result]
+    assert [read_result(path) for path in result_paths(tmp_path)] == [result]
     assert set(json.loads(path.read_text())) >= {
         "protocol", "protocol_version", "metrics", "settings", "inputs", "versions", "device", "created", "seconds"
     }  # fmt: skip
@@ -67,7 +67,7 @@ def test_versions_name_every_library() -> None:
 
 
 def test_no_results_before_the_first(tmp_path: Path) -> None:
-    assert read_results(tmp_path) == []
+    assert result_paths(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_file_of_before_headlines_is_read(tmp_path: Path) -> None:
     del old["headline"]
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "voc07-svm-fair.json").write_text(json.dumps(old))
-    (result,) = read_results(tmp_path)
+    (result,) = map(read_result, result_paths(tmp_path))
     assert "70.00" in comparison_table({"one": [result]})
     assert "60.00" not in comparison_table({"one": [result]})
 
