@@ -25,6 +25,7 @@ from bowstore.progress import Progress
 NORM_EPSILON = 1e-5
 MAX_ITERATIONS = 2000
 FOLDS = 3
+SEED = 0  # liblinear's
 PRESENT, ABSENT, IGNORED = 1, 0, -1
 
 
@@ -115,14 +116,13 @@ def evaluate_svms(
     *,
     classes: Sequence[str],
     costs: Sequence[float],
-    seed: int = 0,
     jobs: int | None = None,
     what: str = "svm",
 ) -> SvmScores:
     """Choose a cost for each class by cross-validation, fit with it, and test.
 
     Only the chosen cost is fitted on all training images: fitting every cost, as the public codes do, gives
-    the same scores, because the others are never looked at. Every fit is seeded by `seed` and runs in one
+    the same scores, because the others are never looked at. Every fit is seeded by `SEED` and runs in one
     thread, so that the number of jobs does not change the result. Jobs are processes and not threads, because
     liblinear's random numbers are a global of the process.
 
@@ -136,7 +136,6 @@ def evaluate_svms(
         test_labels_MK: int8, as for training.
         classes: names of the K classes.
         costs: tried in this order; of equally good ones the first is taken.
-        seed: liblinear's.
         jobs: processes; None for one a core.
         what: name of the step in the progress line.
 
@@ -154,16 +153,14 @@ def evaluate_svms(
     # Large costs take longest: first in line, so that no process is left alone with one at the end.
     order = [(k, c) for c in np.argsort(costs)[::-1].tolist() for k in range(len(classes))]
     with Progress(what, fits, "fits") as progress:
-        searches = (joblib.delayed(_cross_validate)(train, targets_NK[:, k], costs[c], seed) for k, c in order)
+        searches = (joblib.delayed(_cross_validate)(train, targets_NK[:, k], costs[c]) for k, c in order)
         for (k, c), (score, stopped) in zip(order, _in_processes(jobs, searches), strict=True):
             validation_KC[k, c] = score
             unconverged += stopped
             progress.advance(FOLDS)
         cost_K = np.array([costs[c] for c in validation_KC.argmax(axis=1)])
         precision_K = np.empty(len(classes))
-        refits = (
-            joblib.delayed(_fit_and_score)(train, targets_NK[:, k], test, cost, seed) for k, cost in enumerate(cost_K)
-        )
+        refits = (joblib.delayed(_fit_and_score)(train, targets_NK[:, k], test, cost) for k, cost in enumerate(cost_K))
         for k, (scores_M, stopped) in enumerate(_in_processes(jobs, refits)):
             precision_K[k] = average_precision(scores_M, test_labels_MK[:, k])
             unconverged += stopped
@@ -188,7 +185,7 @@ def _in_processes(jobs: int, tasks: Iterable[Any]) -> Iterator[Any]:
         ) from error
 
 
-def _svm(cost: float, seed: int) -> LinearSVC:
+def _svm(cost: float) -> LinearSVC:
     return LinearSVC(
         C=cost,
         penalty="l2",
@@ -198,18 +195,16 @@ def _svm(cost: float, seed: int) -> LinearSVC:
         max_iter=MAX_ITERATIONS,
         intercept_scaling=1.0,
         class_weight={1: 2, -1: 1},
-        random_state=seed,
+        random_state=SEED,
     )
 
 
-def _cross_validate(
-    train_Nd: NDArray[np.float64], targets_N: NDArray[np.int8], cost: float, seed: int
-) -> tuple[float, int]:
+def _cross_validate(train_Nd: NDArray[np.float64], targets_N: NDArray[np.int8], cost: float) -> tuple[float, int]:
     """Mean average precision over unshuffled stratified folds, and how many fits did not converge."""
     with threadpool_limits(limits=1), catch_warnings():
         simplefilter("ignore", ConvergenceWarning)  # counted instead
         folds = cross_validate(
-            _svm(cost, seed),
+            _svm(cost),
             train_Nd,
             targets_N,
             cv=FOLDS,
@@ -225,10 +220,9 @@ def _fit_and_score(
     targets_N: NDArray[np.int8],
     test_Md: NDArray[np.float64],
     cost: float,
-    seed: int,
 ) -> tuple[NDArray[np.float64], int]:
     """Decision values (M,) on the test images, and whether the fit did not converge."""
     with threadpool_limits(limits=1), catch_warnings():
         simplefilter("ignore", ConvergenceWarning)
-        svm = _svm(cost, seed).fit(train_Nd, targets_N)
+        svm = _svm(cost).fit(train_Nd, targets_N)
         return svm.decision_function(test_Md), int(svm.n_iter_ >= MAX_ITERATIONS)

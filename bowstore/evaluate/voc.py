@@ -20,7 +20,7 @@ from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.evaluate.features import Tap, layer_taps
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
 from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings
-from bowstore.evaluate.svm import ABSENT, IGNORED, NORM_EPSILON, PRESENT, SvmScores, check_problem, evaluate_svms
+from bowstore.evaluate.svm import ABSENT, IGNORED, NORM_EPSILON, PRESENT, SEED, SvmScores, check_problem, evaluate_svms
 from bowstore.models.backbone import Backbone
 
 Split = Literal["trainval", "test"]
@@ -29,7 +29,6 @@ _LAST_STAGES = 2
 _VOC07_SHAPE = (5011, 4952, 20)  # images in trainval and test, classes
 
 _VIEW = {"size": 224, "resize": 256, "squash": True}  # pixels (protocols 3.1), whatever the network was trained at
-_SEED = 0  # liblinear's
 
 
 def read_split(voc: Path, split: Split) -> LabelledSplit:
@@ -174,25 +173,16 @@ def score(features: Features, settings: Voc07Settings) -> Scores:
         DataError: as `svm.evaluate_svms`.
     """
     train, test, costs = features["trainval"], features["test"], COSTS[settings.costs]
+    how: dict[str, Any] = {"classes": train.classes, "costs": costs, "jobs": settings.jobs}
     scores = {
-        layer: evaluate_svms(
-            train[layer],
-            train.labels,
-            test[layer],
-            test.labels,
-            classes=train.classes,
-            costs=costs,
-            seed=_SEED,
-            jobs=settings.jobs,
-            what=f"svm {layer}",
-        )
+        layer: evaluate_svms(train[layer], train.labels, test[layer], test.labels, what=f"svm {layer}", **how)
         for layer in train.taps
     }
     means = {f"map_{layer}": found.mean_average_precision for layer, found in scores.items()}
     return Scores(
         metrics=means | {"map_best": max(means.values())},
         details={layer: _details(found, train.classes) for layer, found in scores.items()},
-        settings={"norm_epsilon": NORM_EPSILON, "costs": list(costs), "seed": _SEED},
+        settings={"norm_epsilon": NORM_EPSILON, "costs": list(costs), "seed": SEED},
     )
 
 

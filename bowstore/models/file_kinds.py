@@ -8,7 +8,9 @@ import codecs
 import re
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
 
 from bowstore.beginnings import foreign_kind
 
@@ -80,6 +82,17 @@ def is_torch(start: bytes) -> bool:
 def is_archive(start: bytes) -> bool:
     """Whether a file begins as zip archives do."""
     return start.startswith(_ZIP)
+
+
+def read_torch(file: BinaryIO) -> Any:
+    """What torch.save wrote, tensors and plain values alone; damaged bytes end in errors of any kind (`why_unread`)."""
+    file.seek(0)
+    if is_archive(file.read(len(_ZIP))):  # PyTorch does not compare its checksums, and unpickles whatever bytes say
+        with zipfile.ZipFile(file) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"{bad} differs from its checksum")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def first_line(error: Exception) -> str:

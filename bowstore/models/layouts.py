@@ -12,7 +12,6 @@ import re
 import stat
 import sys
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError, is_machine_error
 from bowstore.models.backbone import Backbone
-from bowstore.models.file_kinds import first_line, is_archive, other_kind, reads_as_safetensors, why_unread
+from bowstore.models.file_kinds import first_line, is_archive, other_kind, read_torch, reads_as_safetensors, why_unread
 from bowstore.models.saved import PARTS, RECORDED, SavedNetwork, recorded_network
 from bowstore.models.weights import put_weights
 
@@ -199,19 +198,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_torch(path: Path, *, archive: bool) -> Any:
-    """What torch.save wrote; of an archive, the checksums are compared first, which PyTorch itself does not do."""
+    """What torch.save wrote."""
     try:
-        if archive:
-            with zipfile.ZipFile(path) as members:
-                if bad := members.testzip():
-                    raise CorruptError(f"{path} is damaged: {bad} in it differs from its checksum; fetch it again")
         # Many training scripts keep their arguments beside the weights: plain values in a class without code.
         plain_classes = torch.serialization.safe_globals([argparse.Namespace])
         with path.open("rb") as file, plain_classes, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the version of pickle
-            return torch.load(file, map_location="cpu", weights_only=True)  # a path would decide by its suffix
-    except CorruptError:
-        raise
+            return read_torch(file)
     except Exception as error:  # damaged bytes end in errors of any kind
         if is_machine_error(error):
             raise

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import stat
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from bowstore.config import ModelConfig, Seed, Strict, Text, ViewConfig, dump, v
 from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.models.backbone import Backbone
-from bowstore.models.file_kinds import first_line, is_archive, other_kind, reads_as_safetensors, why_unread
+from bowstore.models.file_kinds import first_line, other_kind, read_torch, reads_as_safetensors, why_unread
 from bowstore.models.registry import build_backbone
 from bowstore.models.weights import content_digest, put_weights
 from bowstore.progress import say
@@ -112,11 +111,7 @@ def _checkpoint(data: bytes, path: Path, *, shown: bool = True) -> dict[str, Any
     if kind := other_kind(io.BytesIO(data)):
         raise CorruptError(f"{path} is no checkpoint of bowstore: it is {kind}")
     try:
-        if is_archive(data[:64]):  # PyTorch does not compare its checksums, and unpickles whatever damaged bytes say
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if bad := archive.testzip():
-                    raise ValueError(f"{bad} differs from its checksum")
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = read_torch(io.BytesIO(data))
     except Exception as error:  # damaged bytes end in errors of any kind
         if is_machine_error(error):
             raise
