@@ -14,6 +14,7 @@ from bowstore.progress import say
 from bowstore.remote import RemoteFolder, is_remote
 from bowstore.train.config import TrainConfig, load_train_config
 from bowstore.train.tasks import TASKS
+from bowstore.yaml_file import write_yaml
 
 
 def init_workspace(folder: Path, files: Mapping[Path, Path]) -> list[Path]:
@@ -39,7 +40,8 @@ def init_workspace(folder: Path, files: Mapping[Path, Path]) -> list[Path]:
                 file.write(source.read_bytes())
             written.append(target)
     with atomic_file(path) as file:
-        file.write(_WORKSPACE_TEXT.format(recipe=next(iter(files), "null")).encode())
+        recipe = {"recipe": str(next(iter(files))) if files else None}
+        file.write(_WORKSPACE_TEXT.format(recipe=write_yaml(recipe).decode().strip()).encode())
     return written
 
 
@@ -52,7 +54,7 @@ runs: runs
 teacher: null                    # run or checkpoint; null: the newest finished run of a teacher's task
 config: null                     # what `bowstore train` trains; null: the recipe's next training stage
 # What follows what: `bowstore run` runs it, `bowstore train` and `bowstore encode` take its next stage.
-recipe: {recipe}
+{recipe}
 voc: data/VOCdevkit/VOC2007      # for: bowstore eval voc07
 plugins: []                      # files or modules with sources, tasks and protocols of your own
 """

@@ -18,6 +18,7 @@ from bowstore.remote import is_remote
 from bowstore.words.config import EncodeConfig
 from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
 from bowstore.words.store import Store
+from bowstore.workspace import resolve_teacher
 
 
 class EncodeStage(Stage):
@@ -103,9 +104,11 @@ class EncodeStage(Stage):
 
     def make(self) -> list[str]:
         """Encode."""
-        encode = resolve_name("bowstore.words.encode:encode")
+        encode, workspace = resolve_name("bowstore.words.encode:encode"), self._here.workspace
+        teacher = resolve_teacher(workspace, str(self.config.teacher))
+        config = self.config.model_copy(update={"teacher": teacher})
         with resolve_name("bowstore.train.distributed:beside_others")():
-            report = encode(self.config, shards=self.shards, store=self.place, storage=self._here.workspace.storage)
+            report = encode(config, shards=self.shards, store=self.place, storage=workspace.storage)
         return [report.text()]
 
 

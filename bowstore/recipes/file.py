@@ -78,12 +78,20 @@ def find_recipe(recipe: Path) -> Path:
 
 
 def recipe_files(recipe: Recipe) -> dict[Path, Path]:
-    """A recipe's file and those of its training configurations, by their places in a workspace; the recipe first."""
+    """A recipe's file and those of its training configurations, by their places in a workspace; the recipe first.
+
+    Raises:
+        MissingError: a configuration that is not there.
+    """
+    bundled = recipe.path.is_relative_to(bundled_configs())  # with its own configurations, whatever lies here
     files = {CONFIGS / RECIPES / f"{recipe.name}.yaml": recipe.path}
     for stage in recipe.stages.values():
         if isinstance(stage, TrainStage):
-            bundled = bundled_configs() / stage.train.name
-            files[CONFIGS / stage.train.name] = bundled if bundled.is_file() else find_config(stage.train)
+            source = bundled_configs() / stage.train.name if bundled else find_config(stage.train)
+            if not source.is_file():
+                raise MissingError(f"{recipe.path} names the configuration {source}, which is not there")
+            place = CONFIGS / source.name if stage.train.parent in (Path(), CONFIGS) else stage.train
+            files |= {} if place.is_absolute() or ".." in place.parts else {place: source}
     return files
 
 

@@ -111,5 +111,4 @@ def _lacking(stage: TrainStage | EncodeStage, given: Collection[str]) -> str:
     words, layer = stage.encoding, stage.flags.get("task.layer")
     if not words or "task.store" in given or is_remote(words.place) or complete_layer(words.place, layer):
         return ""
-    number = next(iter(words.config.num_words), "K")
-    return f"layer {layer} of word store {words.place}: make it, `bowstore encode --layer {layer} --K {number}`"
+    return f"layer {layer} of word store {words.place}: make it, `bowstore encode`"

@@ -1,5 +1,6 @@
 """A recipe in a workspace: its stages with their settings checked, and how far they are. Loads no torch."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,15 @@ def make_plan(recipe: Recipe, workspace: Workspace, *, seed: int | None = None, 
     here = Here(workspace, folder or file.folder or Path(), file.seed if seed is None else seed, {})
     own = workspace.model_copy(update={"runs": here.place(file.runs)} if file.runs else {})
     plan = Plan(own, here.folder, here.seed, {}, recipe)
-    writers: dict[Path, str] = {}
+    writers: dict[str, str] = {}
     for name, stage in recipe.stages.items():
         plan.stages[name] = stage.put(plan)
         with in_stage(name, recipe.path):
             writes = plan.stages[name].writes
         for place in writes:
-            if place in writers:
-                both = f"stages {writers[place]!r} and {name!r} both write {place}"
-                who = both if writers[place] != name else f"stage {name!r} writes {place} twice"
+            other = writers.setdefault(os.path.normpath(place), name)
+            if other != name or list(writes).count(place) > 1:
+                both = f"stages {other!r} and {name!r} both write {place}"
+                who = both if other != name else f"stage {name!r} writes {place} twice"
                 raise UsageError(f"{recipe.path}: {who}; give one of them another {stage.own_place}")
-            writers[place] = name
     return plan

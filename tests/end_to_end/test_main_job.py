@@ -107,9 +107,7 @@ def test_the_four_commands(workspace: Path) -> None:
 
 def test_train_takes_the_recipes_next_stage_or_says_what_it_waits_for(workspace: Path) -> None:
     (workspace / "data/words.zarr").rename(workspace / "words.zarr")
-    waits = (
-        "stage 'bownet' waits for layer block3 of word store data/words.zarr: make it, `bowstore encode --layer block3 "
-    )
+    waits = "stage 'bownet' waits for layer block3 of word store data/words.zarr: make it, `bowstore encode`, or `bow"
     assert waits in refused("train")
     shutil.rmtree(workspace / "runs")
     (workspace / "data/shards").rename(workspace / "shards")
@@ -191,6 +189,11 @@ def test_a_recipe_goes_on_from_what_was_typed_and_never_mixes_settings(workspace
         assert words in call("run", "typed", "--dry-run", "--set", change), "a dry run says so, too"
     assert states("--set", "stages.linear.eval=[{linear: {seed: 1}}]")[-1] == "to do"
 
+    by_name = ("stages.words.teacher=null", "stages.words.encode.teacher=cifar10_rotnet")
+    assert (
+        "already complete"
+        in invoke("run", "typed", "--stage", "words", "--set", by_name[0], "--set", by_name[1]).stderr
+    )
     shutil.rmtree(workspace / "data/words.zarr")
     call(*ENCODE, "--seed", "1")
     assert "was made with seed 1, not 0" in refused("run", "typed")

@@ -1,6 +1,7 @@
 """Recipe files: what is refused, in one line, before anything runs; order, places and what is done."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from bowstore.cli import main
-from bowstore.config import Workspace, load_workspace
+from bowstore.config import Workspace, find_config, load_workspace
 from bowstore.errors import MissingError, UsageError
 from bowstore.recipes.encode import EncodeStage
 from bowstore.recipes.evaluate import EvalStage
@@ -95,6 +96,11 @@ MISTAKES = [
         "  linear:",
         "  again: {encode: {layers: [block3], num_words: [9]}, teacher: bownet}\n  linear:",
         r"stages 'words' and 'again' both write data/words\.zarr/block3; give one of them another `store:`",
+    ),
+    (
+        "  linear:",
+        "  again: {render: {}, out: data/shards/../images}\n  linear:",
+        r"stages 'images' and 'again' both write data/shards/\.\./images; give one of them another `out:`",
     ),
     (
         "eval: linear",
@@ -196,6 +202,25 @@ def test_init_writes_a_recipe_with_its_configurations() -> None:
     assert (
         "no recipe mnist; those that come with" in CliRunner().invoke(main, ["init", "x", "--recipe", "mnist"]).stderr
     )
+
+
+def test_init_copies_the_configurations_that_a_recipe_of_ones_own_means() -> None:
+    own = Path("mine/cifar10_rotnet.yaml")
+    own.parent.mkdir()
+    own.write_text(find_config(Path("cifar10_rotnet.yaml")).read_text() + "seed: 77\n")
+    Path("a: b.yaml").write_text(SMALL.replace("cifar10_rotnet.yaml", str(own)))
+    assert CliRunner().invoke(main, ["init", "new", "--recipe", "a: b.yaml"]).exit_code == 0
+    os.chdir("new")
+    assert own.read_text().endswith("seed: 77\n")
+    workspace = load_workspace()
+    assert workspace.recipe == Path("configs/recipes/a: b.yaml")
+    rotnet = make_plan(load_recipe(workspace.recipe), workspace).stages["rotnet"]
+    assert isinstance(rotnet, TrainStage)
+    assert rotnet.config.seed == 77
+    Path("c.yaml").write_text("stages: {t: {train: nobody.yaml}}")
+    result = CliRunner().invoke(main, ["init", "none", "--recipe", "c.yaml"])
+    assert "Error: c.yaml names the configuration nobody.yaml, which is not there" in result.stderr
+    assert not Path("none").exists()
 
 
 def test_a_dry_run_loads_no_torch_and_writes_nothing() -> None:
