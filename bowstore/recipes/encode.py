@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from pydantic import Field
@@ -12,6 +11,7 @@ from pydantic import Field
 from bowstore import runs
 from bowstore.config import Place, Text, validate
 from bowstore.errors import UsageError
+from bowstore.plugins import called
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint
 from bowstore.remote import is_remote
@@ -104,10 +104,10 @@ class EncodeStage(Stage):
 
     def make(self) -> list[str]:
         """Encode."""
-        encode, workspace = resolve_name("bowstore.words.encode:encode"), self._here.workspace
+        encode, workspace = called("bowstore.words.encode:encode"), self._here.workspace
         teacher = resolve_teacher(workspace, str(self.config.teacher))
         config = self.config.model_copy(update={"teacher": teacher})
-        with resolve_name("bowstore.train.distributed:beside_others")():
+        with called("bowstore.train.distributed:beside_others")():
             report = encode(config, shards=self.shards, store=self.place, storage=workspace.storage)
         return [report.text()]
 

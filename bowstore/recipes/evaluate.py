@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -154,8 +153,8 @@ class EvalStage(Stage):
 
     def make(self) -> list[str]:
         """Evaluate what was not; each feature set is taken once."""
-        workspace, evaluate = self._here.workspace, resolve_name("bowstore.evaluate.runner:evaluate")
-        kept = resolve_name("bowstore.evaluate.kept:FeatureSets")(workspace.storage)
+        workspace, evaluate = self._here.workspace, called("bowstore.evaluate.runner:evaluate")
+        kept = called("bowstore.evaluate.kept:FeatureSets")(workspace.storage)
         for cell in self.cells:
             if not cell.is_done():
                 evaluate(cell.kind, cell.settings, cell.config, workspace, kept=kept)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, cast
 
 from pydantic import Field
@@ -12,6 +11,7 @@ from bowstore import runs
 from bowstore.config import Place, Text, find_config, validate
 from bowstore.errors import MissingError, UsageError
 from bowstore.files import read_json
+from bowstore.plugins import called
 from bowstore.recipes.encode import EncodeStage, complete_layer
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, TO_DO, Stage, State, fingerprint
@@ -127,7 +127,7 @@ class TrainStage(Stage):
         """Train."""
         workspace = self._here.workspace
         config = resolve_train(workspace, self.file, flags=self.flags)
-        return [resolve_name("bowstore.train.loop:train")(config, workspace.runs).text()]
+        return [called("bowstore.train.loop:train")(config, workspace.runs).text()]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
