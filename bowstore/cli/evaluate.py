@@ -10,6 +10,7 @@ from bowstore.cli.options import Command, Fields
 
 if TYPE_CHECKING:
     from bowstore.evaluate.protocol import Kind
+    from bowstore.plugins import Registry
 
 
 class _Protocols(click.Group):
@@ -17,11 +18,7 @@ class _Protocols(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the protocols."""
-        from bowstore.config import load_workspace
-        from bowstore.evaluate.protocols import PROTOCOLS
-
-        load_workspace()
-        return list(PROTOCOLS.names())
+        return list(_protocols().names())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         """The command of one.
@@ -29,11 +26,15 @@ class _Protocols(click.Group):
         Raises:
             UsageError: there is none of that name.
         """
-        from bowstore.config import load_workspace
-        from bowstore.evaluate.protocols import PROTOCOLS
+        return _command(_protocols().get(cmd_name))
 
-        load_workspace()
-        return _command(PROTOCOLS.get(cmd_name))
+
+def _protocols() -> "Registry[Kind]":
+    from bowstore.config import load_workspace
+    from bowstore.evaluate.protocols import PROTOCOLS
+
+    load_workspace()  # which names plugins
+    return PROTOCOLS
 
 
 @click.group(name="eval", cls=_Protocols)

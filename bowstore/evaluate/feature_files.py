@@ -77,7 +77,7 @@ def read_features(key: str, taps: Sequence[str], storage: StorageConfig) -> Feat
 
 
 def write_features(
-    key: str, shapes: Shapes, storage: StorageConfig, fill: Callable[[Arrays], object], *, what: str
+    key: str, shapes: Shapes, storage: StorageConfig, fill: Callable[..., object], *, what: str
 ) -> FeatureSet | None:
     """Keep features under a key, or wait for the process that does; None, and a line, where the cache has no room.
 
@@ -85,7 +85,7 @@ def write_features(
         key: theirs.
         shapes: (N, d) by tap.
         storage: says where the cache lies and how large it may be.
-        fill: fills the arrays, which lie on the disk.
+        fill: fills the arrays `into`, which lie on the disk.
         what: name of the features for messages.
     """
     with ExitStack() as stack:
@@ -107,7 +107,7 @@ def write_features(
         except (OSError, BowstoreError) as error:
             say(f"warning: {what} are held in memory and not kept: {error}")
             return None
-        fill(arrays)
+        fill(into=arrays)
         for tap, path in paths.items():
             share = variation(arrays[tap])
             arrays.pop(tap).flush()

@@ -5,30 +5,27 @@ Legend: B batch, C H W of the images, c channels, h w places of a map, N images,
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import isqrt
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bowstore.config import Compile
 from bowstore.data.pipeline import clean_batches
-from bowstore.data.reader import ImageSource
 from bowstore.data.views import CleanView
+from bowstore.environment import device_name, library_versions
 from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.evaluate.protocol import LabelledSplit
 from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone
-from bowstore.models.compiled import (
-    CannotCompileError,
-    Compiled,
-    Use,
-    compile_frozen,
-    tell_fallback,
-)
+from bowstore.models.compiled import CannotCompileError, Compiled, Use, compile_frozen, tell_fallback, way_of
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.progress import Progress, say
 
@@ -169,123 +166,138 @@ def pooled_output(_backbone: Backbone, _settings: Any, _size: int) -> Mapping[st
     return POOLED
 
 
-def widths(backbone: Backbone, taps: Mapping[str, Tap], *, size: int, device: torch.device) -> dict[str, int]:
-    """How wide the features of each tap are, found by one black image of `size` x `size` pixels."""
-    backbone.to(device)
-    with evaluating(backbone), torch.no_grad():
-        pooled = _tap(backbone, torch.zeros(1, 3, size, size, device=device), taps)
-    return {name: pooled_1d.shape[1] for name, pooled_1d in pooled.items()}
-
-
-def tapping(taps: Mapping[str, Tap]) -> Use:
-    """What a network is used for: the features of these taps."""
-    return partial(_tap, taps=taps)
-
-
-def compiled_features(
-    backbone: Backbone, taps: Mapping[str, Tap], *, required: bool, size: int, batch: int, device: torch.device
-) -> Compiled | None:
-    """The network and its taps as one compiled function for `extract`; None where it cannot be compiled.
-
-    The network is moved to `device`; its input is `size` x `size` pixels.
-
-    Raises:
-        UsageError: it is required, and not possible.
-    """
-    say("compiling the network (10 to 50 s)")
-    backbone.to(device).to(memory_format=FROZEN_FORMAT)
-    threads = torch.get_num_threads()
-    try:
-        with evaluating(backbone), exact_float32():
-            return compile_frozen(backbone, tapping(taps), batch=batch, size=size, device=device, threads=threads)
-    except CannotCompileError as error:
-        if required:
-            raise UsageError(f"{error}; leave --compile out to do without") from error
-        tell_fallback(str(error))
-        return None
-
-
-def extract(
-    backbone: Backbone,
-    source: ImageSource,
-    view: CleanView,
-    rows: NDArray[np.int64],
-    *,
-    taps: Mapping[str, Tap],
-    batch: int,
-    device: torch.device,
-    threads: int | None = None,
-    compiled: Compiled | None = None,
-    what: str = "features",
-    into: Mapping[str, NDArray[np.float32]] | None = None,
-) -> dict[str, NDArray[np.float32]]:
-    """Features of `rows` (N,) in their order, float32 (N, d) for each tap by its name.
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """How features of any images are taken.
 
     The backbone is moved to `device`, its weights are laid out as images come, and it runs in eval mode without
     gradients, in full float32 (no TF32, no autocast): its batch-norm statistics stay as they are, and it gets its modes
-    back. Memory: N * d * 4 bytes for each tap, on the host, unless `into` lies elsewhere.
+    back.
 
-    Args:
+    Attributes:
         backbone: the network.
-        source: gives the encoded images.
-        view: geometry and normalisation.
-        rows: int64 (N,), rows of `source`.
+        view: how it sees images: geometry and normalisation.
         taps: where features are taken, by name.
         batch: images a forward pass.
         device: where the network runs.
         threads: decoding threads; None for one a core.
-        compiled: `compiled_features` of the same network, taps, size and batch; None runs the network as it is.
-        what: name of the step in the progress line.
-        into: arrays (N, d) by tap to be filled; None for new ones in memory.
-
-    Raises:
-        DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
+        compile: run the network compiled; auto decides by the number of images.
+        identity: text that is the same for networks that compute the same: digest of the weights, how it is built.
     """
-    batches = clean_batches(source, view, rows, batch=batch, device=device, threads=threads)
-    backbone.to(device).to(memory_format=FROZEN_FORMAT)
-    return collect(backbone, batches, rows, taps, compiled=compiled, name_of=source.name, what=what, into=into)
 
+    backbone: Backbone
+    view: CleanView
+    taps: Mapping[str, Tap]
+    batch: int
+    device: torch.device
+    threads: int | None = None
+    compile: Compile = "auto"
+    identity: str = ""
 
-def collect(
-    backbone: Backbone,
-    batches: Batches,
-    rows: NDArray[np.int64],
-    taps: Mapping[str, Tap],
-    *,
-    compiled: Compiled | None = None,
-    name_of: Callable[[int], str] = "row {}".format,
-    what: str = "features",
-    into: Mapping[str, NDArray[np.float32]] | None = None,
-) -> dict[str, NDArray[np.float32]]:
-    """`extract` behind the pipeline: run the network, which is where the images are, and fill one array a tap.
+    def key(self, split: LabelledSplit, trunk: str) -> str:
+        """What a feature set is kept under: all that its numbers, to the last digit, depend on."""
+        arithmetic = trunk, self.batch, "float32", device_name(self.device), torch.get_num_threads(), library_versions()
+        all_of_it = split.key, self.identity, asdict(self.view), dict(self.taps), arithmetic
+        return xxhash.xxh3_128_hexdigest(repr(all_of_it).encode())
 
-    Batches are (rows (B,), images_BCHW), in the order of `rows`; `name_of` a row is for messages.
+    def widths(self) -> dict[str, int]:
+        """How wide the features of each tap are, found by one black image."""
+        self.backbone.to(self.device)
+        with evaluating(self.backbone), torch.no_grad():
+            pooled = self._use(self.backbone, torch.zeros(1, 3, self.view.size, self.view.size, device=self.device))
+        return {name: pooled_1d.shape[1] for name, pooled_1d in pooled.items()}
 
-    Raises:
-        DataError: as `extract`.
-        MismatchError: the batches are not of the rows that were asked for.
-    """
-    if len(rows) == 0:
-        raise DataError(f"{what}: no images to take features of; name shards that hold at least one")
-    features = dict(into or {})
-    run = compiled or partial(tapping(taps), backbone)
-    start = 0
-    with evaluating(backbone), exact_float32(), torch.no_grad(), Progress(what, len(rows)) as progress:
-        for rows_B, images_BCHW in batches:
-            stop = start + len(rows_B)
-            if not np.array_equal(rows_B, rows[start:stop]):
-                raise MismatchError(f"{what}: images {start} to {stop - 1} came in another order than asked for")
-            for name, pooled_Bd in run(images_BCHW).items():
-                values_Bd = pooled_Bd.float().cpu().numpy()
-                _refuse_non_finite(values_Bd, rows_B, f"{what}: {taps[name]}", name_of)
-                if name not in features:
-                    features[name] = np.empty((len(rows), values_Bd.shape[1]), np.float32)
-                features[name][start:stop] = values_Bd
-            start = stop
-            progress.advance(len(rows_B))
-    if start != len(rows):
-        raise MismatchError(f"{what}: {start} of {len(rows)} images came out of the pipeline")
-    return features
+    def trunk(self, images: int) -> str:
+        """How the network runs for so many images: `EAGER` or `FROZEN`."""
+        return way_of(self.compile, self.backbone, self._use, images=images, size=self.view.size, device=self.device)
+
+    def compiled(self) -> Compiled | None:
+        """The network and its taps as one compiled function; None where it cannot be compiled.
+
+        Raises:
+            UsageError: compiling was asked for, and is not possible.
+        """
+        say("compiling the network (10 to 50 s)")
+        backbone = self.backbone.to(self.device).to(memory_format=FROZEN_FORMAT)
+        how: dict[str, Any] = {"batch": self.batch, "size": self.view.size, "device": self.device}
+        try:
+            with evaluating(backbone), exact_float32():
+                return compile_frozen(backbone, self._use, threads=torch.get_num_threads(), **how)
+        except CannotCompileError as error:
+            if self.compile is True:
+                raise UsageError(f"{error}; leave --compile out to do without") from error
+            tell_fallback(str(error))
+            return None
+
+    def features(
+        self,
+        split: LabelledSplit,
+        *,
+        compiled: Compiled | None = None,
+        what: str = "features",
+        into: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """Features of the images of a split in their order, float32 (N, d) for each tap by its name.
+
+        Memory: N * d * 4 bytes for each tap, on the host, unless `into` lies elsewhere.
+
+        Args:
+            split: which images.
+            compiled: as `compiled` gives it; None runs the network as it is.
+            what: name of the step in the progress line.
+            into: arrays (N, d) by tap to be filled; None for new ones in memory.
+
+        Raises:
+            DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
+        """
+        source, rows, device = split.open(), split.rows, self.device
+        batches = clean_batches(source, self.view, rows, batch=self.batch, device=device, threads=self.threads)
+        self.backbone.to(device).to(memory_format=FROZEN_FORMAT)
+        return self.collect(batches, rows, compiled=compiled, name_of=source.name, what=what, into=into)
+
+    def collect(
+        self,
+        batches: Batches,
+        rows: NDArray[np.int64],
+        *,
+        compiled: Compiled | None = None,
+        name_of: Callable[[int], str] = "row {}".format,
+        what: str = "features",
+        into: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """`features` behind the pipeline: run the network, which is where the images are, and fill one array a tap.
+
+        Batches are (rows (B,), images_BCHW), in the order of `rows`; `name_of` a row is for messages.
+
+        Raises:
+            DataError: as `features`.
+            MismatchError: the batches are not of the rows that were asked for.
+        """
+        if len(rows) == 0:
+            raise DataError(f"{what}: no images to take features of; name shards that hold at least one")
+        features = dict(into or {})
+        run = compiled or partial(self._use, self.backbone)
+        start = 0
+        with evaluating(self.backbone), exact_float32(), torch.no_grad(), Progress(what, len(rows)) as progress:
+            for rows_B, images_BCHW in batches:
+                stop = start + len(rows_B)
+                if not np.array_equal(rows_B, rows[start:stop]):
+                    raise MismatchError(f"{what}: images {start} to {stop - 1} came in another order than asked for")
+                for name, pooled_Bd in run(images_BCHW).items():
+                    values_Bd = pooled_Bd.float().cpu().numpy()
+                    _refuse_non_finite(values_Bd, rows_B, f"{what}: {self.taps[name]}", name_of)
+                    if name not in features:
+                        features[name] = np.empty((len(rows), values_Bd.shape[1]), np.float32)
+                    features[name][start:stop] = values_Bd
+                start = stop
+                progress.advance(len(rows_B))
+        if start != len(rows):
+            raise MismatchError(f"{what}: {start} of {len(rows)} images came out of the pipeline")
+        return features
+
+    @property
+    def _use(self) -> Use:
+        return partial(_tap, taps=self.taps)
 
 
 def warn_of_collapse(what: str, shares: Mapping[str, float], images: int) -> None:

@@ -12,7 +12,8 @@ from bowstore.data.views import clean_view
 from bowstore.environment import choose_device, device_name, library_versions
 from bowstore.errors import UsageError
 from bowstore.evaluate.config import OF_FEATURES, EvalConfig
-from bowstore.evaluate.kept import Extraction, FeatureSets
+from bowstore.evaluate.features import Extraction
+from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.protocol import DataSets, Features, Kind, Network, Protocol, Scores
 from bowstore.evaluate.results import Result, made_result, write_result
 from bowstore.models.saved import load_backbone
@@ -47,7 +48,6 @@ def evaluate(
     saved = loaded.saved
     network = Network(backbone=saved.fresh().eval() if config.random else loaded.backbone, view=saved.view)
     weights = weights_sha256(network.backbone.state_dict())  # before anything is trained
-    asked = {name: getattr(config, name) for name in OF_FEATURES}
     start = time.monotonic()
     with _world(kind, config) as world:
         network.backbone.to(world.device)
@@ -62,7 +62,7 @@ def evaluate(
                 view=view,
                 taps=kind.ask("taps", Mapping, network.backbone, settings, view.size),  # type: ignore[type-abstract]
                 device=world.device,
-                **asked,
+                **{name: getattr(config, name) for name in OF_FEATURES},
             )
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)

@@ -1,7 +1,7 @@
 import copy
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,19 @@ from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.evaluate.features import (
     POOLED,
+    Batches,
+    Extraction,
     GridPool,
     Tap,
     WindowPool,
     choose_pool,
-    collect,
-    compiled_features,
-    extract,
     layer_taps,
-    tapping,
     variation,
     warn_of_collapse,
 )
+from bowstore.evaluate.protocol import LabelledSplit
 from bowstore.models.backbone import Backbone
-from bowstore.models.compiled import EAGER, Compiled, way_of
+from bowstore.models.compiled import EAGER, Compiled
 from bowstore.models.registry import build_backbone
 
 CPU = torch.device("cpu")
@@ -104,6 +103,18 @@ def batches(images: Tensor, size: int) -> Iterator[tuple[NDArray[np.int64], Tens
 
 def rows(count: int) -> NDArray[np.int64]:
     return np.arange(count, dtype=np.int64)
+
+
+def how(backbone: nn.Module, taps: Mapping[str, Tap], **changed: Any) -> Extraction:
+    view = CleanView(size=16, resize=None, squash=False, mean=(0, 0, 0), std=(1, 1, 1))
+    values: dict[str, Any] = {"backbone": backbone, "taps": taps, "view": view, "batch": 2, "device": CPU}
+    return Extraction(**(values | changed))
+
+
+def collect(
+    backbone: nn.Module, batches: Batches, rows: NDArray[np.int64], taps: Mapping[str, Tap], **told: Any
+) -> dict[str, NDArray[np.float32]]:
+    return how(backbone, taps).collect(batches, rows, **told)
 
 
 def test_pooled_output_is_the_networks(backbone: Backbone) -> None:
@@ -310,16 +321,10 @@ def test_extract_through_the_pipeline(squash: bool) -> None:
     view = CleanView(size=8, resize=10, squash=squash, mean=(0, 0, 0), std=(1, 1, 1))
     wanted = np.array([5, 0, 3, 3, 1], np.int64)
     levels = Levels()
-    features = extract(
-        levels,  # type: ignore[arg-type]
-        Patches(),
-        view,
-        wanted,
-        taps=POOLED,
-        batch=2,
-        device=CPU,
-        threads=1,
-    )["pooled"]
+    values: dict[str, Any] = {"labels": wanted, "classes": (), "fingerprint": ""}
+    features = how(levels, POOLED, view=view, threads=1).features(LabelledSplit(open=Patches, rows=wanted, **values))[
+        "pooled"
+    ]
     np.testing.assert_allclose(features, np.repeat(40 * wanted[:, None] / 255, 3, axis=1), atol=1e-3)
     assert levels.kernel.is_contiguous(memory_format=torch.channels_last)  # as the images come
 
@@ -328,9 +333,8 @@ def test_compiled_features_are_the_networks_own(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ask(setting: Compile, images: int = 5) -> Compiled | None:
-        if way_of(setting, backbone, tapping(taps), images=images, size=16, device=CPU) == EAGER:
-            return None
-        return compiled_features(backbone, taps, required=setting is True, size=16, batch=2, device=CPU)
+        asked = how(backbone, taps, compile=setting)
+        return None if asked.trunk(images) == EAGER else asked.compiled()
 
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, _images, options: graph)
     taps, images = {**POOLED, "block2": Tap("block2", GridPool(2, 2))}, torch.randn(5, 3, 16, 16)

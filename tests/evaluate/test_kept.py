@@ -16,8 +16,8 @@ from bowstore.config import StorageConfig
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError
 from bowstore.evaluate import kept
-from bowstore.evaluate.features import POOLED, GridPool, Tap, WindowPool
-from bowstore.evaluate.kept import Extraction, FeatureSets
+from bowstore.evaluate.features import POOLED, Extraction, GridPool, Tap, WindowPool
+from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit
 from bowstore.remote.cache import make_room
 
@@ -71,16 +71,16 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was taken anew, in order; features are noise of the row's seed."""
     names: list[str] = []
 
-    def extract(_backbone: Any, _source: Any, _view: Any, rows: NDArray[np.int64], **asked: Any) -> dict[str, Any]:
-        names.append(asked["what"].removesuffix(" features"))
+    def take(_how: Extraction, split: LabelledSplit, *, what: str, into: Any = None, **_: Any) -> dict[str, Any]:
+        names.append(what.removesuffix(" features"))
         time.sleep(0.05)
-        features = dict(asked["into"] or {})
+        features = dict(into or {})
         for tap, width in {"pooled": 3, "all": 12}.items():
-            values = np.stack([np.random.default_rng(row).random(width) for row in rows]).astype(np.float32)
+            values = np.stack([np.random.default_rng(row).random(width) for row in split.rows]).astype(np.float32)
             features.setdefault(tap, np.empty_like(values))[:] = values
         return features
 
-    monkeypatch.setattr(kept, "extract", extract)
+    monkeypatch.setattr(Extraction, "features", take)
     return names
 
 
@@ -238,11 +238,11 @@ def test_the_bound_of_the_cache_holds_and_what_is_in_use_stays(storage: StorageC
 
 
 def test_an_error_leaves_nothing_behind(storage: StorageConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def extract(*_: Any, into: Mapping[str, NDArray[np.float32]], **__: Any) -> None:
+    def take(*_: Any, into: Mapping[str, NDArray[np.float32]], **__: Any) -> None:
         into["pooled"][:] = 1
         raise DataError("NaN or infinity")
 
-    monkeypatch.setattr(kept, "extract", extract)
+    monkeypatch.setattr(Extraction, "features", take)
     with pytest.raises(DataError, match="NaN or infinity"):
         FeatureSets(storage).take(how(), DATA)
     assert storage.cache

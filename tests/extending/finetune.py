@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from bowstore.config import Count, Seed
 from bowstore.data.views import clean_view
 from bowstore.evaluate.augmented import augmented
-from bowstore.evaluate.features import POOLED, extract
+from bowstore.evaluate.features import POOLED, Extraction
 from bowstore.evaluate.protocol import DataSets, Kind, Network, Protocol, Scores
 from bowstore.evaluate.train_test import TrainTestSettings, open_train_test, resolve_train_test
 from bowstore.train.distributed import World
@@ -44,7 +44,7 @@ def run(network: Network, data: DataSets, settings: FinetuneSettings, world: Wor
         optimizer.step()
         losses.append(loss.item())
     view, device = clean_view(network.view), world.device
-    feature_Nd = extract(backbone, test.open(), view, test.rows, taps=POOLED, batch=16, device=device)["pooled"]
+    feature_Nd = Extraction(backbone=backbone, view=view, taps=POOLED, batch=16, device=device).features(test)["pooled"]
     predicted_N = head(torch.from_numpy(feature_Nd).to(device)).argmax(dim=1).cpu().numpy()
     return Scores(metrics={"top1": float((predicted_N == test.labels).mean())}, details={"losses": losses})
 
