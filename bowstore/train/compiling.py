@@ -19,15 +19,9 @@ _PASSES = 3  # forwards, and backwards to maps and to weights
 
 
 def compiles(config: TrainConfig, task: Task, steps: int, device: torch.device) -> bool:
-    """Whether a run's step is to be compiled.
+    """Whether the step of a run of so many steps, whatever is left of it, is to be compiled.
 
     As set; with `auto` on a GPU always, and on a CPU where the run is long enough to pay for it.
-
-    Args:
-        config: of the run.
-        task: what is trained.
-        steps: of the whole run, whatever is left of it.
-        device: where.
     """
     setting = config.runtime.compile
     if setting != "auto":

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from bowstore.errors import BowstoreError
 from bowstore.progress import say
@@ -29,16 +29,6 @@ _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a sil
 _MAX_TEXT = 500  # characters of an error that travel
 _WELCOME = b"w"
 REMEDY = "this rank ends with it; run the same command again to go on"
-
-
-class Board(Protocol):
-    """What ranks need to find each other: the job's c10d store."""
-
-    def set(self, key: str, value: str) -> None:
-        """Write a value."""
-
-    def get(self, key: str) -> bytes:
-        """Read a value, waiting for it."""
 
 
 class Lifeline:
@@ -186,7 +176,7 @@ def connect(
     rank: int,
     size: int,
     host: str,
-    board: Board,
+    board: Any,
     *,
     hang_seconds: float,
     on_verdict: Callable[[], None] | None = None,
@@ -197,7 +187,7 @@ def connect(
         rank: this process.
         size: processes of the job, more than one.
         host: where rank 0 runs.
-        board: where rank 0 says how it is reached.
+        board: where rank 0 says how it is reached: the job's c10d store.
         hang_seconds: how long ranks may wait for one that makes no step.
         on_verdict: called in another thread once something happened to a rank.
 
@@ -215,7 +205,7 @@ def connect(
     return Lifeline(rank, links, hang_seconds=hang_seconds, on_verdict=on_verdict)
 
 
-def _reach(rank: int, host: str, board: Board, end: float) -> socket.socket:
+def _reach(rank: int, host: str, board: Any, end: float) -> socket.socket:
     """A connection to rank 0, tried again: after a restart the board may still say how its predecessor was reached."""
     while True:
         port, token = json.loads(board.get(_KEY))

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,10 +145,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         )
         log = None
         if world.first:
-            per_pass = schedule.steps_per_pass
-            log = RunLog(
-                config, run, task.constants, task.dead, first=first, logged=begun.logged, steps_per_pass=per_pass
-            )
+            told, per_pass = (task.constants, task.dead), schedule.steps_per_pass
+            log = RunLog(config, run, *told, first=first, logged=begun.logged, steps_per_pass=per_pass)
             stack.callback(log.close)
         stop_requested = stack.enter_context(_stop_signal())
         keep = config.runtime.keep_checkpoints
@@ -225,21 +223,13 @@ def placed_network(task: Task, config: TrainConfig, world: World) -> Network:
     return task.network.to(world.device).to(memory_format=task.network.memory_format(world.device))
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Where a run begins.
+class _Start(NamedTuple):
+    """Where a run begins: what its newest checkpoint says, if there is one."""
 
-    Attributes:
-        step: that of its newest checkpoint; None for a new run.
-        logged: the last step that was logged by then.
-        compiled: whether the step was compiled; None if it does not say.
-        slower: whether the run goes on at a lower rate than the checkpoint came with.
-    """
-
-    step: int | None
-    logged: int | None
-    compiled: bool | None
-    slower: bool
+    step: int | None = None
+    logged: int | None = None  # the last step that was logged by then
+    compiled: bool | None = None  # whether the step was; None if it does not say
+    slower: bool = False  # whether the run goes on at a lower rate than the checkpoint came with
 
 
 def _start(
@@ -252,12 +242,12 @@ def _start(
     world: World,
     *,
     resume: bool,
-) -> "_Start":
+) -> _Start:
     """Load the newest checkpoint, once found the run's own."""
     state = saved.newest_checkpoint(run, shown=world.first)
     check_start(run, state, config, steps, resume=resume, shown=world.first)
     if state is None:
-        return _Start(None, None, None, slower=False)
+        return _Start()
     slower = state["config"]["optim"]["lr"] > config.optim.lr
     step = _restore(state, optimizer, meter, task, run)
     return _Start(step, last_logged(state), state.get("compiled"), slower=slower)

@@ -34,12 +34,7 @@ class Measured(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss of a batch as one module: DDP and torch.compile see inputs, network, targets and loss as one graph.
-
-    Args:
-        task: what is trained.
-        amp: bfloat16 autocast of the network, on a GPU.
-    """
+    """The loss of a batch as one module: DDP and torch.compile see inputs, network, targets and loss as one graph."""
 
     def __init__(self, task: Task, *, amp: bool) -> None:
         super().__init__()
@@ -75,15 +70,7 @@ def build_objective(task: Task, config: TrainConfig, world: World, *, compiled: 
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Batch, rate: float, *, logged: bool = False
 ) -> Measured:
-    """One step of SGD on one batch.
-
-    Args:
-        model: `build_objective` of the task.
-        optimizer: of its network.
-        task: what is trained.
-        batch: images and plan.
-        rate: learning rate.
-        logged: whether the task's scalars are asked for.
+    """One step of SGD on one batch by `build_objective` of the task; `logged` asks for the task's scalars, too.
 
     Raises:
         TrainingError: the step cannot be compiled.

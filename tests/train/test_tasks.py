@@ -251,6 +251,9 @@ def test_images_without_labels_or_of_one_class_are_refused(make_config: Make, ma
         DataError, match=r"the 72 images of .* that are used are all of one class; use shards of several"
     ):
         task_and_batch(config, replace(index, label=np.zeros(72, np.int32)))
+    label_N[[5, 9]] = 999_999_999
+    with pytest.raises(DataError, match=r"label 999999999 of .* asks for 1000000000 classes, of at most"):
+        task_and_batch(config, replace(index, label=label_N))
 
 
 def test_other_labels_of_the_same_images_are_other_inputs(make_config: Make) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from bowstore.data.index import Index
 from bowstore.data.views import Batch
@@ -20,25 +20,37 @@ from bowstore.train.tasks.settings import SupervisedSettings
 from bowstore.train.tasks.task import Dead, Job, Network, Task, mixing, pooled
 from bowstore.words.bags import Bag, bow_cross_entropy, count_bag, mix_bags, weight_at
 
+_MAX_CLASSES = 1_000_000  # a head's weights are of as many rows
+
 
 def build(settings: SupervisedSettings, job: Job) -> Task:
     """The task of a job.
 
     Raises:
-        DataError: images without a label, or of one class alone.
+        DataError: images without a label or of one class alone, or labels that are no numbers of classes.
     """
     label_N = _labels(job.index, images_in_use(job.config, len(job.index)))
     num_classes = max(len(job.index.classes), int(label_N.max()) + 1)
+    if num_classes > _MAX_CLASSES:
+        raise DataError(
+            f"task supervised: label {label_N.max()} of {job.index.root} asks for {num_classes} classes, of at most "
+            f"{_MAX_CLASSES}; number the classes from 0"
+        )
     share_K = np.bincount(label_N) / len(label_N)
     chance = float(-(share_K[share_K > 0] * np.log(share_K[share_K > 0])).sum())
-    device = job.world.device
+    device, features = job.world.device, job.backbone.features
+    head = (
+        LinearHead(features, num_classes)
+        if settings.head == "linear"
+        else CosineHead(features, num_classes, settings.gamma, normalised=True)
+    )
 
     def bring(batch: Batch) -> tuple[Tensor, ...]:
         label_B = torch.from_numpy(label_N[batch.plan.rows].astype(np.int64)).to(device, non_blocking=True)
         return batch.images_BCHW, label_B, *mixing(batch.plan, device)
 
     return Task(
-        network=Network(job.backbone, _head(settings, job.backbone.features, num_classes), pooled),
+        network=Network(job.backbone, head, pooled),
         bring=bring,
         make=_make,
         loss=_loss,
@@ -69,12 +81,6 @@ def _labels(index: Index, used: int) -> NDArray[np.int32]:
             f"several, or raise images"
         )
     return label_N
-
-
-def _head(settings: SupervisedSettings, features: int, num_classes: int) -> nn.Module:
-    if settings.head == "linear":
-        return LinearHead(features, num_classes)
-    return CosineHead(features, num_classes, settings.gamma, normalised=True)
 
 
 def _make(images_BCHW: Tensor, label_B: Tensor, *mixed: Tensor) -> tuple[Tensor, Bag]:

@@ -36,7 +36,14 @@ def build(settings: WordsSettings, job: Job) -> Task:
     mean = MeanBag(num_words, settings.form) if world.first else None
     used = images_in_use(job.config, len(job.index))
     digest = words_digest(targets, mean, used=used, shown=world.first)
-    marginal = mean.entropy() if mean else None
+    constants, dead = {}, None
+    if mean:
+        marginal = constants["marginal_loss"] = mean.entropy()
+        dead = Dead(
+            marginal,
+            f"the loss {{loss:.4f}} is still that of predicting the words' mean frequencies ({marginal:.4f}): nothing "
+            f"is learned (gamma {{gamma:.3g}}); try a lower optim.lr or task.gamma",
+        )
     head = CosineHead(job.backbone.features, num_words, settings.gamma)
     waits_ms: list[float] = []
 
@@ -68,18 +75,10 @@ def build(settings: WordsSettings, job: Job) -> Task:
         loss=lambda logits_BK, bag: (bow_cross_entropy(logits_BK, bag), {}),
         scalars=scalars,
         ahead=lambda plan: targets.ahead(plan.rows),
-        constants={} if marginal is None else {"marginal_loss": marginal},
+        constants=constants,
         inputs={"shards": job.index.fingerprint, "words": digest},
-        dead=None if marginal is None else _dead(marginal),
+        dead=dead,
         lineage=source,
-    )
-
-
-def _dead(marginal_loss: float) -> Dead:
-    return Dead(
-        marginal_loss,
-        f"the loss {{loss:.4f}} is still that of predicting the words' mean frequencies ({marginal_loss:.4f}): nothing "
-        f"is learned (gamma {{gamma:.3g}}); try a lower optim.lr or task.gamma",
     )
 
 
