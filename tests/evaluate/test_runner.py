@@ -17,7 +17,7 @@ from bowstore.evaluate.config import EvalConfig
 from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.protocol import Kind, LabelledSplit, Protocol, Scores
 from bowstore.evaluate.protocols.linear import KIND, LinearSettings
-from bowstore.evaluate.results import read_results
+from bowstore.evaluate.results import read_result
 from bowstore.evaluate.runner import evaluate
 from bowstore.models.saved import load_backbone, network_of, save_backbone
 from bowstore.models.weights import weights_sha256
@@ -130,7 +130,7 @@ def test_values_of_numpy_become_plain(workspace: Path) -> None:
     assert (result.metrics, result.settings["k"]) == ({"top1": 0.5}, 3)
     assert result.details["curve"] == [0, 1]
     assert (result.details["pooled"], result.details["variation"].keys()) == (3, {"train", "test"})
-    assert read_results(workspace / "net") == [result]
+    assert read_result(workspace / "net/eval/linear-bownet-cifar.json") == result
 
 
 @pytest.mark.parametrize(
