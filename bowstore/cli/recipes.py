@@ -54,7 +54,7 @@ def run(
         raise MissingError("no recipe was named; `bowstore run RECIPE`, or `recipe: RECIPE` in bowstore.yaml")
     plan = make_plan(load_recipe(named, overrides), workspace, seed=seed, folder=out)
     if dry_run:
-        emit(plan.overview(), plan.text(), as_json)
+        emit(plan.overview(stage), plan.text(stage), as_json)
         return
     from bowstore.recipes.run import run_recipe, run_stage
 
@@ -62,7 +62,7 @@ def run(
     if stage:
         run_stage(plan, stage)
         if ranks().first:
-            done = next(line for line in plan.overview() if line["stage"] == stage)
+            (done,) = plan.overview(stage)
             emit(done, f"{stage}: {done['state']}", as_json)
         return
     result = run_recipe(plan, processes=processes)

@@ -8,7 +8,7 @@ from typing import Any
 from bowstore.config import Workspace
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.recipes.file import Recipe
-from bowstore.recipes.stage import DONE, Here, in_stage
+from bowstore.recipes.stage import DONE, Here, Stage, in_stage
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,20 @@ class Plan(Here):
         """The same plan anew: what a protocol is asked may follow from images that were not there before."""
         return make_plan(self.recipe, self.workspace, seed=self.seed, folder=self.folder)
 
-    def overview(self) -> list[dict[str, Any]]:
-        """The stages in the order of running, as plain values: what each reads and writes, and how far it is."""
+    def named(self, name: str) -> Stage:
+        """A stage by name.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if name not in self.stages:
+            raise UsageError(f"{self.recipe.path} has no stage {name!r}; its stages are {', '.join(self.stages)}")
+        return self.stages[name]
+
+    def overview(self, only: str | None = None) -> list[dict[str, Any]]:
+        """All stages, or one, in the order of running, as plain values: what each reads and writes, how far it is."""
         shown = []
-        for name, stage in self.stages.items():
+        for name, stage in {only: self.named(only)}.items() if only else self.stages.items():
             with in_stage(name, self.recipe.path):
                 state, problem = stage.state(), ""
                 try:
@@ -49,10 +59,10 @@ class Plan(Here):
                 )
         return shown
 
-    def text(self) -> str:
+    def text(self, only: str | None = None) -> str:
         """The overview for people, a few lines for each stage."""
         lines = [f"{self.recipe.path}{'' if self.seed is None else f', seed {self.seed}'}"]
-        for stage in self.overview():
+        for stage in self.overview(only):
             lines += ["", f"{stage['stage']} ({stage['kind']}): {stage['state']}"]
             lines += [f"  refused: {stage['problem']}"] if stage["problem"] else []
             lines += [f"  {what:<6} {place}" for what in ("reads", "writes") for place in stage[what]]

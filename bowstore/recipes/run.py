@@ -79,6 +79,7 @@ def run_recipe(plan: Plan, *, processes: int = 1) -> RecipeResult:
     for name, stage in plan.stages.items():  # before the first hour of work, not after it
         with in_stage(name, plan.recipe.path):
             stage.check()
+    make_folder(plan.result.parent)
     seconds: dict[str, float] = {}
     for name, stage in plan.stages.items():
         with timed(seconds, name):
@@ -92,7 +93,6 @@ def run_recipe(plan: Plan, *, processes: int = 1) -> RecipeResult:
             rows.setdefault(cell.row, []).append(read_result(cell.result))
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     result = RecipeResult(plan, rows, seconds, 1024 * max(usage))
-    make_folder(plan.result.parent)
     write_json(plan.result, result.as_dict())
     return result
 
@@ -105,10 +105,8 @@ def run_stage(plan: Plan, name: str) -> None:
         MismatchError: its results lie there, of other settings or inputs.
         BowstoreError: as the stage's own command; the message says which stage.
     """
-    if name not in plan.stages:
-        raise UsageError(f"{plan.recipe.path} has no stage {name!r}; its stages are {', '.join(plan.stages)}")
+    stage = plan.as_it_is_now().named(name)
     with in_stage(name, plan.recipe.path):
-        stage = plan.as_it_is_now().stages[name]
         if ranks().size > 1 and not stage.distributed:
             raise UsageError(f"it is of kind {stage.kind}, for one process; start it without torchrun")
         stage.check()

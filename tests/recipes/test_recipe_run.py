@@ -1,5 +1,6 @@
 """Recipes under torchrun: one process goes through the stages, and starts others for those that can use them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,11 @@ def test_run_under_torchrun_says_what_to_type(tmp_path: Path, monkeypatch: pytes
     )
     result = CliRunner().invoke(main, ["run", "cifar10", "--stage", "linear"])
     assert "stage 'linear': it is of kind eval, for one process; start it without torchrun" in result.stderr
-    result = CliRunner().invoke(main, ["run", "cifar10", "--stage", "liner"])
-    assert "has no stage 'liner'; its stages are images, data, rotnet, words, bownet, linear" in result.stderr
+    for more in ([], ["--dry-run"]):
+        result = CliRunner().invoke(main, ["run", "cifar10", "--stage", "liner", *more])
+        assert "has no stage 'liner'; its stages are images, data, rotnet, words, bownet, linear" in result.stderr
+    shown = json.loads(CliRunner().invoke(main, ["run", "cifar10", "--stage", "data", "--dry-run", "--json"]).stdout)
+    assert [line["stage"] for line in shown] == ["data"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -49,6 +53,15 @@ def test_inputs_that_nobody_makes_are_asked_for_before_anything_runs(
             f"refused: {asked.partition(': ')[2]} is not"
             in CliRunner().invoke(main, ["run", "r.yaml", "--dry-run"]).stdout
         )
+    assert not Path("data").exists()
+
+
+def test_a_place_for_the_results_is_made_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("r.yaml").write_text("{result: file/r.json, stages: {im: {render: {train: 20, val: 10}}}}")
+    result = CliRunner().invoke(main, ["run", "r.yaml"])
+    assert result.stderr == "Error: File exists (file); move away what lies there, or name another path\n"
     assert not Path("data").exists()
 
 
