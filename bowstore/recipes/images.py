@@ -2,11 +2,11 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Self, cast
+from typing import Annotated, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from bowstore.config import Count, Place, Seed, Strict, Text
+from bowstore.config import Place, Seed, Strict, Text
 from bowstore.data.config import ShardsConfig
 from bowstore.data.downloads import DOWNLOADS, fetch
 from bowstore.data.records import PARTS_FOLDER, PLAN_FILE, read_manifest
@@ -37,12 +37,15 @@ class ImagesStage(Stage):
         return not states or any(state.so_far != "done" for state in states)
 
 
+_Images = Annotated[int, Field(ge=10, le=10**6)]  # one a class; files are numbered with six digits
+
+
 class RenderConfig(Strict):
     """The embedded data set (`bowstore.data.synthetic`)."""
 
-    train: Count = 10_000
-    val: Count = 2_500
-    size: Count = Field(32, description="pixels")
+    train: _Images = 10_000
+    val: _Images = 2_500
+    size: int = Field(32, ge=16, le=1024, description="pixels")
     seed: Seed = 0
 
 

@@ -60,6 +60,12 @@ MISTAKES = [
         r"unknown configuration key 'shards\.per_shards'; did you mean 'per_shard'\?",
     ),
     ("{}, images: images", "{}", r"stage 'data': .*name the images once: by `images: STAGE`, or by `src`"),
+    ("val: 60", "val: 9", r"stage 'images': .*val: Input should be greater than or equal to 10 \(got 9\)"),
+    (
+        "val: 60",
+        "val: 60, size: 1025",
+        r"stage 'images': .*size: Input should be less than or equal to 1024 \(got 1025\)",
+    ),
     ("num_words", "num_word", r"'words': encode: unknown configuration key 'num_word'; did you mean 'num_words'\?"),
     ("bownet.yaml", "bownet.yaml, set: {optim.epoch: 2}", r"key 'optim\.epoch'; did you mean 'epochs'\?"),
     ("cifar10_bownet.yaml", "nobody.yaml", r"stage 'bownet': no configuration file nobody\.yaml"),
