@@ -1,4 +1,4 @@
-"""Float32 arithmetic that no setting of the caller's changes: words are kept for good, and scores are compared."""
+"""Arithmetic that no setting of the caller's changes: words are kept for good, and scores are compared."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,3 +25,17 @@ def exact_float32() -> Iterator[None]:
     finally:
         for (place, name, _), value in zip(places, before, strict=True):
             setattr(place, name, value)
+
+
+@contextmanager
+def cpu_threads(device: torch.device, threads: int) -> Iterator[None]:
+    """On a CPU so many threads share an operation inside the block: how it is cut up for them decides its rounding."""
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,10 +16,10 @@ from torch import Tensor
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
 from bowstore.environment import cores, device_name
-from bowstore.exact import exact_float32
+from bowstore.exact import cpu_threads, exact_float32
 from bowstore.progress import say
 from bowstore.words.assign import PreparedWords, assign, assign_reference, prepare_words
-from bowstore.words.lanes import compute_workers, one_thread_each, workers
+from bowstore.words.lanes import compute_workers, workers
 
 if TYPE_CHECKING:
     from bowstore.words.assign_triton import FastWords, Tiles
@@ -97,7 +97,7 @@ def _spread(features_ND: Tensor, make: Callable[[Tensor], Way]) -> Way:
     ways = [make(part_ND) for part_ND in features_ND.chunk(compute_workers(features_ND.device))]
 
     def all_ways() -> None:
-        with one_thread_each(features_ND.device), exact_float32(), workers(len(ways)) as pool:
+        with cpu_threads(features_ND.device, 1), exact_float32(), workers(len(ways)) as pool:
             list(pool.map(lambda way: way(), ways))
 
     return all_ways

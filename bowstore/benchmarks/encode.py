@@ -23,12 +23,12 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
-from bowstore.exact import exact_float32
+from bowstore.exact import cpu_threads, exact_float32
 from bowstore.words.assign_pass import AssignPass
 from bowstore.words.claims import Board
 from bowstore.words.config import EncodeConfig
 from bowstore.words.job import Job, Rows, plan_layers, view_values
-from bowstore.words.lanes import compute_workers, one_thread_each, workers
+from bowstore.words.lanes import compute_workers, workers
 from bowstore.words.layer import LayerSpec
 from bowstore.words.prepare import in_new_way
 from bowstore.words.store_writer import StoreWriter, create_store
@@ -89,7 +89,7 @@ class _Bench:
                 replicas[worker].maps(self.images_BCHW)
 
         # Around all of them: each sets the precision of products and restores it.
-        with one_thread_each(job.device), exact_float32(), workers(len(replicas)) as pool:
+        with cpu_threads(job.device, 1), exact_float32(), workers(len(replicas)) as pool:
             begun = time.perf_counter()
             list(pool.map(work, range(len(replicas))))
             if job.device.type == "cuda":

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from bowstore.config import Compile
+from bowstore.exact import cpu_threads
 from bowstore.models.backbone import Backbone
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.taps import without_data
@@ -159,7 +160,7 @@ def compile_frozen(
     generator = torch.Generator().manual_seed(0)
     noise_BCHW = torch.randn(batch, 3, size, size, generator=generator)
     images_BCHW = noise_BCHW.to(device).contiguous(memory_format=FROZEN_FORMAT)
-    with torch.no_grad(), _quiet(), _torch_threads(threads if device.type == "cpu" else None):
+    with torch.no_grad(), _quiet(), cpu_threads(device, threads):  # which weights are packed for
         expected = use(backbone, images_BCHW)
         try:
             graph = _graph(lambda images: tuple(use(backbone, images).values()), images_BCHW, device, threads)
@@ -198,17 +199,6 @@ def _check_equal(what: str, expected_B: Tensor, found_B: Tensor, tolerance: floa
     difference = float((expected_B - found_B).abs().max() / expected_B.abs().max().clamp(min=1e-30))
     if not difference <= tolerance:
         raise CannotCompileError(f"what inductor makes of {what} is off by {difference:.2g} of its largest value")
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Use that many threads an operation; weights are packed for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from bowstore.data.index import Index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.errors import DataError
-from bowstore.exact import exact_float32
+from bowstore.exact import cpu_threads, exact_float32
 from bowstore.words.job import Job
-from bowstore.words.lanes import GpuLanes, Maps, one_thread_each, workers
+from bowstore.words.lanes import GpuLanes, Maps, workers
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ def forward(
     view, threads = job.teacher.view, job.config.threads
     images = clean_batches(ShardReader(index), view, batches, batch=job.batch, device=device, threads=threads)
     waiting: deque[tuple[NDArray[np.int64], Future[T]]] = deque()
-    with one_thread_each(device), exact_float32(), workers(clock.workers) as pool:
+    with cpu_threads(device, 1), exact_float32(), workers(clock.workers) as pool:
         try:
             wait_for = "start"
             while True:

@@ -22,9 +22,8 @@ Legend: B batch, C channels, H W pixels.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -48,22 +47,8 @@ def compute_workers(device: torch.device, *, alone: bool = False) -> int:
     return cores() if alone else cores_per_rank()
 
 
-@contextmanager
-def one_thread_each(device: torch.device) -> Iterator[None]:
-    """On a CPU every operation runs on the thread that calls it."""
-    if device.type != "cpu":
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def workers(count: int) -> ThreadPoolExecutor:
-    """Threads that run the teacher, each with as many threads an operation as are set (`one_thread_each`).
+    """Threads that run the teacher, each with as many threads an operation as are set (`cpu_threads`).
 
     A new thread asks for that number at its first parallel loop, which comes after its first convolution: that one
     would be spread over all cores, and round as it does there. (Compiled networks have no such loop at all.)

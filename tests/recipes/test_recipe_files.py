@@ -64,7 +64,7 @@ MISTAKES = [
     (
         "val: 60",
         "val: 60, size: 1025",
-        r"stage 'images': .*size: Input should be less than or equal to 1024 \(got 1025\)",
+        r"images.: .*size: Input should be less than or equal to 1024 \(got 1025\)",
     ),
     ("num_words", "num_word", r"'words': encode: unknown configuration key 'num_word'; did you mean 'num_words'\?"),
     ("bownet.yaml", "bownet.yaml, set: {optim.epoch: 2}", r"key 'optim\.epoch'; did you mean 'epochs'\?"),

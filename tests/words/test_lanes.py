@@ -190,14 +190,18 @@ def test_words_run_beside_the_next_trunk_and_after_their_own(monkeypatch: pytest
 
 def test_a_second_pass_takes_the_streams_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is kept for the stream that it was first taken for: others would take as much again."""
-    taken: list[Any] = []
-    for _ in range(2):
-        streams = set[Any]()
-        run(monkeypatch, Network(), lambda rows, maps, streams=streams: streams.add(torch.cuda.current_stream(GPU)))
-        taken.append(streams)
-    first, second = taken
-    assert first == second
-    assert 1 <= len(first) <= GPU_WORKERS
+    both, streams = threading.Barrier(GPU_WORKERS), list[Any]()
+
+    def use(rows_B: Any, _maps: Any) -> None:
+        if rows_B[0] < 6:
+            both.wait(10)  # so that all workers are at it
+        streams.append(torch.cuda.current_stream(GPU))
+
+    run(monkeypatch, Network(), use)
+    first, streams[:] = set(streams), []
+    run(monkeypatch, Network(), use)
+    assert first == set(streams)
+    assert len(first) == GPU_WORKERS
 
 
 def test_a_worker_waits_for_its_own_results_and_no_others() -> None:

@@ -9,11 +9,12 @@ from teacher_sets import write_teacher
 
 from bowstore.config import ModelConfig
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
+from bowstore.exact import cpu_threads
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.runs import BACKBONE_FILE, descent, write_lineage
-from bowstore.words.lanes import one_thread_each, workers
+from bowstore.words.lanes import workers
 from bowstore.words.teacher import TeacherLayer, load_teacher
 
 CPU = torch.device("cpu")
@@ -216,7 +217,7 @@ def test_workers_run_every_operation_on_their_own_thread(teacher_file: Path) -> 
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
 
-    with one_thread_each(CPU), workers(2) as pool:
+    with cpu_threads(CPU, 1), workers(2) as pool:
         before = threads()
         list(pool.map(lambda _: teacher.replica().maps(images), range(4)))
         assert threads() == before + 2
