@@ -336,7 +336,7 @@ def recorded_network(metadata: Mapping[str, Any], path: Path) -> SavedNetwork | 
         values = json.loads(record) if isinstance(record, str) else record
     except ValueError:
         values = None
-    return network_of(values, str(path)) if isinstance(values, dict) else None
+    return network_of(values, str(path)) if isinstance(values, dict) and "model" in values else None
 
 
 def _foreign(path: Path, is_not: str, metadata: Mapping[str, Any]) -> str:

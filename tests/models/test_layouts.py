@@ -18,6 +18,7 @@ from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
 from bowstore.models.backbone import Backbone
 from bowstore.models.layouts import Understood, load_foreign, read_weights
 from bowstore.models.registry import build_backbone
+from bowstore.models.saved import EXPORTED, RECORDED
 
 State = dict[str, Tensor]
 VIT = "timm:vit_tiny_patch16_224"
@@ -313,6 +314,13 @@ def test_a_network_that_asks_for_the_version_of_its_weights(tmp_path: Path) -> N
     backbone = build_backbone(ModelConfig(arch="torchvision:mnasnet0_5"))
     load_foreign(backbone, read_weights(tmp_path / "net.safetensors"))
     assert torch.equal(backbone.state_dict()["network.layers.0.weight"], plain.layers[0].weight)
+
+
+@pytest.mark.parametrize("record", ["no JSON", "[1]", '{"arch": "resnet18"}'])
+def test_metadata_that_describe_no_network_are_left_alone(tmp_path: Path, record: str) -> None:
+    for key in (RECORDED, EXPORTED):
+        save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors", metadata={key: record})
+        assert read_weights(tmp_path / "w.safetensors").network is None
 
 
 def test_weights_that_do_not_fit_are_named(resnet: nn.Module, tmp_path: Path) -> None:
