@@ -110,7 +110,13 @@ class TrainConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _older(cls, values: Any) -> Any:
-        return of_today(values)[0] if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        values = {"task": None, **of_today(values)[0]}
+        for group in _OLD_GROUPS:
+            if group in values and isinstance(values["task"], dict):
+                raise ValueError(f"{group}: settings of a task stand in its group now, as in task: {{name: {group}}}")
+        return values
 
     @model_validator(mode="after")
     def _mixed_images_have_a_target(self) -> Self:

@@ -166,23 +166,13 @@ def beside_others() -> Iterator[None]:
 def _lifeline(place: Ranks, on_verdict: Callable[[], None] | None = None) -> Iterator[tuple[Any, Lifeline]]:
     """The job's store and a lifeline to its ranks; an error in the block ends them, too.
 
-    Args:
-        place: this process.
-        on_verdict: called in another thread when a rank has ended.
-
     Raises:
         BowstoreError: another rank has ended, in place of the error that followed from it.
     """
     with _explained(place):
         store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
-        lifeline = connect(
-            place.rank,
-            place.size,
-            os.environ["MASTER_ADDR"],
-            store,
-            hang_seconds=_HANG_SECONDS,
-            on_verdict=on_verdict,
-        )
+        host = os.environ["MASTER_ADDR"]
+        lifeline = connect(place.rank, place.size, host, store, hang_seconds=_HANG_SECONDS, on_verdict=on_verdict)
     try:
         yield store, lifeline
     except SystemExit:  # agreed upon

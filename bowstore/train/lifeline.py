@@ -181,15 +181,9 @@ def connect(
     hang_seconds: float,
     on_verdict: Callable[[], None] | None = None,
 ) -> Lifeline:
-    """Connect all ranks of a job; every rank calls it.
+    """Connect all ranks of a job, which has more than one; every rank calls it.
 
-    Args:
-        rank: this process.
-        size: processes of the job, more than one.
-        host: where rank 0 runs.
-        board: where rank 0 says how it is reached: the job's c10d store.
-        hang_seconds: how long ranks may wait for one that makes no step.
-        on_verdict: called in another thread once something happened to a rank.
+    Rank 0 runs on `host`, and says on the board, the job's c10d store, how it is reached.
 
     Raises:
         BowstoreError: ranks cannot reach rank 0.

@@ -338,14 +338,14 @@ def test_settings_of_another_task_are_left_out_with_a_word(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({}, "task: Field required"),
+    ({}, r"task: write a group with the task's name, as in \{name: rotation\}"),
     ({"task": {"form": "count"}}, r"task: write a group with the task's name, as in \{name: rotation\}"),
     ({"task": 3}, r"task: write a group with the task's name.* \(got 3\)"),
     ({"task": [1]}, r"task: write a group with the task's name"),
     ({"task": "supervise"}, r"task: no task 'supervise'; did you mean 'supervised'\? there are rotation, words, "),
     ({"task": {"name": "words", "from": "count"}}, r"unknown configuration key 'task\.from'; did you mean 'form'\?"),
     ({"task": {"name": "words", "gamma": 0}}, r"task\.gamma: Input should be greater than 0 \(got 0\)"),
-    ({"task": {"name": "words"}, "words": {"gamma": 1}}, r"unknown configuration key 'words'"),
+    ({"task": {"name": "words"}, "words": {"gamma": 1}}, r"words: settings of a task stand in its group now"),
     ({"task": "rotation"}, r"view\.cutmix must be false for task rotation: a mixed image has no target there"),
 ])  # fmt: skip
 def test_what_is_no_task_is_one_line(values: dict[str, Any], message: str, tmp_path: Path) -> None:

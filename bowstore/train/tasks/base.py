@@ -12,11 +12,7 @@ if TYPE_CHECKING:  # with torch
 
 
 class TaskSettings(Strict):
-    """Settings of a task; each kind has its own below this.
-
-    Attributes:
-        name: of the task.
-    """
+    """Settings of a task; each kind has its own below this."""
 
     name: str
 

@@ -56,9 +56,7 @@ def _in_workspace(settings: WordsSettings, workspace: Workspace) -> WordsSetting
     return settings.model_copy(update={"store": store, "layer": layer})
 
 
-ROTATION = Kind(
-    name="rotation", settings=RotationSettings, build="bowstore.train.tasks.rotation:build", mixes=False
-)  # fmt: skip
+ROTATION = Kind(name="rotation", settings=RotationSettings, build="bowstore.train.tasks.rotation:build", mixes=False)
 WORDS = Kind(
     name="words",
     settings=WordsSettings,
