@@ -184,17 +184,17 @@ def bundled_configs() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def find_config(path: Path) -> Path:
+def find_config(path: Path, group: str = "") -> Path:
     """The file that a configuration's path means.
 
     For a bare name or `configs/NAME` where no such file is, that is the workspace's or bowstore's own configuration of
-    that name; else, or if there is none either, the path itself.
+    that name; else, or if there is none either, the path itself. `group` is a folder in `configs/`, as of recipes.
     """
     bare = path.parent == Path()
-    if (os.path.lexists(path) and not path.is_dir()) or not (bare or path.parent == CONFIGS):
+    if (os.path.lexists(path) and not path.is_dir()) or not (bare or path.parent == CONFIGS / group):
         return path
     names = (path.name, f"{path.name}.yaml")
-    folders = ([Path()] if bare else []) + [CONFIGS, bundled_configs()]
+    folders = ([Path()] if bare else []) + [CONFIGS / group, bundled_configs() / group]
     return next((place for folder in folders for name in names if (place := folder / name).is_file()), path)
 
 

@@ -60,21 +60,16 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def find_recipe(recipe: Path) -> Path:
-    """The file that is meant: the path itself, or by a bare name the workspace's or bowstore's own.
+    """The file that is meant (`find_config`).
 
     Raises:
         MissingError: there is none; the message lists those that come with bowstore.
     """
-    names = (recipe, recipe.with_name(f"{recipe.name}.yaml")) if recipe.name else (recipe,)
-    folders = (Path(), CONFIGS / RECIPES, bundled_configs() / RECIPES) if recipe.parent == Path() else (Path(),)
-    for path in (folder / name for folder in folders for name in names):
-        if path.is_file():
-            return path
-    if recipe.parent == CONFIGS / RECIPES and (path := bundled_configs() / RECIPES / recipe.name).is_file():
-        return path
-    raise MissingError(
-        f"no recipe {recipe}; those that come with bowstore go by their bare names: {', '.join(bundled_recipes())}"
-    )
+    if not (path := find_config(recipe, RECIPES)).is_file():
+        raise MissingError(
+            f"no recipe {recipe}; those that come with bowstore go by their bare names: {', '.join(bundled_recipes())}"
+        )
+    return path
 
 
 def recipe_files(recipe: Recipe) -> dict[Path, Path]:

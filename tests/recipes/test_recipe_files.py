@@ -140,6 +140,7 @@ def test_a_name_means_the_workspaces_recipe_before_bowstores() -> None:
     assert find_recipe(Path("demo")) == bundled_recipes()["demo"]
     own = Path("configs/recipes/demo.yaml")
     assert find_recipe(own) == bundled_recipes()["demo"], "as docs and headers of configurations write it"
+    assert find_recipe(own.with_suffix("")) == bundled_recipes()["demo"]
     own.parent.mkdir(parents=True)
     own.write_text(SMALL)
     assert find_recipe(Path("demo")) == find_recipe(Path("demo.yaml")) == find_recipe(own) == own
