@@ -27,6 +27,7 @@ from bowstore.runs import read_metrics
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig, learned, load_train_config
 from bowstore.train.distributed import World
+from bowstore.train.rundir import check_run
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks import task as task_module
 from bowstore.train.tasks.settings import SUPERVISED, RotationSettings, SupervisedSettings, WordsSettings
@@ -151,6 +152,14 @@ def test_settings_without_defaults_can_be_left_out_for_another_task(
     with pytest.raises(UsageError, match=r"task: no task 'word'; did you mean 'words'\?"):
         load_train_config(path, ["task=word"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_a_plugin_that_is_gone_is_no_place_for_another(make_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\ntask: {name: gone}\n")
+    (tmp_path / "backbone.safetensors").touch()
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=r"config\.yaml: task: no task 'gone'; .*; .* or take another --name$"):
+            check_run(tmp_path, make_config(), resume=resume)
 
 
 def test_code_of_a_plugin_that_is_not_there_is_one_line(plugin: Path, make_config: Make) -> None:
