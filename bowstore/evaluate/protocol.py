@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -194,11 +194,6 @@ class Network:
     view: ViewConfig
 
 
-Score: TypeAlias = Callable[[Features, Any], Scores]
-Run: TypeAlias = "Callable[[Network, DataSets, Any, World], Scores]"
-Taps: TypeAlias = "Callable[[Backbone, Any, int], Mapping[str, Tap]]"
-
-
 def _as_given(settings: Any, _workspace: Workspace) -> Any:
     return settings
 
@@ -227,9 +222,9 @@ class Kind(Plugin):
     describe: Callable[[Any], Protocol]
     data: Callable[[Any, Workspace], DataSets] | str
     resolve: Callable[[Any, Workspace], Any] | str = _as_given
-    taps: "Taps | str" = "bowstore.evaluate.features:pooled_output"
-    score: Score | str | None = None
-    run: "Run | str | None" = None
+    taps: "Callable[[Backbone, Any, int], Mapping[str, Tap]] | str" = "bowstore.evaluate.features:pooled_output"
+    score: Callable[[Features, Any], Scores] | str | None = None
+    run: "Callable[[Network, DataSets, Any, World], Scores] | str | None" = None
 
     def __post_init__(self) -> None:
         if (self.score is None) == (self.run is None):

@@ -66,7 +66,9 @@ def evaluate(
             )
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)
-            ran = {"view": asdict(view), "trunk": trunk, "batch": config.batch, "taps": _taps(how, features)}
+            first = next(iter(features.splits.values()))
+            taken = {name: {"of": str(tap), "dims": first[name].shape[1]} for name, tap in how.taps.items()}
+            ran = {"view": asdict(view), "trunk": trunk, "batch": config.batch, "taps": taken}
         result = made_result(
             protocol=protocol.id,
             protocol_version=protocol.version,
@@ -110,12 +112,6 @@ def _world(kind: Kind, config: EvalConfig) -> Iterator[World]:
         raise UsageError(f"eval {kind.name} is for one process, and torchrun started {size}; start it without torchrun")
     else:
         yield World(0, 1, choose_device(config.device))
-
-
-def _taps(how: Extraction, features: Features) -> dict[str, Any]:
-    """Where features were taken, and how wide they are."""
-    first = next(iter(features.splits.values()))
-    return {name: {"of": str(tap), "dims": first[name].shape[1]} for name, tap in how.taps.items()}
 
 
 def _scored(kind: Kind, features: Features, settings: Strict) -> Scores:
