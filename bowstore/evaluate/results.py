@@ -15,8 +15,9 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from bowstore.config import Listed, Strict, dump, validate
-from bowstore.errors import CorruptError, DataError
+from bowstore.errors import CorruptError, DataError, MissingError
 from bowstore.files import make_folder, read_json, write_json
+from bowstore.progress import say
 from bowstore.runs import result_path
 from bowstore.yaml_file import read_yaml
 
@@ -84,11 +85,29 @@ def paper_figures() -> tuple[PaperFigures, ...]:
 
 
 def write_result(run: Path, result: Result) -> Path:
-    """Write `result` into its place in a run directory, atomically; return the place."""
+    """Write `result` into its place in a run directory, atomically; return the place.
+
+    One of other test images or of another version, which it does not replace, is kept beside it with a line.
+    """
     path = result_path(run, result.protocol)
     make_folder(path.parent)
+    try:
+        before = read_result(path)
+    except (MissingError, CorruptError):
+        before = result
+    if _column(before) != _column(result):
+        _, version, tested_on = _column(before)
+        kept = path.with_name(f"{path.stem}-v{version}-{tested_on}.json")
+        path.replace(kept)
+        say(f"{path.name} was of other test images or another version ({tested_on}, v{version}): kept as {kept.name}")
     write_json(path, dump(result))
     return path
+
+
+def _column(result: Result) -> tuple[str, int, str]:
+    """Where a figure belongs in a table: protocol, version and test images."""
+    tested_on = result.inputs.get("dataset") or (result.inputs.get("test") or "unknown")[:8]
+    return result.protocol, result.protocol_version, tested_on
 
 
 def read_result(path: Path) -> Result:
@@ -167,13 +186,10 @@ def comparison_table(results: Mapping[str, Sequence[Result]]) -> str:
     columns: dict[tuple[str, int, str], dict[str, str]] = {}
     for run, measured in results.items():
         for result in measured:
-            tested_on = result.inputs.get("dataset") or (result.inputs.get("test") or "unknown")[:8]
-            cells = columns.setdefault((result.protocol, result.protocol_version, tested_on), {})
+            cells = columns.setdefault(_column(result), {})
             if run in cells:
-                raise DataError(
-                    f"run {run} has two results of {result.protocol} v{result.protocol_version} "
-                    f"on {tested_on}; give one"
-                )
+                protocol, version, tested_on = _column(result)
+                raise DataError(f"run {run} has two results of {protocol} v{version} on {tested_on}; give one")
             cells[run] = _percent(result.metrics[_headline(result)])
     keys = sorted(columns)
     rows = [

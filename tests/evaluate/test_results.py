@@ -58,6 +58,26 @@ def test_result_file_goes_there_and_back(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_result_of_other_test_images_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = a_result().model_copy(update={"inputs": {"test": "a" * 32}})
+    again = first.model_copy(update={"seconds": 2.5})
+    other = first.model_copy(update={"inputs": {"test": "b" * 32}})
+    newer = other.model_copy(update={"protocol_version": other.protocol_version + 1})
+    for result in (first, again, other, newer):
+        path = write_result(tmp_path, result)
+    version = first.protocol_version
+    assert {place.name: read_result(place) for place in result_paths(tmp_path)} == {
+        path.name: newer,
+        f"{path.stem}-v{version}-aaaaaaaa.json": again,
+        f"{path.stem}-v{version}-bbbbbbbb.json": other,
+    }
+    said = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("kept as ")[2] for line in said] == [
+        f"{path.stem}-v{version}-aaaaaaaa.json",
+        f"{path.stem}-v{version}-bbbbbbbb.json",
+    ]
+
+
 def test_versions_name_every_library() -> None:
     versions = a_result().versions
     decoders = {"dali", "nvimgcodec", "nvjpeg"}
