@@ -11,8 +11,9 @@ from bowstore.data.shard_check import Problem
 from bowstore.data.sources.names import is_system
 from bowstore.data.verify import FolderReport, is_shards_folder, verify_folder, verify_remote
 from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.evaluate.results import read_result
 from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
-from bowstore.runs import is_network, is_run
+from bowstore.runs import is_network, is_run, result_paths, results_folder
 
 _SHOWN_PER_SHARD = 20
 _RUN_COUNTS = ("checkpoints", "exported", "aside")
@@ -181,6 +182,11 @@ def _verify_runs(path: Path, below: list[Path], *, repair: bool) -> PathReport:
             f"checkpoint by itself, and writes a damaged export anew once you have moved it away"
         )
     found = [verify_run(run) for run in runs]
+    for run in found:
+        for random_init in (False, True):
+            for result in result_paths(results_folder(run.path, random_init=random_init)):
+                with run.noting():
+                    read_result(result)
     checkpoints, exported, aside = (sum(getattr(run, name) for run in found) for name in _RUN_COUNTS)
     checked = f"{checkpoints} checkpoints and {exported} exported networks" + (
         f" of {len(runs)} runs" if len(runs) > 1 else ""

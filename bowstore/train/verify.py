@@ -70,10 +70,9 @@ def verify_run(path: Path) -> RunFindings:
         _check_export(found, network, newest.get("backbone"))
     found.problems += runs.metric_lines(path)[1] or (runs.lost_lines(path, last_logged(newest)) if newest else [])
     _check_lineage(found, newest)
-    for file in (path / runs.ENVIRONMENT_FILE, *runs.result_paths(path)):
-        if file.exists():
-            with found.noting():
-                read_json(file)
+    if (path / runs.ENVIRONMENT_FILE).exists():
+        with found.noting():
+            read_json(path / runs.ENVIRONMENT_FILE)
     return found
 
 

@@ -70,9 +70,11 @@ def test_every_damage_to_a_run_is_named(run: Path) -> None:
     (run / "lineage.json").write_text("{")
     (run / "eval").mkdir()
     (run / "eval" / "linear.json").write_bytes(b"\xff")
+    (run / "random" / "eval").mkdir(parents=True)
+    (run / "random" / "eval" / "knn.json").write_text('{"a": 1}')
     found = messages(verify_path(run))
     names = ("config.yaml", new.name, old.name, "backbone.safetensors", "metrics.jsonl", "lineage.json",
-             "environment.json", "linear.json")  # fmt: skip
+             "environment.json", "linear.json", "knn.json is not a result file")  # fmt: skip
     assert [next(name for name in names if name in line) for line in found] == [*names]
     result = CliRunner().invoke(main, ["verify", str(run), "--json"])
     assert result.exit_code == 1
