@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -59,7 +58,6 @@ class Registry(Generic[T]):
         """
         self._what, self._group, self._kind = what, group, kind
         self._own = {name: _Entry("bowstore itself", partial(attribute, path)) for name, path in own.items()}
-        self._added: list[tuple[T, str]] = []
 
     def names(self) -> tuple[str, ...]:
         """All names, bowstore's own first; modules of bowstore and of installed packages are not imported for it.
@@ -86,24 +84,15 @@ class Registry(Generic[T]):
             raise UsageError(f"no {self._what} {name!r}; {hint}there are {', '.join(entries)}")
         return self._load(name, entries[name])
 
-    def add(self, value: T, origin: str) -> None:
-        """Add a value for the rest of this process; worker processes know only those of packages and plugins.
-
-        Raises:
-            UsageError: another value has its name.
-        """
-        self._put(self._entries(), value.name, _Entry(origin, lambda: value))
-        self._added.append((value, origin))
-
     def _entries(self) -> dict[str, _Entry]:
         entries = dict(self._own)
         for point in _installed(self._group):
             package = point.dist.name if point.dist else point.value
             self._put(entries, point.name, _Entry(f"the installed package {package}", point.load))
-        held = ((value, origin) for origin, module in _modules() for value in vars(module).values())
-        for value, origin in chain(held, self._added):
-            if isinstance(value, self._kind):
-                self._put(entries, value.name, _Entry(origin, partial(_same, value)))
+        for origin, module in _modules():
+            for value in vars(module).values():
+                if isinstance(value, self._kind):
+                    self._put(entries, value.name, _Entry(origin, partial(_same, value)))
         return entries
 
     def _put(self, entries: dict[str, _Entry], name: str, entry: _Entry) -> None:

@@ -183,12 +183,7 @@ def test_a_broken_plugin_is_one_line_of_the_command(tmp_path: Path, monkeypatch:
         KINDS.names()
 
 
-def test_what_is_added_in_a_program(tmp_path: Path) -> None:
+def test_a_workspace_without_plugins_uses_none(tmp_path: Path) -> None:
+    use_plugins(Named(("of_another.py",), str(tmp_path)))
     load_workspace(tmp_path)
     assert plugins_in_use() == Named((), str(tmp_path))
-    kinds = Registry("kind of source", "tests.none", Kind, {"folder": "bowstore.data.sources.folder:KIND"})
-    kinds.add(KINDS.get("voc"), "a notebook")
-    assert kinds.names() == ("folder", "voc")
-    assert kinds.values() == [KINDS.get("folder"), KINDS.get("voc")]
-    with pytest.raises(UsageError, match=r"kind of source 'voc' comes twice, from a notebook and from a script"):
-        kinds.add(Kind(**{**vars(KINDS.get("voc")), "expects": "another"}), "a script")
