@@ -130,7 +130,6 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             (run / BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
 
         # --- the loop
-
         local = fetched(index, images=schedule.images, whole=True, display=world.first)
         world.assembled()  # however long the shards take to arrive on some machine
         batches = train_batches(
@@ -145,8 +144,15 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         )
         log = None
         if world.first:
-            told, per_pass = (task.constants, task.dead), schedule.steps_per_pass
-            log = RunLog(config, run, *told, first=first, logged=begun.logged, steps_per_pass=per_pass)
+            log = RunLog(
+                config,
+                run,
+                task.constants,
+                task.dead,
+                first=first,
+                logged=begun.logged,
+                steps_per_pass=schedule.steps_per_pass,
+            )
             stack.callback(log.close)
         stop_requested = stack.enter_context(_stop_signal())
         keep = config.runtime.keep_checkpoints
