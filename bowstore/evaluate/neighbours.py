@@ -4,7 +4,6 @@ Legend: N train images, M test images, d feature width, K classes, k neighbours;
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +26,17 @@ def score(features: Features, settings: KnnSettings) -> Scores:
     """The votes of the split "train" on the split "test"."""
     train, test = features["train"], features["test"]
     classes = check_classes(train.labels, test.labels, len(train.classes) or None)
-    arrays = train["pooled"], train.labels, test["pooled"], test.labels
-    how: dict[str, Any] = {"k": settings.k, "temperature": settings.temperature, "classes": classes}
-    return Scores(
-        metrics=knn_accuracy(*arrays, **how, device=torch.device(features.device)), settings={"classes": classes}
+    metrics = knn_accuracy(
+        train["pooled"],
+        train.labels,
+        test["pooled"],
+        test.labels,
+        k=settings.k,
+        temperature=settings.temperature,
+        classes=classes,
+        device=torch.device(features.device),
     )
+    return Scores(metrics=metrics, settings={"classes": classes})
 
 
 def knn_accuracy(
