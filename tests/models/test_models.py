@@ -3,10 +3,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from bowstore.config import ModelConfig
+from bowstore.config import ModelConfig, validate
 from bowstore.errors import MismatchError, UsageError
 from bowstore.models.heads import CosineHead, RotationHead, group_depth
 from bowstore.models.registry import build_backbone
@@ -156,3 +157,24 @@ def test_the_depth_of_the_rotation_head_is_a_setting() -> None:
         assert len(heads[blocks].stage[0]) == (blocks or 2)  # type: ignore[index, arg-type]
     with pytest.raises(MismatchError, match=r"and, for a rotation head, task\.blocks: 1 in runs from before that"):
         load_weights(heads[None], heads[1].state_dict(), "runs/old")
+
+
+def test_rotations_are_told_by_a_linear_layer_alone_if_asked() -> None:
+    values = {"name": "r", "view": {"size": 32, "resize": None, "cutmix": False}, "model": {"arch": "wrn-10-1"}}
+    index: Any = SimpleNamespace(fingerprint="0")
+    network = {}
+    for head in ("block", "linear"):
+        config = TrainConfig.model_validate({**values, "task": {"name": "rotation", "head": head}})
+        network[head] = build_task(config, index, World(0, 1, torch.device("cpu"))).network.eval()
+    images_BCHW = torch.randn(3, 3, 32, 32)
+    one, other = network["linear"], network["block"]
+    assert {name: tuple(value.shape) for name, value in one.head.state_dict().items()} == {
+        "weight": (4, 64),
+        "bias": (4,),
+    }
+    expected = F.linear(one.backbone(images_BCHW), one.head.weight, one.head.bias)
+    torch.testing.assert_close(one(images_BCHW), expected)
+    trunks = [it.backbone.state_dict() for it in (one, other)]
+    assert all(torch.equal(trunks[0][name], trunks[1][name]) for name in trunks[0])  # the heads differ, and no more
+    with pytest.raises(UsageError, match=r"task: blocks 2 are those of head block; leave them out with head linear"):
+        validate(TrainConfig, {**values, "task": {"name": "rotation", "head": "linear", "blocks": 2}}, "x")

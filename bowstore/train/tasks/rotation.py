@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bowstore.models.heads import RotationHead
+from bowstore.models.backbone import Backbone
+from bowstore.models.heads import LinearHead, RotationHead
 from bowstore.train.tasks.settings import RotationSettings
-from bowstore.train.tasks.task import Dead, Job, Network, Task, last_map
+from bowstore.train.tasks.task import Dead, Job, Network, Task, last_map, pooled
 
 _ROTATIONS = 4
 _CHANCE = math.log(_ROTATIONS)
@@ -20,7 +21,7 @@ _CHANCE = math.log(_ROTATIONS)
 def build(settings: RotationSettings, job: Job) -> Task:
     """The task of a job."""
     return Task(
-        network=Network(job.backbone, RotationHead(job.backbone, settings.blocks), last_map),
+        network=_network(settings, job.backbone),
         bring=lambda batch: (batch.images_BCHW,),
         make=_make,
         loss=_loss,
@@ -33,6 +34,12 @@ def build(settings: RotationSettings, job: Job) -> Task:
             f"lower optim.lr",
         ),
     )
+
+
+def _network(settings: RotationSettings, backbone: Backbone) -> Network:
+    if settings.head == "linear":
+        return Network(backbone, LinearHead(backbone.features, _ROTATIONS), pooled)
+    return Network(backbone, RotationHead(backbone, settings.blocks), last_map)
 
 
 def _make(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,18 @@ class RotationSettings(TaskSettings):
     """RotNet: which of four rotations an image is in. Its head is one more group of residual blocks (paper, 4)."""
 
     name: Literal["rotation"] = "rotation"
-    blocks: int | None = Field(
-        None, ge=1, le=100, description="residual blocks of the head; null: those of the backbone's last group"
+    head: Literal["block", "linear"] = Field(
+        "block", description="block: one more residual group before the linear layer; linear: that layer alone"
     )
+    blocks: int | None = Field(
+        None, ge=1, le=100, description="residual blocks of head block; null: those of the backbone's last group"
+    )
+
+    @model_validator(mode="after")
+    def _has_blocks(self) -> Self:
+        if self.head == "linear" and self.blocks is not None:
+            raise ValueError(f"blocks {self.blocks} are those of head block; leave them out with head linear")
+        return self
 
 
 class WordsSettings(TaskSettings):
