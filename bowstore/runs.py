@@ -256,7 +256,8 @@ def write_lineage(run: Path, *, name: str, task: str, inputs: Mapping[str, str],
         name: the run's.
         task: name of its task.
         inputs: digests of the images and targets that it depends on.
-        targets: where the targets come from; with `teacher`, a network as word stores record it, whose words they are.
+        targets: where the targets come from; with `teacher`, a network as word stores record it, whose words they are;
+            with `start`, the network that the run began with.
     """
     write_json(run / LINEAGE_FILE, {"name": name, "task": task, "inputs": dict(inputs), "targets": dict(targets)})
 
@@ -279,17 +280,20 @@ def read_lineage(run: Path) -> dict[str, Any] | None:
 def descent(lineage: Mapping[str, Any]) -> tuple[str, ...]:
     """How a run came about, the first thing first: `rotation`, `rotnet`, `256 words of block3`, `bownet`."""
     targets = lineage.get("targets") or {}
+    started = _descent_of_network(targets["start"]) if "start" in targets else ()
     before = descent_of_words(targets) if "teacher" in targets else (str(lineage.get("task")),)
-    return *before, str(lineage.get("name"))
+    return *started, *before, str(lineage.get("name"))
 
 
 def descent_of_words(layer: Mapping[str, Any]) -> tuple[str, ...]:
     """The same of words, of what `bowstore.words.layer.Layer.lineage` says of them."""
-    teacher = layer.get("teacher")
-    if not isinstance(teacher, Mapping):  # a plugin's own, or lost
-        teacher = {"name": teacher or "unknown"}
-    name, origin = teacher.get("name"), teacher.get("weights_file") or teacher.get("weights_layout")
-    before: tuple[str, ...] = (str(name) if origin in (None, name) else f"{name} ({origin})",)
-    if teacher.get("lineage"):
-        before = descent(teacher["lineage"])
-    return *before, f"{layer.get('num_words')} words of {layer.get('layer')}"
+    return *_descent_of_network(layer.get("teacher")), f"{layer.get('num_words')} words of {layer.get('layer')}"
+
+
+def _descent_of_network(network: Any) -> tuple[str, ...]:
+    if not isinstance(network, Mapping):  # a plugin's own, or lost
+        network = {"name": network or "unknown"}
+    if network.get("lineage"):
+        return descent(network["lineage"])
+    name, origin = network.get("name"), network.get("weights_file") or network.get("weights_layout")
+    return (str(name) if origin in (None, name) else f"{name} ({origin})",)

@@ -14,6 +14,7 @@ from bowstore.progress import say
 from bowstore.remote import RemoteFolder, is_remote
 from bowstore.train.config import TrainConfig, load_train_config
 from bowstore.train.tasks import TASKS
+from bowstore.train.tasks.base import StartedSettings, TaskSettings
 from bowstore.yaml_file import write_yaml
 
 
@@ -107,6 +108,17 @@ def resolve_teacher(workspace: Workspace, teacher: str | None) -> str | Path:
     return named if not there and is_arch(named) else find_run(workspace, named)
 
 
+def with_start(task: TaskSettings, workspace: Workspace) -> TaskSettings:
+    """Settings of a task with the path of the run that it starts from, if it names one.
+
+    Raises:
+        MissingError: there is no such run or file.
+    """
+    if not isinstance(task, StartedSettings) or task.start is None:
+        return task
+    return task.model_copy(update={"start": find_run(workspace, task.start)})
+
+
 def resolve_train(
     workspace: Workspace,
     config: Path,
@@ -128,12 +140,14 @@ def resolve_train(
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     resolved = load_train_config(config, overrides, given)
     storage = resolved.runtime.storage or workspace.storage
+    task = with_start(resolved.task, workspace)
     updates: dict[str, object] = {
+        "task": task,
         "shards": resolved.shards or workspace.shards,
         "runtime": resolved.runtime.model_copy(update={"storage": storage}),
     }
-    if resolve := TASKS.get(resolved.task.name).resolve:
-        updates["task"] = called(resolve)(resolved.task, workspace.model_copy(update={"storage": storage}))
+    if resolve := TASKS.get(task.name).resolve:
+        updates["task"] = called(resolve)(task, workspace.model_copy(update={"storage": storage}))
     return resolved.model_copy(update=updates)
 
 

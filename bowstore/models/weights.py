@@ -9,12 +9,28 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bowstore.errors import DataError
+
 
 def put_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load tensors by name, all of which the module has, and in their shapes."""
     own = module.state_dict()  # with the versions of its modules, which some refuse to load without (MNASNet)
     own.update(state)
     module.load_state_dict(own)
+
+
+def finite_weights(state: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights that no network can be run with.
+
+    Raises:
+        DataError: some are NaN or infinite; the message gives the network's name and the first tensors.
+    """
+    bad = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise DataError(
+            f"the weights of {name} hold NaN or infinity in {len(bad)} of {len(state)} tensors "
+            f"({', '.join(bad[:3])}); take another checkpoint"
+        )
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

@@ -106,9 +106,14 @@ def _lacking(stage: TrainStage | EncodeStage, given: Collection[str]) -> str:
     if "shards" not in given and not is_remote(stage.shards) and fingerprint(stage.shards) is None:
         return f"shards in {stage.shards}: make them, `bowstore shards IMAGES {stage.shards.parent}`"
     if isinstance(stage, EncodeStage):
-        unfinished = stage.teacher and not runs.is_finished(Path(stage.config.teacher))
-        return f"the run {stage.config.teacher}: finish it, `bowstore train`" if unfinished else ""
+        return _unfinished(stage.config.teacher) if stage.teacher else ""
+    if stage.start and "task.start" not in given and (lacking := _unfinished(stage.flags["task.start"])):
+        return lacking
     words, layer = stage.encoding, stage.flags.get("task.layer")
     if not words or "task.store" in given or is_remote(words.place) or complete_layer(words.place, layer):
         return ""
     return f"layer {layer} of word store {words.place}: make it, `bowstore encode`"
+
+
+def _unfinished(run: Path | str) -> str:
+    return "" if runs.is_finished(Path(run)) else f"the run {run}: finish it, `bowstore train`"

@@ -16,14 +16,15 @@ from bowstore.recipes.encode import EncodeStage, complete_layer
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, TO_DO, Stage, State, fingerprint
 from bowstore.train.config import TrainConfig, differences, load_train_config
-from bowstore.workspace import resolve_train
+from bowstore.train.tasks.base import StartedSettings
+from bowstore.workspace import resolve_train, with_start
 
 
 class TrainStage(Stage):
     """A training run."""
 
     kind = "train"
-    takes = {"on": ("shards",), "words": ("encode",)}  # noqa: RUF012 - pydantic keeps it out of the fields
+    takes = {"on": ("shards",), "words": ("encode",), "start": ("train",)}  # noqa: RUF012 - pydantic keeps it out of the fields
     own_place = "`name:`"
     distributed = True
 
@@ -32,6 +33,7 @@ class TrainStage(Stage):
     name: Text | None = Field(None, description="of the run; null: the configuration's")
     on: Text | None = Field(None, description="shards; null: the configuration's, or the workspace's")
     words: Text | None = Field(None, description="the words that it learns")
+    start: Text | None = Field(None, description="the run that its network starts from; null: the configuration's")
 
     @property
     def file(self) -> Path:
@@ -51,7 +53,15 @@ class TrainStage(Stage):
         flags |= {"shards": shards_of(self.on, "train", self._here)} if self.on else {}
         if self._here.seed is not None:
             flags.setdefault("seed", self._here.seed)
+        for role, key in (("words", "task.store"), ("start", "task.start")):
+            if getattr(self, role) and key in flags:
+                raise UsageError(f"{key} is given twice, by the input `{role}` and below `set`; take one out")
         task = load_train_config(self.file, (), flags).task
+        if self.start and not isinstance(task, StartedSettings):
+            raise UsageError(
+                f"{self.file} is of task {task.name}, which starts from no run; take `start: {self.start}` out"
+            )
+        flags |= {"task.start": self._here.stages[self.start].writes[0]} if self.start else {}
         if self.encoding:
             if not hasattr(task, "store"):
                 raise UsageError(
@@ -75,13 +85,20 @@ class TrainStage(Stage):
     @cached_property
     def config(self) -> TrainConfig:
         """The configuration as it will be resolved, with its shards."""
-        config = load_train_config(self.file, (), self.flags)
-        return config.model_copy(update={"shards": config.shards or self._here.workspace.shards})
+        config, workspace = load_train_config(self.file, (), self.flags), self._here.workspace
+        task = config.task if self.start else with_start(config.task, workspace)  # a stage's need not be there yet
+        return config.model_copy(update={"shards": config.shards or workspace.shards, "task": task})
 
     @property
     def shards(self) -> Path:
         """The images."""
         return cast(Path, self.config.shards)
+
+    @property
+    def begins(self) -> Path | None:
+        """The run whose backbone its network starts from."""
+        task = self.config.task
+        return task.start if isinstance(task, StartedSettings) else None
 
     @property
     def run(self) -> Path:
@@ -90,8 +107,9 @@ class TrainStage(Stage):
 
     @property
     def reads(self) -> tuple[Path | str, ...]:
-        """Shards and words."""
-        return self.shards, *([self.encoding.place / self.flags["task.layer"]] if self.encoding else [])
+        """Shards, words, and the run that it starts from."""
+        words = [self.encoding.place / self.flags["task.layer"]] if self.encoding else []
+        return self.shards, *words, *([self.begins] if self.begins else [])
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -115,9 +133,13 @@ class TrainStage(Stage):
         if found := differences(there, config):
             return f"run directory {run} holds another configuration ({found[0]})"
         lineage = runs.read_lineage(run)
-        images, here = (lineage["inputs"] if lineage else _recorded_inputs(run)).get("shards"), fingerprint(self.shards)
+        inputs = lineage["inputs"] if lineage else _recorded_inputs(run)
+        images, here = inputs.get("shards"), fingerprint(self.shards)
         if images and here and images != here:
             return f"{run} was trained on other images than {self.shards} holds"
+        began, starts = inputs.get("start"), self.begins and runs.weights_sha256(self.begins)
+        if began and starts and began != starts:
+            return f"{run} was started from other weights than {self.begins} holds"
         words, now = lineage["targets"].get("vocabulary_digest") if lineage else None, complete_layer(store, layer)
         if words and now and words != now.made_with()["vocabulary"]:
             return f"{run} was trained on other words of {layer} than word store {store} holds"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bowstore.config import Compile, ModelConfig, ViewConfig, validate
 from bowstore.data.views import CleanView, clean_view
-from bowstore.errors import DataError, UsageError
+from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
@@ -24,7 +24,7 @@ from bowstore.models.library import library_view
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.registry import build_backbone, is_arch
 from bowstore.models.saved import load_backbone
-from bowstore.models.weights import weights_sha256
+from bowstore.models.weights import finite_weights, weights_sha256
 from bowstore.runs import read_lineage, run_of
 
 Precision = Literal["float32", "bfloat16"]
@@ -228,12 +228,7 @@ def _freeze(
     if len(set(names)) < len(names):
         raise UsageError(f"layers {', '.join(layers)} name {', '.join(names)}: give each layer once")
     state = backbone.state_dict()
-    bad = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise DataError(
-            f"the weights of {origin.name} hold NaN or infinity in {len(bad)} of {len(state)} tensors "
-            f"({', '.join(bad[:3])}); take another checkpoint"
-        )
+    finite_weights(state, origin.name)
     sha256 = weights_sha256(state)
     backbone.eval().requires_grad_(False).to(device).to(memory_format=FROZEN_FORMAT)
     maps = backbone.feature_maps(torch.zeros(1, 3, view.size, view.size, device=device), names)

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bowstore.config import Strict, Workspace
+from pydantic import Field
+
+from bowstore.config import Place, Strict, Workspace
 from bowstore.plugins import Plugin
 
 if TYPE_CHECKING:  # with torch
@@ -15,6 +17,14 @@ class TaskSettings(Strict):
     """Settings of a task; each kind has its own below this."""
 
     name: str
+
+
+class StartedSettings(TaskSettings):
+    """Settings of a task whose network may begin with the backbone of another run (`bowstore.train.start`)."""
+
+    start: Place | None = Field(
+        None, description="run, checkpoint or exported network that the network starts from; null: random weights"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

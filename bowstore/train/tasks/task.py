@@ -8,7 +8,7 @@ Legend: B batch, C channels, H W pixels, h w feature map.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,9 @@ from bowstore.plugins import called
 from bowstore.progress import say
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
+from bowstore.train.start import begin_with
 from bowstore.train.tasks import TASKS
+from bowstore.train.tasks.base import StartedSettings
 
 Features = Callable[[Backbone, Tensor], Tensor]
 
@@ -103,7 +105,7 @@ class Task:
         modes: puts the network's modules into train or eval mode, once before the first step.
         views: network inputs an image.
         dead: how a run looks that learns nothing; None if that cannot be told, and on ranks other than 0.
-        lineage: what the targets come from, as plain values.
+        lineage: what the targets come from, and the weights that the run began with, as plain values.
     """
 
     network: Network
@@ -130,7 +132,8 @@ class Job:
 
     Attributes:
         config: of the run, paths and layer filled in.
-        backbone: freshly initialised from the configuration's seed, which torch's generator goes on with.
+        backbone: initialised from the configuration's seed, which torch's generator goes on with, or as the run is
+            that the settings start from.
         index: of the images.
         world: who this process is among the ranks.
     """
@@ -148,11 +151,20 @@ def mixing(plan: Plan, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def build_task(config: TrainConfig, index: Index, world: World) -> Task:
-    """The task of a configuration, its network randomly initialised from the configuration's seed."""
+    """The task of a configuration.
+
+    The network is randomly initialised from the configuration's seed; where its settings name a run to start from, the
+    backbone is that run's, whose weights are then among the task's inputs.
+    """
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model)
     if (frozen := backbone.freeze_unused()) and world.first:
         names = ", ".join(sorted({name.rpartition(".")[0] for name in frozen}))
         say(f"{names} of {backbone.arch}: behind {backbone.layers[-1]}, the last map that is used; not trained")
+    started = isinstance(config.task, StartedSettings) and config.task.start
+    start = begin_with(started, backbone, config) if started else None
     task: Task = called(TASKS.get(config.task.name).build)(config.task, Job(config, backbone, index, world))
-    return task
+    if start is None:
+        return task
+    inputs, lineage = {**task.inputs, "start": start.sha256}, {**task.lineage, "start": start.lineage}
+    return replace(task, inputs=inputs, lineage=lineage)
