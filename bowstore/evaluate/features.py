@@ -3,11 +3,10 @@
 Legend: B batch, C H W of the images, c channels, h w places of a map, N images, d feature width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bowstore.config import Compile
 from bowstore.data.pipeline import clean_batches
@@ -27,138 +25,12 @@ from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import CannotCompileError, Compiled, Use, compile_frozen, tell_fallback, way_of
 from bowstore.models.memory import FROZEN_FORMAT
+from bowstore.models.pooling import POOLED, Tap, tapped
 from bowstore.progress import Progress, say
 
-MAX_DIMS = 9216
 COLLAPSED = 1e-3  # variation below which features tell no images apart; those of random networks vary by 0.05 and more
 _SLICE = 1024  # images at a time, so that sums in float64 need little memory
 Batches = Iterable[tuple[NDArray[np.int64], Tensor]]
-
-
-@dataclass(frozen=True)
-class WindowPool:
-    """Average pooling by a sliding square window, in places of the map.
-
-    Attributes:
-        kernel: side of the window.
-        stride: step of the window.
-        padding: border of zeros.
-        count_padding: True divides by all cells of the window (PyTorch's default, VISSL); False by those
-            inside the map (Caffe2's, FAIR).
-    """
-
-    kernel: int
-    stride: int
-    padding: int = 0
-    count_padding: bool = False
-
-    def __call__(self, maps_Bchw: Tensor) -> Tensor:
-        """Pooled maps (B, c, rows, columns)."""
-        return F.avg_pool2d(maps_Bchw, self.kernel, self.stride, self.padding, count_include_pad=self.count_padding)
-
-    def __str__(self) -> str:
-        return f"average {self.kernel}/{self.stride}/{self.padding}"
-
-
-@dataclass(frozen=True)
-class GridPool:
-    """Average pooling to a grid of nearly equal, possibly overlapping cells (PyTorch's adaptive pooling)."""
-
-    rows: int
-    columns: int
-
-    def __call__(self, maps_Bchw: Tensor) -> Tensor:
-        """Pooled maps (B, c, rows, columns)."""
-        return F.adaptive_avg_pool2d(maps_Bchw, (self.rows, self.columns))
-
-    def __str__(self) -> str:
-        return f"average grid {self.rows}x{self.columns}"
-
-
-Pool = WindowPool | GridPool
-
-# Pools of the FAIR benchmark for ResNet-50 at 224 pixels, by channels and side of the map (protocols 3.3):
-# (kernel, stride, padding).
-PUBLISHED_WINDOWS: Mapping[tuple[int, int], tuple[int, int, int]] = {
-    (64, 112): (10, 10, 4),
-    (64, 56): (5, 5, 2),
-    (256, 56): (16, 8, 0),
-    (512, 28): (13, 5, 0),
-    (1024, 14): (8, 3, 0),
-    (2048, 7): (6, 1, 0),
-}
-
-
-def choose_pool(channels: int, height: int, width: int, *, count_padding: bool = False) -> Pool:
-    """The pooling that brings a map to about 9k dimensions; the one place that holds this rule.
-
-    A map of a shape that ResNet-50 has at 224 pixels gets the published window (8/3/0 and 3x3x1024 for conv4,
-    6/1/0 and 2x2x2048 for conv5). Any other gets the finest square grid with at most 9216 dimensions, not
-    finer than the map, and at least one cell.
-
-    Args:
-        channels: c of the map.
-        height: h of the map.
-        width: w of the map.
-        count_padding: see `WindowPool`; matters only where there is padding.
-    """
-    if height == width and (channels, height) in PUBLISHED_WINDOWS:
-        return WindowPool(*PUBLISHED_WINDOWS[channels, height], count_padding=count_padding)
-    side = max(1, isqrt(MAX_DIMS // channels))
-    return GridPool(min(height, side), min(width, side))
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where a feature is taken: a layer and how its map is pooled; no layer means the network's output."""
-
-    layer: str | None
-    pool: Pool | None = None
-
-    def __str__(self) -> str:
-        return f"{self.layer} {self.pool}" if self.layer else "pooled output"
-
-
-POOLED: Mapping[str, Tap] = {"pooled": Tap(None)}
-
-
-def layer_taps(
-    backbone: Backbone,
-    layers: Sequence[str],
-    *,
-    size: int,
-    everywhere: bool = False,
-    count_padding: bool = False,
-) -> dict[str, Tap]:
-    """Taps of named layers, each pooled to about 9k dimensions (`choose_pool`), by layer.
-
-    The shapes of the maps are found by one black image.
-
-    Args:
-        backbone: the network; runs once where its weights are.
-        layers: its names, or another library's for the same (`layer3`): a tap has the backbone's own.
-        size: side of the square input, pixels.
-        everywhere: True pools each map to one average over all places (obow) instead.
-        count_padding: see `WindowPool`.
-
-    Raises:
-        UsageError: a layer that the backbone does not have, none at all, or one twice.
-    """
-    if not layers:
-        raise UsageError(f"no layers given; those of {backbone.arch} are {', '.join(backbone.layers)}")
-    names = [backbone.resolve(layer) for layer in layers]
-    if len(set(names)) < len(names):
-        raise UsageError(f"layers {', '.join(layers)} name {', '.join(names)}: give each layer once")
-    device = next(backbone.parameters()).device
-    with evaluating(backbone), torch.no_grad():
-        maps = backbone.feature_maps(torch.zeros(1, 3, size, size, device=device), names)
-    return {
-        layer: Tap(
-            layer,
-            GridPool(1, 1) if everywhere else choose_pool(*maps[layer].shape[1:], count_padding=count_padding),
-        )
-        for layer in names
-    }
 
 
 def pooled_output(_backbone: Backbone, _settings: Any, _size: int) -> Mapping[str, Tap]:
@@ -297,7 +169,7 @@ class Extraction:
 
     @property
     def _use(self) -> Use:
-        return partial(_tap, taps=self.taps)
+        return partial(tapped, taps=self.taps)
 
 
 def warn_of_collapse(what: str, shares: Mapping[str, float], images: int) -> None:
@@ -339,20 +211,6 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _tap(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
-    """Features (B, d) of one batch by the tap's name; the network runs once for all layers together."""
-    layers = sorted({tap.layer for tap in taps.values() if tap.layer is not None})
-    maps = backbone.feature_maps(images_BCHW, layers) if layers else {}
-    features: dict[str, Tensor] = {}
-    for name, tap in taps.items():
-        if tap.layer is None:
-            features[name] = backbone(images_BCHW)
-        else:
-            maps_Bchw = maps[tap.layer]
-            features[name] = (tap.pool(maps_Bchw) if tap.pool else maps_Bchw).flatten(1)
-    return features
 
 
 def _refuse_non_finite(

@@ -28,8 +28,8 @@ from bowstore.errors import UsageError
 from bowstore.plugins import Plugin, called
 
 if TYPE_CHECKING:  # they load torch
-    from bowstore.evaluate.features import Tap
     from bowstore.models.backbone import Backbone
+    from bowstore.models.pooling import Tap
     from bowstore.train.distributed import World
 
 T = TypeVar("T")

@@ -17,11 +17,11 @@ import xxhash
 from bowstore.config import Workspace
 from bowstore.data.file_reader import FileReader
 from bowstore.errors import DataError, MismatchError, MissingError
-from bowstore.evaluate.features import Tap, layer_taps
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
 from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings
 from bowstore.evaluate.svm import ABSENT, IGNORED, NORM_EPSILON, PRESENT, SEED, SvmScores, check_problem, evaluate_svms
 from bowstore.models.backbone import Backbone
+from bowstore.models.pooling import Tap, layer_taps
 
 Split = Literal["trainval", "test"]
 _LABELS = {"1": PRESENT, "-1": ABSENT, "0": IGNORED}

@@ -14,21 +14,11 @@ from torch import Tensor, nn
 from bowstore.config import Compile, ModelConfig
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
-from bowstore.evaluate.features import (
-    POOLED,
-    Batches,
-    Extraction,
-    GridPool,
-    Tap,
-    WindowPool,
-    choose_pool,
-    layer_taps,
-    variation,
-    warn_of_collapse,
-)
+from bowstore.evaluate.features import Batches, Extraction, variation, warn_of_collapse
 from bowstore.evaluate.protocol import LabelledSplit
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, Compiled
+from bowstore.models.pooling import POOLED, GridPool, Tap, WindowPool, choose_pool, layer_taps
 from bowstore.models.registry import build_backbone
 
 CPU = torch.device("cpu")
@@ -155,6 +145,16 @@ def test_layers_are_pooled_maps(backbone: Backbone) -> None:
         expected = taps[layer].pool
         assert expected is not None
         np.testing.assert_array_equal(features[layer], expected(maps).flatten(1).numpy())
+
+
+def test_the_network_runs_once_for_its_layers_and_its_output(backbone: Backbone) -> None:
+    images, passes = torch.randn(3, 3, 16, 16), []
+    taps = {**layer_taps(backbone, backbone.layers, size=16), **POOLED}
+    with next(iter(backbone.root().children())).register_forward_hook(lambda *_: passes.append(1)):
+        features = collect(backbone, batches(images, 3), rows(3), taps)
+    assert len(passes) == 1
+    alone = collect(backbone, batches(images, 3), rows(3), POOLED)
+    np.testing.assert_array_equal(features["pooled"], alone["pooled"])
 
 
 def test_everywhere_is_one_average(backbone: Backbone) -> None:

@@ -16,9 +16,10 @@ from bowstore.config import StorageConfig
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError
 from bowstore.evaluate import kept
-from bowstore.evaluate.features import POOLED, Extraction, GridPool, Tap, WindowPool
+from bowstore.evaluate.features import Extraction
 from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit
+from bowstore.models.pooling import POOLED, GridPool, Tap, WindowPool
 from bowstore.remote.cache import make_room
 
 TAPS = {**POOLED, "all": Tap("all", GridPool(2, 2))}

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from bowstore.config import Count, Seed
 from bowstore.data.views import clean_view
 from bowstore.evaluate.augmented import augmented
-from bowstore.evaluate.features import POOLED, Extraction
+from bowstore.evaluate.features import Extraction
 from bowstore.evaluate.protocol import DataSets, Kind, Network, Protocol, Scores
 from bowstore.evaluate.train_test import TrainTestSettings, open_train_test, resolve_train_test
+from bowstore.models.pooling import POOLED
 from bowstore.train.distributed import World
 
 
