@@ -198,6 +198,16 @@ def find_config(path: Path, group: str = "") -> Path:
     return next((place for folder in folders for name in names if (place := folder / name).is_file()), path)
 
 
+def no_such_config(path: Path, group: str = "") -> str:
+    """Of a configuration that is not there: the nearest of those that come with bowstore, or all their names."""
+    names = sorted(file.stem for file in (bundled_configs() / group).glob("*.yaml"))
+    longer = [name for name in names if name.startswith(path.stem)]  # some were renamed to end in _small
+    near = [min(longer, key=len)] if longer else difflib.get_close_matches(path.stem, names, n=1)
+    if near:
+        return f"did you mean {near[0]}, which comes with bowstore and goes by its bare name?"
+    return f"those that come with bowstore go by their bare names: {', '.join(names)}"
+
+
 def load_workspace(folder: Path | None = None) -> Workspace:
     """The workspace of `folder` (default: the current directory), or the defaults where there is no file.
 

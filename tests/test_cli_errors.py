@@ -121,7 +121,7 @@ def test_values_out_of_bounds_are_usage_errors(command: list[str], message: str)
 def test_flags_reach_the_configuration_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("\U0001f600", "null", "1e5", "#x", "a: b", "'", "[1]", "caf\u00e9\t\\n"):
-        result = CliRunner().invoke(main, ["train", "--config", "cifar10_rotnet", "--shards", f"images/{name}"])
+        result = CliRunner().invoke(main, ["train", "--config", "cifar10_rotnet_small", "--shards", f"images/{name}"])
         assert result.exit_code == 1
         problem = result.stderr.splitlines()[-1]
         assert problem == f"Error: no folder {' '.join(f'images/{name}'.split())}; name the one that holds the shards"
@@ -129,12 +129,14 @@ def test_flags_reach_the_configuration_as_they_are(tmp_path: Path, monkeypatch: 
 
 def test_a_store_is_no_input_of_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["train", "--config", "cifar10_rotnet", "--store", "words.zarr"])
+    result = CliRunner().invoke(main, ["train", "--config", "cifar10_rotnet_small", "--store", "words.zarr"])
     assert result.exit_code == 2
-    assert "Error: --store: task rotation of cifar10_rotnet has none; leave it out" in result.stderr
+    assert "Error: --store: task rotation of cifar10_rotnet_small has none; leave it out" in result.stderr
 
 
-@pytest.mark.parametrize("command", [["encode", "--teacher", "resnet18"], ["train", "--config", "cifar10_rotnet"]])
+@pytest.mark.parametrize(
+    "command", [["encode", "--teacher", "resnet18"], ["train", "--config", "cifar10_rotnet_small"]]
+)
 def test_half_of_torchruns_variables_is_refused(
     command: list[str], make_shard_set: ShardMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

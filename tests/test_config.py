@@ -30,8 +30,8 @@ def test_every_bundled_configuration_is_valid_and_says_what_it_is(path: Path, tm
 def test_there_is_a_configuration_for_each_data_set() -> None:
     names = {path.stem for path in BUNDLED}
     assert names >= {
-        "demo_rotnet", "demo_bownet", "cifar10_rotnet", "cifar10_bownet", "imagenette_rotnet", "imagenette_bownet",
-        "imagenet_rotnet", "imagenet_conv4", "imagenet_conv5",
+        "demo_rotnet", "demo_bownet", "cifar10_rotnet_small", "cifar10_bownet_small", "imagenette_rotnet_small",
+        "imagenette_bownet_small", "imagenet_rotnet", "imagenet_conv4", "imagenet_conv5",
     }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_imagenet_is_the_papers_recipe() -> None:
 )
 def test_bad_values_are_one_line_with_value_and_remedy(override: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
-        load_train_config(find_config(Path("cifar10_rotnet.yaml")), [override])
+        load_train_config(find_config(Path("cifar10_rotnet_small.yaml")), [override])
     assert "\n" not in str(error.value)
 
 
@@ -226,26 +226,33 @@ def test_a_bundled_configuration_is_taken_by_its_bare_name_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bundled = bundled_configs() / "cifar10_rotnet.yaml"
-    for name in ("cifar10_rotnet.yaml", "cifar10_rotnet", "configs/cifar10_rotnet.yaml", "configs/cifar10_rotnet"):
-        assert load_train_config(Path(name)).name == "cifar10_rotnet"
+    own = "cifar10_rotnet_small"
+    bundled = bundled_configs() / f"{own}.yaml"
+    for name in (f"{own}.yaml", own, f"configs/{own}.yaml", f"configs/{own}"):
+        assert load_train_config(Path(name)).name == own
         assert capsys.readouterr().err == f"configuration {name}: {bundled}, which comes with bowstore\n"
-    for name in ("/nowhere/cifar10_rotnet.yaml", "nowhere/cifar10_rotnet", "../configs/cifar10_rotnet.yaml"):
-        with pytest.raises(MissingError, match=rf"no configuration file {name}; those that come with bowstore go by"):
+    for name, near in (
+        *((name, own) for name in (f"/nowhere/{own}.yaml", f"nowhere/{own}", f"../configs/{own}.yaml")),
+        ("cifar10_bownet", "cifar10_bownet_small"),
+        ("imagenet_kone4.yaml", "imagenet_conv4"),
+    ):
+        with pytest.raises(MissingError, match=rf"no configuration file {name}; did you mean {near}, which comes with"):
             load_train_config(Path(name))
+    with pytest.raises(MissingError, match=r"no configuration file x; those that come with bowstore go by .*: cifar10"):
+        load_train_config(Path("x"))
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "cifar10_rotnet.yaml").write_text("task: words")
-    assert load_train_config(Path("cifar10_rotnet")).task.name == "words", "the workspace's own goes first"
-    assert capsys.readouterr().err == "configuration cifar10_rotnet: configs/cifar10_rotnet.yaml\n"
-    assert load_train_config(Path("configs/cifar10_rotnet.yaml")).task.name == "words"
+    (tmp_path / "configs" / f"{own}.yaml").write_text("task: words")
+    assert load_train_config(Path(own)).task.name == "words", "the workspace's own goes first"
+    assert capsys.readouterr().err == f"configuration {own}: configs/{own}.yaml\n"
+    assert load_train_config(Path(f"configs/{own}.yaml")).task.name == "words"
     assert capsys.readouterr().err == ""
-    (tmp_path / "cifar10_rotnet").symlink_to("nowhere")
-    with pytest.raises(MissingError, match="no configuration file cifar10_rotnet;"):
-        load_train_config(Path("cifar10_rotnet"))
+    (tmp_path / own).symlink_to("nowhere")
+    with pytest.raises(MissingError, match=f"no configuration file {own};"):
+        load_train_config(Path(own))
 
 
 def test_flags_are_values_and_each_key_is_set_once(tmp_path: Path) -> None:
-    path = find_config(Path("cifar10_bownet.yaml"))
+    path = find_config(Path("cifar10_bownet_small.yaml"))
     odd = tmp_path / "\U0001f600 #x: [null, 'a"
     config = load_train_config(path, ["seed=1"], {"name": "1e5", "shards": odd, "words.store": odd})
     assert (config.name, config.shards, config.task.store, config.seed) == ("1e5", odd, odd, 1)

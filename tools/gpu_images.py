@@ -219,8 +219,8 @@ def imagenette(check: Check) -> None:
     from bowstore.environment import library_versions
 
     teacher, student, epochs, k = check.size(
-        ("imagenette_rotnet", "imagenette_bownet", (12, 40), 2048),
-        ("imagenette_rotnet", "imagenette_bownet", (4, 12), 2048),
+        ("imagenette_rotnet_small", "imagenette_bownet_small", (12, 40), 2048),
+        ("imagenette_rotnet_small", "imagenette_bownet_small", (4, 12), 2048),
         ("demo_rotnet", "demo_bownet", (1, 1), 16),
     )
     print(library_versions())

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from bowstore.config import CONFIGS, Place, Seed, Strict, Text, bundled_configs, find_config, validate
+from bowstore.config import CONFIGS, Place, Seed, Strict, Text, bundled_configs, find_config, no_such_config, validate
 from bowstore.errors import MissingError, UsageError
 from bowstore.overrides import apply_overrides
 from bowstore.recipes.encode import EncodeStage
@@ -63,12 +63,10 @@ def find_recipe(recipe: Path) -> Path:
     """The file that is meant (`find_config`).
 
     Raises:
-        MissingError: there is none; the message lists those that come with bowstore.
+        MissingError: there is none; the message names the nearest that comes with bowstore.
     """
     if not (path := find_config(recipe, RECIPES)).is_file():
-        raise MissingError(
-            f"no recipe {recipe}; those that come with bowstore go by their bare names: {', '.join(bundled_recipes())}"
-        )
+        raise MissingError(f"no recipe {recipe}; {no_such_config(recipe, RECIPES)}")
     return path
 
 

@@ -22,6 +22,7 @@ from bowstore.config import (
     bundled_configs,
     dump,
     find_config,
+    no_such_config,
     validate,
     value_differences,
 )
@@ -154,7 +155,7 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
         flags: values by key, as `a.b`; taken as they are.
 
     Raises:
-        MissingError: no such file; the message lists the configurations that come with bowstore.
+        MissingError: no such file; the message names the nearest that comes with bowstore.
         UsageError: a file, key or value that cannot be used.
     """
     found = find_config(path)
@@ -164,10 +165,7 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
     try:
         values = read_yaml(found)
     except MissingError as error:
-        known = ", ".join(sorted(p.name for p in bundled_configs().glob("*.yaml")))
-        raise MissingError(
-            f"no configuration file {path}; those that come with bowstore go by their bare names: {known}"
-        ) from error
+        raise MissingError(f"no configuration file {path}; {no_such_config(path)}") from error
     values.setdefault("name", path.stem)
     if values.get("student") is not None:
         raise UsageError(f"{path}: student: {_NO_STUDENT}")

@@ -25,7 +25,7 @@ QUICK = ["--set", "runtime.log_every_steps=1", "--set", "runtime.checkpoint_ever
 SHORT = [*QUICK]
 for value in ("optim.epochs=2", "optim.milestones=[1]", "optim.steps_per_epoch=7"):
     SHORT += ["--set", value]
-ROTNET = ["train", "--config", "cifar10_rotnet.yaml", *SHORT]
+ROTNET = ["train", "--config", "cifar10_rotnet_small.yaml", *SHORT]
 NEXT = BOWNET = ["train", *SHORT]  # the next stage of the recipe: the teacher first, from then on BoWNet
 ENCODE = ["encode", "--layer", "block3", "--K", "16", "--sample-per-word", "64", "--iterations", "5"]
 
@@ -92,17 +92,17 @@ def test_the_four_commands(workspace: Path) -> None:
     assert "finished already" in call(*ROTNET)
     assert "already complete" in call(*ENCODE)
     report = json.loads(call(*BOWNET, "--json"))
-    assert report["run"] == "runs/cifar10_bownet"
-    lineage = "lineage: rotation -> cifar10_rotnet -> 16 words of block3 -> cifar10_bownet\n"
-    assert lineage in call("verify", "runs/cifar10_bownet")
+    assert report["run"] == "runs/cifar10_bownet_small"
+    lineage = "lineage: rotation -> cifar10_rotnet_small -> 16 words of block3 -> cifar10_bownet_small\n"
+    assert lineage in call("verify", "runs/cifar10_bownet_small")
     assert report["steps"] == 14
     result = json.loads(call("eval", "linear", "--json"))
     assert result["protocol"] == "linear/bownet-cifar"
     assert 0 < result["metrics"]["top1"] <= 1
-    assert (workspace / "runs/cifar10_bownet/eval/linear-bownet-cifar.json").is_file()
-    assert "cifar10_bownet" in call("eval", "linear", "--run", "cifar10_bownet")
+    assert (workspace / "runs/cifar10_bownet_small/eval/linear-bownet-cifar.json").is_file()
+    assert "cifar10_bownet_small" in call("eval", "linear", "--run", "cifar10_bownet_small")
     call("eval", "linear", "--random")
-    assert (workspace / "runs/cifar10_bownet/random/eval/linear-bownet-cifar.json").is_file()
+    assert (workspace / "runs/cifar10_bownet_small/random/eval/linear-bownet-cifar.json").is_file()
 
 
 def test_train_takes_the_recipes_next_stage_or_says_what_it_waits_for(workspace: Path) -> None:
@@ -124,7 +124,7 @@ def test_fewshot_and_knn_as_typed(workspace: Path) -> None:
     few = ["--shots", 1, "--shots", 2, "--queries", 4, "--episodes", 50]
     result = json.loads(call("eval", "fewshot", *few, "--json"))
     assert result["protocol"] == "fewshot/5way-1-2shot/all"
-    assert (workspace / "runs/cifar10_rotnet/eval/fewshot-5way-1-2shot-all.json").is_file()
+    assert (workspace / "runs/cifar10_rotnet_small/eval/fewshot-5way-1-2shot-all.json").is_file()
     some = call("eval", "fewshot", *few[:2], *few[4:], "--classes", "PLANE,Boat,car,dog,tree")
     assert "fewshot/5way-1shot/5-classes-" in some
     line = refused("eval", "knn", code=2)
@@ -138,12 +138,12 @@ RECIPE = """
 title: as typed
 stages:
   data:   {{shards: {{src: {images}}}}}
-  rotnet: {{train: cifar10_rotnet.yaml, on: data, set: {{{short}}}}}
+  rotnet: {{train: cifar10_rotnet_small.yaml, on: data, set: {{{short}}}}}
   words:
     encode: {{layers: [block3], num_words: [16], sample_per_word: 64, iterations: 5}}
     teacher: rotnet
     on: data
-  bownet: {{train: cifar10_bownet.yaml, words: words, on: data, set: {{{short}}}}}
+  bownet: {{train: cifar10_bownet_small.yaml, words: words, on: data, set: {{{short}}}}}
   linear: {{eval: linear, of: [rotnet, bownet], random: bownet, train: data, test: data}}
 """
 
@@ -179,7 +179,7 @@ def test_a_recipe_goes_on_from_what_was_typed_and_never_mixes_settings(workspace
     changed = {path.name for path, time in times(workspace / "runs").items() if before.get(path) != time}
     assert changed == {"typed.recipe.json"}, "what is done is not done again"
 
-    differs = "run directory runs/cifar10_rotnet holds another configuration (optim.lr is 0.1 there, 0.2 here)"
+    differs = "run directory runs/cifar10_rotnet_small holds another configuration (optim.lr is 0.1 there, 0.2 here)"
     for change, words in (
         ("stages.rotnet.set.optim.lr=0.2", differs),
         ("stages.words.encode.num_words=[8]", "layer 'block3' of word store data/words.zarr was made with K 16, not 8"),
@@ -189,7 +189,7 @@ def test_a_recipe_goes_on_from_what_was_typed_and_never_mixes_settings(workspace
         assert words in call("run", "typed", "--dry-run", "--set", change), "a dry run says so, too"
     assert states("--set", "stages.linear.eval=[{linear: {seed: 1}}]")[-1] == "to do"
 
-    by_name = ("stages.words.teacher=null", "stages.words.encode.teacher=cifar10_rotnet")
+    by_name = ("stages.words.teacher=null", "stages.words.encode.teacher=cifar10_rotnet_small")
     assert (
         "already complete"
         in invoke("run", "typed", "--stage", "words", "--set", by_name[0], "--set", by_name[1]).stderr
@@ -197,7 +197,7 @@ def test_a_recipe_goes_on_from_what_was_typed_and_never_mixes_settings(workspace
     shutil.rmtree(workspace / "data/words.zarr")
     call(*ENCODE, "--seed", "1")
     assert "was made with seed 1, not 0" in refused("run", "typed")
-    words = "runs/cifar10_bownet was trained on other words of block3 than word store data/words.zarr holds"
+    words = "runs/cifar10_bownet_small was trained on other words of block3 than word store data/words.zarr holds"
     assert words in refused("run", "typed", "--set", "stages.words.encode.seed=1")
 
 
@@ -205,12 +205,12 @@ def test_a_recipe_goes_on_from_what_was_typed_and_never_mixes_settings(workspace
 def test_kill_9_in_a_recipe_and_again(workspace: Path, recipe: Path) -> None:
     torch.set_num_threads(1)
     whole = json.loads(call("run", "typed", "--json"))["results"]
-    shutil.rmtree(workspace / "runs/cifar10_bownet")
+    shutil.rmtree(workspace / "runs/cifar10_bownet_small")
     for result in workspace.glob("runs/*/eval/*.json"):
         result.unlink()
     for path, lines in (
-        ("runs/cifar10_bownet/metrics.jsonl", 6),
-        ("runs/cifar10_rotnet/eval/linear-bownet-cifar.json", 1),
+        ("runs/cifar10_bownet_small/metrics.jsonl", 6),
+        ("runs/cifar10_rotnet_small/eval/linear-bownet-cifar.json", 1),
     ):
         process = bowstore("run", "typed")
         wait_for_lines(workspace / path, lines)
@@ -221,7 +221,7 @@ def test_kill_9_in_a_recipe_and_again(workspace: Path, recipe: Path) -> None:
 
 
 def test_bench_train(workspace: Path) -> None:
-    arguments = ["--config", "cifar10_rotnet.yaml", *SHORT[:6], "--steps", 5, "--rounds", 2]
+    arguments = ["--config", "cifar10_rotnet_small.yaml", *SHORT[:6], "--steps", 5, "--rounds", 2]
     result = json.loads(call("bench", "train", *arguments, "--json"))
     assert result == json.loads((workspace / "runs/bench/train.json").read_text())
     rates = result["images_per_second"]
@@ -239,7 +239,10 @@ def test_voc07_as_typed(workspace: Path) -> None:
 
 def test_verify_names_the_chunk_of_a_flipped_byte(workspace: Path) -> None:
     told = call("verify", "data/words.zarr", "--shards", "data/shards/train")
-    assert told.splitlines()[1:] == ["lineage: rotation -> cifar10_rotnet -> 16 words of block3", "no problem found"]
+    assert told.splitlines()[1:] == [
+        "lineage: rotation -> cifar10_rotnet_small -> 16 words of block3",
+        "no problem found",
+    ]
     digest = call("verify", "data/words.zarr", "--digest").splitlines()[-1]
     assert len(digest) == 32
     chunk = workspace / "data/words.zarr/block3/words/c/0/0/0"
@@ -296,7 +299,7 @@ def test_mistakes_are_one_line(workspace: Path) -> None:
         (("encode", "--layer", "block2", "--K", "70000"), 2, "65535"),
         (("encode", "--layer", "block2", "--K", "60000"), 2, "60000"),
         (("encode", "--layer", "block3", "--K", "32"), 1, "K"),
-        (("encode", "--layer", "block3", "--K", "16", "--teacher", "nobody"), 1, "runs in runs: cifar10_rotnet"),
+        (("encode", "--layer", "block3", "--K", "16", "--teacher", "nobody"), 1, "runs in runs: cifar10_rotnet_small"),
         (("train", "--config", "nothing.yaml"), 1, "those that come with bowstore"),
         (("train", "--set", "optim.lrr=1"), 2, "did you mean 'lr'?"),
         (("train", "--store", "nowhere.zarr"), 1, "no word store nowhere.zarr"),
@@ -315,7 +318,7 @@ def test_mistakes_are_one_line(workspace: Path) -> None:
 def test_shards_changed_after_indexing_stop_everything(workspace: Path) -> None:
     with open(workspace / "data/shards/train/train-000000.tar", "ab") as file:
         file.write(bytes(1024))
-    for command in (ENCODE, BOWNET, ["eval", "linear", "--run", "cifar10_rotnet"]):
+    for command in (ENCODE, BOWNET, ["eval", "linear", "--run", "cifar10_rotnet_small"]):
         assert "changed after indexing" in refused(*command)
 
 

@@ -24,9 +24,9 @@ SMALL = """
 stages:
   images: {render: {train: 120, val: 60}}
   data:   {shards: {}, images: images}
-  rotnet: {train: cifar10_rotnet.yaml, on: data}
+  rotnet: {train: cifar10_rotnet_small.yaml, on: data}
   words:  {encode: {layers: [block3], num_words: [16]}, teacher: rotnet, on: data}
-  bownet: {train: cifar10_bownet.yaml, words: words, on: data}
+  bownet: {train: cifar10_bownet_small.yaml, words: words, on: data}
   linear: {eval: linear, of: [rotnet, bownet], random: bownet, train: data, test: data}
 """
 
@@ -67,8 +67,8 @@ MISTAKES = [
         r"images.: .*size: Input should be less than or equal to 1024 \(got 1025\)",
     ),
     ("num_words", "num_word", r"'words': encode: unknown configuration key 'num_word'; did you mean 'num_words'\?"),
-    ("bownet.yaml", "bownet.yaml, set: {optim.epoch: 2}", r"key 'optim\.epoch'; did you mean 'epochs'\?"),
-    ("cifar10_bownet.yaml", "nobody.yaml", r"stage 'bownet': no configuration file nobody\.yaml"),
+    ("bownet_small.yaml", "bownet_small.yaml, set: {optim.epoch: 2}", r"key 'optim\.epoch'; did you mean 'epochs'\?"),
+    ("cifar10_bownet_small.yaml", "nobody.yaml", r"stage 'bownet': no configuration file nobody\.yaml"),
     ("eval: linear", "eval: liner", r"stage 'linear': eval: no protocol 'liner'; did you mean 'linear'"),
     (
         "eval: linear",
@@ -79,8 +79,8 @@ MISTAKES = [
     ("teacher: rotnet, ", "", r"stage 'words': no teacher; name the stage that trains it"),
     ("words: words, ", "", r"stage 'bownet': .*learns words; name the stage that makes them"),
     (
-        "rotnet.yaml",
-        "rotnet.yaml, words: words",
+        "rotnet_small.yaml",
+        "rotnet_small.yaml, words: words",
         r"stages wait for each other in a circle: rotnet -> words -> rotnet; take",
     ),
     ("of: [rotnet, bownet], random: bownet, ", "", r"stage 'linear': .*name the networks: `of: \[STAGE"),
@@ -88,9 +88,9 @@ MISTAKES = [
     ("teacher: rotnet", "teacher: data", r"`teacher: data` is a stage of kind shards, and must be one of kind train"),
     ("teacher: rotnet", "teacher: rotnet/val", r"only shards have splits; write 'rotnet'"),
     (
-        "bownet.yaml",
-        "bownet.yaml, name: cifar10_rotnet",
-        r"'rotnet' and 'bownet' both write runs/cifar10_rotnet; give .*name",
+        "bownet_small.yaml",
+        "bownet_small.yaml, name: cifar10_rotnet_small",
+        r"'rotnet' and 'bownet' both write runs/cifar10_rotnet_small; give .*name",
     ),
     (
         "[block3]",
@@ -162,7 +162,7 @@ def test_places_are_the_workspaces_unless_named() -> None:
     )
     assert isinstance(rotnet, TrainStage)
     assert (rotnet.run, rotnet.config.seed, rotnet.config.shards) == (
-        Path("runs/cifar10_rotnet"),
+        Path("runs/cifar10_rotnet_small"),
         3,
         data.splits["train"],
     )
@@ -172,9 +172,9 @@ def test_places_are_the_workspaces_unless_named() -> None:
     assert bownet.reads == (data.splits["train"], words.place / "block3")
     assert isinstance(linear, EvalStage)
     assert [(cell.row, cell.run.name, cell.config.random) for cell in linear.cells] == [
-        ("random network", "cifar10_bownet", True),
-        ("rotnet", "cifar10_rotnet", False),
-        ("bownet", "cifar10_bownet", False),
+        ("random network", "cifar10_bownet_small", True),
+        ("rotnet", "cifar10_rotnet_small", False),
+        ("bownet", "cifar10_bownet_small", False),
     ]
 
 
@@ -212,10 +212,10 @@ def test_init_writes_a_recipe_with_its_configurations() -> None:
 
 
 def test_init_copies_the_configurations_that_a_recipe_of_ones_own_means() -> None:
-    own = Path("mine/cifar10_rotnet.yaml")
+    own = Path("mine/cifar10_rotnet_small.yaml")
     own.parent.mkdir()
-    own.write_text(find_config(Path("cifar10_rotnet.yaml")).read_text() + "seed: 77\n")
-    Path("a: b.yaml").write_text(SMALL.replace("cifar10_rotnet.yaml", str(own)))
+    own.write_text(find_config(Path("cifar10_rotnet_small.yaml")).read_text() + "seed: 77\n")
+    Path("a: b.yaml").write_text(SMALL.replace("cifar10_rotnet_small.yaml", str(own)))
     assert CliRunner().invoke(main, ["init", "new", "--recipe", "a: b.yaml"]).exit_code == 0
     os.chdir("new")
     assert own.read_text().endswith("seed: 77\n")

@@ -41,7 +41,7 @@ def test_inputs_that_nobody_makes_are_asked_for_before_anything_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(
-        "stages:\n  data: {shards: {src: IMAGES}}\n  rotnet: {train: cifar10_rotnet.yaml, on: data}\n"
+        "stages:\n  data: {shards: {src: IMAGES}}\n  rotnet: {train: cifar10_rotnet_small.yaml, on: data}\n"
         "  voc: {eval: {voc07: {voc: VOC2007}}, of: [rotnet]}\n"
     )
     for there, asked in (("x", "stage 'data': IMAGES"), ("IMAGES", "stage 'voc': VOC2007")):
@@ -84,7 +84,7 @@ def test_processes_are_started_by_torchrun_with_the_same_plan(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bowstore.recipes.run.subprocess.Popen", Failing)
     Path("data/shards/train").mkdir(parents=True)
-    Path("r.yaml").write_text("stages: {rotnet: {train: cifar10_rotnet.yaml}}")
+    Path("r.yaml").write_text("stages: {rotnet: {train: cifar10_rotnet_small.yaml}}")
     recipe = load_recipe(Path("r.yaml"), ["stages.rotnet.set.optim.epochs=2"])
     with pytest.raises(BowstoreError, match=r"stage 'rotnet' ended with exit code 3; its own lines above say why"):
         run_recipe(make_plan(recipe, Workspace(), seed=4, folder=Path("out")), processes=8)

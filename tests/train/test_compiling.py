@@ -58,7 +58,9 @@ def test_operations_of_a_run_are_counted(make_config: Make) -> None:
     assert run_flops(config, task_of("wrn-10-1", views=4), 5) == 4 * 3 * 2 * macs * 8 * 5
 
 
-@pytest.mark.parametrize("name", ["demo_rotnet.yaml", "demo_bownet.yaml", "cifar10_rotnet.yaml", "cifar10_bownet.yaml"])
+@pytest.mark.parametrize(
+    "name", ["demo_rotnet.yaml", "demo_bownet.yaml", "cifar10_rotnet_small.yaml", "cifar10_bownet_small.yaml"]
+)
 def test_runs_of_minutes_stay_as_they_are(name: str) -> None:
     config = load_train_config(bundled_configs() / name)
     per_pass = (10_000 if "demo" in name else 50_000) // config.optim.batch
