@@ -86,7 +86,7 @@ def newest_run(workspace: Workspace, *, teacher: bool = False) -> Path:
                 return run
         except BowstoreError as error:  # perhaps of another task; and nobody asked for this one
             say(f"warning: {error}; the run is passed over")
-    tasks = ", ".join(name for name in TASKS.names() if TASKS.get(name).teacher)
+    tasks = " or ".join(name for name in TASKS.names() if TASKS.get(name).teacher)
     kind = f"finished run of a teacher (task {tasks})" if teacher else "finished run"
     raise MissingError(f"no {kind} in {workspace.runs}; `bowstore train --config ...` makes one, or name it by flag")
 

@@ -1,6 +1,6 @@
 """Heads trained on top of a backbone.
 
-Legend: B batch, C feature width, K words.
+Legend: B batch, C feature width, K words, N patches of a batch, P of each image.
 """
 
 import torch
@@ -79,6 +79,34 @@ class RotationHead(nn.Module):
     def forward(self, map_BChw: Tensor) -> Tensor:
         """Logits (B, 4) of 0, 90, 180, 270 degrees."""
         return self.linear(mean_pool(self.stage(map_BChw)))  # type: ignore[no-any-return]
+
+
+class PairHead(nn.Module):
+    """Where each patch of an image lies around the centre one, by the pooled features of both (RelLoc).
+
+    One hidden layer with batch norm, as in the neighbouring code of the paper's authors.
+
+    Args:
+        features: C.
+        hidden: width of the hidden layer; None for 2 C.
+        patches: P, odd; the one in the middle is the centre.
+    """
+
+    def __init__(self, features: int, hidden: int | None = None, patches: int = 9) -> None:
+        super().__init__()
+        hidden = hidden or 2 * features
+        self.hidden = nn.Linear(2 * features, hidden, bias=False)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.linear = LinearHead(hidden, patches - 1)
+        self._patches, self._centre = patches, patches // 2
+
+    def forward(self, features_NC: Tensor) -> Tensor:
+        """Logits (B (P - 1), P - 1) of features (B P, C): the patches of an image in a row, the centre's left out."""
+        features_BPC, at = features_NC.reshape(-1, self._patches, features_NC.shape[1]), self._centre
+        around_BPC = torch.cat([features_BPC[:, :at], features_BPC[:, at + 1 :]], dim=1)
+        centre_BPC = features_BPC[:, at : at + 1].expand_as(around_BPC)
+        pairs_NC = torch.cat([around_BPC, centre_BPC], dim=2).flatten(0, 1)
+        return self.linear(F.relu(self.norm(self.hidden(pairs_NC))))  # type: ignore[no-any-return]
 
 
 def group_depth(backbone: Backbone) -> int:

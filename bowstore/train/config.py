@@ -120,10 +120,11 @@ class TrainConfig(Strict):
         return values
 
     @model_validator(mode="after")
-    def _mixed_images_have_a_target(self) -> Self:
+    def _the_view_suits_the_task(self) -> Self:
         name = self.task.name
         if self.view.cutmix and not TASKS.get(name).mixes:
             raise ValueError(f"view.cutmix must be false for task {name}: a mixed image has no target there")
+        self.task.check_view(self.view)
         return self
 
 

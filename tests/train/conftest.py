@@ -7,6 +7,7 @@ from shard_sets import ShardMaker, write_store
 
 from bowstore.config import validate
 from bowstore.train.config import TrainConfig
+from bowstore.train.tasks import TASKS
 
 Make = Callable[..., TrainConfig]
 
@@ -18,12 +19,15 @@ def make_config(make_shard_set: ShardMaker, tmp_path: Path) -> Make:
     def make(task: str = "words", settings: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
         if task == "words" and not (tmp_path / "words.zarr").exists():
             write_store(tmp_path / "words.zarr", index)
-        words = {"store": str(tmp_path / "words.zarr"), "layer": "block3"}
+        own = {
+            "words": {"store": str(tmp_path / "words.zarr"), "layer": "block3"},
+            "location": {"patch": 4, "jitter": 1},  # what fits the view
+        }.get(task, {})
         values: dict[str, Any] = {
             "name": f"{task}-run",
-            "task": {"name": task, **(words if task == "words" else {}), **(settings or {})},
+            "task": {"name": task, **own, **(settings or {})},
             "shards": str(index.root),
-            "view": {"size": 16, "resize": None, "cutmix": task != "rotation"},
+            "view": {"size": 16, "resize": None, "cutmix": TASKS.get(task).mixes},
             "model": {"arch": "wrn-10-1", "strides": [2, 2, 1]},
             "optim": {"batch": 16, "epochs": 3, "lr": 0.05, "milestones": [2]},
             "runtime": {"log_every_steps": 2, "checkpoint_every_steps": 5, "threads": 1},

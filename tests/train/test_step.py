@@ -38,7 +38,8 @@ def made(config: TrainConfig) -> tuple[Task, Batch]:
 
 
 @pytest.mark.parametrize("changes", [
-    {"task": "rotation"}, {"task": "supervised"}, {}, {"settings": {"form": "binary"}}, {"view": {"cutmix": False}},
+    {"task": "rotation"}, {"task": "location"}, {"task": "supervised"},
+    {}, {"settings": {"form": "binary"}}, {"view": {"cutmix": False}},
 ])  # fmt: skip
 def test_inputs_network_targets_and_loss_are_one_graph(make_config: Make, changes: dict[str, Any]) -> None:
     """Traced without a break; the values of what was traced are those of the step as it is."""

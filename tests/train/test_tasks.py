@@ -180,7 +180,7 @@ def test_the_newest_teacher_is_of_a_task_that_makes_them(tmp_path: Path) -> None
     for newest in ("1", "0"):
         assert newest_run(workspace, teacher=True) == tmp_path / newest
         (tmp_path / newest / "backbone.safetensors").unlink()
-    with pytest.raises(MissingError, match=r"no finished run of a teacher \(task rotation\) in "):
+    with pytest.raises(MissingError, match=r"no finished run of a teacher \(task rotation or location\) in "):
         newest_run(workspace, teacher=True)
 
 
@@ -351,7 +351,7 @@ def test_settings_of_another_task_are_left_out_with_a_word(tmp_path: Path, capsy
     ({"task": {"form": "count"}}, r"task: write a group with the task's name, as in \{name: rotation\}"),
     ({"task": 3}, r"task: write a group with the task's name.* \(got 3\)"),
     ({"task": [1]}, r"task: write a group with the task's name"),
-    ({"task": "supervise"}, r"task: no task 'supervise'; did you mean 'supervised'\? there are rotation, words, "),
+    ({"task": "supervise"}, r"task: no task 'supervise'; did you mean 'supervised'\? there are rotation, location, "),
     ({"task": {"name": "words", "from": "count"}}, r"unknown configuration key 'task\.from'; did you mean 'form'\?"),
     ({"task": {"name": "words", "gamma": 0}}, r"task\.gamma: Input should be greater than 0 \(got 0\)"),
     ({"task": {"name": "words"}, "words": {"gamma": 1}}, r"words: settings of a task stand in its group now"),

@@ -12,6 +12,7 @@ TASKS = Registry(
     Kind,
     {
         "rotation": "bowstore.train.tasks.settings:ROTATION",
+        "location": "bowstore.train.tasks.settings:LOCATION",
         "words": "bowstore.train.tasks.settings:WORDS",
         "supervised": "bowstore.train.tasks.settings:SUPERVISED",
     },

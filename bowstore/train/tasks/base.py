@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from bowstore.config import Place, Strict, Workspace
+from bowstore.config import Place, Strict, ViewConfig, Workspace
 from bowstore.plugins import Plugin
 
 if TYPE_CHECKING:  # with torch
@@ -17,6 +17,9 @@ class TaskSettings(Strict):
     """Settings of a task; each kind has its own below this."""
 
     name: str
+
+    def check_view(self, view: ViewConfig) -> None:
+        """Raise a ValueError that says why the task cannot be trained on a view, and what to set; most take any."""
 
 
 class StartedSettings(TaskSettings):

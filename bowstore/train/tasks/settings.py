@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Place, Positive, Text, Workspace
+from bowstore.config import Count, Place, Positive, Text, ViewConfig, Workspace
 from bowstore.remote import fetch_store
 from bowstore.train.tasks.base import Kind, TaskSettings
 
@@ -25,6 +25,35 @@ class RotationSettings(TaskSettings):
         if self.head == "linear" and self.blocks is not None:
             raise ValueError(f"blocks {self.blocks} are those of head block; leave them out with head linear")
         return self
+
+
+class LocationSettings(TaskSettings):
+    """RelLoc: where a patch lies around the centre one of a 3 x 3 grid (Doersch et al., the paper's Table 3).
+
+    The paper gives no sizes; the defaults are those of its authors' neighbouring code, at a view of 96 pixels.
+    """
+
+    name: Literal["location"] = "location"
+    patch: int = Field(24, ge=4, le=2048, description="side of a patch, pixels of the view")
+    jitter: int = Field(8, ge=0, le=2048, description="pixels by which a patch may lie off its cell's first corner")
+    gap: int = Field(0, ge=0, le=2048, description="pixels between the cells of the grid")
+    hidden: Count | None = Field(
+        None, description="width of the head's hidden layer; null: twice that of the pooled feature"
+    )
+
+    @property
+    def grid_side(self) -> int:
+        """Side of the grid, pixels of the view."""
+        return 3 * (self.patch + self.jitter) + 2 * self.gap
+
+    def check_view(self, view: ViewConfig) -> None:
+        """The grid fits the view."""
+        if self.grid_side > view.size:
+            raise ValueError(
+                f"view.size {view.size} is too small for task location: three patches of {self.patch} pixels with a "
+                f"jitter of {self.jitter} each, and two gaps of {self.gap}, take {self.grid_side}; set view.size to "
+                f"{self.grid_side} or more, or lower task.patch"
+            )
 
 
 class WordsSettings(TaskSettings):
@@ -66,6 +95,7 @@ def _in_workspace(settings: WordsSettings, workspace: Workspace) -> WordsSetting
 
 
 ROTATION = Kind(name="rotation", settings=RotationSettings, build="bowstore.train.tasks.rotation:build", mixes=False)
+LOCATION = Kind(name="location", settings=LocationSettings, build="bowstore.train.tasks.location:build", mixes=False)
 WORDS = Kind(
     name="words",
     settings=WordsSettings,

@@ -104,6 +104,7 @@ class Task:
         constants: numbers of the whole run for the log of rank 0, such as the marginal's loss.
         modes: puts the network's modules into train or eval mode, once before the first step.
         views: network inputs an image.
+        side: of the network's inputs, pixels; None for that of the view.
         dead: how a run looks that learns nothing; None if that cannot be told, and on ranks other than 0.
         lineage: what the targets come from, and the weights that the run began with, as plain values.
     """
@@ -118,6 +119,7 @@ class Task:
     constants: dict[str, float] = field(default_factory=dict)
     modes: Callable[[Network], object] = nn.Module.train
     views: int = 1
+    side: int | None = None
     dead: Dead | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
 
