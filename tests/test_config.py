@@ -51,7 +51,7 @@ def test_imagenet_is_the_papers_recipe() -> None:
         ("optim.lr=-1", r"optim\.lr: Input should be greater than 0 \(got -1\)"),
         ("optim.lr=fast", r"optim\.lr: .*number.*\(got 'fast'\)"),
         ("view.area=[0.9,0.1]", r"area 0\.9\.\.0\.1 must satisfy 0 < low <= high <= 1"),
-        ("task=jigsaw", r"no task 'jigsaw'; there are rotation, words, supervised"),
+        ("task=jigsaw", r"no task 'jigsaw'; there are rotation, location, words, supervised"),
         ("name=a/b", r"name: .*pattern.*\(got 'a/b'\); use letters, digits and \. _ - .*; --name gives another name"),
         (
             "student=x",
