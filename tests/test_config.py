@@ -251,6 +251,49 @@ def test_a_bundled_configuration_is_taken_by_its_bare_name_alone(
         load_train_config(Path(own))
 
 
+def test_a_configuration_is_based_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text("name: b\ntask: {name: words, form: binary, gamma: 2}\noptim: {lr: 0.5, batch: 8}")
+    Path("x.yaml").write_text("base: base.yaml\ntask: {gamma: 3}\noptim: {lr: 0.25}\nseed: 7")
+    config = load_train_config(Path("x.yaml"), ["optim.momentum=0.5"])
+    assert (config.name, config.seed) == ("x", 7), "a name is its file's"
+    assert (config.task.form, config.task.gamma) == ("binary", 3.0)
+    assert (config.optim.lr, config.optim.batch, config.optim.momentum) == (0.25, 8, 0.5)
+    Path("y.yaml").write_text("base: x.yaml\ntask: {name: supervised}\nview: {cutmix: false}")
+    config = load_train_config(Path("y.yaml"))
+    assert config.task.model_dump() == {"name": "supervised", "head": "linear", "gamma": 10.0}, "of another task"
+    assert (config.optim.lr, config.optim.batch, config.view.cutmix) == (0.25, 8, False), "over two files"
+    Path("z.yaml").write_text("base: cifar10_bownet_small\noptim: {epochs: 1}")
+    bundled = load_train_config(find_config(Path("cifar10_bownet_small")))
+    changed = {"name": "z", "optim": bundled.optim.model_copy(update={"epochs": 1})}
+    assert load_train_config(Path("z.yaml")) == bundled.model_copy(update=changed), "one that comes with bowstore"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: 3", r"x\.yaml: base: write the name of a configuration \(got 3\)"),
+        ("base: ~/a.yaml", r"x\.yaml: base: write the name of a configuration \(got '~/a\.yaml'\)"),
+        ("base: nobody.yaml", r"x\.yaml: base: no configuration file nobody\.yaml; those that come with bowstore"),
+        (
+            "base: cifar10_bownet",
+            r"x\.yaml: base: no configuration file cifar10_bownet; did you mean cifar10_bownet_sm",
+        ),
+        ("base: x.yaml", r"x\.yaml: base: x\.yaml is based on this file itself; take one of the two out"),
+        ("base: y.yaml", r"x\.yaml: base: y\.yaml is based on this file itself; take one of the two out"),
+        ("base: z.yaml\ntask: words", r"x\.yaml: unknown configuration key 'optimm'; did you mean 'optim'\?"),
+    ],
+)
+def test_a_base_that_cannot_be_used(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("y.yaml").write_text("base: x.yaml")
+    Path("z.yaml").write_text("optimm: {lr: 1}")
+    Path("x.yaml").write_text(text)
+    with pytest.raises((UsageError, MissingError), match=message) as error:
+        load_train_config(Path("x.yaml"))
+    assert "\n" not in str(error.value)
+
+
 def test_flags_are_values_and_each_key_is_set_once(tmp_path: Path) -> None:
     path = find_config(Path("cifar10_bownet_small.yaml"))
     odd = tmp_path / "\U0001f600 #x: [null, 'a"

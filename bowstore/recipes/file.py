@@ -16,6 +16,7 @@ from bowstore.recipes.evaluate import EvalStage
 from bowstore.recipes.images import DownloadStage, RenderStage, ShardsStage
 from bowstore.recipes.stage import Stage, stage_of
 from bowstore.recipes.train import TrainStage
+from bowstore.train.config import read_with_base
 from bowstore.yaml_file import read_yaml, shown
 
 RECIPES = "recipes"  # the folder, in configs/
@@ -84,8 +85,15 @@ def recipe_files(recipe: Recipe) -> dict[Path, Path]:
             if not source.is_file():
                 raise MissingError(f"{recipe.path} names the configuration {source}, which is not there")
             place = CONFIGS / source.name if stage.train.parent in (Path(), CONFIGS) else stage.train
-            files |= {} if place.is_absolute() or ".." in place.parts else {place: source}
+            if not (place.is_absolute() or ".." in place.parts):
+                files |= {_place(file, source, place): file for file in read_with_base(source)[1]}
     return files
+
+
+def _place(file: Path, source: Path, place: Path) -> Path:
+    """Where a copy of a configuration's base is found from the configuration's copy: beside it, or in configs/."""
+    beside = file.is_relative_to(source.parent)
+    return place.parent / file.relative_to(source.parent) if beside else CONFIGS / file.name
 
 
 def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:

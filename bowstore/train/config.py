@@ -28,14 +28,14 @@ from bowstore.config import (
 )
 from bowstore.data.config import HW_LOAD
 from bowstore.errors import MissingError, UsageError
-from bowstore.limits import MAX_BATCH, MAX_FLOAT
+from bowstore.limits import MAX_BATCH, MAX_FLOAT, path_problem
 from bowstore.overrides import apply_overrides
 from bowstore.progress import say
 from bowstore.runs import task_name
 from bowstore.torchrun import ranks
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.base import TaskSettings
-from bowstore.yaml_file import read_yaml
+from bowstore.yaml_file import read_yaml, shown
 
 # Until tasks had settings of their own, `task: words` stood beside the groups `words:` and `rotation:`.
 _OLD_GROUPS = ("rotation", "words")
@@ -147,6 +147,52 @@ def of_today(values: dict[str, Any], named: str | None = None) -> tuple[dict[str
     return {**values, "task": {"name": name, **groups.pop(name, {})}}, groups
 
 
+def read_with_base(path: Path, behind: Sequence[Path] = ()) -> tuple[dict[str, Any], list[Path]]:
+    """What a file says, over what the configuration says that it is based on (`base: NAME`).
+
+    The base is the file of that name beside this one, or what `find_config` finds. Its values hold where this file says
+    nothing; groups are merged, but for that of another task.
+
+    Args:
+        path: a file, or the name of one (`find_config`).
+        behind: files that are based on it.
+
+    Returns:
+        The values, and the files that they stand in, that of `path` first.
+
+    Raises:
+        MissingError: no such file; the message names the nearest that comes with bowstore.
+        UsageError: it cannot be used, or is based on itself.
+    """
+    found = find_config(path)
+    if found != path and ranks().first:
+        origin = ", which comes with bowstore" if found.parent == bundled_configs() else ""
+        say(f"configuration {path}: {found}{origin}")
+    try:
+        values = read_yaml(found)
+    except MissingError as error:
+        where = f"{behind[-1]}: base: " if behind else ""
+        raise MissingError(f"{where}no configuration file {path}; {no_such_config(path)}") from error
+    if (base := values.pop("base", None)) is None:
+        return values, [found]
+    if not isinstance(base, str) or path_problem(base):
+        raise UsageError(f"{found}: base: write the name of a configuration (got {shown(base)})")
+    if found in behind:
+        raise UsageError(f"{found}: base: {base} is based on this file itself; take one of the two out")
+    beside = found.parent / base
+    below, files = read_with_base(beside if beside.is_file() else Path(base), (*behind, found))
+    return _merged({key: value for key, value in below.items() if key != "name"}, values), [found, *files]
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = {**below, **above}
+    for key, old in below.items():
+        new = result[key]
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) == old.get("name"):
+            result[key] = _merged(old, new)
+    return result
+
+
 def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> TrainConfig:
     """Load and validate a training configuration; where its file is not `path` itself, a line says which it is.
 
@@ -159,14 +205,7 @@ def load_train_config(path: Path, overrides: Sequence[str] = (), flags: Mapping[
         MissingError: no such file; the message names the nearest that comes with bowstore.
         UsageError: a file, key or value that cannot be used.
     """
-    found = find_config(path)
-    if found != path and ranks().first:
-        origin = ", which comes with bowstore" if found.parent == bundled_configs() else ""
-        say(f"configuration {path}: {found}{origin}")
-    try:
-        values = read_yaml(found)
-    except MissingError as error:
-        raise MissingError(f"no configuration file {path}; {no_such_config(path)}") from error
+    values, _ = read_with_base(path)
     values.setdefault("name", path.stem)
     if values.get("student") is not None:
         raise UsageError(f"{path}: student: {_NO_STUDENT}")

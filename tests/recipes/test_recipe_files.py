@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from bowstore.cli import main
-from bowstore.config import Workspace, find_config, load_workspace
+from bowstore.config import Workspace, load_workspace
 from bowstore.errors import MissingError, UsageError
 from bowstore.recipes.encode import EncodeStage
 from bowstore.recipes.evaluate import EvalStage
@@ -212,13 +212,15 @@ def test_init_writes_a_recipe_with_its_configurations() -> None:
 
 
 def test_init_copies_the_configurations_that_a_recipe_of_ones_own_means() -> None:
-    own = Path("mine/cifar10_rotnet_small.yaml")
+    own = Path("mine/rotnet.yaml")
     own.parent.mkdir()
-    own.write_text(find_config(Path("cifar10_rotnet_small.yaml")).read_text() + "seed: 77\n")
+    own.write_text("base: beside.yaml\nseed: 77\n")
+    own.with_name("beside.yaml").write_text("base: cifar10_rotnet_small.yaml\n")
     Path("a: b.yaml").write_text(SMALL.replace("cifar10_rotnet_small.yaml", str(own)))
     assert CliRunner().invoke(main, ["init", "new", "--recipe", "a: b.yaml"]).exit_code == 0
     os.chdir("new")
-    assert own.read_text().endswith("seed: 77\n")
+    assert own.with_name("beside.yaml").is_file()
+    assert Path("configs/cifar10_rotnet_small.yaml").is_file()
     workspace = load_workspace()
     assert workspace.recipe == Path("configs/recipes/a: b.yaml")
     rotnet = make_plan(load_recipe(workspace.recipe), workspace).stages["rotnet"]
