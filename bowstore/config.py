@@ -165,7 +165,9 @@ class Workspace(Strict):
     store: Place = Path("data/words.zarr")
     runs: Place = Path("runs")
     teacher: Text | None = Field(
-        None, description="run or checkpoint; null: the newest finished run of a teacher's task, as rotation is"
+        None,
+        description="run, checkpoint or configuration; null: the newest finished run of a teacher's task, as "
+        "rotation is",
     )
     config: Place | None = Field(None, description="configuration of `bowstore train`; null: the recipe's next")
     recipe: Place | None = Field(None, description="recipe of `bowstore run` and `bowstore train`: a file, or its name")

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from bowstore import runs
-from bowstore.config import CONFIGS, WORKSPACE_FILE, Workspace
+from bowstore.config import CONFIGS, WORKSPACE_FILE, Workspace, dump
 from bowstore.data.table import INDEX_FILE
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.files import atomic_file, make_folder
+from bowstore.models.record import NetworkRecord, network_record
 from bowstore.plugins import called
 from bowstore.progress import say
 from bowstore.remote import RemoteFolder, is_remote
@@ -52,7 +53,7 @@ shards: data/shards/train        # written by: bowstore shards SRC data/shards
 val_shards: null                 # null: data/shards/val, or data/shards/test
 store: data/words.zarr           # written by: bowstore encode
 runs: runs
-teacher: null                    # run or checkpoint; null: the newest finished run of a teacher's task
+teacher: null                    # run, checkpoint or configuration; null: the newest finished run of a teacher's task
 config: null                     # what `bowstore train` trains; null: the recipe's next training stage
 # What follows what: `bowstore run` runs it, `bowstore train` and `bowstore encode` take its next stage.
 {recipe}
@@ -91,21 +92,50 @@ def newest_run(workspace: Workspace, *, teacher: bool = False) -> Path:
     raise MissingError(f"no {kind} in {workspace.runs}; `bowstore train --config ...` makes one, or name it by flag")
 
 
-def resolve_teacher(workspace: Workspace, teacher: str | None) -> str | Path:
+def resolve_teacher(
+    workspace: Workspace, teacher: str | Path | None, *, seed: int | None = None
+) -> str | Path | NetworkRecord:
     """The teacher a command means: the flag, the workspace's, or the newest finished run of a teacher's task.
 
-    A run or file wins over an architecture of the same name.
+    A training configuration (`is_configuration`) means the network that its training starts from. A run or file wins
+    over an architecture of the same name.
+
+    Args:
+        workspace: says what the flag does not.
+        teacher: as the flag says.
+        seed: from which a configuration's network is drawn; None for the configuration's own.
 
     Raises:
         MissingError: neither a run, a file nor an architecture.
+        UsageError: a configuration that cannot be used.
     """
     from bowstore.models.registry import is_arch  # PyTorch
 
-    named = teacher or workspace.teacher
-    if not named:
+    if not (teacher or workspace.teacher):
         return newest_run(workspace, teacher=True)
+    named = str(teacher or workspace.teacher)
+    if is_configuration(named):
+        return initial_network(Path(named), seed)
     there = any(path.exists() for path in (Path(named), workspace.runs / named))
     return named if not there and is_arch(named) else find_run(workspace, named)
+
+
+def is_configuration(teacher: str) -> bool:
+    """Whether a teacher's name is that of a training configuration, whose network was not trained."""
+    return Path(teacher).suffix == ".yaml" and not Path(teacher).is_dir()
+
+
+def initial_network(config: Path, seed: int | None = None) -> NetworkRecord:
+    """The network that a training by a configuration starts from; `seed` None for the configuration's.
+
+    Raises:
+        MissingError: no such configuration.
+        UsageError: a key or value in it that cannot be used, or a training that starts from another run.
+    """
+    loaded = load_train_config(config, (), {} if seed is None else {"seed": seed})
+    if start := getattr(loaded.task, "start", None):
+        raise UsageError(f"{config} is no random network: its training starts from {start}; name that as the teacher")
+    return network_record(dump(loaded), str(config))
 
 
 def with_start(task: TaskSettings, workspace: Workspace) -> TaskSettings:

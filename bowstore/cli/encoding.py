@@ -45,9 +45,8 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     if workspace.recipe and not append and not given.get("layers"):
         stage = next_encoding(workspace_plan(workspace, "--layer LAYER"))
         shards_dir, store = shards_dir or stage.shards, store or stage.place
-        given = {**stage.config.model_dump(), **given}
-    named = given.get("teacher")
-    teacher = resolve_teacher(workspace, str(named) if named else None)
+        given = {**stage.given, **given}
+    teacher = resolve_teacher(workspace, given.get("teacher"), seed=given.get("seed"))
     config = validate(EncodeConfig, {**given, "teacher": teacher}, "encode")
     with beside_others():
         report = run_encode(

@@ -170,6 +170,6 @@ def option_type(annotation: Any, metadata: Sequence[Any] = ()) -> "click.ParamTy
         return (click.IntRange if bare is int else Number)(low, high, "gt" in said, "lt" in said)
     if parts == {Path}:
         return PATH
-    if parts <= {Path, str}:
+    if str in parts:  # what a text means, a path or a model's value, is for the command to say
         return TEXT
     raise TypeError(f"no option for values of type {bare}")

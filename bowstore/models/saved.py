@@ -18,11 +18,12 @@ import safetensors.torch
 import torch
 
 from bowstore import runs
-from bowstore.config import ModelConfig, Seed, Strict, Text, ViewConfig, dump, validate, value_differences
+from bowstore.config import dump, value_differences
 from bowstore.errors import CorruptError, MismatchError, MissingError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.models.backbone import Backbone
 from bowstore.models.file_kinds import first_line, other_kind, read_torch, reads_as_safetensors, why_unread
+from bowstore.models.record import NetworkRecord, network_record
 from bowstore.models.registry import build_backbone
 from bowstore.models.weights import content_digest, put_weights
 from bowstore.progress import say
@@ -35,14 +36,8 @@ RECORDED, EXPORTED = "bowstore", "bowstore_export"
 PARTS = {"step": int, "config": dict, "inputs": dict, "backbone": dict, "head": dict, "optimizer": dict}
 
 
-class SavedNetwork(Strict):
-    """What rebuilds a network, and what it was trained as."""
-
-    model: ModelConfig = ModelConfig()
-    view: ViewConfig = ViewConfig()
-    name: Text
-    task: Text
-    seed: Seed = 0
+class SavedNetwork(NetworkRecord):
+    """A record that can be built."""
 
     def fresh(self) -> Backbone:
         """The network at its random initialisation, that of its run, on the CPU; the caller's generator stays."""
@@ -65,17 +60,8 @@ class LoadedBackbone:
 
 
 def network_of(values: Mapping[str, Any], origin: str) -> SavedNetwork:
-    """What rebuilds a network, of what an export records, or of a run's configuration, of whatever version.
-
-    Args:
-        values: plain values.
-        origin: where they are from, for messages.
-
-    Raises:
-        UsageError: they describe no network.
-    """
-    own = {name: values[name] for name in SavedNetwork.model_fields.keys() & values.keys()}
-    return validate(SavedNetwork, own | {"task": runs.task_name(values)}, origin)
+    """As `network_record`."""
+    return SavedNetwork(**dict(network_record(values, origin)))
 
 
 def checkpoint_bytes(state: dict[str, Any]) -> memoryview:

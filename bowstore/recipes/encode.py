@@ -18,7 +18,7 @@ from bowstore.remote import is_remote
 from bowstore.words.config import EncodeConfig
 from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
 from bowstore.words.store import Store
-from bowstore.workspace import resolve_teacher
+from bowstore.workspace import is_configuration, resolve_teacher
 
 
 class EncodeStage(Stage):
@@ -31,12 +31,18 @@ class EncodeStage(Stage):
 
     encode: dict[str, Any] = Field(description="as `bowstore encode` has them")
     on: Text | None = Field(None, description="shards; null: the workspace's")
-    teacher: Text | None = Field(None, description="the run; or encode.teacher")
+    teacher: Text | None = Field(None, description="the run; or encode.teacher, for others")
     store: Place | None = Field(None, description="null: the workspace's")
 
+    @property
+    def configurations(self) -> tuple[Path, ...]:
+        """That of a teacher that was not trained."""
+        named = str(self.encode.get("teacher"))
+        return (Path(named),) if is_configuration(named) else ()
+
     @cached_property
-    def config(self) -> EncodeConfig:
-        """What `bowstore encode` is told."""
+    def given(self) -> dict[str, Any]:
+        """What flags of `bowstore encode` would say: values by their fields."""
         seed = {} if self._here.seed is None else {"seed": self._here.seed}
         values = {**seed, **self.encode}
         if self.teacher and "teacher" in values:
@@ -44,8 +50,16 @@ class EncodeStage(Stage):
         if self.teacher:
             values["teacher"] = self._here.stages[self.teacher].writes[0]
         elif "teacher" not in values:
-            raise UsageError("no teacher; name the stage that trains it, as in `teacher: STAGE`, or encode.teacher")
-        config = validate(EncodeConfig, values, "encode")
+            raise UsageError(
+                "no teacher; name the stage that trains it, as in `teacher: STAGE`, or encode.teacher, which may be a "
+                "configuration, for a network that was not trained"
+            )
+        return values
+
+    @cached_property
+    def config(self) -> EncodeConfig:
+        """What `bowstore encode` is told; the teacher as it is named, which need not be there yet."""
+        config = validate(EncodeConfig, self.given, "encode")
         if not config.layers:
             raise UsageError("encode: no layer; write some, as in `layers: [conv4]`")
         return config
@@ -63,7 +77,14 @@ class EncodeStage(Stage):
     @property
     def reads(self) -> tuple[Path | str, ...]:
         """The teacher and the images."""
-        return self.config.teacher, self.shards
+        if self.teacher:
+            return self._trained, self.shards
+        return str(self.given["teacher"]), self.shards
+
+    @property
+    def _trained(self) -> Path:
+        """The teacher's run; of a network that was not trained, its configuration, which is none."""
+        return Path(self.given["teacher"])
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -73,7 +94,7 @@ class EncodeStage(Stage):
     @property
     def known_whole(self) -> bool:
         """Where the teacher is a run: of another network the weights have to be loaded."""
-        return runs.is_finished(Path(self.config.teacher))
+        return runs.is_finished(self._trained)
 
     def state(self) -> State:
         """By the layers and how they were made."""
@@ -91,7 +112,7 @@ class EncodeStage(Stage):
         here, there = fingerprint(self.shards), Store(self.place).fingerprint
         if here and here != there:
             yield f"word store {self.place} was made of data set {there}, but {self.shards} is {here}"
-        config, weights = self.config, runs.weights_sha256(Path(self.config.teacher))
+        config, weights = self.config, runs.weights_sha256(self._trained)
         asked: dict[str, Any] = {"precision": config.precision, "border": config.border}
         asked |= {} if config.vocabulary else {key: getattr(config, key) for key in VOCABULARY_SETTINGS}
         asked |= {"teacher weights": weights} if weights else {}
@@ -105,7 +126,7 @@ class EncodeStage(Stage):
     def make(self) -> list[str]:
         """Encode."""
         encode, workspace = called("bowstore.words.encode:encode"), self._here.workspace
-        teacher = resolve_teacher(workspace, str(self.config.teacher))
+        teacher = resolve_teacher(workspace, self.given["teacher"], seed=self.given.get("seed"))
         config = self.config.model_copy(update={"teacher": teacher})
         with called("bowstore.train.distributed:beside_others")():
             report = encode(config, shards=self.shards, store=self.place, storage=workspace.storage)

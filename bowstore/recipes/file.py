@@ -79,14 +79,13 @@ def recipe_files(recipe: Recipe) -> dict[Path, Path]:
     """
     bundled = recipe.path.is_relative_to(bundled_configs())  # with its own configurations, whatever lies here
     files = {CONFIGS / RECIPES / f"{recipe.name}.yaml": recipe.path}
-    for stage in recipe.stages.values():
-        if isinstance(stage, TrainStage):
-            source = bundled_configs() / stage.train.name if bundled else find_config(stage.train)
-            if not source.is_file():
-                raise MissingError(f"{recipe.path} names the configuration {source}, which is not there")
-            place = CONFIGS / source.name if stage.train.parent in (Path(), CONFIGS) else stage.train
-            if not (place.is_absolute() or ".." in place.parts):
-                files |= {_place(file, source, place): file for file in read_with_base(source)[1]}
+    for named in (config for stage in recipe.stages.values() for config in stage.configurations):
+        source = bundled_configs() / named.name if bundled else find_config(named)
+        if not source.is_file():
+            raise MissingError(f"{recipe.path} names the configuration {source}, which is not there")
+        place = CONFIGS / source.name if named.parent in (Path(), CONFIGS) else named
+        if not (place.is_absolute() or ".." in place.parts):
+            files |= {_place(file, source, place): file for file in read_with_base(source)[1]}
     return files
 
 

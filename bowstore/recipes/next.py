@@ -106,7 +106,7 @@ def _lacking(stage: TrainStage | EncodeStage, given: Collection[str]) -> str:
     if "shards" not in given and not is_remote(stage.shards) and fingerprint(stage.shards) is None:
         return f"shards in {stage.shards}: make them, `bowstore shards IMAGES {stage.shards.parent}`"
     if isinstance(stage, EncodeStage):
-        return _unfinished(stage.config.teacher) if stage.teacher else ""
+        return _unfinished(Path(stage.given["teacher"])) if stage.teacher else ""
     if stage.start and "task.start" not in given and (lacking := _unfinished(stage.flags["task.start"])):
         return lacking
     words, layer = stage.encoding, stage.flags.get("task.layer")

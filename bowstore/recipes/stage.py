@@ -55,6 +55,11 @@ class Stage(Strict, ABC):
         given = [(role, getattr(self, role)) for role in self.takes]
         return [(role, name) for role, value in given for name in ((value,) if isinstance(value, str) else value or ())]
 
+    @property
+    def configurations(self) -> tuple[Path, ...]:
+        """The training configurations that it names, as the file does."""
+        return ()
+
     def put(self, here: "Here") -> Self:
         """The same stage in a workspace."""
         stage = self.model_copy()

@@ -36,6 +36,11 @@ class TrainStage(Stage):
     start: Text | None = Field(None, description="the run that its network starts from; null: the configuration's")
 
     @property
+    def configurations(self) -> tuple[Path, ...]:
+        """Its own."""
+        return (self.train,)
+
+    @property
     def file(self) -> Path:
         """The configuration's file."""
         return find_config(self.train)

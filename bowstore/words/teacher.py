@@ -22,8 +22,9 @@ from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, wa
 from bowstore.models.layouts import load_foreign, read_weights
 from bowstore.models.library import library_view
 from bowstore.models.memory import FROZEN_FORMAT
+from bowstore.models.record import NetworkRecord
 from bowstore.models.registry import build_backbone, is_arch
-from bowstore.models.saved import load_backbone
+from bowstore.models.saved import SavedNetwork, load_backbone
 from bowstore.models.weights import finite_weights, weights_sha256
 from bowstore.runs import read_lineage, run_of
 
@@ -51,7 +52,7 @@ class Origin:
     """Where a network comes from, as word stores record it.
 
     Attributes:
-        name: the run it comes from, or the architecture.
+        name: the run it comes from, the architecture, or the configuration that it was not trained by.
         weights_file: name of the file that holds the weights; None for random ones.
         weights_layout: how that file was read, or how random weights were drawn.
         lineage: what its run was made of (`bowstore.runs.read_lineage`); None without a run, or where that is unknown.
@@ -150,7 +151,7 @@ class Teacher:
 
 
 def load_teacher(
-    spec: str | Path,
+    spec: str | Path | NetworkRecord,
     layers: Sequence[str],
     device: torch.device,
     *,
@@ -164,7 +165,8 @@ def load_teacher(
 
     Args:
         spec: a run directory, checkpoint or exported `.safetensors` of bowstore; or an architecture:
-            `torchvision:NAME`, `timm:NAME`, `resnet50`, `wrn-28-10`...
+            `torchvision:NAME`, `timm:NAME`, `resnet50`, `wrn-28-10`...; or the record of a network, for the one that
+            its training starts from.
         layers: whose maps are wanted; their order is kept.
         device: where it runs.
         weights: an architecture's weights, a file of any layout that `bowstore.models.layouts` understands; None
@@ -172,7 +174,7 @@ def load_teacher(
         size: side of the square input, pixels; None for the teacher's own. The short side before cropping
             changes with it.
         resize: short side before cropping, pixels; None for the teacher's own.
-        seed: of random weights.
+        seed: of an architecture's random weights.
         precision: of its arithmetic; bfloat16 is autocast.
 
     Raises:
@@ -183,18 +185,37 @@ def load_teacher(
     """
     if not layers:
         raise UsageError("the teacher has no layer to look at; name one, for example --layer conv4")
-    is_run = Path(spec).exists() or not is_arch(str(spec))
-    backbone, view, origin = _open_run(Path(spec), weights) if is_run else _open_arch(str(spec), weights, size, seed)
+    if isinstance(spec, NetworkRecord):
+        backbone, view, origin = _initial(spec, weights)
+    elif Path(spec).exists() or not is_arch(str(spec)):
+        backbone, view, origin = _open_run(Path(spec), weights)
+    else:
+        backbone, view, origin = _open_arch(str(spec), weights, size, seed)
     teacher = _freeze(backbone, origin, layers, device, _overridden(view, size, resize))
     return replace(teacher, precision=precision)
 
 
+def _initial(network: NetworkRecord, weights: Path | None) -> tuple[Backbone, ViewConfig, Origin]:
+    _refuse_weights(weights, f"configuration {network.name}")
+    backbone = SavedNetwork(**dict(network)).fresh()
+    return backbone, network.view, Origin(network.name, None, _drawn(network.seed))
+
+
 def _open_run(path: Path, weights: Path | None) -> tuple[Backbone, ViewConfig, Origin]:
-    if weights:
-        raise UsageError(f"weights {weights} go with an architecture (timm:NAME, torchvision:NAME), not with {path}")
+    _refuse_weights(weights, str(path))
     loaded = load_backbone(path)
     origin = Origin(loaded.saved.name, path.name, "bowstore run", read_lineage(run_of(path)))
     return loaded.backbone, loaded.saved.view, origin
+
+
+def _refuse_weights(weights: Path | None, what: str) -> None:
+    if weights:
+        raise UsageError(f"weights {weights} go with an architecture (timm:NAME, torchvision:NAME), not with {what}")
+
+
+def _drawn(seed: int) -> str:
+    """How random weights were drawn, as word stores record it."""
+    return f"random, seed {seed}"
 
 
 def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> tuple[Backbone, ViewConfig, Origin]:
@@ -206,7 +227,7 @@ def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> 
         torch.manual_seed(seed)
         backbone = build_backbone(model, size)
     if file is None:
-        return backbone, view, Origin(backbone.arch, None, f"random, seed {seed}")
+        return backbone, view, Origin(backbone.arch, None, _drawn(seed))
     understood = load_foreign(backbone, file)
     return backbone, view, Origin(backbone.arch, understood.file, understood.text())
 

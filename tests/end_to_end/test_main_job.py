@@ -118,6 +118,26 @@ def test_train_takes_the_recipes_next_stage_or_says_what_it_waits_for(workspace:
     assert "give --config CONFIG, or write `recipe: NAME` into bowstore.yaml" in refused("train")
 
 
+def test_words_of_an_untrained_network_as_typed(workspace: Path) -> None:
+    """The network is the one that `eval --random` evaluates; --seed is that of everything random."""
+    config = workspace / "configs/untrained.yaml"
+    config.write_text((workspace / "configs/cifar10_rotnet_small.yaml").read_text() + "seed: 3\n")
+    command = ["encode", "--teacher", "untrained.yaml", "--layer", "block1", "--K", 8, "--pca", 16, "--whiten"]
+    layers = []
+    for seed, more in ((3, ()), (0, ("--seed", 0))):
+        call(*command, "--store", f"seed-{seed}.zarr", *more)
+        layers.append(open_store(Path(f"seed-{seed}.zarr")).layer("block1").lineage["teacher"])
+        assert layers[-1]["weights_layout"] == f"random, seed {seed}"
+    assert "lineage: cifar10_rotnet_small (random, seed 3) -> 8 words of block1\n" in call("verify", "seed-3.zarr")
+    drawn = json.loads(call("eval", "linear", "--run", "cifar10_rotnet_small", "--random", "--json"))
+    assert layers[0]["weights_sha256"] != drawn["inputs"]["weights_sha256"] == layers[1]["weights_sha256"]
+    assert "already complete" in call(*command, "--store", "seed-3.zarr")
+    assert "was made with teacher weights" in refused(*command, "--store", "seed-3.zarr", "--seed", 0)
+    assert "no configuration file nobody.yaml; those that come" in refused(*command, "--teacher", "nobody.yaml")
+    config.write_text("task: rotation\nseeds: 3\n")
+    assert "unknown configuration key 'seeds'; did you mean 'seed'?" in refused(*command, code=2)
+
+
 def test_fewshot_and_knn_as_typed(workspace: Path) -> None:
     line = refused("eval", "fewshot", code=2)
     assert "class bird has 6 images in data/shards/val, and 50 shots with 15 queries need 65; take fewer --qu" in line

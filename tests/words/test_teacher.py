@@ -10,10 +10,11 @@ from teacher_sets import write_teacher
 from bowstore.config import ModelConfig
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.exact import cpu_threads
+from bowstore.models.record import network_record
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
-from bowstore.runs import BACKBONE_FILE, descent, write_lineage
+from bowstore.runs import BACKBONE_FILE, descent, descent_of_words, write_lineage
 from bowstore.words.lanes import workers
 from bowstore.words.teacher import TeacherLayer, load_teacher
 
@@ -137,6 +138,26 @@ def test_random_weights_are_those_of_the_seed() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert teachers[0].sha256 == teachers[1].sha256 != teachers[2].sha256
     assert (teachers[2].origin.weights_file, teachers[2].origin.weights_layout) == (None, "random, seed 1")
+
+
+def test_an_untrained_network_is_the_one_that_training_starts_from(tmp_path: Path) -> None:
+    values = {"name": "net", "task": "words", "seed": 5, "model": {"arch": "wrn-10-1", "strides": [2, 2, 1]}}
+    record = network_record({**values, "view": {"size": 16, "resize": None}}, "test")
+    teacher = load_teacher(record, ("block1",), CPU, seed=3)
+    torch.manual_seed(5)
+    expected = build_backbone(record.model).state_dict()
+    state = teacher.backbone.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert not teacher.backbone.training
+    assert (teacher.layers[0], teacher.view.size) == (TeacherLayer("block1", 16, (8, 8)), 16)
+    origin = teacher.provenance("block1")
+    assert (origin["name"], origin["weights_file"], origin["lineage"]) == ("net", None, None)
+    assert (origin["weights_layout"], origin["weights_sha256"]) == ("random, seed 5", weights_sha256(expected))
+    layer = {"teacher": origin, "num_words": 8, "layer": "block1"}
+    assert descent_of_words(layer) == ("net (random, seed 5)", "8 words of block1")
+    assert load_teacher(record, ("block1",), CPU, size=32).layers[0].grid == (16, 16)
+    with pytest.raises(UsageError, match=r"weights w\.pth go with an architecture .*, not with configuration net"):
+        load_teacher(record, ("block1",), CPU, weights=Path("w.pth"))
 
 
 def test_views(teacher_file: Path) -> None:
