@@ -15,8 +15,9 @@ PACKAGE = Path(bowstore.__file__).parent
 ALLOWED = {
     "data": {"data"},
     "models": {"models"},
-    "words": {"words", "data", "models"},
-    "train": {"train", "data", "models", "words"},
+    "clustering": {"clustering"},
+    "words": {"words", "data", "models", "clustering"},
+    "train": {"train", "data", "models", "words", "clustering"},
     "evaluate": {"evaluate", "data", "models", "train"},
     "report": {"report", "data", "words"},
     "recipes": {"recipes", "data", "words", "train", "evaluate", "workspace"},
@@ -59,7 +60,7 @@ HEAVY = {
 }
 HEAVY_OWN = {
     "bowstore.data.feed", "bowstore.data.graphs",  # DALI
-    "bowstore.words.assign_triton", "bowstore.words.lloyd_faiss",
+    "bowstore.clustering.assign_triton", "bowstore.clustering.lloyd_faiss",
     "bowstore.words.arrays", "bowstore.words.flat", "bowstore.words.store",  # Zarr
     "bowstore.models.registry",  # PyTorch, and with it:
     "bowstore.train.verify", "bowstore.words.arithmetic", "bowstore.words.verify",
@@ -186,7 +187,8 @@ import importlib, sys
 
 for name in ("faiss", "numcodecs", "nvidia.dali", "pydantic", "torchvision", "webdataset", "zarr"):
     sys.modules[name] = None  # as if it were not there
-for name in ("words.assign", "words.assign_triton", "words.assign_kernels", "words.lanes", "benchmarks.assign"):
+for name in ("clustering.assign", "clustering.assign_triton", "clustering.assign_kernels", "words.lanes",
+             "benchmarks.assign"):
     importlib.import_module("bowstore." + name)
 import torch
 from bowstore.benchmarks import assign

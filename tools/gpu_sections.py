@@ -19,9 +19,9 @@ from gpu_words import SHAPES, TOY_SHAPES, excess, rectified
 
 from bowstore import gpu
 from bowstore.benchmarks.rounds import seconds_of
+from bowstore.clustering.assign import assign as assign_words
+from bowstore.clustering.assign import assign_reference, prepare_words
 from bowstore.exact import exact_float32
-from bowstore.words.assign import assign as assign_words
-from bowstore.words.assign import assign_reference, prepare_words
 
 _GIB = 1 << 30
 
@@ -91,7 +91,7 @@ _OLD_INTERPRETER = "InterpreterError: TypeError('only 0-dimensional arrays can b
 _COMPILE = """
 import sys, torch
 from gpu_words import rectified
-from bowstore.words.assign_triton import HOPPER, OTHER, fits, nearest, prepare_fast
+from bowstore.clustering.assign_triton import HOPPER, OTHER, fits, nearest, prepare_fast
 device = torch.device(sys.argv[1])
 tiles, half = {"hopper": HOPPER, "other": OTHER}[sys.argv[2]], getattr(torch, sys.argv[3])
 if device.type == "cuda" and not fits(tiles, device):
@@ -138,7 +138,7 @@ def words(check: Check) -> None:
             # The bound of assign_reference's docstring, for half squared distances.
             found = excess(features, vocabulary, assign_words(features, prepared), share=2 * (d + 2) * 2.0**-24)
         else:
-            from bowstore.words.assign_triton import nearest
+            from bowstore.clustering.assign_triton import nearest
 
             proven = nearest(features, prepared.fast)
             found = excess(features, vocabulary, proven.ids_N, proven.open_U)
@@ -212,7 +212,7 @@ def kmeans(check: Check) -> None:
 
 
 def _small_kmeans(check: Check) -> None:
-    from bowstore.words.kmeans import kmeans as cluster
+    from bowstore.clustering.kmeans import kmeans as cluster
 
     count, k = check.size((20_000, 200), (20_000, 200), (400, 10))
     sample = rectified(count, 64, 1, check.device)[0].cpu().numpy()

@@ -9,11 +9,11 @@ from torch import Tensor
 from bowstore.benchmarks.config import KmeansBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import interleaved
+from bowstore.clustering.kmeans import Backend, default_backend, make_lloyd
+from bowstore.clustering.lloyd import Lloyd
+from bowstore.clustering.lloyd_torch import TorchLloyd
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
-from bowstore.words.kmeans import Backend, default_backend, make_lloyd
-from bowstore.words.lloyd import Lloyd
-from bowstore.words.lloyd_torch import TorchLloyd
 
 _FACTORS = 16  # of which vectors are made: real ones, too, lie near surfaces of few dimensions
 _BLOCK = 1 << 18  # vectors that are made at a time
@@ -63,7 +63,7 @@ def _there(num_words: int, dimensions: int, device: torch.device) -> tuple[Backe
     """The backends that run on this machine, on that device, at that size."""
     if find_spec("faiss") is None:
         return ("torch",)
-    from bowstore.words.lloyd_faiss import SuperLloyd  # FAISS
+    from bowstore.clustering.lloyd_faiss import SuperLloyd  # FAISS
 
     suits = device.type == "cpu" and SuperLloyd.suits(num_words, dimensions)
     return ("faiss", "super", "torch") if suits else ("faiss", "torch")

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bowstore.clustering.kmeans import default_backend
+from bowstore.clustering.projection import Projection
 from bowstore.environment import available_memory
 from bowstore.errors import MismatchError, UsageError
 from bowstore.models.compiled import EAGER, FROZEN, CannotCompileError, tell_fallback
@@ -20,10 +22,8 @@ from bowstore.words.assign_pass import without_border
 from bowstore.words.claims import Board
 from bowstore.words.forward import Clock, forward
 from bowstore.words.job import Job, LayerPlan, view_values
-from bowstore.words.kmeans import default_backend
 from bowstore.words.lanes import Maps, compute_workers
 from bowstore.words.layer import Layer, LayerSpec, bytes_per_image
-from bowstore.words.projection import Projection
 from bowstore.words.receptive import receptive_field
 from bowstore.words.store_writer import StoreWriter, check_room, create_store, sweep_leftovers
 from bowstore.words.vocabulary import Sample, Vocabulary, build_vocabulary, plan_sample

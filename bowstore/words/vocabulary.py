@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bowstore.clustering.kmeans import distinct_rows, kmeans
+from bowstore.clustering.projection import Projection, fit_projection, project_sample
 from bowstore.environment import cores
 from bowstore.errors import DataError, UsageError
-from bowstore.words.kmeans import distinct_rows, kmeans
-from bowstore.words.projection import Projection, fit_projection, project_sample
 from bowstore.words.statistics import perplexity
 
 # An image gives at least this many vectors: fewer would mean a pass over all of a large set for no better words.

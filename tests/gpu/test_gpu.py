@@ -7,10 +7,10 @@ import torch
 from gpu_words import SHAPES, exact_scores, excess
 from gpu_words import rectified as rectified_on
 
-from bowstore.words import assign_triton
-from bowstore.words.assign import assign, assign_reference, prepare_words
-from bowstore.words.assign_triton import HOPPER, OTHER, Tiles, nearest, prepare_fast
-from bowstore.words.kmeans import default_backend, kmeans
+from bowstore.clustering import assign_triton
+from bowstore.clustering.assign import assign, assign_reference, prepare_words
+from bowstore.clustering.assign_triton import HOPPER, OTHER, Tiles, nearest, prepare_fast
+from bowstore.clustering.kmeans import default_backend, kmeans
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,12 +10,13 @@ import pytest
 import torch
 import xxhash
 
+from bowstore.clustering import kmeans as module
+from bowstore.clustering import lloyd_faiss, lloyd_torch
+from bowstore.clustering.kmeans import distinct_rows, kmeans
+from bowstore.clustering.lloyd_faiss import FaissLloyd, SuperLloyd
+from bowstore.clustering.lloyd_torch import TorchLloyd
 from bowstore.errors import UsageError
-from bowstore.words import kmeans as module
-from bowstore.words import lloyd_faiss, lloyd_torch, prepare
-from bowstore.words.kmeans import distinct_rows, kmeans
-from bowstore.words.lloyd_faiss import FaissLloyd, SuperLloyd
-from bowstore.words.lloyd_torch import TorchLloyd
+from bowstore.words import prepare
 
 CPU = torch.device("cpu")
 
@@ -95,7 +96,7 @@ def test_super_gives_the_same_for_any_number_of_threads(n: int, d: int, monkeypa
 
 def test_super_does_not_depend_on_the_process() -> None:
     code = (
-        "import faiss, numpy, torch; from bowstore.words.kmeans import kmeans; faiss.omp_set_num_threads(3)\n"
+        "import faiss, numpy, torch; from bowstore.clustering.kmeans import kmeans; faiss.omp_set_num_threads(3)\n"
         "x = numpy.random.default_rng(0).normal(size=(2100, 128)).astype('f')\n"
         "found = kmeans(x, 1024, seed=1, iterations=3, device=torch.device('cpu'), shown=False)\n"
         "print(found.backend, xxhash.xxh3_64_hexdigest(found.centroids_Kp.tobytes()))"
@@ -268,7 +269,7 @@ def test_kmeans_needs_no_faiss_for_torch() -> None:
         "import sys; sys.modules['faiss'] = None\n"
         "import torch, numpy; from bowstore.benchmarks.kmeans import bench_kmeans\n"
         "from bowstore.benchmarks.config import KmeansBench\n"
-        "from bowstore.words.kmeans import kmeans; cpu = torch.device('cpu'); x = numpy.eye(9, dtype='f')\n"
+        "from bowstore.clustering.kmeans import kmeans; cpu = torch.device('cpu'); x = numpy.eye(9, dtype='f')\n"
         "print(kmeans(x, 3, seed=0, iterations=2, device=cpu, backend='torch', shown=False).backend)\n"
         "bench_kmeans(KmeansBench(vectors=50, dimensions=4, num_words=3, iterations=2, rounds=1, device='cpu', "
         "backends=['torch']))"

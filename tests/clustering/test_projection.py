@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
+from bowstore.clustering.projection import Projection, fit_projection, prepare_projection, project, project_sample
 from bowstore.errors import DataError, UsageError
-from bowstore.words.projection import Projection, fit_projection, prepare_projection, project, project_sample
 from bowstore.words.vocabulary import build_vocabulary
 
 CPU = torch.device("cpu")

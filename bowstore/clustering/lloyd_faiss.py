@@ -15,8 +15,8 @@ import scipy.sparse
 import torch
 from numpy.typing import NDArray
 
+from bowstore.clustering.lloyd import Lloyd, far_vectors, first_vectors
 from bowstore.environment import cores
-from bowstore.words.lloyd import Lloyd, far_vectors, first_vectors
 
 _T = TypeVar("_T")
 _faiss: Any = faiss  # its type stubs do not know all of it

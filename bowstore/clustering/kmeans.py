@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bowstore.clustering.lloyd import Lloyd, far_vectors, identity
+from bowstore.clustering.lloyd_torch import TorchLloyd, kept_as
 from bowstore.progress import Progress
-from bowstore.words.lloyd import Lloyd, far_vectors, identity
-from bowstore.words.lloyd_torch import TorchLloyd, kept_as
 
 Backend = Literal["faiss", "super", "torch"]
 _REFILL_ROUNDS = 8  # each costs one more search; iterations refill too, so that one or two are the rule
@@ -101,7 +101,7 @@ def default_backend(shape: tuple[int, int], num_words: int, device: torch.device
         return "torch"
     if device.type == "cuda":
         return "torch" if kept_as(4 * shape[0] * shape[1], device) else "faiss"
-    from bowstore.words.lloyd_faiss import SuperLloyd  # FAISS
+    from bowstore.clustering.lloyd_faiss import SuperLloyd  # FAISS
 
     return "super" if SuperLloyd.suits(num_words, shape[1]) else "faiss"
 
@@ -112,7 +112,7 @@ def make_lloyd(
     """Lloyd's iteration of one backend, before its first step."""
     if backend == "torch":
         return TorchLloyd(sample_Sp, num_words, seed, device)
-    from bowstore.words.lloyd_faiss import FaissLloyd, SuperLloyd  # FAISS
+    from bowstore.clustering.lloyd_faiss import FaissLloyd, SuperLloyd  # FAISS
 
     return (SuperLloyd if backend == "super" else FaissLloyd)(sample_Sp, num_words, seed, device)
 

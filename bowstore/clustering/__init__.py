@@ -1,0 +1,1 @@
+"""k-means, principal components, and the nearest centroid: what words and clusters of images are made with."""
