@@ -9,6 +9,7 @@ Legend: N rows, B samples of one rank's batch, T tries for a crop window, P cell
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +104,10 @@ class Plan:
         pasted_Brc = down_Br[:, :, None] * across_Bc[:, None, :]
         shown_Brc = self.size**2 - pasted_Brc
         return (shown_Brc.reshape(len(self.box), -1) / self.size**2).astype(np.float32)
+
+    def mixing(self, kept: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+        """Where images are mixed, each one's partner, int64 (B,), and what is kept of it, as given; else nothing."""
+        return (self.partner.astype(np.int64), kept) if self.mixed else ()
 
     def task_draws(self, count: int) -> NDArray[np.float64]:
         """Uniform numbers of a task's own, float64 (B, count) in [0, 1): others than those of the perturbation.

@@ -63,6 +63,14 @@ class CosineHead(nn.Module):
         return exact_linear(features_BC, self.weight) * scale_K  # type: ignore[no-any-return]
 
 
+class Heads(nn.ModuleList):
+    """Several heads on one feature."""
+
+    def forward(self, features_BC: Tensor) -> tuple[Tensor, ...]:
+        """The logits of each."""
+        return tuple(head(features_BC) for head in self)
+
+
 class RotationHead(nn.Module):
     """One more residual group, pooling and a linear layer over the four rotations (paper, section 4).
 

@@ -16,7 +16,7 @@ from bowstore.data.views import Batch
 from bowstore.errors import TrainingError, UsageError
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.tasks.task import Network, Task
+from bowstore.train.tasks.task import Logits, Network, Task
 
 _PADDED_CHANNELS = 4
 
@@ -41,7 +41,7 @@ class Objective(nn.Module):
         self.network = task.network
         self._make, self._loss, self._amp = task.make, task.loss, amp
 
-    def forward(self, images_BCHW: Tensor, *given: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def forward(self, images_BCHW: Tensor, *given: Tensor) -> tuple[Tensor, dict[str, Tensor], Logits]:
         """Loss, what is known beside it, and the logits, of what `Task.bring` gives."""
         mixed = self._amp and images_BCHW.is_cuda
         # Cast first: all that a task makes of the images is copied in the precision that the network begins with.
@@ -50,7 +50,8 @@ class Objective(nn.Module):
         with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=mixed):
             logits = self.network(inputs_BCHW)
         loss, means = self._loss(logits, targets)
-        return loss, means, logits.detach()
+        told = tuple(each.detach() for each in logits) if isinstance(logits, tuple) else logits.detach()
+        return loss, means, told
 
 
 def build_objective(task: Task, config: TrainConfig, world: World, *, compiled: bool) -> nn.Module:

@@ -1,8 +1,9 @@
-"""Bags of visual words: count and binary bags, CutMix of bags, and the loss against them.
+"""Bags of visual words: count and binary bags, those of a pyramid's cells, CutMix of bags, and the loss against them.
 
 A bag is a pair (words_BM int64, weights_BM float32) whose rows sum to 1; a word may fill several slots.
 
-Legend: N rows, B batch, M bag slots (locations of the word map), K words.
+Legend: N rows, B batch, M bag slots (locations of the word map), h w word map, P cells of a grid over it, m locations
+of a cell, K words.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -28,9 +29,13 @@ class Bag(NamedTuple):
     weights_BM: Tensor
 
 
-def bag_of(packed_BM: Tensor, form: Form) -> Bag:
-    """Bags (paper, Eq. 3 or 4, then L1-normalised) of words (B, M): uint16 bit for bit, as int16."""
-    words_BM = packed_BM.long() & 0xFFFF
+def unpacked(packed_BM: Tensor) -> Tensor:
+    """Word ids, int64, of uint16 that are held bit for bit as int16."""
+    return packed_BM.long() & 0xFFFF
+
+
+def bag_of(words_BM: Tensor, form: Form) -> Bag:
+    """Bags (paper, Eq. 3 or 4, then L1-normalised) of words, int64 (B, M)."""
     return binary_bag(words_BM) if form == "binary" else count_bag(words_BM)
 
 
@@ -45,6 +50,13 @@ def binary_bag(words_BM: Tensor) -> Bag:
     first_BM = torch.ones_like(words_BM, dtype=torch.float32)
     first_BM[:, 1:] = (words_BM[:, 1:] != words_BM[:, :-1]).float()
     return Bag(words_BM, first_BM / first_BM.sum(dim=1, keepdim=True))
+
+
+def words_in_cells(words_Bhw: Tensor, grid: int) -> Tensor:
+    """The words (B, P, m) of each of `grid` x `grid` equal cells, which divide the map; cells in reading order."""
+    images, height, width = words_Bhw.shape
+    cut = words_Bhw.reshape(images, grid, height // grid, grid, width // grid)
+    return cut.transpose(2, 3).reshape(images, grid * grid, -1)
 
 
 def mix_bags(bag: Bag, partner_B: Tensor, kept_B: Tensor) -> Bag:

@@ -1,7 +1,7 @@
 """Where the words lie during training, behind one interface: on the device, in host memory, or on disk.
 
 In every tier `ahead` does the host's part of a batch in the reading thread, some batches before it is needed,
-and `bag` the device's part in the training step; both take rows of the index, and all tiers give the same bits.
+and `words` the device's part in the training step; both take rows of the index, and all tiers give the same bits.
 
     resident   all words on the device; a batch is one gather there
     host       all words in the memory of each process; gathered ahead, sent through a pinned buffer
@@ -13,7 +13,7 @@ Legend: N rows of the index, B batch, M slots (locations of the word map).
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -30,7 +30,7 @@ from bowstore.errors import UsageError
 from bowstore.gpu import free_memory
 from bowstore.progress import Progress
 from bowstore.torchrun import ranks
-from bowstore.words.bags import Bag, Form, MeanBag, bag_of
+from bowstore.words.bags import count_bag, unpacked
 
 if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in memory train without it
     from bowstore.words.flat import FlatWords
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in m
 Tier = Literal["resident", "host", "streamed"]
 TIERS: tuple[Tier, ...] = ("resident", "host", "streamed")  # by the room that they need, most first
 Ahead = Tensor | Future[Tensor] | None
+Add = Callable[[NDArray[np.uint16]], object]
 
 _QUIET_BYTES = 1 << 28  # less than this is loaded before anyone asks for progress
 
@@ -99,20 +100,19 @@ def describe(choice: TierChoice, size_bytes: int) -> str:
 
 
 class Targets(ABC):
-    """Bags of the rows of an index.
+    """Words of the rows of an index.
 
     Attributes:
         tier: where the words lie.
-        form: of the bags.
-        device: where bags are wanted.
+        device: where they are wanted.
         slots: M.
-        waited_s: seconds that the last call of `words` or `bag` waited for its words to be read.
+        waited_s: seconds that the last call of `words` waited for its words to be read.
     """
 
     tier: ClassVar[Tier]
 
-    def __init__(self, layer: "Layer", rows: int, form: Form, device: torch.device) -> None:
-        self.form, self.device = form, device
+    def __init__(self, layer: "Layer", rows: int, device: torch.device) -> None:
+        self.device = device
         self.slots = layer.grid[0] * layer.grid[1]
         self.waited_s = 0.0
         self._rows, self._block_rows = rows, layer.chunk_rows
@@ -120,18 +120,9 @@ class Targets(ABC):
     def __len__(self) -> int:
         return self._rows
 
-    def bag(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Bag:
-        """Bags of the given rows, on the device (paper, Eq. 3 or 4, then L1-normalised).
-
-        Args:
-            rows_B: int64 (B,), rows of the index.
-            ahead: what `ahead` gave for these rows; None does its work now.
-        """
-        return bag_of(self.words(rows_B, ahead), self.form)
-
     @abstractmethod
     def ahead(self, rows_B: NDArray[np.int64]) -> Ahead:
-        """The host's part of `bag`, for rows (B,) of the index; called in the reading thread, in plan order."""
+        """The host's part of `words`, for rows (B,) of the index; called in the reading thread, in plan order."""
 
     def blocks(self) -> Iterator[NDArray[np.uint16]]:
         """All words in the order of the index, uint16 (rows, M), in blocks of the same size in every tier."""
@@ -140,7 +131,12 @@ class Targets(ABC):
 
     @abstractmethod
     def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
-        """Words (B, M) for `bag`, on the device: uint16 bit for bit as int16, which torch gathers on every device."""
+        """Words (B, M) on the device: uint16 bit for bit as int16, which torch gathers on every device.
+
+        Args:
+            rows_B: int64 (B,), rows of the index.
+            ahead: what `ahead` gave for these rows; None does its work now.
+        """
 
     @abstractmethod
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
@@ -159,9 +155,9 @@ class ResidentTargets(Targets):
     tier = "resident"
 
     def __init__(
-        self, layer: "Layer", store_row_N: NDArray[np.int64], form: Form, device: torch.device, *, shown: bool = True
+        self, layer: "Layer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool = True
     ) -> None:
-        super().__init__(layer, len(store_row_N), form, device)
+        super().__init__(layer, len(store_row_N), device)
         self._words_NM = _load(layer, store_row_N, device, shown=shown)
 
     def ahead(self, rows_B: NDArray[np.int64]) -> None:
@@ -181,9 +177,9 @@ class HostTargets(Targets):
     tier = "host"
 
     def __init__(
-        self, layer: "Layer", store_row_N: NDArray[np.int64], form: Form, device: torch.device, *, shown: bool = True
+        self, layer: "Layer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool = True
     ) -> None:
-        super().__init__(layer, len(store_row_N), form, device)
+        super().__init__(layer, len(store_row_N), device)
         self._words_NM = _load(layer, store_row_N, torch.device("cpu"), shown=shown)
 
     def ahead(self, rows_B: NDArray[np.int64]) -> Tensor:
@@ -211,10 +207,8 @@ class StreamedTargets(Targets):
 
     tier = "streamed"
 
-    def __init__(
-        self, layer: "Layer", store_row_N: NDArray[np.int64], form: Form, device: torch.device, flat: "FlatWords"
-    ) -> None:
-        super().__init__(layer, len(store_row_N), form, device)
+    def __init__(self, layer: "Layer", store_row_N: NDArray[np.int64], device: torch.device, flat: "FlatWords") -> None:
+        super().__init__(layer, len(store_row_N), device)
         identity = len(store_row_N) == layer.images and bool((np.diff(store_row_N, prepend=-1) == 1).all())
         # The only thing here that grows with the index: usually 4 bytes a row, and nothing for the identity.
         self._store_row_N = None if identity else store_row_N.astype(np.min_scalar_type(layer.images))
@@ -263,7 +257,6 @@ def open_targets(
     tier: Tier,
     layer: "Layer",
     store_row_N: NDArray[np.int64],
-    form: Form,
     device: torch.device,
     *,
     storage: StorageConfig,
@@ -275,8 +268,7 @@ def open_targets(
         tier: where they shall lie.
         layer: a complete layer of a store.
         store_row_N: int64 (N,), the store's row of each row of the index (`join_rows`).
-        form: of the bags.
-        device: where bags are wanted.
+        device: where they are wanted.
         storage: the cache of the streamed tier.
         shown: False silences progress (ranks other than 0).
 
@@ -287,19 +279,19 @@ def open_targets(
     if tier == "streamed":
         from bowstore.words.flat import open_flat  # Zarr
 
-        return StreamedTargets(layer, store_row_N, form, device, open_flat(layer, storage, shown=shown))
+        return StreamedTargets(layer, store_row_N, device, open_flat(layer, storage, shown=shown))
     kind = ResidentTargets if tier == "resident" else HostTargets
-    return kind(layer, store_row_N, form, device, shown=shown)
+    return kind(layer, store_row_N, device, shown=shown)
 
 
-def words_digest(targets: Targets, mean: MeanBag | None = None, *, used: int | None = None, shown: bool = True) -> str:
-    """Identity of the words in the order of the index, 32 hex digits; adds those in use to `mean` on the way.
+def words_digest(targets: Targets, add: Add | None = None, *, used: int | None = None, shown: bool = True) -> str:
+    """Identity of the words in the order of the index, 32 hex digits; hands those in use to `add` on the way.
 
     The same in every tier: xxh3-128 of the uint16 words (N, h, w) as they lie in memory.
 
     Args:
         targets: of all rows.
-        mean: takes the words of the rows in use.
+        add: takes the words of the rows in use, uint16 (rows, M), block after block.
         used: how many rows are in use, from the first; None for all.
         shown: False silences progress.
 
@@ -311,8 +303,8 @@ def words_digest(targets: Targets, mean: MeanBag | None = None, *, used: int | N
     with Progress("check words", len(targets), shown=shown) as progress:
         for words_BM in targets.blocks():
             digest.update(words_BM.data)
-            if mean and left > 0:
-                mean.add(words_BM[:left])
+            if add and left > 0:
+                add(words_BM[:left])
                 left -= len(words_BM)
             progress.advance(len(words_BM))
     return digest.hexdigest()
@@ -343,7 +335,7 @@ def time_batches(targets: Targets, *, batch: int, batches: int, seed: int = 0) -
         if isinstance(ahead, Future):
             ahead.result()
         read = time.perf_counter()
-        targets.bag(rows_B, ahead)
+        count_bag(unpacked(targets.words(rows_B, ahead)))
         if gpu:
             torch.cuda.synchronize(targets.device)
         times.ahead_s.append(read - begun)

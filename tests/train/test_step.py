@@ -21,7 +21,7 @@ from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.step import PaddedConv2d, build_objective, build_optimizer, pad_stem, train_step, tuned
 from bowstore.train.tasks.task import Task, build_task
-from bowstore.words.bags import bag_of
+from bowstore.words.bags import unpacked
 
 Make = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -243,7 +243,7 @@ def test_a_step_that_cannot_be_compiled_says_so(make_config: Make) -> None:
 
 def test_words_above_32767_come_through() -> None:
     packed_BM = torch.from_numpy(np.array([[0, 32767, 32768, 65534]], np.uint16).view(np.int16))
-    assert bag_of(packed_BM, "count").words_BM.tolist() == [[0, 32767, 32768, 65534]]
+    assert unpacked(packed_BM).tolist() == [[0, 32767, 32768, 65534]]
 
 
 def test_the_compiled_step_keeps_maps_contiguous(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

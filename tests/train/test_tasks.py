@@ -304,7 +304,8 @@ def test_the_older_form_is_read_and_the_newer_written() -> None:
     assert config.task == WordsSettings(store=Path("w.zarr"), layer="block3", form="binary")
     written = dump(config)
     assert written["task"] == {
-        "name": "words", "store": "w.zarr", "layer": "block3", "form": "binary", "reencoded": False, "gamma": 1.0,
+        "name": "words", "store": "w.zarr", "layer": "block3", "layers": None, "form": "binary", "grids": [1, 2],
+        "head": "cosine", "reencoded": False, "gamma": 1.0,
     }  # fmt: skip
     assert written.keys().isdisjoint({"words", "rotation"})
     assert validate(TrainConfig, written, "new") == config

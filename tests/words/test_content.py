@@ -165,7 +165,7 @@ def test_a_store_of_format_2_is_read_with_one_warning(
     opened = open_store(store, "block3")
     strange = open_index(write_shards(tmp_path / "strange", IMAGES, seed=7))
     rows = join_rows(opened, strange)
-    open_targets("host", opened.layer("block3"), rows, "count", CPU, storage=StorageConfig())
+    open_targets("host", opened.layer("block3"), rows, CPU, storage=StorageConfig())
     assert verify(store, shards).sound
     assert digest(store) == before
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]

@@ -20,7 +20,7 @@ from bowstore.config import StorageConfig
 from bowstore.errors import CorruptError, UsageError
 from bowstore.torchrun import Ranks
 from bowstore.words import targets
-from bowstore.words.bags import Form, MeanBag, mix_bags
+from bowstore.words.bags import unpacked
 from bowstore.words.flat import FlatWords
 from bowstore.words.layer import Layer
 from bowstore.words.store import open_store
@@ -67,46 +67,38 @@ def store(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_tier(store: Path, tmp_path: Path) -> Open:
-    """Opens the store's words: open_tier(tier, join=..., form=...)."""
+    """Opens the store's words: open_tier(tier, join=...)."""
 
-    def open_tier(tier: Tier, join: str = "identity", form: Form = "count") -> Targets:
+    def open_tier(tier: Tier, join: str = "identity") -> Targets:
         storage = StorageConfig(cache=tmp_path / "cache")
-        return open_targets(tier, open_store(store).layer(), JOINS[join], form, CPU, storage=storage)
+        return open_targets(tier, open_store(store).layer(), JOINS[join], CPU, storage=storage)
 
     return open_tier
 
 
 @pytest.mark.parametrize("join", JOINS)
-@pytest.mark.parametrize("form", ["count", "binary"])
-def test_all_tiers_give_the_same_bits(open_tier: Open, join: str, form: Form) -> None:
+def test_all_tiers_give_the_same_bits(open_tier: Open, join: str) -> None:
     rows_N = JOINS[join]
-    tiers = [open_tier(tier, join, form) for tier in TIERS]
+    tiers = [open_tier(tier, join) for tier in TIERS]
     assert [each.tier for each in tiers] == list(TIERS)
     draw = np.random.default_rng(5)
     for rows_B in (draw.integers(0, len(rows_N), 32), np.arange(10, 30), np.array([3, 3, 3]), np.array([0])):
-        partner_B, kept_B = torch.from_numpy(draw.permutation(len(rows_B))), torch.rand(len(rows_B))
         expected = MAPS[rows_N[rows_B]].reshape(len(rows_B), -1).astype(np.int64)
-        bags = [each.bag(rows_B, each.ahead(rows_B)) for each in tiers] + [each.bag(rows_B) for each in tiers]
-        for bag in bags:
-            found = bag.words_BM.numpy()
-            assert np.array_equal(found, np.sort(expected, axis=1) if form == "binary" else expected)
-            assert torch.equal(bag.weights_BM, bags[0].weights_BM)
-            for one, other in zip(mix_bags(bag, partner_B, kept_B), mix_bags(bags[0], partner_B, kept_B), strict=True):
-                assert torch.equal(one, other)
+        for each in tiers:
+            for packed_BM in (each.words(rows_B, each.ahead(rows_B)), each.words(rows_B)):
+                assert np.array_equal(unpacked(packed_BM).numpy(), expected)
 
 
 @pytest.mark.parametrize("join", JOINS)
-def test_all_tiers_have_the_same_identity_and_mean(open_tier: Open, join: str) -> None:
+def test_all_tiers_have_the_same_identity_and_hand_on_the_same_words(open_tier: Open, join: str) -> None:
     ordered = np.ascontiguousarray(MAPS[JOINS[join]])
     expected = xxhash.xxh3_128(ordered.data).hexdigest()  # what checkpoints of earlier versions hold
-    for form in ("count", "binary"):
-        entropies = set()
-        for tier in TIERS:
-            opened, mean = open_tier(tier, join, form), MeanBag(WORDS, form)  # type: ignore[arg-type]
-            assert len(opened) == len(ordered)
-            assert words_digest(opened, mean) == expected == words_digest(opened)
-            entropies.add(mean.entropy())
-        assert len(entropies) == 1
+    for tier in TIERS:
+        opened, blocks = open_tier(tier, join), list[NDArray[np.uint16]]()
+        assert len(opened) == len(ordered)
+        assert words_digest(opened, blocks.append, used=30) == expected
+        assert words_digest(opened) == expected
+        assert np.array_equal(np.concatenate(blocks), ordered[:30].reshape(30, -1))
 
 
 def test_nothing_is_copied_for_a_join(open_tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,13 +149,13 @@ def test_a_step_waits_only_for_words_that_are_not_there_yet(open_tier: Open, mon
     begun = time.perf_counter()
     first, second = opened.ahead(rows_B), opened.ahead(rows_B + 1)
     assert time.perf_counter() - begun < 0.15  # the reading thread goes on to the images
-    opened.bag(rows_B, first)
+    opened.words(rows_B, first)
     assert opened.waited_s > 0.1
     assert isinstance(second, Future)
     wait([second])
-    bag = opened.bag(rows_B + 1, second)
+    packed_BM = opened.words(rows_B + 1, second)
     assert opened.waited_s < 0.1
-    assert np.array_equal(bag.words_BM.numpy(), MAPS[rows_B + 1].reshape(16, -1))
+    assert np.array_equal(unpacked(packed_BM).numpy(), MAPS[rows_B + 1].reshape(16, -1))
 
 
 def test_a_read_that_fails_ends_the_step_that_needs_it(open_tier: Open) -> None:
@@ -171,9 +163,9 @@ def test_a_read_that_fails_ends_the_step_that_needs_it(open_tier: Open) -> None:
     assert isinstance(opened, StreamedTargets)
     with open(opened.flat.path, "r+b") as file:
         file.truncate(4096 + 24 * 100)
-    opened.bag(np.array([99]), opened.ahead(np.array([99])))
+    opened.words(np.array([99]), opened.ahead(np.array([99])))
     with pytest.raises(CorruptError, match="ends at byte 6496"):
-        opened.bag(np.array([100]), opened.ahead(np.array([100])))
+        opened.words(np.array([100]), opened.ahead(np.array([100])))
 
 
 def test_a_store_larger_than_memory_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +186,10 @@ torch.set_num_threads(1)
 storage, cpu = StorageConfig(cache=Path(sys.argv[2])), torch.device("cpu")
 def layer(): return open_store(Path(sys.argv[1])).layer()
 def run(tier, layer, rows):
-    targets = open_targets(tier, layer, rows, "count", cpu, storage=storage)
+    targets = open_targets(tier, layer, rows, cpu, storage=storage)
     time_batches(targets, batch=64, batches=20)
     mean = MeanBag(8, "count")
-    return words_digest(targets, mean), mean.entropy()
+    return words_digest(targets, mean.add), mean.entropy()
 small = open_store(Path(sys.argv[3])).layer()
 run("streamed", small, np.arange(small.images))  # threads and their stacks, Zarr's and ours
 data_kb = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
@@ -234,7 +226,7 @@ def test_the_host_gathers_a_batch_in_time() -> None:
         read_chunk=lambda chunk, digest: words,
         chunk_digests=lambda: np.ones(1, np.uint64),
     )
-    opened = HostTargets(layer, np.arange(rows), "count", CPU)  # type: ignore[arg-type]
+    opened = HostTargets(layer, np.arange(rows), CPU)  # type: ignore[arg-type]
     times = time_batches(opened, batch=256, batches=200)
     assert times.tier == "host"
     assert len(times.ahead_s) == len(times.bag_s) == 200

@@ -1,12 +1,21 @@
 """The tasks that come with bowstore: their settings and what holds for each. Loads no torch."""
 
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Count, Place, Positive, Text, ViewConfig, Workspace
+from bowstore.config import Count, Listed, Place, Positive, Text, ViewConfig, Workspace
+from bowstore.errors import UsageError
 from bowstore.remote import fetch_store
 from bowstore.train.tasks.base import Kind, TaskSettings
+
+S = TypeVar("S", "WordsSettings", "SupervisedSettings")
+
+
+def _check_gamma(settings: S) -> S:
+    if settings.head == "linear" and settings.gamma != type(settings).model_fields["gamma"].default:
+        raise ValueError(f"gamma {settings.gamma:g} is the scale of head cosine; leave it out with head linear")
+    return settings
 
 
 class RotationSettings(TaskSettings):
@@ -62,11 +71,48 @@ class WordsSettings(TaskSettings):
     name: Literal["words"] = "words"
     store: Place | None = Field(None, description="word store; null: the workspace's")
     layer: Text | None = Field(None, description="layer of the store; null: its only one")
-    form: Literal["count", "binary"] = "count"
+    layers: Listed[Text] | None = Field(
+        None, description="several layers of the store, predicted jointly, each by a head of its own; beyond the paper"
+    )
+    form: Literal["count", "binary", "pyramid"] = Field(
+        "count", description="count, binary: a bag of the whole image; pyramid: a count bag of each cell of `grids`"
+    )
+    grids: Listed[Count] = Field((1, 2), description="cells along each axis, of each grid of form pyramid")
+    head: Literal["cosine", "linear"] = Field("cosine", description="cosine: Eq. 5; linear: a linear layer with bias")
     reencoded: bool = Field(
         False, description="the shards hold other encodings of the store's images (resized, compressed anew)"
     )
     gamma: Positive = Field(1.0, description="initial scale of the cosine logits")
+
+    _gamma_scales_cosines = model_validator(mode="after")(_check_gamma)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.layers is not None:
+            if self.layer is not None:
+                raise ValueError(f"layer {self.layer} and layers are both set; name all of them in layers")
+            if not self.layers or len(set(self.layers)) < len(self.layers):
+                raise ValueError(f"layers {list(self.layers)} must be different ones, one at least")
+        if self.form != "pyramid" and self.grids != type(self).model_fields["grids"].default:
+            raise ValueError(f"grids {list(self.grids)} are those of form pyramid; leave them out with {self.form}")
+        if not self.grids or len(set(self.grids)) < len(self.grids):
+            raise ValueError(f"grids {list(self.grids)} must be different ones, one at least")
+        return self
+
+    def check_map(self, layer: str, grid: tuple[int, int]) -> None:
+        """Refuse a word map that the pyramid's grids do not divide.
+
+        Args:
+            layer: its name, for the message.
+            grid: (h, w) of the map, without the border.
+        """
+        if self.form != "pyramid" or not (odd := [cells for cells in self.grids if any(n % cells for n in grid)]):
+            return
+        fitting = [cells for cells in range(1, min(grid) + 1) if not any(n % cells for n in grid)]
+        raise UsageError(
+            f"task.grids {list(self.grids)}: {odd[0]} x {odd[0]} cells do not divide the {grid[0]} x {grid[1]} words "
+            f"of an image in {layer}; take from {', '.join(map(str, fitting))}"
+        )
 
 
 class SupervisedSettings(TaskSettings):
@@ -78,20 +124,20 @@ class SupervisedSettings(TaskSettings):
     )
     gamma: Positive = Field(10.0, description="initial scale of the cosine head's logits")
 
-    @model_validator(mode="after")
-    def _has_gamma(self) -> Self:
-        if self.head == "linear" and self.gamma != type(self).model_fields["gamma"].default:
-            raise ValueError(f"gamma {self.gamma:g} is the scale of head cosine; leave it out with head linear")
-        return self
+    _gamma_scales_cosines = model_validator(mode="after")(_check_gamma)
 
 
 def _in_workspace(settings: WordsSettings, workspace: Workspace) -> WordsSettings:
     """With the workspace's store, where none is named, and the name of its only layer."""
     from bowstore.words.store import open_store  # Zarr: only where a store is opened
 
-    store = settings.store or workspace.store
-    layer = open_store(fetch_store(store, workspace.storage)).layer(settings.layer).name
-    return settings.model_copy(update={"store": store, "layer": layer})
+    place = settings.store or workspace.store
+    store = open_store(fetch_store(place, workspace.storage))
+    layers = [store.layer(name) for name in settings.layers or (settings.layer,)]
+    for layer in layers:
+        settings.check_map(layer.name, layer.grid)
+    named = None if settings.layers else layers[0].name
+    return settings.model_copy(update={"store": place, "layer": named})
 
 
 ROTATION = Kind(name="rotation", settings=RotationSettings, build="bowstore.train.tasks.rotation:build", mixes=False)

@@ -7,12 +7,12 @@ Legend: B batch, C channels, H W pixels, h w feature map.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bowstore.data.index import Index
@@ -30,6 +30,7 @@ from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.base import StartedSettings
 
 Features = Callable[[Backbone, Tensor], Tensor]
+Logits = Tensor | tuple[Tensor, ...]  # of a head, or of each of several
 
 _VALUE = re.compile(r"\{(\w+):?((?:\.\d[efg])?)\}")  # {loss:.4f}
 
@@ -60,7 +61,7 @@ class Network(nn.Module):
         self.backbone, self.head, self._features = backbone, head, features
         self._formats = {device: training_format(backbone, device) for device in ("cpu", "cuda")}
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def forward(self, images_BCHW: Tensor) -> Logits:
         """Logits."""
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format(images_BCHW.device))
         return self.head(self._features(self.backbone, images_BCHW))  # type: ignore[no-any-return]
@@ -148,8 +149,12 @@ class Job:
 
 def mixing(plan: Plan, device: torch.device) -> tuple[Tensor, ...]:
     """What `mix_bags` takes of a batch whose images are mixed, on the device; of any other, nothing."""
-    values = (plan.partner.astype(np.int64), plan.kept) if plan.mixed else ()
-    return tuple(torch.from_numpy(values_B).to(device, non_blocking=True) for values_B in values)
+    return placed(plan.mixing(plan.kept), device)
+
+
+def placed(arrays: Iterable[NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
+    """Arrays as tensors on the device."""
+    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
 
 
 def build_task(config: TrainConfig, index: Index, world: World) -> Task:

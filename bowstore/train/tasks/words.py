@@ -1,22 +1,25 @@
-"""BoWNet: an image's bag of words under perturbation (paper, section 2).
+"""BoWNet: an image's bag of words under perturbation (paper, section 2), or several bags, each by a head of its own.
 
 Legend: B batch, C channels, H W pixels, K words, M bag slots, N rows.
 """
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bowstore.config import StorageConfig
+from bowstore.data.plan import Plan
 from bowstore.data.views import Batch
-from bowstore.models.heads import CosineHead
+from bowstore.models.heads import CosineHead, Heads, LinearHead
 from bowstore.progress import say
 from bowstore.remote import fetch_store
 from bowstore.train.schedule import images_in_use
+from bowstore.train.tasks.forms import BagForm, PyramidBags, WholeBag
 from bowstore.train.tasks.settings import WordsSettings
-from bowstore.train.tasks.task import Dead, Job, Network, Task, mixing, pooled
-from bowstore.words.bags import Bag, MeanBag, bag_entropy, bag_of, bow_cross_entropy, mix_bags, weight_at
+from bowstore.train.tasks.task import Dead, Job, Logits, Network, Task, placed, pooled
+from bowstore.words.bags import Bag, bag_entropy, bow_cross_entropy, weight_at
 from bowstore.words.targets import (
     TIERS,
     Targets,
@@ -28,62 +31,138 @@ from bowstore.words.targets import (
     words_digest,
 )
 
+Bags = Bag | list[Bag]
+
+
+class Source(NamedTuple):
+    """A layer whose words are learned.
+
+    Attributes:
+        lineage: whose words they are (`bowstore.words.layer.Layer.lineage`).
+        targets: the words.
+        form: the bags that are made of them.
+    """
+
+    lineage: dict[str, Any]
+    targets: Targets
+    form: BagForm
+
 
 def build(settings: WordsSettings, job: Job) -> Task:
     """The task of a job."""
-    targets, source = _open(settings, job)
-    world, num_words = job.world, source["num_words"]
-    mean = MeanBag(num_words, settings.form) if world.first else None
+    sources, world = _open(settings, job), job.world
     used = images_in_use(job.config, len(job.index))
-    digest = words_digest(targets, mean, used=used, shown=world.first)
+    inputs = {"shards": job.index.fingerprint}
+    for source in sources:
+        name = "words" if len(sources) == 1 else f"words of {source.lineage['layer']}"
+        add = source.form.add if world.first else None
+        inputs[name] = words_digest(source.targets, add, used=used, shown=world.first)
+    heads = [
+        _head(settings, job.backbone.features, source.lineage["num_words"])
+        for source in sources
+        for _ in range(source.form.bags)
+    ]
     constants, dead = {}, None
-    if mean:
-        marginal = constants["marginal_loss"] = mean.entropy()
-        dead = Dead(
-            marginal,
-            f"the loss {{loss:.4f}} is still that of predicting the words' mean frequencies ({marginal:.4f}): nothing "
-            f"is learned (gamma {{gamma:.3g}}); try a lower optim.lr or task.gamma",
-        )
-    head = CosineHead(job.backbone.features, num_words, settings.gamma)
+    if world.first:
+        marginal = sum(source.form.bags * source.form.marginal_loss() for source in sources) / len(heads)
+        constants["marginal_loss"] = marginal
+        dead = _dead(settings, marginal)
     waits_ms: list[float] = []
 
     def bring(batch: Batch) -> tuple[Tensor, ...]:
-        plan = batch.plan
-        packed_BM = targets.words(plan.rows, batch.ahead)
-        waits_ms.append(1e3 * targets.waited_s)
-        return batch.images_BCHW, packed_BM, *mixing(plan, world.device)
+        plan, ahead = batch.plan, batch.ahead or [None] * len(sources)
+        tensors: list[Tensor] = []
+        for source, mine in zip(sources, ahead, strict=True):
+            tensors += [source.targets.words(plan.rows, mine), *placed(source.form.numbers(plan), world.device)]
+        waits_ms.append(1e3 * sum(source.targets.waited_s for source in sources))
+        return batch.images_BCHW, *tensors
 
-    def make(images_BCHW: Tensor, packed_BM: Tensor, *mixed: Tensor) -> tuple[Tensor, Bag]:
-        bag = bag_of(packed_BM, targets.form)
-        return images_BCHW, mix_bags(bag, *mixed) if mixed else bag
+    def make(images_BCHW: Tensor, *tensors: Tensor) -> tuple[Tensor, Bags]:
+        each = len(tensors) // len(sources)
+        bags = [
+            bag
+            for place, source in enumerate(sources)
+            for bag in source.form.make(*tensors[each * place : each * (place + 1)])
+        ]
+        return images_BCHW, bags if len(bags) > 1 else bags[0]
 
-    def scalars(logits_BK: Tensor, bag: Bag) -> dict[str, Tensor]:
+    def scalars(logits: Logits, bags: Bags) -> dict[str, Tensor]:
+        pairs = list(_pairs(logits, bags))
         found = {
-            "excess_loss": bow_cross_entropy(logits_BK, bag) - bag_entropy(bag),
-            "gamma": head.gamma,
-            "top_word_weight": weight_at(bag, logits_BK.argmax(1)),
+            "excess_loss": _mean([bow_cross_entropy(logits_BK, bag) - bag_entropy(bag) for logits_BK, bag in pairs]),
+            "top_word_weight": _mean([weight_at(bag, logits_BK.argmax(1)) for logits_BK, bag in pairs]),
         }
-        if targets.tier == "streamed":  # the mean since the last line, of this sitting
+        if settings.head == "cosine":  # of several the least: the first that runs to zero is a head that is dead
+            found["gamma"] = torch.stack([head.gamma for head in heads]).amin()
+        if sources[0].targets.tier == "streamed":  # the mean since the last line, of this sitting
             found["target_wait_ms"] = torch.tensor(sum(waits_ms) / len(waits_ms), device=world.device)
         waits_ms.clear()
         return found
 
+    def ahead(plan: Plan) -> list[Any]:
+        return [source.targets.ahead(plan.rows) for source in sources]
+
     return Task(
-        network=Network(job.backbone, head, pooled),
+        network=Network(job.backbone, heads[0] if len(heads) == 1 else Heads(heads), pooled),
         bring=bring,
         make=make,
-        loss=lambda logits_BK, bag: (bow_cross_entropy(logits_BK, bag), {}),
+        loss=_loss,
         scalars=scalars,
-        ahead=lambda plan: targets.ahead(plan.rows),
+        ahead=ahead,
         constants=constants,
-        inputs={"shards": job.index.fingerprint, "words": digest},
+        inputs=inputs,
         dead=dead,
-        lineage=source,
+        lineage={"store": str(settings.store), **_lineage([source.lineage for source in sources])},
     )
 
 
-def _open(settings: WordsSettings, job: Job) -> tuple[Targets, dict[str, Any]]:
-    """The targets of the index's rows in the tier that fits, and whose words they are."""
+def _head(settings: WordsSettings, features: int, num_words: int) -> Any:
+    if settings.head == "linear":
+        return LinearHead(features, num_words)
+    return CosineHead(features, num_words, settings.gamma)
+
+
+def _dead(settings: WordsSettings, marginal: float) -> Dead:
+    cosine = settings.head == "cosine"
+    said, remedy = (" (gamma {gamma:.3g})", " or task.gamma") if cosine else ("", "")
+    return Dead(
+        marginal,
+        f"the loss {{loss:.4f}} is still that of predicting the words' mean frequencies ({marginal:.4f}): nothing "
+        f"is learned{said}; try a lower optim.lr{remedy}",
+    )
+
+
+def _pairs(logits: Logits, bags: Bags) -> Iterator[tuple[Tensor, Bag]]:
+    """Each head's logits (B, K) with the bags that it learns."""
+    if isinstance(logits, Tensor):
+        assert isinstance(bags, Bag), "one head learns one bag"
+        return iter([(logits, bags)])
+    return zip(logits, bags, strict=True)  # type: ignore[arg-type]
+
+
+def _loss(logits: Logits, bags: Bags) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over the bags (paper, Eq. 6)."""
+    return _mean([bow_cross_entropy(logits_BK, bag) for logits_BK, bag in _pairs(logits, bags)]), {}
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
+
+
+def _lineage(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whose words a run learned: of several layers of a store, names and numbers as lists, digests by layer."""
+    if len(layers) == 1:
+        return layers[0]
+    return {
+        "layer": ", ".join(layer["layer"] for layer in layers),
+        "num_words": ", ".join(str(layer["num_words"]) for layer in layers),
+        "vocabulary_digest": {layer["layer"]: layer["vocabulary_digest"] for layer in layers},
+        "teacher": layers[0]["teacher"],
+    }
+
+
+def _open(settings: WordsSettings, job: Job) -> list[Source]:
+    """The layers whose words are learned, in the tier that has room for all of them."""
     from bowstore.words.store import join_rows, open_store  # Zarr: only where a store is opened
 
     assert settings.store is not None, "the command line resolves task.store"
@@ -91,9 +170,11 @@ def _open(settings: WordsSettings, job: Job) -> tuple[Targets, dict[str, Any]]:
     path = fetch_store(settings.store, config.runtime.storage, display=world.first)
     world.assembled()  # however long it takes on some machine
     store = open_store(path)
-    layer = store.layer(settings.layer)
+    layers = [store.layer(name) for name in settings.layers or (settings.layer,)]
+    for layer in layers:
+        settings.check_map(layer.name, layer.grid)
     store_row_N = join_rows(store, job.index, reencoded=settings.reencoded)
-    size_bytes = words_bytes(layer, len(store_row_N))
+    size_bytes = sum(words_bytes(layer, len(store_row_N)) for layer in layers)
     choice = choose_tier(config.runtime.targets, size_bytes, world.device)
     # All ranks measure before any of them loads, and all take the tier of the one with the least room.
     needed = [tier for tier in TIERS if world.any(choice.tier == tier)][-1]
@@ -101,13 +182,18 @@ def _open(settings: WordsSettings, job: Job) -> tuple[Targets, dict[str, Any]]:
         choice = TierChoice(needed, f"another rank has no room for {choice.tier}")
     if world.first:
         say(describe(choice, size_bytes))
-    targets = open_targets(
-        choice.tier,
-        layer,
-        store_row_N,
-        settings.form,
-        world.device,
-        storage=config.runtime.storage or StorageConfig(),
-        shown=world.first,
-    )
-    return targets, {"store": str(settings.store), **layer.lineage}
+    storage = config.runtime.storage or StorageConfig()
+    return [
+        Source(
+            layer.lineage,
+            open_targets(choice.tier, layer, store_row_N, world.device, storage=storage, shown=world.first),
+            _form(settings, layer.num_words, layer.grid, flip=config.view.flip),
+        )
+        for layer in layers
+    ]
+
+
+def _form(settings: WordsSettings, num_words: int, grid: tuple[int, int], *, flip: bool) -> BagForm:
+    if settings.form == "pyramid":
+        return PyramidBags(num_words, grid, settings.grids, flip=flip)
+    return WholeBag(settings.form, num_words)

@@ -1,0 +1,117 @@
+"""What bags are made of a layer's words: one of the whole image, or one for each cell of a spatial pyramid.
+
+Legend: B batch, M bag slots (locations of the word map), h w word map, P cells of all grids, K words.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bowstore.data.plan import Plan
+from bowstore.words.bags import Bag, Form, MeanBag, bag_of, count_bag, mix_bags, unpacked, words_in_cells
+
+
+class BagForm(ABC):
+    """Bags of the images of a batch.
+
+    Attributes:
+        bags: how many of them an image has, each with a head of its own.
+    """
+
+    bags: int = 1
+
+    @abstractmethod
+    def numbers(self, plan: Plan) -> tuple[NDArray[Any], ...]:
+        """What `make` takes of a plan, besides the words."""
+
+    @abstractmethod
+    def make(self, packed_BM: Tensor, *numbers: Tensor) -> list[Bag]:
+        """The bags of words (B, M), uint16 bit for bit as int16, and of the plan's numbers."""
+
+    @abstractmethod
+    def add(self, words_BM: NDArray[np.uint16]) -> None:
+        """Count the words of some rows in the mean bags."""
+
+    @abstractmethod
+    def marginal_loss(self) -> float:
+        """The loss, nats, of predicting the mean bags of all rows that were added, whatever the image."""
+
+
+class WholeBag(BagForm):
+    """The bag of the whole image, whatever the crop and the flip (paper, Eq. 3 and 4)."""
+
+    def __init__(self, form: Form, num_words: int) -> None:
+        self._form, self._mean = form, MeanBag(num_words, form)
+
+    def numbers(self, plan: Plan) -> tuple[NDArray[Any], ...]:
+        """As `mix_bags` takes them."""
+        return plan.mixing(plan.kept)
+
+    def make(self, packed_BM: Tensor, *mixed: Tensor) -> list[Bag]:
+        """One bag."""
+        bag = bag_of(unpacked(packed_BM), self._form)
+        return [mix_bags(bag, *mixed) if mixed else bag]
+
+    def add(self, words_BM: NDArray[np.uint16]) -> None:
+        """As in the base class; mixing leaves the mean bag as it is."""
+        self._mean.add(words_BM)
+
+    def marginal_loss(self) -> float:
+        """The entropy of the mean bag."""
+        return self._mean.entropy()
+
+
+class PyramidBags(BagForm):
+    """Count bags of the cells of a spatial pyramid (Sp-BoWNet, paper, Table 1), grid after grid, in reading order.
+
+    Cells are those of the whole clean image, mirrored where the image is, whatever the crop. Of a mixed image, the
+    target of a cell of the output is y(A) in the share of that cell's area that is not pasted over, else y(B), of the
+    same cell of each image as it lies in the output.
+
+    Args:
+        num_words: K.
+        grid: (h, w) of the word map.
+        grids: cells along each axis, of each grid; all divide h and w.
+        flip: whether half of the images are mirrored.
+    """
+
+    def __init__(self, num_words: int, grid: tuple[int, int], grids: tuple[int, ...], *, flip: bool) -> None:
+        self._grid, self._grids, self._flip = grid, grids, flip
+        self.bags = sum(cells**2 for cells in grids)
+        self._means = [MeanBag(num_words, "count") for _ in range(self.bags)]
+
+    def numbers(self, plan: Plan) -> tuple[NDArray[Any], ...]:
+        """Who is mirrored, and as `mix_bags` takes them, with the share of each cell that is kept."""
+        kept_BP = np.concatenate([plan.kept_in((cells, cells)) for cells in self._grids], axis=1)
+        return plan.mirror.astype(np.bool_), *plan.mixing(kept_BP)
+
+    def make(self, packed_BM: Tensor, *numbers: Tensor) -> list[Bag]:
+        """A bag for each cell."""
+        mirror_B, *mixed = numbers
+        words_Bhw = unpacked(packed_BM).view(-1, *self._grid)
+        # A partner is mirrored by its own flip: the one that its words are given here, before they are mixed.
+        words_Bhw = torch.where(mirror_B[:, None, None], words_Bhw.flip(2), words_Bhw)
+        bags = [count_bag(words_Bm) for words_Bm in self._cells(words_Bhw)]
+        if not mixed:
+            return bags
+        partner_B, kept_BP = mixed
+        return [mix_bags(bag, partner_B, kept_B) for bag, kept_B in zip(bags, kept_BP.unbind(1), strict=True)]
+
+    def add(self, words_BM: NDArray[np.uint16]) -> None:
+        """As in the base class: with flips, a cell of the output has half of its images' words from the other side."""
+        words_Bhw = torch.from_numpy(words_BM.view(np.int16)).view(-1, *self._grid)
+        for seen_Bhw in (words_Bhw, words_Bhw.flip(2))[: 1 + self._flip]:
+            for mean, words_Bm in zip(self._means, self._cells(seen_Bhw), strict=True):
+                mean.add(words_Bm.numpy().view(np.uint16))
+
+    def marginal_loss(self) -> float:
+        """The mean of the entropies of the cells' mean bags."""
+        return sum(mean.entropy() for mean in self._means) / self.bags
+
+    def _cells(self, words_Bhw: Tensor) -> list[Tensor]:
+        """The words (B, m) of each cell."""
+        return [words_Bm for cells in self._grids for words_Bm in words_in_cells(words_Bhw, cells).unbind(1)]
