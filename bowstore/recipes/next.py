@@ -109,10 +109,11 @@ def _lacking(stage: TrainStage | EncodeStage, given: Collection[str]) -> str:
         return _unfinished(Path(stage.given["teacher"])) if stage.teacher else ""
     if stage.start and "task.start" not in given and (lacking := _unfinished(stage.flags["task.start"])):
         return lacking
-    words, layer = stage.encoding, stage.flags.get("task.layer")
-    if not words or "task.store" in given or is_remote(words.place) or complete_layer(words.place, layer):
+    words = stage.encoding
+    if not words or "task.store" in given or is_remote(words.place):
         return ""
-    return f"layer {layer} of word store {words.place}: make it, `bowstore encode`"
+    layer = next((layer for layer in stage.layers if not complete_layer(words.place, layer)), "")
+    return layer and f"layer {layer} of word store {words.place}: make it, `bowstore encode`"
 
 
 def _unfinished(run: Path | str) -> str:

@@ -16,7 +16,7 @@ from bowstore.recipes.encode import EncodeStage, complete_layer
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, TO_DO, Stage, State, fingerprint
 from bowstore.train.config import TrainConfig, differences, load_train_config
-from bowstore.train.tasks.base import StartedSettings
+from bowstore.train.tasks.base import StartedSettings, TaskSettings
 from bowstore.workspace import resolve_train, with_start
 
 
@@ -72,20 +72,25 @@ class TrainStage(Stage):
                 raise UsageError(
                     f"{self.file} is of task {task.name}, which learns no words; take `words: {self.words}` out"
                 )
-            flags |= {"task.store": self.encoding.place, "task.layer": self._layer(getattr(task, "layer", None))}
+            flags |= {"task.store": self.encoding.place, **self._layers(task)}
         elif getattr(task, "store", "") is None:
             raise UsageError(f"{self.file} learns words; name the stage that makes them, as in `words: STAGE`")
         return flags
 
-    def _layer(self, named: str | None) -> str:
-        """The layer whose words are learned: the configuration's, or the only one that the stage makes."""
-        layers = self.encoding.config.layers if self.encoding else ()
-        if (named or len(layers) > 1) and named not in layers:
+    def _layers(self, task: TaskSettings) -> dict[str, str]:
+        """The layer to set where the configuration names none: the only one that the stage makes."""
+        made, named = self.encoding.config.layers if self.encoding else (), _layers_of(task)
+        if not set(named) <= set(made) or (not named and len(made) > 1):
             raise UsageError(
-                f"stage {self.words!r} makes layers {', '.join(layers)}; name one of them, as in "
-                f"`set: {{task.layer: {layers[0]}}}`"
+                f"stage {self.words!r} makes layers {', '.join(made)}; name one of them, as in "
+                f"`set: {{task.layer: {made[0]}}}`"
             )
-        return named or layers[0]
+        return {} if named else {"task.layer": made[0]}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose words it learns."""
+        return _layers_of(self.config.task) if self.encoding else ()
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -113,7 +118,7 @@ class TrainStage(Stage):
     @property
     def reads(self) -> tuple[Path | str, ...]:
         """Shards, words, and the run that it starts from."""
-        words = [self.encoding.place / self.flags["task.layer"]] if self.encoding else []
+        words = [self.encoding.place / layer for layer in self.layers] if self.encoding else []
         return self.shards, *words, *([self.begins] if self.begins else [])
 
     @property
@@ -145,9 +150,11 @@ class TrainStage(Stage):
         began, starts = inputs.get("start"), self.begins and runs.weights_sha256(self.begins)
         if began and starts and began != starts:
             return f"{run} was started from other weights than {self.begins} holds"
-        words, now = lineage["targets"].get("vocabulary_digest") if lineage else None, complete_layer(store, layer)
-        if words and now and words != now.made_with()["vocabulary"]:
-            return f"{run} was trained on other words of {layer} than word store {store} holds"
+        recorded = lineage["targets"].get("vocabulary_digest") if lineage else None
+        for name in _layers_of(there.task):
+            words, now = recorded.get(name) if isinstance(recorded, dict) else recorded, complete_layer(store, name)
+            if words and now and words != now.made_with()["vocabulary"]:
+                return f"{run} was trained on other words of {name} than word store {store} holds"
         return ""
 
     def make(self) -> list[str]:
@@ -155,6 +162,12 @@ class TrainStage(Stage):
         workspace = self._here.workspace
         config = resolve_train(workspace, self.file, flags=self.flags)
         return [called("bowstore.train.loop:train")(config, workspace.runs).text()]
+
+
+def _layers_of(task: TaskSettings) -> tuple[str, ...]:
+    """The layers that a configuration names; none where it leaves them to the store, or learns no words."""
+    layer = getattr(task, "layer", None)
+    return getattr(task, "layers", None) or ((layer,) if layer else ())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

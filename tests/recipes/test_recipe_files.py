@@ -153,6 +153,17 @@ def test_stages_come_behind_their_inputs_in_whatever_order_they_are_written() ->
         assert names == ["images", "data", "rotnet", "words", "bownet", "linear"]
 
 
+def test_several_layers_of_one_stage_are_learned_together() -> None:
+    text = SMALL.replace("[block3]", "[block2, block3]")
+    bownet = "bownet_small.yaml, set: {task.layer: null, task.layers: [%s]}"
+    stage = plan_of(text.replace("bownet_small.yaml", bownet % "block3, block2")).stages["bownet"]
+    assert isinstance(stage, TrainStage)
+    assert stage.layers == ("block3", "block2")
+    assert stage.reads == (Path("data/shards/train"), Path("data/words.zarr/block3"), Path("data/words.zarr/block2"))
+    with pytest.raises(UsageError, match=r"stage 'words' makes layers block2, block3; name one of them"):
+        plan_of(text.replace("bownet_small.yaml", bownet % "block1, block3"))
+
+
 def test_places_are_the_workspaces_unless_named() -> None:
     steps = plan_of(SMALL, seed=3).stages
     data, rotnet, words, bownet, linear = (steps[name] for name in ("data", "rotnet", "words", "bownet", "linear"))
