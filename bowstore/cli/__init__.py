@@ -17,6 +17,7 @@ from bowstore.cli.gallery import words
 from bowstore.cli.jobs import train
 from bowstore.cli.layers import layers
 from bowstore.cli.recipes import demo, init, run
+from bowstore.cli.reproduce import reproduce
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,13 +36,14 @@ def main(debug: bool) -> None:
     bowstore eval voc07                         how good the representation is
     bowstore export net.pth --format timm       the network for other code
     bowstore run                                the whole of a recipe; interrupted, it goes on
+    bowstore reproduce table1 --small           the paper's tables, and whether its claims hold here
 
     The current directory is the workspace.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 
 COMMANDS = (
-    init, data_group, shards, index, verify, layers, encode, words, train, evaluate, export, run, demo, bench
+    init, data_group, shards, index, verify, layers, encode, words, train, evaluate, export, run, reproduce, demo, bench
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
@@ -62,6 +62,9 @@ class PaperFigures(Strict):
         source: table and network.
         metrics: names of the columns.
         percent: figures by system; null where the paper has none.
+        quoted: the same of systems that do not compare, by their network or their way of testing.
+        like: a pattern of ids, too: the same measure on other images, beside which `reproduce` shows the order of rows.
+        missing: why bowstore has no such protocol yet.
     """
 
     protocol: str
@@ -69,19 +72,37 @@ class PaperFigures(Strict):
     source: str
     metrics: Listed[str]
     percent: dict[str, Listed[float | None]]
+    quoted: dict[str, Listed[float | None]] = Field({})
+    like: str | None = None
+    missing: str | None = None
 
 
-class _PaperTable(Strict):
-    """A file of `paper/`."""
+class PaperTable(Strict):
+    """A table of the paper: a file of `paper/`.
 
+    Attributes:
+        title: what it shows.
+        rows: systems in the paper's order, those of other tables' figures too.
+        quoted: systems that no recipe makes, and why.
+        figures: in parts by protocol.
+    """
+
+    title: str
+    rows: Listed[str]
+    quoted: dict[str, str] = Field({})
     figures: Listed[PaperFigures]
 
 
 @cache
+def paper_tables() -> dict[str, PaperTable]:
+    """The tables by the name of their file: table1 to table6."""
+    paths = sorted(PAPER_FOLDER.glob("table*.yaml"))
+    return {path.stem: validate(PaperTable, read_yaml(path), str(path)) for path in paths}
+
+
 def paper_figures() -> tuple[PaperFigures, ...]:
-    """All figures of the paper that something can be compared with, by the name of their file."""
-    tables = [validate(_PaperTable, read_yaml(path), str(path)) for path in sorted(PAPER_FOLDER.glob("*.yaml"))]
-    return tuple(figures for table in tables for figures in table.figures)
+    """All figures of the paper, table by table."""
+    return tuple(figures for table in paper_tables().values() for figures in table.figures)
 
 
 def write_result(run: Path, result: Result) -> Path:
@@ -95,8 +116,8 @@ def write_result(run: Path, result: Result) -> Path:
         before = read_result(path)
     except (MissingError, CorruptError):
         before = result
-    if _column(before) != _column(result):
-        _, version, tested_on = _column(before)
+    if column_of(before) != column_of(result):
+        _, version, tested_on = column_of(before)
         kept = path.with_name(f"{path.stem}-v{version}-{tested_on}.json")
         path.replace(kept)
         say(f"{path.name} was of other test images or another version ({tested_on}, v{version}): kept as {kept.name}")
@@ -104,10 +125,18 @@ def write_result(run: Path, result: Result) -> Path:
     return path
 
 
-def _column(result: Result) -> tuple[str, int, str]:
-    """Where a figure belongs in a table: protocol, version and test images."""
+class Column(NamedTuple):
+    """Where a figure belongs in a table: protocol id, its version, and the test images."""
+
+    protocol: str
+    version: int
+    tested_on: str
+
+
+def column_of(result: Result) -> Column:
+    """Where a result's figures belong."""
     tested_on = result.inputs.get("dataset") or (result.inputs.get("test") or "unknown")[:8]
-    return result.protocol, result.protocol_version, tested_on
+    return Column(result.protocol, result.protocol_version, tested_on)
 
 
 def read_result(path: Path) -> Result:
@@ -171,7 +200,7 @@ def result_table(result: Result, name: str = "this run") -> str:
                 known = dict(zip(paper.metrics, percent, strict=True))
                 figures = [_figure(known.get(metric), halves.get(metric, "")) for metric in metrics]
                 rows.append([f"paper: {system}", *figures, paper.source])
-    return f"{result.protocol} v{result.protocol_version}\n{_aligned(rows, left=(0, len(metrics) + 1))}"
+    return f"{result.protocol} v{result.protocol_version}\n{aligned(rows, left=(0, len(metrics) + 1))}"
 
 
 def comparison_table(results: Mapping[str, Sequence[Result]]) -> str:
@@ -183,12 +212,12 @@ def comparison_table(results: Mapping[str, Sequence[Result]]) -> str:
     Raises:
         DataError: a run has two results that belong into the same cell.
     """
-    columns: dict[tuple[str, int, str], dict[str, str]] = {}
+    columns: dict[Column, dict[str, str]] = {}
     for run, measured in results.items():
         for result in measured:
-            cells = columns.setdefault(_column(result), {})
+            cells = columns.setdefault(column_of(result), {})
             if run in cells:
-                protocol, version, tested_on = _column(result)
+                protocol, version, tested_on = column_of(result)
                 raise DataError(f"run {run} has two results of {protocol} v{version} on {tested_on}; give one")
             cells[run] = _percent(result.metrics[_headline(result)])
     keys = sorted(columns)
@@ -197,7 +226,7 @@ def comparison_table(results: Mapping[str, Sequence[Result]]) -> str:
         ["test images", *(tested_on for _, _, tested_on in keys)],
         *([run, *(columns[key].get(run, "-") for key in keys)] for run in results),
     ]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _headline(result: Result) -> str:
@@ -214,7 +243,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
+def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
     """Columns padded to their widest cell, to the right except for the columns of text in `left`."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

@@ -21,6 +21,9 @@ from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint
 _HOW = EvalConfig.model_fields.keys() - {"run", "random"}  # what settings may say of how an evaluation runs
 
 
+RANDOM = "random network"  # the row of the network before training
+
+
 @dataclass(frozen=True)
 class Cell:
     """One network under one protocol.
@@ -93,11 +96,16 @@ class EvalStage(Stage):
             raise ValueError("name the networks: `of: [STAGE, ...]`")
         return self
 
+    @property
+    def protocols(self) -> list[Any]:
+        """What stands below `eval`, one by one."""
+        return self.eval if isinstance(self.eval, list) else [self.eval]
+
     @cached_property
     def cells(self) -> list[Cell]:
         """Each protocol of each network."""
         try:
-            protocols = [self._protocol(item) for item in (self.eval if isinstance(self.eval, list) else [self.eval])]
+            protocols = [self._protocol(item) for item in self.protocols]
         except ValueError as error:  # UsageError, too
             raise UsageError(f"eval: {error}") from error
         for role in ("train", "test"):
@@ -105,7 +113,7 @@ class EvalStage(Stage):
                 raise UsageError(
                     f"{' and '.join(kind.name for kind, _, _ in protocols)} take no `{role}`; leave it out"
                 )
-        networks = [("random network", self.random)] if self.random else []
+        networks = [(RANDOM, self.random)] if self.random else []
         networks += [(stage, stage) for stage in self.of]
         runs_of = {stage: self._here.stages[stage].writes[0] for _, stage in networks}
         return [

@@ -1,8 +1,10 @@
 """Stages that end in shards: images are rendered or fetched, and written as shards."""
 
+import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self, cast
+from typing import Annotated, Self, TypeVar, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,10 +15,13 @@ from bowstore.data.records import PARTS_FOLDER, PLAN_FILE, read_manifest
 from bowstore.data.shards import make_shards
 from bowstore.data.synthetic import MARKER, write_images
 from bowstore.data.table import INDEX_FILE
-from bowstore.errors import MissingError
+from bowstore.errors import BusyError, MissingError
 from bowstore.files import read_json
+from bowstore.progress import say
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Here, Stage, State, stage_of
 from bowstore.remote import is_remote
+
+T = TypeVar("T")
 
 
 class ImagesStage(Stage):
@@ -102,8 +107,21 @@ class DownloadStage(ImagesStage):
 
     def make(self) -> list[str]:
         """Fetch it."""
-        fetch(self.download, self._here.place(self.out))
+        _once_free(lambda: fetch(self.download, self._here.place(self.out)))
         return []
+
+
+def _once_free(make: Callable[[], T]) -> T:
+    """What `make` gives, as soon as no other process (that of another seed) makes the same."""
+    told = False
+    while True:
+        try:
+            return make()
+        except BusyError as error:
+            if not told:
+                say(f"waiting: {str(error).partition(';')[0]}")
+            told = True
+            time.sleep(0.5)
 
 
 class ImagesToShards(ShardsConfig):
@@ -179,7 +197,8 @@ class ShardsStage(Stage):
         (out,) = self.writes
         if self.state() == DONE and not self.source.exists():
             return [f"{out}: complete; {self.source}, of which it was made, is not there to be compared"]
-        return [report.summary() for report in make_shards(self.source, out, self.shards)]
+        reports = _once_free(lambda: make_shards(self.source, out, self.shards))
+        return [report.summary() for report in reports]
 
 
 def shards_of(reference: str | None, role: str, here: Here) -> Path:

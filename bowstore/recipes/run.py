@@ -57,7 +57,7 @@ class RecipeResult:
         )
 
 
-def run_recipe(plan: Plan, *, processes: int = 1) -> RecipeResult:
+def run_recipe(plan: Plan, *, processes: int = 1, label: str = "") -> RecipeResult:
     """Run the stages that are not done, one after the other; what is done is skipped.
 
     Killed at any moment, the same call goes on: each stage does so by itself.
@@ -65,6 +65,7 @@ def run_recipe(plan: Plan, *, processes: int = 1) -> RecipeResult:
     Args:
         plan: the recipe.
         processes: torchrun starts so many on this machine for each stage that trains or encodes.
+        label: what lines on the progress call it; none are printed without.
 
     Raises:
         UsageError: torchrun started this process itself.
@@ -81,7 +82,9 @@ def run_recipe(plan: Plan, *, processes: int = 1) -> RecipeResult:
             stage.check()
     make_folder(plan.result.parent)
     seconds: dict[str, float] = {}
-    for name, stage in plan.stages.items():
+    for number, (name, stage) in enumerate(plan.stages.items(), 1):
+        if label and stage.needed and stage.state() != DONE:
+            say(f"{label}: {name} (stage {number} of {len(plan.stages)})")
         with timed(seconds, name):
             if processes > 1 and stage.distributed and stage.state() != DONE:
                 _start(name, plan, processes)

@@ -1,0 +1,251 @@
+"""A table of the paper beside the figures of this machine: summed up as plain values, and shown. Loads no torch."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from bowstore.errors import DataError
+from bowstore.evaluate.claims import Figures, claims, differences, spread, together
+from bowstore.evaluate.results import Column, PaperFigures, PaperTable, Result, aligned, column_of, paper_figures
+
+Measured = Mapping[int, Mapping[str, Sequence[Result]]]  # results by seed and row
+Grid = list[list[str]]
+
+
+def figures_of(measured: Measured) -> Figures:
+    """Points of percent by column, row, metric and seed: what differs in protocol, version or images is never mixed.
+
+    Raises:
+        DataError: a row has two results of one seed that belong into the same column.
+    """
+    figures: dict[Column, dict[str, dict[str, dict[int, float]]]] = {}
+    for seed, rows in measured.items():
+        for row, results in rows.items():
+            for result in results:
+                metrics = figures.setdefault(column_of(result), {}).setdefault(row, {})
+                if any(seed in values for values in metrics.values()):
+                    raise DataError(
+                        f"row {row!r}, seed {seed}: two results of {result.protocol} on the same images; the recipe "
+                        "evaluates two stages under one name: rename one"
+                    )
+                for metric, share in result.metrics.items():
+                    metrics.setdefault(metric, {})[seed] = 100 * share
+    return figures
+
+
+def summary(
+    name: str, table: PaperTable, measured: Measured, *, images: Mapping[str, str], absent: Mapping[str, str]
+) -> dict[str, Any]:
+    """A table's figures, the paper's beside them, and whether its claims hold here, as plain values.
+
+    Args:
+        name: table1 to table6.
+        table: the paper's.
+        measured: results by seed and row.
+        images: what test images are, by the name that their column has.
+        absent: why rows are not there, by row.
+    """
+    figures = figures_of(measured)
+    why = {**{row: f"quoted only: {reason}" for row, reason in table.quoted.items()}, **absent}
+    parts = [_part(table, column, figures[column], images, why) for column in sorted(figures)]
+    shown = [paper.percent for column in figures if (paper := _beside(table, column.protocol))]
+    for paper in table.figures:
+        if paper.percent not in shown:  # a table may have the same figures for two protocols
+            shown.append(paper.percent)
+            parts.append(_part(table, None, {}, images, why, paper))
+    return {
+        "table": name,
+        "title": table.title,
+        "seeds": sorted(measured),
+        "parts": parts,
+        "claims": list(_claims(name, table, figures, images, why)),
+        "absent": why,
+    }
+
+
+def _patterns(paper: PaperFigures) -> list[str]:
+    return [paper.protocol, *([paper.like] if paper.like else [])]
+
+
+def _beside(table: PaperTable, protocol: str) -> PaperFigures | None:
+    """The paper's figures of this measure; those of exactly this protocol before those of one like it."""
+    fits = [(p, f) for f in table.figures for p in _patterns(f) if fnmatchcase(protocol, p)]
+    return next((f for p, f in fits if p == f.protocol), fits[0][1] if fits else None)
+
+
+def _percent(paper: PaperFigures, row: str, metric: str) -> float | None:
+    """The paper's figure, of whichever of its tables has the row on the same data."""
+    for other in (paper, *paper_figures()):
+        if (other.protocol, other.dataset) == (paper.protocol, paper.dataset):
+            values = {**other.percent, **other.quoted}.get(row)
+            if values and metric in other.metrics:
+                return values[other.metrics.index(metric)]
+    return None
+
+
+def _part(
+    table: PaperTable,
+    column: Column | None,
+    rows: Mapping[str, Mapping[str, Mapping[int, float]]],
+    images: Mapping[str, str],
+    why: Mapping[str, str],
+    paper: PaperFigures | None = None,
+) -> dict[str, Any]:
+    """One protocol, version and set of images: each row's figures, and the paper's of the same measure."""
+    paper = _beside(table, column.protocol) if column else paper
+    metrics = list(dict.fromkeys(m for row in rows.values() for m in row)) or list(paper.metrics if paper else ())
+    known = [m for m in metrics if paper and m in paper.metrics]
+    lines = []
+    for row in dict.fromkeys([*(table.rows if paper else ()), *rows]):
+        said = {m: p for m in known if paper and (p := _percent(paper, row, m)) is not None}
+        ours = {
+            m: {**spread(list(by_seed.values()))._asdict(), "by_seed": {str(s): v for s, v in sorted(by_seed.items())}}
+            for m, by_seed in rows.get(row, {}).items()
+        }
+        if said or ours:
+            lines.append({"row": row, "here": ours, "paper": said, "absent": "" if ours else why.get(row, "not run")})
+    here = column and {**column._asdict(), "images": images.get(column.tested_on, column.tested_on)}
+    same = column and paper and column.tested_on == paper.dataset and fnmatchcase(column.protocol, paper.protocol)
+    beside = paper and {
+        **{key: getattr(paper, key) for key in ("protocol", "dataset", "source", "missing")},
+        "metrics": known,
+        "comparable": bool(same),
+    }
+    return {"here": here, "paper": beside if known else None, "metrics": metrics, "rows": lines}
+
+
+def _claims(
+    name: str, table: PaperTable, figures: Figures, images: Mapping[str, str], why: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Each claim of the table, once for each column group in which it can be tested, or once with why it cannot."""
+    for claim in claims():
+        if name not in claim.tables:
+            continue
+        found: dict[str, list[dict[str, Any]]] = {}
+        for column in sorted(figures):
+            paper = _beside(table, column.protocol)
+            for test in differences(claim, figures, column):
+                ends = [_percent(paper, row, test["metric"]) if paper else None for row in claim.rows]
+                theirs = None if None in ends else round(ends[0] - ends[1], 1)  # type: ignore[operator]
+                found.setdefault(images.get(column.tested_on, column.tested_on), []).append(
+                    {**test, "protocol": column.protocol, "version": column.version, "paper": theirs}
+                )
+        said = {"says": claim.says, "rows": list(claim.rows), "above": claim.above, "bound": claim.bound}
+        for tested_on, tests in found.items():
+            yield {**said, "images": tested_on, "holds": together(tests), "tests": tests}
+        if not found:
+            reasons = [f"{row}: {why[row]}" for row in claim.rows if row in why] or ["no figures of both rows yet"]
+            yield {**said, "images": None, "holds": "not tested", "why": "; ".join(reasons), "tests": []}
+
+
+# --- shown
+
+
+def text(value: Mapping[str, Any]) -> str:
+    """The table for a terminal."""
+    lines = [_title(value)]
+    for heading, grid in _sections(value):
+        lines += ["", heading, "", aligned(grid, left=(0, 1) if grid[0][1] == "claim" else (0, len(grid[0]) - 1))]
+    return "\n".join([*lines, "", *_remarks(value)])
+
+
+def markdown(value: Mapping[str, Any]) -> str:
+    """The table for docs/results."""
+    lines = [f"# {_title(value)}"]
+    for heading, grid in _sections(value):
+        lines += ["", heading, ""]
+        for number, row in enumerate(grid):
+            lines += [f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in row)} |"]
+            lines += ["|" + "---|" * len(row)] if number == 0 else []
+    return "\n".join([*lines, "", *(f"- {line}" for line in _remarks(value))])
+
+
+def as_csv(value: Mapping[str, Any]) -> str:
+    """A line for each figure: of each row, metric and column, with the figure of each seed."""
+    seeds = [str(seed) for seed in value["seeds"]]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = "table row protocol version test_images metric n mean half_interval95".split()
+    writer.writerow([*head, *(f"seed_{s}" for s in seeds), "paper", "paper_dataset", "comparable", "absent"])
+    for part in value["parts"]:
+        here, paper = part["here"] or {}, part["paper"] or {}
+        where = [here.get("protocol"), here.get("version"), here.get("tested_on")]
+        for row in part["rows"]:
+            for metric in part["metrics"]:
+                found = row["here"].get(metric, {})
+                ours = [found.get("n", 0), found.get("mean"), found.get("half")]
+                each = [found.get("by_seed", {}).get(s) for s in seeds]
+                said = [row["paper"].get(metric), paper.get("dataset"), paper.get("comparable"), row["absent"]]
+                writer.writerow([value["table"], row["row"], *where, metric, *ours, *each, *said])
+    return out.getvalue().rstrip("\n")
+
+
+def _title(value: Mapping[str, Any]) -> str:
+    seeds = ", ".join(map(str, value["seeds"])) or "none yet"
+    return f"{value['recipe']}: {value['title']}. Here: seeds {seeds}; mean ± half the 95 % interval, in percent"
+
+
+def _sections(value: Mapping[str, Any]) -> Iterator[tuple[str, Grid]]:
+    for part in value["parts"]:
+        yield _heading(part), _figures(part)
+    if value["claims"]:
+        yield (
+            "What the paper states, and whether it holds here: differences paired by seed, in points",
+            _claim_grid(value["claims"]),
+        )
+
+
+def _heading(part: Mapping[str, Any]) -> str:
+    here, paper = part["here"], part["paper"]
+    ours = f"{here['protocol']} v{here['version']} on {here['images']}" if here else f"{paper['protocol']}: not run"
+    if not here and paper["missing"]:
+        ours = f"{paper['protocol']}: {paper['missing']}"
+    if not paper:
+        return f"{ours}; the paper has no such figures"
+    order = "" if paper["comparable"] or not here else ", other images: compare the order of rows, not the figures"
+    return f"{ours}; paper: {paper['source']}, {paper['dataset']}{order}"
+
+
+def _figures(part: Mapping[str, Any]) -> Grid:
+    metrics, known = part["metrics"] if part["here"] else [], part["paper"]["metrics"] if part["paper"] else []
+    grid = [["", *metrics, *(["n"] if metrics else []), *(f"paper {m}" for m in known), ""]]
+    for row in part["rows"]:
+        ours = [_shown(row["here"].get(m)) for m in metrics]
+        n = max((found["n"] for found in row["here"].values()), default=0)
+        theirs = [f"{row['paper'][m]:.1f}" if m in row["paper"] else "-" for m in known]
+        grid.append(
+            [row["row"], *ours, *([str(n or "-")] if metrics else []), *theirs, row["absent"].partition(":")[0]]
+        )
+    return grid
+
+
+def _shown(found: Mapping[str, Any] | None, sign: str = "") -> str:
+    if found is None:
+        return "-"
+    return f"{found['mean']:{sign}.2f}" + ("" if found["half"] is None else f" ± {found['half']:.2f}")
+
+
+def _claim_grid(claimed: Sequence[Mapping[str, Any]]) -> Grid:
+    grid = [["holds", "claim", "here", "n", "paper"]]
+    for claim in claimed:
+        bound = f" (> {claim['above']:g}: {claim['bound']})" if claim["bound"] else ""
+        where = (
+            f", on {claim['images']}" if len({c["images"] for c in claimed} - {None}) > 1 and claim["images"] else ""
+        )
+        grid.append([claim["holds"], f"{claim['says']}{bound}{where}", "", "", ""])
+        for test in claim["tests"]:
+            lean = f", leans {test['leans']}" if test["holds"] == "not decided" else ""
+            paper = "-" if test["paper"] is None else f"{test['paper']:+.1f}"
+            grid.append([f"  {test['holds']}{lean}", f"  {test['metric']}", _shown(test, "+"), str(test["n"]), paper])
+    return grid
+
+
+def _remarks(value: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader has to know beside the figures."""
+    if any(test["n"] < 3 for claim in value["claims"] for test in claim["tests"]):
+        yield "Fewer than three seeds decide little, and one decides nothing: --seeds 0,1,2"
+    for row, reason in value["absent"].items():
+        yield f"{row}: {reason}"
+    yield from value.get("remarks", ())

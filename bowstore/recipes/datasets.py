@@ -1,0 +1,147 @@
+"""Where the images of a recipe lie that is told them by name: finished shards, images, or a download. Loads no torch.
+
+A data set has the name of the folder that its shards stage writes: `data/cifar10` is that of cifar10.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from bowstore.data.downloads import BY_HAND, DOWNLOADS
+from bowstore.data.index import Index, open_index
+from bowstore.data.records import read_manifest
+from bowstore.data.table import INDEX_FILE
+from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.recipes.images import DownloadStage, ShardsStage
+from bowstore.recipes.plan import Plan
+from bowstore.recipes.stage import DONE
+from bowstore.remote import is_remote
+
+# Classes, and xxh3-64 of their sorted names where all copies have the same.
+_CLASSES: Mapping[str, tuple[int, str | None]] = {
+    "cifar10": (10, "bc990f50561ece3b"),
+    "cifar100": (100, None),
+    "miniimagenet": (64, "189dcceae09565aa"),  # the base classes (Ravi and Larochelle, 2017)
+    "imagenette": (10, "568e13dd559b8776"),
+    "imagenet": (1000, None),
+}
+
+
+class Supply(NamedTuple):
+    """Where a data set comes from.
+
+    Attributes:
+        overrides: of the recipe, as --set has them.
+        absent: why there is none, and what to do; empty if there is one.
+    """
+
+    overrides: tuple[str, ...] = ()
+    absent: str = ""
+
+
+def shard_stages(plan: Plan) -> dict[str, str]:
+    """The stages that make shards, by the name of their data set."""
+    stages = {name: stage for name, stage in plan.stages.items() if isinstance(stage, ShardsStage)}
+    return {(stage.out or stage.shards.src or Path(name)).name: name for name, stage in stages.items()}
+
+
+def is_dataset(name: str, index: Index) -> bool:
+    """Whether shards can be those of a data set, by their classes; of a name that is not known: whatever they are."""
+    number, digest = _CLASSES.get(name, (len(index.classes), None))
+    names = xxhash.xxh3_64_hexdigest(" ".join(sorted(index.classes)).encode())
+    return len(index.classes) == number and digest in (None, names)
+
+
+def named_data(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
+    """What --data says, by data set.
+
+    Raises:
+        UsageError: no such data set, one given twice, or a path that does not say which of several it is.
+        MissingError: a path that is not there.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or (name not in names and Path(text).exists()):
+            name, path = names[0], text
+            if len(names) != 1:
+                raise UsageError(f"--data {text}: say which it is, as in --data {names[0]}={text}; {_they_are(names)}")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else _they_are(names)
+            raise UsageError(f"--data {text}: no data set {name!r} here; {hint}")
+        if name in found:
+            raise UsageError(f"--data names {name} twice; give one of {found[name]} and {path}")
+        if not path or not (is_remote(path) or Path(path).exists()):
+            raise MissingError(f"--data {text}: {path or 'the path'} is not there; name shards or images of {name}")
+        found[name] = Path(path) if is_remote(path) else Path(path).absolute()
+    return found
+
+
+def _they_are(names: Sequence[str]) -> str:
+    return f"the data sets are {', '.join(names)}"
+
+
+def supply(plan: Plan, name: str, stage: str, given: Path | None, *, fetch: bool) -> Supply:
+    """Find a data set: what was named; what is there already; what lies in data/ or is the workspace's; a download.
+
+    Args:
+        plan: the recipe, as it stands in its file.
+        name: the data set's.
+        stage: the one that makes its shards.
+        given: shards or images that were named.
+        fetch: whether to download what is not there, now: it is asked for before any other work.
+    """
+    shards = plan.stages[stage]
+    assert isinstance(shards, ShardsStage)
+    if given:
+        return _use(stage, given)
+    if shards.state() == DONE:
+        return Supply()
+    data, download = Path("data").absolute(), DOWNLOADS.get(name)
+    results = download.results if download and len(download.results) == 1 else ()
+    for place in (data / name, *(data / result for result in results)):
+        if place.exists():
+            return _use(stage, place)
+    workspace = plan.workspace.shards
+    if not is_remote(workspace) and (workspace / INDEX_FILE).exists() and workspace.name == "train":
+        if name in _CLASSES and is_dataset(name, open_index(workspace)):
+            return _use(stage, workspace.parent.absolute())
+    images = plan.stages.get(str(shards.images))
+    if isinstance(images, DownloadStage):
+        try:
+            if fetch and images.state() != DONE:
+                images.make()
+            return Supply()
+        except BowstoreError as error:
+            why, file = str(error).partition(";")[0], results[0] if results else name
+            return Supply(absent=f"{why}; fetch it where there is a network, and {_put(name, file)}")
+    if shards.source.exists():
+        return Supply()
+    return Supply(absent=f"{BY_HAND.get(name, f'nobody makes images of {name}')}; {_put(name, name)}")
+
+
+def _put(name: str, file: str) -> str:
+    return f"put it into data/{file}, or name images or shards: --data {name}=PATH"
+
+
+def _use(stage: str, place: Path) -> Supply:
+    """Shards as they are, whatever they were made with, or images."""
+    if not is_remote(place) and place.name == "train" and (place / INDEX_FILE).exists():
+        place = place.parent
+    if not is_remote(place) and not (place / "train" / INDEX_FILE).exists():
+        return Supply((f"stages.{stage}.images=null", f"stages.{stage}.shards.src={_quoted(place)}"))
+    return Supply((f"stages.{stage}.out={_quoted(place)}", *_as_made(stage, place)))
+
+
+def _as_made(stage: str, place: Path) -> list[str]:
+    manifest = None if is_remote(place) else read_manifest(place / "train")
+    made = manifest.values["settings"] if manifest else {}
+    return [f"stages.{stage}.shards.{key}={made[key]}" for key in ("seed", "per_shard") if key in made]
+
+
+def _quoted(place: Path) -> str:
+    return "'" + str(place).replace("'", "''") + "'"
