@@ -4,11 +4,11 @@ Legend: B batch.
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +31,17 @@ from bowstore.train.distributed import World, joined
 from bowstore.train.health import diverged, unsound
 from bowstore.train.metrics import Meter, RunLog, last_logged
 from bowstore.train.rundir import check_run, check_start, write_config, write_environment
-from bowstore.train.schedule import images_in_use, learning_rate, step_seed, total_steps, without_effect
+from bowstore.train.schedule import (
+    images_in_use,
+    learning_rate,
+    step_seed,
+    steps_per_epoch,
+    total_steps,
+    without_effect,
+)
 from bowstore.train.step import build_objective, build_optimizer, load_optimizer, pad_stem, train_step, tuned
 from bowstore.train.tasks.task import Network, Task, build_task
+from bowstore.train.watch import Course, Features, Watch
 
 _STOPPED_EXIT_CODE = 143
 _ASK_EVERY_STEPS = 8
@@ -148,7 +156,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
                 config,
                 run,
                 task.constants,
-                task.dead,
+                _watch(task, config, schedule, begun),
                 first=first,
                 logged=begun.logged,
                 steps_per_pass=schedule.steps_per_pass,
@@ -166,6 +174,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             logging = done % config.runtime.log_every_steps == 0 or done == steps
             measured = train_step(model, optimizer, task, batch, rate, logged=logging)
             meter.count(config.optim.batch, measured.means)
+            if log:
+                log.watch.features.add(done, measured.features)
             # Ranks must agree on when to stop; asking costs an all-reduce, so many ranks ask every few steps.
             stopping = (world.size == 1 or done % _ASK_EVERY_STEPS == 0) and world.any(stop_requested())
             saving = done % config.runtime.checkpoint_every_steps == 0 or done == steps or stopping
@@ -183,7 +193,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             if saving:
                 if log:
                     log.sync()
-                kept.save(_state(config, done, optimizer, meter, task, world, compiled=compiled))
+                kept.save(_state(config, done, optimizer, meter, task, world, log, compiled=compiled))
             if stopping:
                 if world.first:
                     say(f"stopped by a signal at step {done} of {steps}; run the command again to go on")
@@ -236,6 +246,7 @@ class _Start(NamedTuple):
     logged: int | None = None  # the last step that was logged by then
     compiled: bool | None = None  # whether the step was; None if it does not say
     slower: bool = False  # whether the run goes on at a lower rate than the checkpoint came with
+    features: Mapping[str, Any] = MappingProxyType({})  # what rank 0 had kept of them
 
 
 def _start(
@@ -256,7 +267,7 @@ def _start(
         return _Start()
     slower = state["config"]["optim"]["lr"] > config.optim.lr
     step = _restore(state, optimizer, meter, task, run)
-    return _Start(step, last_logged(state), state.get("compiled"), slower=slower)
+    return _Start(step, last_logged(state), state.get("compiled"), slower=slower, features=state.get("watch") or {})
 
 
 def _restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, meter: Meter, task: Task, run: Path) -> int:
@@ -296,8 +307,28 @@ def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> No
             raise MismatchError(f"rank {world.rank} {what}")
 
 
+def _watch(task: Task, config: TrainConfig, schedule: Schedule, begun: _Start) -> Watch:
+    """That of rank 0, whose features alone are looked at."""
+    course = Course(
+        epoch_steps=steps_per_epoch(config.optim, schedule.steps_per_pass),
+        log_every_steps=config.runtime.log_every_steps,
+        steps=total_steps(config.optim, schedule.steps_per_pass),
+    )
+    features = Features(task.network.backbone.features, task.views * schedule.rank_batch, course)
+    features.restore(begun.features)
+    return Watch(task.dead, features, course)
+
+
 def _state(
-    config: TrainConfig, step: int, optimizer: Any, meter: Meter, task: Task, world: World, *, compiled: bool
+    config: TrainConfig,
+    step: int,
+    optimizer: Any,
+    meter: Meter,
+    task: Task,
+    world: World,
+    log: RunLog | None,
+    *,
+    compiled: bool,
 ) -> dict[str, Any]:
     """All that a run needs to go on; every rank has a part in it."""
     return {
@@ -308,6 +339,7 @@ def _state(
         "head": dict(task.network.head.state_dict()),
         "optimizer": optimizer.state_dict(),
         "meter": meter.state(world),
+        "watch": log.watch.features.state() if log else {},
         "compiled": compiled,
     }
 

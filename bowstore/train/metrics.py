@@ -22,9 +22,7 @@ from bowstore.train.checkpoint import aside
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.schedule import steps_per_epoch, total_steps
-from bowstore.train.tasks.task import Dead
-
-_DEAD_SHARE = 0.995  # of the loss of a run that learns nothing; a noisy loss lies on both sides of it
+from bowstore.train.watch import Watch
 
 
 class MetricsLog:
@@ -246,7 +244,7 @@ class RunLog:
         config: TrainConfig,
         run: Path,
         constants: dict[str, float],
-        dead: Dead | None = None,
+        watch: Watch,
         *,
         first: int,
         logged: int | None,
@@ -257,9 +255,8 @@ class RunLog:
         if not first:
             _keep_log_of_lost(run, config.runtime.checkpoint_every_steps)
         self._metrics = MetricsLog(run, first)
-        self._constants, self._dead = constants, dead
+        self._constants, self.watch = constants, watch
         self._epoch_steps = steps_per_epoch(config.optim, steps_per_pass)
-        self._warned = False
         self.last: dict[str, float] = {}
         what = f"train {config.name}" + (f" from step {first}" if first else "")
         batch = config.optim.batch
@@ -268,14 +265,12 @@ class RunLog:
         self.progress.__enter__()
 
     def write(self, step: int, values: dict[str, float], order: str) -> None:
-        """Record one logging step, with the digest of its keys, and say so when the run is dead."""
-        self.last = {"epoch": step / self._epoch_steps, **values, **self._constants}
+        """Record one logging step, with the digest of its keys, and say what is wrong with the run."""
+        self.last = {"epoch": step / self._epoch_steps, **values, **self.watch.features.rank(step), **self._constants}
         self._metrics.write(step, {**self.last, "images_per_second": self.progress.rate}, order)
         self.progress.advance(0, note=f"loss {values['loss']:.4f}")
-        dead = self._dead
-        if dead and not self._warned and step >= 2 * self._epoch_steps and values["loss"] > _DEAD_SHARE * dead.loss:
-            say(f"warning: {dead.told(values)}")
-            self._warned = True
+        for sentence in self.watch.warnings(step, self.last):
+            say(f"warning: {sentence}")
 
     def sync(self) -> None:
         """Make what was logged durable."""

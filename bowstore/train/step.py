@@ -27,10 +27,12 @@ class Measured(NamedTuple):
     Attributes:
         means: the loss, and what else is known of every step: the log has their means.
         scalars: what is found in steps that are logged only.
+        features: what the head was given, (B, C) or (B, C, h, w); None where it takes something else.
     """
 
     means: dict[str, Tensor]
     scalars: dict[str, Tensor]
+    features: Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -41,17 +43,19 @@ class Objective(nn.Module):
         self.network = task.network
         self._make, self._loss, self._amp = task.make, task.loss, amp
 
-    def forward(self, images_BCHW: Tensor, *given: Tensor) -> tuple[Tensor, dict[str, Tensor], Logits]:
-        """Loss, what is known beside it, and the logits, of what `Task.bring` gives."""
+    def forward(self, images_BCHW: Tensor, *given: Tensor) -> tuple[Tensor, dict[str, Tensor], Logits, Tensor | None]:
+        """Loss, what is known beside it, logits and features, of what `Task.bring` gives."""
         mixed = self._amp and images_BCHW.is_cuda
         # Cast first: all that a task makes of the images is copied in the precision that the network begins with.
         images_BCHW = images_BCHW.to(torch.bfloat16 if mixed else torch.float32)
         inputs_BCHW, targets = self._make(images_BCHW, *given)
         with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=mixed):
-            logits = self.network(inputs_BCHW)
+            features = self.network.features(inputs_BCHW)
+            logits = self.network.head(features)
         loss, means = self._loss(logits, targets)
         told = tuple(each.detach() for each in logits) if isinstance(logits, tuple) else logits.detach()
-        return loss, means, told
+        # They are kept for the backward pass anyway: giving them out costs nothing.
+        return loss, means, told, features.detach() if isinstance(features, Tensor) else None
 
 
 def build_objective(task: Task, config: TrainConfig, world: World, *, compiled: bool) -> nn.Module:
@@ -80,7 +84,7 @@ def train_step(
         group["lr"] = rate
     tensors = task.bring(batch)
     try:
-        loss, means, logits = model(*tensors)
+        loss, means, logits, features = model(*tensors)
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
@@ -91,7 +95,7 @@ def train_step(
         with torch.no_grad():
             scalars = task.scalars(logits, task.make(*tensors)[1])
     # Copies: a task may give out a parameter itself, which the step is about to change.
-    measured = Measured(_copies({"loss": loss, **means}), _copies(scalars))
+    measured = Measured(_copies({"loss": loss, **means}), _copies(scalars), features)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -17,6 +17,7 @@ from bowstore.train.checkpoint import Checkpoints
 from bowstore.train.config import TrainConfig
 from bowstore.train.metrics import MetricsLog, RunLog
 from bowstore.train.schedule import without_effect
+from bowstore.train.watch import Course, Features, Watch
 from bowstore.verify import verify_path
 from bowstore.workspace import newest_run
 
@@ -145,7 +146,10 @@ def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(
     before = (run / "metrics.jsonl").read_bytes()
     for step in (8, 2):  # what was logged before any checkpoint begins anew without a word
         (run / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
-        RunLog(make(), run, {}, first=0, logged=None, steps_per_pass=4).close()
+        course = Course(4, 2, 8)
+        RunLog(
+            make(), run, {}, Watch(None, Features(64, 16, course), course), first=0, logged=None, steps_per_pass=4
+        ).close()
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 1
     assert "has no checkpoint, though it was trained to step 8: it begins anew, and the log of then is kept" in said[0]

@@ -109,7 +109,7 @@ def test_a_pyramid_of_one_cell_is_the_count_bag(make_config: Make) -> None:
         config = make_config(settings=settings)
         task, batch, _ = made(config)
         model = build_objective(task, config, ALONE, compiled=False)
-        loss, _, logits = model(*task.bring(batch))
+        loss, _, logits, _ = model(*task.bring(batch))
         bag = task.prepare(batch)[1]
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         results.append([dense(bag), loss, logits, *gradients, *task.scalars(logits, bag).values()])

@@ -50,8 +50,8 @@ def test_inputs_network_targets_and_loss_are_one_graph(make_config: Make, change
     tensors, parameters = task.bring(batch), list(model.parameters())
     results = []
     for one in (model, traced):
-        loss, means, logits = one(*tensors)
-        results.append([loss, logits, *means.values(), *torch.autograd.grad(loss, parameters)])
+        loss, means, logits, features = one(*tensors)
+        results.append([loss, logits, features, *means.values(), *torch.autograd.grad(loss, parameters)])
     torch._dynamo.reset()
     for found, expected in zip(results[1], results[0], strict=True):
         assert (found.double() - expected.double()).norm() <= 1e-5 * expected.double().norm() + 1e-9
@@ -66,7 +66,9 @@ def test_the_objective_is_the_tasks_loss(make_config: Make, form: str) -> None:
     logits_BK = task.network(images_BCHW)
     dense_BK = torch.zeros_like(logits_BK).scatter_add_(1, bag.words_BM, bag.weights_BM)
     expected = -(torch.log_softmax(logits_BK, 1) * dense_BK).sum(1).mean()
-    loss, means, logits = model(*task.bring(batch))
+    loss, means, logits, features = model(*task.bring(batch))
+    assert torch.equal(features, task.network.features(images_BCHW))
+    assert not features.requires_grad
     assert means == {}
     assert torch.equal(logits, logits_BK)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)

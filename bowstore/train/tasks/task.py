@@ -63,8 +63,12 @@ class Network(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Logits:
         """Logits."""
+        return self.head(self.features(images_BCHW))  # type: ignore[no-any-return]
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """What the head takes."""
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format(images_BCHW.device))
-        return self.head(self._features(self.backbone, images_BCHW))  # type: ignore[no-any-return]
+        return self._features(self.backbone, images_BCHW)
 
     def memory_format(self, device: torch.device) -> torch.memory_format:
         """How weights and maps lie in memory (`bowstore.models.memory`)."""
@@ -77,10 +81,12 @@ class Dead(NamedTuple):
     Attributes:
         loss: what it stays at, nats.
         sentence: what it says and what may help; `{loss:.4f}` stands for a value of the log.
+        gamma: where the value of this name in the log begins, the scale of the logits; 0 if there is none.
     """
 
     loss: float
     sentence: str
+    gamma: float = 0.0
 
     def told(self, values: Mapping[str, float]) -> str:
         """The sentence of one line of the log; braces around anything else stay as they are."""

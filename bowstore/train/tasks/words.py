@@ -129,6 +129,7 @@ def _dead(settings: WordsSettings, marginal: float) -> Dead:
         marginal,
         f"the loss {{loss:.4f}} is still that of predicting the words' mean frequencies ({marginal:.4f}): nothing "
         f"is learned{said}; try a lower optim.lr{remedy}",
+        settings.gamma if cosine else 0.0,
     )
 
 
