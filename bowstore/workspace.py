@@ -9,6 +9,7 @@ from bowstore.config import CONFIGS, WORKSPACE_FILE, Workspace, dump
 from bowstore.data.table import INDEX_FILE
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.files import atomic_file, make_folder
+from bowstore.models.arch import is_arch
 from bowstore.models.record import NetworkRecord, network_record
 from bowstore.plugins import called
 from bowstore.progress import say
@@ -109,8 +110,6 @@ def resolve_teacher(
         MissingError: neither a run, a file nor an architecture.
         UsageError: a configuration that cannot be used.
     """
-    from bowstore.models.registry import is_arch  # PyTorch
-
     if not (teacher or workspace.teacher):
         return newest_run(workspace, teacher=True)
     named = str(teacher or workspace.teacher)

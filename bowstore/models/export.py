@@ -14,9 +14,10 @@ from bowstore.config import ExportConfig, dump
 from bowstore.errors import UsageError
 from bowstore.files import atomic_file, check_free
 from bowstore.models import wide_resnet
+from bowstore.models.arch import wide_sizes
 from bowstore.models.backbone import Backbone, mean_pool
 from bowstore.models.library import library_backbone
-from bowstore.models.residual import WIDE, wide_sizes
+from bowstore.models.residual import WIDE
 from bowstore.models.saved import EXPORTED, LoadedBackbone, load_backbone
 from bowstore.models.weights import put_weights
 from bowstore.remote import local_only

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bowstore.models.arch import wide_sizes
 from bowstore.models.backbone import Backbone, mean_pool
-from bowstore.models.residual import StagedBackbone, torchvision_models, wide_sizes
+from bowstore.models.residual import StagedBackbone, torchvision_models
 from bowstore.models.wide_resnet import Group
 
 _LEAST_NORM = 1e-12

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from bowstore.config import ViewConfig, validate
 from bowstore.errors import UsageError, is_machine_error
+from bowstore.models.arch import unknown_arch
 from bowstore.models.backbone import Backbone, LayerInfo
-from bowstore.models.residual import resnet_spellings, torchvision_models, unknown_arch
+from bowstore.models.residual import resnet_spellings, torchvision_models
 from bowstore.models.taps import Layout, Probed, as_map
 
-LIBRARIES = ("torchvision:", "timm:")
 _TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
 _TIMM_HEADS = ("head", "fc_norm", "attn_pool", "pre_logits")
 # Their published weights expect images normalised otherwise than all the others'.

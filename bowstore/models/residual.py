@@ -3,26 +3,18 @@
 Legend: B batch, C channels, H W pixels, h w feature map.
 """
 
-import difflib
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from bowstore.errors import UsageError
+from bowstore.models.arch import RESNET_STAGES, RESNETS, own_layer, wide_sizes
 from bowstore.models.backbone import Backbone
 from bowstore.models.taps import Probed
 from bowstore.models.wide_resnet import wide_resnet_stages
 
-RESNETS = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
-)  # fmt: skip
-RESNET_STAGES = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
 WIDE = "wide_resnet"  # names as `bowstore.models.wide_resnet.WideResNet` has them
-_WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 _STEM_NOTES = {"conv1": "before the max-pool", "pool1": "= maxpool"}
 
 
@@ -71,10 +63,9 @@ class StagedBackbone(Backbone):
         return {name: (name, note) for name, note in notes.items()}
 
     def synonym(self, layer: str) -> str:
-        """Torchvision's `layer3.2` is `conv4.2` here, and its `maxpool` is `pool1`."""
-        first, dot, rest = layer.partition(".")
-        stage = ({theirs: ours for ours, theirs in RESNET_STAGES.items()} | {"maxpool": "pool1"}).get(first, first)
-        return f"{stage}{dot}{rest}" if stage in self.layers else layer
+        """As `own_layer`, where there is such a stage."""
+        own = own_layer(layer)
+        return own if own.partition(".")[0] in self.layers else layer
 
     def spellings(self) -> dict[str, dict[str, str]]:
         """Bowstore's own names and those of `WideResNet`; or torchvision's, and those of numbered children."""
@@ -114,33 +105,10 @@ def _torchvision_name(own: str) -> str:
 
 
 def residual_backbone(arch: str, strides: tuple[int, int, int]) -> StagedBackbone:
-    """A network by its name here, randomly initialised; `strides` are those of a wide one's groups.
-
-    Raises:
-        UsageError: no wide network has that depth or width.
-    """
+    """A network by its name here, randomly initialised; `strides` are those of a wide one's groups."""
     if not (sizes := wide_sizes(arch)):
         return StagedBackbone(arch, *_resnet_stages(arch))
-    depth, width = sizes
-    if (depth - 4) % 6 or depth < 10 or width < 1:
-        raise UsageError(f"model.arch {arch!r}: depth {depth} must be 6 n + 4 (10, 16, 22, 28...)")
-    return StagedBackbone(arch, *wide_resnet_stages(depth, width, strides))
-
-
-def wide_sizes(arch: str) -> tuple[int, int] | None:
-    """Depth and width in a wide ResNet's name; None for other names."""
-    match = _WIDE.fullmatch(arch)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def unknown_arch(arch: str, known: Sequence[str]) -> UsageError:
-    """The error for a name that is not among `known`."""
-    near = difflib.get_close_matches(arch, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(
-        f"model.arch {arch!r} is unknown; {hint}known: wrn-DEPTH-WIDTH, {', '.join(RESNETS)}, "
-        "torchvision:NAME, timm:NAME"
-    )
+    return StagedBackbone(arch, *wide_resnet_stages(*sizes, strides))
 
 
 def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, int]]:

@@ -1,11 +1,16 @@
-"""What an encoding is told: the teacher, its layers, the vocabulary. Loads no torch."""
+"""What an encoding is told: the teacher, its layers, the vocabulary; and what does not go together. Loads no torch.
 
+Legend: N images, h w word grid, K words.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bowstore.config import Batch, Computing, Count, Listed, Place, Seed, ShortSide, Side, Text
+from bowstore.errors import UsageError
 from bowstore.limits import MAX_COUNT, MAX_WORDS
 from bowstore.models.record import NetworkRecord
 
@@ -36,3 +41,69 @@ class EncodeConfig(Computing):
     sample_per_word: Count = Field(256, description="feature vectors sampled for each word")
     iterations: Count = Field(25, description="of k-means")
     batch: Batch | None = Field(None, description=f"images a batch; null: {BATCH['cpu']}, {BATCH['cuda']} on a GPU")
+
+    @model_validator(mode="after")
+    def _whitens_components(self) -> Self:
+        if self.whiten and self.pca is None:
+            raise ValueError("whiten goes with pca; set pca to the layer's number of channels to whiten all of them")
+        return self
+
+    def words_of_each(self, layers: Sequence[str], known: Sequence[int | None]) -> tuple[int, ...]:
+        """K of each layer.
+
+        Args:
+            layers: their names.
+            known: K of each that has a vocabulary already, else None.
+
+        Raises:
+            UsageError: K is missing, given for another number of layers, or not the vocabulary's.
+        """
+        given = self.num_words * len(layers) if len(self.num_words) == 1 else self.num_words
+        if given and len(given) != len(layers):
+            raise UsageError(
+                f"{len(layers)} layers and {len(given)} values of --K; give one for all, or one for each layer"
+            )
+        for layer, asked, have in zip(layers, given or known, known, strict=True):
+            if asked is None:
+                raise UsageError(f"the number of words of layer {layer!r} is not known; give --K, for example --K 2048")
+            if have not in (None, asked):
+                raise UsageError(
+                    f"--K {asked} does not fit the vocabulary's {have} words of layer {layer!r}; leave --K out"
+                )
+        return tuple(cast("Sequence[int]", given or known))
+
+    def word_grid(self, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of a layer's words: its map without the border.
+
+        Raises:
+            UsageError: the border leaves nothing.
+        """
+        left = (grid[0] - 2 * self.border, grid[1] - 2 * self.border)
+        if min(left) < 1:
+            raise UsageError(
+                f"--border {self.border} leaves nothing of the {grid[0]} x {grid[1]} map of layer {layer!r}; choose at "
+                f"most {(min(grid) - 1) // 2}"
+            )
+        return left
+
+    def check_components(self, layer: str, channels: int) -> None:
+        """Refuse more principal components than a layer has channels."""
+        if self.pca and self.pca > channels:
+            raise UsageError(
+                f"--pca {self.pca} is more than the {channels} channels of layer {layer!r}; choose at most {channels}"
+            )
+
+
+def check_sample(num_words: int, images: int, positions: int) -> None:
+    """Refuse more words than feature vectors.
+
+    Args:
+        num_words: K.
+        images: N.
+        positions: words an image, h * w.
+    """
+    if num_words > images * positions:
+        raise UsageError(
+            f"K = {num_words} words need as many feature vectors, and {images} images give {images * positions} "
+            f"({positions} each); choose --K at most {images * positions}, or encode more images"
+        )

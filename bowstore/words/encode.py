@@ -30,7 +30,7 @@ from bowstore.torchrun import ranks
 from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
 from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name
 from bowstore.words.claims import Board
-from bowstore.words.config import EncodeConfig
+from bowstore.words.config import EncodeConfig, check_sample
 from bowstore.words.encode_report import EncodeReport, report_layer
 from bowstore.words.job import Job, plan_layers
 from bowstore.words.nearest import NearestSearch, load_nearest, save_nearest
@@ -39,7 +39,6 @@ from bowstore.words.statistics import word_statistics
 from bowstore.words.store import Store
 from bowstore.words.store_writer import StoreWriter, sweep_leftovers
 from bowstore.words.teacher import load_teacher
-from bowstore.words.vocabulary import plan_sample
 
 
 def encode(
@@ -154,16 +153,14 @@ def _resolve(
     words = [
         source.vocabulary_layer(layer.name).num_words if source else known.get(layer.name) for layer in teacher.layers
     ]
-    if config.whiten and config.pca is None:
-        raise UsageError("--whiten goes with --pca N; give the layer's number of channels to whiten all of them")
     plans = plan_layers(config, teacher.layers, words)
     job = Job(config, index, teacher, store, plans, device, base=base, source=source)
     for plan in plans:
         if source:
             job.check_settings(source.vocabulary_layer(plan.name))
         elif base is None:
-            grid = plan.grid
-            plan_sample(len(index), grid[0] * grid[1], plan.num_words, sample_per_word=config.sample_per_word, seed=0)
+            config.check_components(plan.name, plan.channels)
+            check_sample(plan.num_words, len(index), plan.grid[0] * plan.grid[1])
     return job
 
 

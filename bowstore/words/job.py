@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index
 from bowstore.data.resize import resized_by
-from bowstore.errors import MismatchError, UsageError
+from bowstore.errors import MismatchError
 from bowstore.words.arithmetic import Arithmetic
 from bowstore.words.config import BATCH, EncodeConfig
 from bowstore.words.layer import VOCABULARY_SETTINGS, Layer, map_text
@@ -183,28 +183,8 @@ def plan_layers(
         UsageError: K is missing, given for another number of layers, or not the vocabulary's; or a border that leaves
             nothing.
     """
-    given = config.num_words * len(layers) if len(config.num_words) == 1 else config.num_words
-    if given and len(given) != len(layers):
-        raise UsageError(
-            f"{len(layers)} layers and {len(given)} values of --K; give one for all, or one for each layer"
-        )
-    plans = []
-    for place, layer in enumerate(layers):
-        num_words = given[place] if given else known[place]
-        if num_words is None:
-            raise UsageError(
-                f"the number of words of layer {layer.name!r} is not known; give --K, for example --K 2048"
-            )
-        if known[place] not in (None, num_words):
-            raise UsageError(
-                f"--K {num_words} does not fit the vocabulary's {known[place]} words of layer {layer.name!r}; leave "
-                f"--K out"
-            )
-        grid = (layer.grid[0] - 2 * config.border, layer.grid[1] - 2 * config.border)
-        if min(grid) < 1:
-            raise UsageError(
-                f"--border {config.border} leaves nothing of the {layer.grid[0]} x {layer.grid[1]} map of layer "
-                f"{layer.name!r}; choose at most {(min(layer.grid) - 1) // 2}"
-            )
-        plans.append(LayerPlan(layer.name, num_words, layer.channels, grid))
-    return tuple(plans)
+    words = config.words_of_each([layer.name for layer in layers], known)
+    return tuple(
+        LayerPlan(layer.name, num_words, layer.channels, config.word_grid(layer.name, layer.grid))
+        for layer, num_words in zip(layers, words, strict=True)
+    )

@@ -17,13 +17,14 @@ from bowstore.config import Compile, ModelConfig, ViewConfig, validate
 from bowstore.data.views import CleanView, clean_view
 from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
+from bowstore.models.arch import is_arch
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
 from bowstore.models.layouts import load_foreign, read_weights
 from bowstore.models.library import library_view
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.record import NetworkRecord
-from bowstore.models.registry import build_backbone, is_arch
+from bowstore.models.registry import build_backbone
 from bowstore.models.saved import SavedNetwork, load_backbone
 from bowstore.models.weights import finite_weights, weights_sha256
 from bowstore.runs import read_lineage, run_of

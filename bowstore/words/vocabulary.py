@@ -15,7 +15,7 @@ from torch import Tensor
 from bowstore.clustering.kmeans import distinct_rows, kmeans
 from bowstore.clustering.projection import Projection, fit_projection, project_sample
 from bowstore.environment import cores
-from bowstore.errors import DataError, UsageError
+from bowstore.errors import DataError
 from bowstore.words.statistics import perplexity
 
 # An image gives at least this many vectors: fewer would mean a pass over all of a large set for no better words.
@@ -59,7 +59,7 @@ class Vocabulary:
 
 
 def plan_sample(images: int, positions: int, num_words: int, *, sample_per_word: int, seed: int) -> SamplePlan:
-    """Choose images, and how many vectors of each, for K * sample_per_word vectors or all there are.
+    """Choose images, and how many vectors of each, for K * sample_per_word vectors or all there are, at least K.
 
     Args:
         images: N.
@@ -67,16 +67,8 @@ def plan_sample(images: int, positions: int, num_words: int, *, sample_per_word:
         num_words: number of words.
         sample_per_word: vectors for each word.
         seed: of the choice.
-
-    Raises:
-        UsageError: more words than vectors.
     """
     there = images * positions
-    if num_words > there:
-        raise UsageError(
-            f"K = {num_words} words need as many feature vectors, and {images} images give {there} "
-            f"({positions} each); choose --K at most {there}, or encode more images"
-        )
     wanted = min(num_words * sample_per_word, there)
     rng = np.random.default_rng([seed, 0])
     used = min(images, -(-wanted // min(positions, _POSITIONS_PER_IMAGE)))
@@ -146,7 +138,7 @@ def build_vocabulary(
         whiten: scale the components to unit variance.
 
     Raises:
-        UsageError: more components than channels.
+        UsageError: more components than vectors.
         DataError: fewer distinct vectors than words, or vectors that are not finite.
     """
     if not _all_finite(sample_Sc):

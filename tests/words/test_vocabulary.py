@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bowstore.errors import DataError, UsageError
+from bowstore.words.config import check_sample
 from bowstore.words.statistics import health_warnings, perplexity, word_statistics
 from bowstore.words.vocabulary import Sample, SamplePlan, build_vocabulary, plan_sample
 
@@ -52,9 +53,10 @@ def test_plan_is_a_function_of_the_seed() -> None:
     assert not np.array_equal(first.rows, other.rows)
 
 
-def test_plan_refuses_too_many_words() -> None:
+def test_more_words_than_vectors_are_refused() -> None:
     with pytest.raises(UsageError, match=r"K = 41 words .* 10 images give 40 \(4 each\); choose --K at most 40"):
-        plan_sample(10, 4, 41, sample_per_word=1, seed=0)
+        check_sample(41, 10, 4)
+    check_sample(40, 10, 4)
 
 
 def draw(plan: SamplePlan, rows: np.ndarray, batch: int, h: int, w: int, *, channels_last: bool = False) -> np.ndarray:
