@@ -169,7 +169,7 @@ class Extraction:
 
     @property
     def _use(self) -> Use:
-        return partial(tapped, taps=self.taps)
+        return partial(_features, taps=self.taps)
 
 
 def warn_of_collapse(what: str, shares: Mapping[str, float], images: int) -> None:
@@ -211,6 +211,11 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _features(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+    """Features (B, d) of one batch by the tap's name."""
+    return {name: pooled_Bcn.flatten(1) for name, pooled_Bcn in tapped(backbone, images_BCHW, taps).items()}
 
 
 def _refuse_non_finite(

@@ -1,7 +1,11 @@
 """Heads trained on top of a backbone.
 
-Legend: B batch, C feature width, K words, N patches of a batch, P of each image.
+Legend: B batch, C feature width, K words or classes, N patches of a batch, P of each image, c channels of a layer, n
+cells of its pooled map.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +13,15 @@ from torch import Tensor, nn
 
 from bowstore.models.arch import wide_sizes
 from bowstore.models.backbone import Backbone, mean_pool
+from bowstore.models.pooling import Tap, tapped
 from bowstore.models.residual import StagedBackbone, torchvision_models
+from bowstore.models.taps import without_data
 from bowstore.models.wide_resnet import Group
 
+Norm = Literal["batch", "affine", "none"]  # before a layer's classifier
+
 _LEAST_NORM = 1e-12
+_LAYER_HEAD_STD = 0.01
 
 
 def exact_linear(features_BC: Tensor, weight_KC: Tensor, bias_K: Tensor | None = None) -> Tensor:
@@ -70,6 +79,54 @@ class Heads(nn.ModuleList):
     def forward(self, features_BC: Tensor) -> tuple[Tensor, ...]:
         """The logits of each."""
         return tuple(head(features_BC) for head in self)
+
+
+class LayerHead(nn.Module):
+    """A linear classifier of one layer's pooled map, behind a batch norm over its channels where that is asked for.
+
+    Weights begin at N(0, 0.01) and biases at 0, as in the FAIR benchmark's classifiers (docs/protocols.md).
+
+    Args:
+        channels: c.
+        cells: n of the pooled map.
+        num_classes: K.
+        norm: batch: without scale and shift; affine: with them; none.
+    """
+
+    def __init__(self, channels: int, cells: int, num_classes: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if norm == "none" else nn.BatchNorm1d(channels, affine=norm == "affine")
+        self.linear = LinearHead(channels * cells, num_classes)
+        nn.init.normal_(self.linear.weight, std=_LAYER_HEAD_STD)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, pooled_Bcn: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        exact_Bcn = pooled_Bcn.to(self.linear.weight.dtype)  # what a bfloat16 trunk gives, too
+        return self.linear(self.norm(exact_Bcn).flatten(1))  # type: ignore[no-any-return]
+
+
+class LayerHeads(nn.ModuleList):
+    """Classifiers of several layers' pooled maps side by side, each by itself.
+
+    Args:
+        backbone: whose maps.
+        taps: where each is taken and how it is pooled, by name; the heads are in their order.
+        size: side of its square input, pixels.
+        num_classes: K.
+        norm: as for `LayerHead`.
+    """
+
+    def __init__(self, backbone: Backbone, taps: Mapping[str, Tap], size: int, num_classes: int, norm: Norm) -> None:
+        images = torch.zeros(1, 3, size, size, device="meta")
+        with torch.no_grad():
+            pooled = tapped(without_data(backbone).eval(), images, taps)
+        shapes = [(pooled_1cn.shape[1], pooled_1cn.shape[2]) for pooled_1cn in pooled.values()]
+        super().__init__(LayerHead(channels, cells, num_classes, norm) for channels, cells in shapes)
+
+    def forward(self, pooled: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Logits (B, K) of each, of pooled maps (B, c, n) in the same order."""
+        return tuple(head(pooled_Bcn) for head, pooled_Bcn in zip(self, pooled, strict=True))
 
 
 class RotationHead(nn.Module):

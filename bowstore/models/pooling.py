@@ -1,6 +1,6 @@
 """What is taken of a network for a classifier: its pooled output, or average-pooled maps of its layers.
 
-Legend: B batch, C H W of the images, c channels, h w places of a map, d feature width.
+Legend: B batch, C H W of the images, c channels, h w places of a map.
 """
 
 from collections.abc import Mapping, Sequence
@@ -141,8 +141,27 @@ def layer_taps(
     }
 
 
+def named_taps(backbone: Backbone, names: Sequence[str] | None, *, size: int) -> dict[str, Tap]:
+    """Taps of layers, each pooled to about 9k dimensions, and of the network's output, which goes by `pooled`.
+
+    Args:
+        backbone: the network.
+        names: of layers, or `pooled`; None for all stages and the output.
+        size: side of the square input, pixels.
+
+    Raises:
+        UsageError: as `layer_taps`.
+    """
+    names = names or (*backbone.layers, *POOLED)
+    layers = [name for name in names if name not in POOLED]
+    if len(layers) + 1 < len(names):
+        raise UsageError(f"layers {', '.join(names)} name the pooled output more than once; give each once")
+    taps = layer_taps(backbone, layers, size=size) if layers else {}
+    return taps if len(layers) == len(names) else {**taps, **POOLED}
+
+
 def tapped(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
-    """Features (B, d) of one batch by the tap's name; the network runs once for all of them together."""
+    """Pooled maps (B, c, cells) of one batch by the tap's name; the network runs once for all of them together."""
     last = backbone.layers[-1]  # whose map is pooled for the output
     maps = backbone.feature_maps(images_BCHW, sorted({tap.layer or last for tap in taps.values()}))
     return {name: _pooled(maps[tap.layer or last], tap) for name, tap in taps.items()}
@@ -150,5 +169,5 @@ def tapped(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) -> 
 
 def _pooled(map_Bchw: Tensor, tap: Tap) -> Tensor:
     if tap.layer is None:
-        return mean_pool(map_Bchw)
-    return (tap.pool(map_Bchw) if tap.pool else map_Bchw).flatten(1)
+        return mean_pool(map_Bchw)[:, :, None]
+    return (tap.pool(map_Bchw) if tap.pool else map_Bchw).flatten(2)

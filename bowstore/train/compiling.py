@@ -36,7 +36,8 @@ def run_flops(config: TrainConfig, task: Task, steps: int) -> float:
     """Floating-point operations of a whole run, but for its head's: a fact of the configuration, not of the machine."""
     backbone, size = task.network.backbone, task.side or config.view.size
     image = flops(backbone, lambda ghost, images: ghost.feature_maps(images, ghost.layers[-1:]), size)
-    return float(_PASSES * image) * config.optim.batch * task.views * steps
+    passes = 1 if task.network.frozen else _PASSES
+    return float(passes * image) * config.optim.batch * task.views * steps
 
 
 def compiles_here(wanted: bool, world: World) -> bool:

@@ -107,10 +107,14 @@ def _copies(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with weight decay on weights; never on gamma, on batch norm and biases as configured."""
+    """SGD with weight decay on weights; never on gamma, on batch norm and biases as configured.
+
+    A backbone that is frozen as a whole has no part in it. Single parameters that no gradient reaches do, as ever:
+    checkpoints count them.
+    """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
+    for name, parameter in (network.head if network.frozen else network).named_parameters():
         small = parameter.ndim <= 1
         exempt = name.endswith("gamma") or (small and not config.optim.decay_norm_and_bias)
         (free if exempt else decayed).append(parameter)

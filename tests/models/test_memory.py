@@ -45,6 +45,8 @@ def test_wide_networks_with_batch_norm_train_contiguous_on_a_cpu(arch: str, expe
         backbone = build_backbone(ModelConfig(arch=arch))
     assert training_format(backbone, "cpu") == expected
     assert training_format(backbone, "cuda") == torch.channels_last
+    frozen = backbone.requires_grad_(False)  # nothing is summed there
+    assert training_format(frozen, "cpu") == torch.channels_last
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -15,5 +15,6 @@ TASKS = Registry(
         "location": "bowstore.train.tasks.settings:LOCATION",
         "words": "bowstore.train.tasks.settings:WORDS",
         "supervised": "bowstore.train.tasks.settings:SUPERVISED",
+        "linear": "bowstore.train.tasks.settings:LINEAR",
     },
 )

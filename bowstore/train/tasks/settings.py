@@ -1,13 +1,13 @@
 """The tasks that come with bowstore: their settings and what holds for each. Loads no torch."""
 
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from bowstore.config import Count, Listed, Place, Positive, Text, ViewConfig, Workspace
 from bowstore.errors import UsageError
 from bowstore.remote import fetch_store
-from bowstore.train.tasks.base import Kind, TaskSettings
+from bowstore.train.tasks.base import Kind, StartedSettings, TaskSettings
 
 S = TypeVar("S", "WordsSettings", "SupervisedSettings")
 
@@ -127,6 +127,19 @@ class SupervisedSettings(TaskSettings):
     _gamma_scales_cosines = model_validator(mode="after")(_check_gamma)
 
 
+class LinearSettings(StartedSettings):
+    """Linear classifiers on a frozen network, one for each layer, on images that are augmented afresh."""
+
+    name: Literal["linear"] = "linear"
+    layers: Annotated[Listed[Text], Field(min_length=1)] | None = Field(
+        None, description="layers of the network, pooled for its pooled output; null: all stages and pooled"
+    )
+    norm: Literal["batch", "affine", "none"] = Field(
+        "batch",
+        description="batch norm of each pooled map; batch: without scale and shift (FAIR); affine: with (VISSL)",
+    )
+
+
 def _in_workspace(settings: WordsSettings, workspace: Workspace) -> WordsSettings:
     """With the workspace's store, where none is named, and the name of its only layer."""
     from bowstore.words.store import open_store  # Zarr: only where a store is opened
@@ -156,4 +169,7 @@ SUPERVISED = Kind(
     build="bowstore.train.tasks.supervised:build",
     teacher=False,
     mixes=True,
+)
+LINEAR = Kind(
+    name="linear", settings=LinearSettings, build="bowstore.train.tasks.linear:build", teacher=False, mixes=False
 )

@@ -29,7 +29,7 @@ from bowstore.train.start import begin_with
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.base import StartedSettings
 
-Features = Callable[[Backbone, Tensor], Tensor]
+Features = Callable[[Backbone, Tensor], Any]
 Logits = Tensor | tuple[Tensor, ...]  # of a head, or of each of several
 
 _VALUE = re.compile(r"\{(\w+):?((?:\.\d[efg])?)\}")  # {loss:.4f}
@@ -60,6 +60,11 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.head, self._features = backbone, head, features
         self._formats = {device: training_format(backbone, device) for device in ("cpu", "cuda")}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the head alone is trained."""
+        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def forward(self, images_BCHW: Tensor) -> Logits:
         """Logits."""
@@ -119,9 +124,9 @@ class Task:
     network: Network
     bring: Callable[[Batch], tuple[Tensor, ...]]
     make: Callable[..., tuple[Tensor, Any]]
-    loss: Callable[[Tensor, Any], tuple[Tensor, dict[str, Tensor]]]
+    loss: Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
     inputs: dict[str, str]
-    scalars: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
+    scalars: Callable[[Any, Any], dict[str, Tensor]] | None = None
     ahead: Callable[[Plan], Any] | None = None
     constants: dict[str, float] = field(default_factory=dict)
     modes: Callable[[Network], object] = nn.Module.train
