@@ -70,7 +70,7 @@ class Network(nn.Module):
         """Logits."""
         return self.head(self.features(images_BCHW))  # type: ignore[no-any-return]
 
-    def features(self, images_BCHW: Tensor) -> Tensor:
+    def features(self, images_BCHW: Tensor) -> Any:
         """What the head takes."""
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format(images_BCHW.device))
         return self._features(self.backbone, images_BCHW)
