@@ -2,13 +2,23 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from bowstore.errors import DataError
 from bowstore.evaluate.claims import Figures, claims, differences, spread, together
-from bowstore.evaluate.results import Column, PaperFigures, PaperTable, Result, aligned, column_of, paper_figures
+from bowstore.evaluate.results import (
+    Column,
+    PaperFigures,
+    PaperTable,
+    Result,
+    aligned,
+    column_of,
+    paper_figures,
+    paper_tables,
+)
 
 Measured = Mapping[int, Mapping[str, Sequence[Result]]]  # results by seed and row
 Grid = list[list[str]]
@@ -35,19 +45,16 @@ def figures_of(measured: Measured) -> Figures:
     return figures
 
 
-def summary(
-    name: str, table: PaperTable, measured: Measured, *, images: Mapping[str, str], absent: Mapping[str, str]
-) -> dict[str, Any]:
+def summary(name: str, measured: Measured, *, images: Mapping[str, str], absent: Mapping[str, str]) -> dict[str, Any]:
     """A table's figures, the paper's beside them, and whether its claims hold here, as plain values.
 
     Args:
         name: table1 to table6.
-        table: the paper's.
         measured: results by seed and row.
         images: what test images are, by the name that their column has.
         absent: why rows are not there, by row.
     """
-    figures = figures_of(measured)
+    table, figures = paper_tables()[name], figures_of(measured)
     why = {**{row: f"quoted only: {reason}" for row, reason in table.quoted.items()}, **absent}
     parts = [_part(table, column, figures[column], images, why) for column in sorted(figures)]
     shown = [paper.percent for column in figures if (paper := _beside(table, column.protocol))]
@@ -184,17 +191,18 @@ def as_csv(value: Mapping[str, Any]) -> str:
 
 def _title(value: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, value["seeds"])) or "none yet"
-    return f"{value['recipe']}: {value['title']}. Here: seeds {seeds}; mean ± half the 95 % interval, in percent"
+    here = f"{value['here'] or value['recipe']}; seeds {seeds}; mean ± half the 95 % interval, in percent"
+    return f"Table {value['table'].removeprefix('table')}: {value['title']}. Here: {here}"
 
 
 def _sections(value: Mapping[str, Any]) -> Iterator[tuple[str, Grid]]:
     for part in value["parts"]:
         yield _heading(part), _figures(part)
     if value["claims"]:
-        yield (
-            "What the paper states, and whether it holds here: differences paired by seed, in points",
-            _claim_grid(value["claims"]),
-        )
+        counts = Counter(claim["holds"] for claim in value["claims"])
+        found = ", ".join(f"{counts[holds]} {holds}" for holds in ("yes", "no", "not decided", "not tested"))
+        heading = f"What the paper states, and whether it holds here ({found}): differences paired by seed, in points"
+        yield heading, _claim_grid(value["claims"])
 
 
 def _heading(part: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ A data set has the name of the folder that its shards stage writes: `data/cifar1
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import xxhash
 
@@ -17,7 +17,7 @@ from bowstore.data.table import INDEX_FILE
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.recipes.images import DownloadStage, ShardsStage
 from bowstore.recipes.plan import Plan
-from bowstore.recipes.stage import DONE
+from bowstore.recipes.stage import DONE, fingerprint
 from bowstore.remote import is_remote
 
 # Classes, and xxh3-64 of their sorted names where all copies have the same.
@@ -31,12 +31,7 @@ _CLASSES: Mapping[str, tuple[int, str | None]] = {
 
 
 class Supply(NamedTuple):
-    """Where a data set comes from.
-
-    Attributes:
-        overrides: of the recipe, as --set has them.
-        absent: why there is none, and what to do; empty if there is one.
-    """
+    """Where a data set comes from: overrides of the recipe; or why there is none, and what to do."""
 
     overrides: tuple[str, ...] = ()
     absent: str = ""
@@ -53,6 +48,25 @@ def is_dataset(name: str, index: Index) -> bool:
     number, digest = _CLASSES.get(name, (len(index.classes), None))
     names = xxhash.xxh3_64_hexdigest(" ".join(sorted(index.classes)).encode())
     return len(index.classes) == number and digest in (None, names)
+
+
+def describe_data(plan: Plan) -> tuple[dict[str, str], list[str]]:
+    """What test images are, by the name of their column in tables; and a line on each data set that is there."""
+    labels, lines = {}, []
+    for name, stage in shard_stages(plan).items():
+        splits = cast(ShardsStage, plan.stages[stage]).splits
+        there = {role: open_index(folder) for role, folder in splits.items() if fingerprint(folder)}
+        if not there:
+            continue
+        index = next(iter(there.values()))
+        known = is_dataset(name, index)
+        for split in there.values():
+            column = split.fingerprint[:8]
+            labels[column] = f"{name} ({column})" if known else f"images that are not {name} ({column})"
+        sizes = " and ".join(f"{len(split)} {role}" for role, split in there.items())
+        other = "" if known else f", whose {len(index.classes)} classes are not those of {name}: not this table"
+        lines.append(f"{name}: {sizes} images{other}")
+    return labels, lines
 
 
 def named_data(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
@@ -95,8 +109,7 @@ def supply(plan: Plan, name: str, stage: str, given: Path | None, *, fetch: bool
         given: shards or images that were named.
         fetch: whether to download what is not there, now: it is asked for before any other work.
     """
-    shards = plan.stages[stage]
-    assert isinstance(shards, ShardsStage)
+    shards = cast(ShardsStage, plan.stages[stage])
     if given:
         return _use(stage, given)
     if shards.state() == DONE:
@@ -125,7 +138,7 @@ def supply(plan: Plan, name: str, stage: str, given: Path | None, *, fetch: bool
 
 
 def _put(name: str, file: str) -> str:
-    return f"put it into data/{file}, or name images or shards: --data {name}=PATH"
+    return f"put it into data/{file}, or name it: --data {name}=PATH"
 
 
 def _use(stage: str, place: Path) -> Supply:

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,9 +19,13 @@ import scipy.stats
 from click.testing import CliRunner, Result
 
 from bowstore.cli import main
+from bowstore.config import Workspace
 from bowstore.data.downloads import DOWNLOADS
 from bowstore.data.synthetic import CLASSES, write_images
-from bowstore.files import read_json
+from bowstore.errors import MissingError, UsageError
+from bowstore.files import exclusive_lock, read_json
+from bowstore.recipes.evaluate import EvalStage
+from bowstore.recipes.reproduce import Job, prepare
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 RECIPE = """
@@ -247,7 +252,7 @@ def test_without_images_it_says_what_to_fetch(workspace: Path, monkeypatch: pyte
     assert (
         "cannot download cifar10 to reproduce/data: no network; fetch it where there is a network, and put it" in line
     )
-    assert "put it into data/cifar-10-python.tar.gz, or name images or shards: --data cifar10=PATH" in line
+    assert "put it into data/cifar-10-python.tar.gz, or name it: --data cifar10=PATH" in line
     assert "--data nowhere: nowhere is not there" in refused("table1", "--small", "--data", "nowhere", code=1)
 
 
@@ -273,3 +278,64 @@ def test_data_are_found_where_they_lie(workspace: Path) -> None:
     assert source()[1] == source("--data", "data/shards")[1] == source("--data", "data/shards/train")[1] == ours
     shutil.move("data/shards", "data/cifar10")
     assert source()[1] == images
+
+
+TWO_SETS = """
+runs: "seed-{seed}/runs"
+stages:
+  cifar10: {shards: {src: data/cifar10}, out: data/cifar10}
+  miniimagenet: {shards: {src: data/miniimagenet}, out: data/miniimagenet}
+  RotNet: {train: cifar10_rotnet_small.yaml, name: a, on: cifar10}
+  RotNet at 84 px: {train: cifar10_rotnet_small.yaml, name: b, on: miniimagenet}
+  RelLoc: {train: cifar10_rotnet_small.yaml, name: c, on: miniimagenet}
+  small: {eval: [linear, voc07], of: [RotNet], train: cifar10, test: cifar10}
+  large: {eval: linear, of: [RelLoc, RotNet at 84 px], train: miniimagenet, test: miniimagenet}
+"""
+
+
+def test_rows_and_protocols_without_images_are_left_out_with_the_reason(workspace: Path) -> None:
+    def job(*rows: str) -> Job:
+        return prepare("table3", Workspace(), Path("reproduce"), small=True, rows=rows)
+
+    Path("configs/recipes/table3_small.yaml").write_text(TWO_SETS)
+    found = job()
+    assert list(found.chosen.stages) == ["cifar10", "RotNet", "small"]
+    assert [cell.kind.name for cell in cast(EvalStage, found.plan(0).stages["small"]).cells] == ["linear"]
+    assert "MiniImageNet is made of ImageNet by the split of Ravi and Larochelle" in found.absent["RelLoc"]
+    assert found.absent["RelLoc"].endswith("put it into data/miniimagenet, or name it: --data miniimagenet=PATH")
+    assert "VOC2007 is not there; `bowstore data download voc2007 data` fetches it" in found.absent["eval voc07"]
+    assert found.absent["BoWNet"] == "table3_small does not evaluate it"
+    assert "RotNet" not in found.absent
+    with pytest.raises(MissingError, match="RelLoc cannot be made: MiniImageNet is made of ImageNet by the split"):
+        job("RelLoc")
+    with pytest.raises(UsageError, match="say which it is, as in --data cifar10=data; the data sets are"):
+        prepare("table3", Workspace(), Path("reproduce"), small=True, data=["data"])
+
+    Path("data/miniimagenet").mkdir()
+    Path("data/VOCdevkit/VOC2007").mkdir(parents=True)
+    assert list(job("RotNet").chosen.stages) == [
+        "cifar10", "miniimagenet", "RotNet", "RotNet at 84 px", "small", "large"
+    ]  # fmt: skip
+    assert job("RelLoc").absent == {row: "table3_small does not evaluate it" for row in job("RelLoc").absent}
+    assert list(job("RelLoc").chosen.stages) == ["miniimagenet", "RelLoc", "large"]
+
+
+def test_a_table_without_an_evaluation_shows_what_the_paper_has(workspace: Path) -> None:
+    Path("configs/recipes/table6.yaml").write_text(TWO_SETS[: TWO_SETS.index("  small:")])
+    result = CliRunner().invoke(main, ["reproduce", "table6"])
+    assert result.exit_code == 0, result.output
+    assert "voc0712-detection/*: bowstore has no such evaluation yet (Faster R-CNN, fine-tuned)" in result.stdout
+    assert "BoWNet-conv5                 81.3        61.1      55.8  bowstore has no such" in result.stdout
+    assert not Path("reproduce").exists()
+    Path("configs/recipes/table6.yaml").write_text(TWO_SETS.replace("seed-{seed}/runs", "runs"))
+    assert "keeps the runs of all seeds in one place; write {seed} into its `runs:`" in refused("table6")
+
+
+def test_shards_that_another_process_writes_are_waited_for(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = prepare("table1", Workspace(), Path("reproduce"), small=True).plan(0)
+    with ThreadPoolExecutor() as pool:
+        with exclusive_lock(Path("reproduce/data/cifar10/.lock"), "cifar10"):
+            making = pool.submit(plan.stages["cifar10"].make)
+            while "waiting" not in capsys.readouterr().err:
+                time.sleep(0.01)
+        assert making.result()[0].startswith("train: 60 of 60 images")
