@@ -86,7 +86,8 @@ def write_words(
     digests = keys if image_digest_N is None else image_digest_N
     writer = create_store(path, fingerprint=fingerprint, key_hash_N=keys, image_digest_N=digests)
     teacher = {"arch": "wrn-10-1", "layer": "block3", "weights_sha256": "0", "name": "t"}
-    spec = LayerSpec(teacher=teacher, view={}, vocabulary={}, num_words=words, grid=maps.shape[1:], channels=8)
+    view = {"size": 16, "resize": None, "squash": False}
+    spec = LayerSpec(teacher=teacher, view=view, vocabulary={}, num_words=words, grid=maps.shape[1:], channels=8)
     fill_layer(writer, "block3", spec, maps)
     return path
 

@@ -198,8 +198,14 @@ def plans(schedule: Schedule, index: Index, view: ViewConfig, *, start: int, sto
             order, current = epoch_order(schedule.images, schedule.seed, epoch), epoch
         first = step_of_pass * schedule.batch + schedule.rank * schedule.rank_batch
         rows = order[first : first + schedule.rank_batch].astype(np.int64)
-        draws = generator(schedule.seed, epoch, _SAMPLES, first * _DRAWS // _BLOCK).random((len(rows), _DRAWS))
-        yield perturb(rows, index.height[rows], index.width[rows], draws, view, Origin(schedule.seed, epoch, first))
+        yield plan_of(rows, index, view, Origin(schedule.seed, epoch, first))
+
+
+def plan_of(rows: NDArray[np.int64], index: Index, view: ViewConfig, origin: Origin) -> Plan:
+    """The plan of rows (B,) that stand at the positions of a pass from the origin's first on."""
+    first = origin.first * _DRAWS // _BLOCK
+    draws = generator(origin.seed, origin.epoch, _SAMPLES, first).random((len(rows), _DRAWS))
+    return perturb(rows, index.height[rows], index.width[rows], draws, view, origin)
 
 
 def perturb(

@@ -52,6 +52,24 @@ def binary_bag(words_BM: Tensor) -> Bag:
     return Bag(words_BM, first_BM / first_BM.sum(dim=1, keepdim=True))
 
 
+def bag_of_shown(words_BM: Tensor, shown_BM: Tensor, form: Form) -> Bag:
+    """Bags of what is seen of each location: of the whole row's weight, that is the sum of its shares (not of 1).
+
+    Args:
+        words_BM: int64.
+        shown_BM: float32, share of the view in which the location is seen.
+        form: count: a location weighs its share; binary: each distinct word of which anything is seen weighs the same.
+    """
+    if form == "count":
+        return Bag(words_BM, shown_BM)
+    # Of equal words those that are seen come first, so that the first of them says whether any is.
+    key_BM = (2 * words_BM + (shown_BM <= 0)).sort(dim=1).values
+    words_BM, seen_BM = key_BM >> 1, 1 - (key_BM & 1)
+    seen_BM[:, 1:] *= words_BM[:, 1:] != words_BM[:, :-1]
+    share_B1 = shown_BM.sum(dim=1, keepdim=True) / seen_BM.sum(dim=1, keepdim=True).clamp_min(1)
+    return Bag(words_BM, seen_BM * share_B1)
+
+
 def words_in_cells(words_Bhw: Tensor, grid: int) -> Tensor:
     """The words (B, P, m) of each of `grid` x `grid` equal cells, which divide the map; cells in reading order."""
     images, height, width = words_Bhw.shape
@@ -128,6 +146,12 @@ class MeanBag:
         self._form = form
         self._total_K = np.zeros(num_words, np.float64)
         self._rows = 0
+
+    def add_bag(self, bag: Bag) -> None:
+        """Count bags that are there."""
+        words, weights = bag.words_BM.cpu().numpy().reshape(-1), bag.weights_BM.cpu().numpy().reshape(-1)
+        self._total_K += np.bincount(words, weights, len(self._total_K))
+        self._rows += len(bag.words_BM)
 
     def add(self, words_BM: NDArray[np.uint16]) -> None:
         """Count the bags of some rows, uint16 (B, M)."""

@@ -1,4 +1,4 @@
-"""Task words with several bags an image: spatial pyramids, several layers, and the heads that learn them."""
+"""Task words beyond one bag of the whole image: spatial pyramids, several layers, what the crop shows; their heads."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from recorded_training import exit_codes, start_ranks
 from shard_sets import fill_layer, write_store
 from torch import Tensor
 
 from bowstore.config import Workspace
 from bowstore.data.index import Index, open_index
 from bowstore.data.plan import Plan, plans
+from bowstore.data.shown import CleanGrid, shown
 from bowstore.data.views import Batch
 from bowstore.errors import UsageError
 from bowstore.models.heads import CosineHead, Heads, LinearHead
@@ -23,7 +25,7 @@ from bowstore.runs import read_lineage, read_metrics
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.step import build_objective, build_optimizer
+from bowstore.train.step import build_objective, build_optimizer, train_step
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.settings import WordsSettings
 from bowstore.train.tasks.task import Task, build_task
@@ -230,7 +232,8 @@ def two_layers(make_config: Make, tmp_path: Path) -> Make:
     writer = StoreWriter(write_store(tmp_path / "two.zarr", index))
     maps = np.random.default_rng(3).integers(0, 7, (len(index), 6, 6)).astype(np.uint16)
     teacher = {"arch": "wrn-10-1", "layer": "block2", "weights_sha256": "0", "name": "t"}
-    fill_layer(writer, "block2", LayerSpec(teacher, {}, {}, num_words=7, grid=(6, 6), channels=8), maps)
+    view = {"size": 16, "resize": None, "squash": False}
+    fill_layer(writer, "block2", LayerSpec(teacher, view, {}, num_words=7, grid=(6, 6), channels=8), maps)
 
     def make(settings: dict[str, Any], **changes: Any) -> TrainConfig:
         store = {"store": str(tmp_path / "two.zarr"), "layer": None}
@@ -284,6 +287,145 @@ def test_layers_are_learned_from_every_tier(two_layers: Make, tmp_path: Path, ti
     assert lineage["targets"]["num_words"] == "7, 12"
 
 
+# --- crop-aware bags
+
+CROPPED = {"crop_aware": True}
+
+
+def crop_aware_by_hand(words_Bhw: np.ndarray, plan: Plan, shares: tuple[np.ndarray, np.ndarray], form: str) -> Tensor:
+    """Dense bags (B, K), word by word: those of A that are not pasted over, and those of B in the box."""
+    result = np.zeros((len(words_Bhw), WORDS))
+    for image in range(len(words_Bhw)):
+        for who, share_M in ((image, shares[0][image]), (int(plan.partner[image]), shares[1][image])):
+            part = np.zeros(WORDS)
+            for word, share in zip(words_Bhw[who].flat, share_M, strict=True):
+                part[word] += share
+            if form == "binary" and part.any():
+                part = (part > 0) * part.sum() / np.count_nonzero(part)
+            result[image] += part
+    return torch.from_numpy(result)
+
+
+@pytest.mark.parametrize("cutmix", [True, False])
+@pytest.mark.parametrize("form", ["count", "binary"])
+def test_crop_aware_bags_are_of_what_is_seen(make_config: Make, form: str, cutmix: bool) -> None:
+    """By the shares that tests/data/test_shown.py counts."""
+    config = make_config(settings={**CROPPED, "form": form}, view={"cutmix": cutmix, "area": [0.1, 0.5]})
+    task, batch, words_Bhw = made(config)
+    plan, index = batch.plan, open_index(Path(str(config.shards)))
+    shares = shown(plan, index.height[plan.rows], index.width[plan.rows], CleanGrid((4, 4), 0, 16, None))
+    assert (shares[0] == 0).mean() > 0.2, "cells that are not seen"
+    _, bag = task.prepare(batch)
+    found_BK = dense(bag)
+    torch.testing.assert_close(found_BK, crop_aware_by_hand(words_Bhw, plan, shares, form), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found_BK.sum(1), torch.ones(16, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    assert (bag.weights_BM >= 0).all()
+
+
+def test_a_crop_of_the_whole_image_is_the_count_bag(make_config: Make) -> None:
+    """Bags, CutMix by the area of each cell or not, and the loss of their mean."""
+    view = {"area": [1.0, 1.0], "ratio": [0.1, 10.0], "cutmix": False}
+    tasks = [made(make_config(settings=settings, view=view)) for settings in (CROPPED, {})]
+    (own, batch, _), (whole, *_) = tasks
+    assert (batch.plan.window[:, :2] == 0).all()
+    torch.testing.assert_close(dense(own.prepare(batch)[1]), dense(whole.prepare(batch)[1]))
+    assert own.constants["marginal_loss"] == pytest.approx(whole.constants["marginal_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["count", "binary"])
+def test_the_marginal_loss_of_crop_aware_bags_is_that_of_many_batches(make_config: Make, form: str) -> None:
+    config = make_config(settings={**CROPPED, "form": form}, view={"area": [0.1, 0.5]}, optim={"batch": 72})
+    task, *_ = made(config)
+    index = open_index(Path(str(config.shards)))
+    total_K, schedule = torch.zeros(WORDS, dtype=torch.float64), loop.data_schedule(config, index, ALONE)
+    for plan in plans(schedule, index, config.view, start=0, stop=40):
+        total_K += dense(task.prepare(Batch(torch.zeros(72, 3, 16, 16), plan))[1]).mean(0) / 40
+    assert task.constants["marginal_loss"] == pytest.approx(torch.special.entr(total_K).sum().item(), rel=0.02)
+
+
+# --- ranks, stops, compilers
+
+ALL_FORMS = [PYRAMID, CROPPED, {**CROPPED, "form": "binary"}]
+
+
+@pytest.mark.parametrize("settings", ALL_FORMS)
+def test_two_ranks_have_the_bags_of_one(make_config: Make, settings: dict[str, Any]) -> None:
+    config = make_config(settings=settings)
+    task, batch, _ = made(config)
+    index, halves = open_index(Path(str(config.shards))), []
+    for rank in range(2):
+        schedule = loop.data_schedule(config, index, World(rank, 2, torch.device("cpu")))
+        plan = next(plans(schedule, index, config.view, start=0, stop=1))
+        halves.append(task.prepare(Batch(batch.images_BCHW[8 * rank : 8 * rank + 8], plan))[1])
+    whole = task.prepare(batch)[1]
+    parts = zip(whole, *halves, strict=True) if isinstance(whole, list) else [(whole, *halves)]
+    for bag, *mine in parts:
+        assert torch.equal(bag.words_BM, torch.cat([part.words_BM for part in mine]))
+        assert torch.equal(bag.weights_BM, torch.cat([part.weights_BM for part in mine]))
+
+
+@pytest.mark.parametrize("settings", [PYRAMID, {**CROPPED, "form": "binary", "head": "linear"}])
+def test_every_form_is_one_graph(make_config: Make, settings: dict[str, Any]) -> None:
+    config = make_config(settings=settings)
+    task, batch, _ = made(config)
+    model = build_objective(task, config, ALONE, compiled=False)
+    traced = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    results = []
+    for one in (model, traced):
+        loss, _, logits, _ = one(*task.bring(batch))
+        logits = logits if isinstance(logits, tuple) else (logits,)
+        assert not any(each.requires_grad for each in logits)
+        results.append([loss, *logits, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch._dynamo.reset()
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-9
+
+
+def test_a_run_with_several_heads_goes_on_bit_for_bit(two_layers: Make, tmp_path: Path) -> None:
+    """Stopped in mid-epoch, away from its checkpoints (steps 5 and 10), and continued."""
+    settings = {**CROPPED, "form": "binary"}
+    runs, steps = tmp_path / "runs", iter(range(100))
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        if next(steps) == 7:
+            raise KeyError
+        return train_step(*arguments, **named)
+
+    loop.train(two_layers(settings, name="whole"), runs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", stopping)
+        with pytest.raises(KeyError):
+            loop.train(two_layers(settings, name="parts"), runs)
+    loop.train(two_layers(settings, name="parts"), runs)
+    whole, parts = (loop.saved.newest_checkpoint(runs / name) for name in ("whole", "parts"))
+    assert whole is not None
+    assert parts is not None
+    assert whole["step"] == parts["step"] == 12
+    for group in ("backbone", "head"):
+        for name, value in whole[group].items():
+            assert torch.equal(value, parts[group][name]), name
+    logs = [[{**line, "images_per_second": 0} for line in read_metrics(runs / name)] for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def train_rank(rank: int, config: TrainConfig, runs: Path) -> None:
+    torch.set_num_threads(1)
+    loop.train(config, runs)
+
+
+def test_two_ranks_train_all_heads(make_config: Make, tmp_path: Path) -> None:
+    """Gradients reach every head from both ranks, and what both see is what one would."""
+    optim = {"epochs": 1, "milestones": []}
+    config = make_config(settings=PYRAMID, optim=optim, runtime={"checkpoint_every_steps": 1, "keep_checkpoints": 9})
+    assert exit_codes(start_ranks(train_rank, 2, (config, tmp_path / "two"))) == [0, 0]
+    loop.train(config, tmp_path / "one")
+    one, two = (read_metrics(tmp_path / name / config.name) for name in ("one", "two"))
+    assert [line["order"] for line in one] == [line["order"] for line in two]
+    state = loop.saved.newest_checkpoint(tmp_path / "two" / config.name)
+    assert state is not None
+    assert sum(name.endswith("gamma") and value.item() != 1 for name, value in state["head"].items()) == 5
+
+
 # --- bad input
 
 
@@ -293,6 +435,7 @@ def test_layers_are_learned_from_every_tier(two_layers: Make, tmp_path: Path, ti
     ({**PYRAMID, "grids": []}, r"task: grids \[\] must be different ones, one at least"),
     ({**PYRAMID, "grids": [2, 2]}, r"task: grids \[2, 2\] must be different ones, one at least"),
     ({**PYRAMID, "grids": [0]}, r"task\.grids\.0: Input should be greater than or equal to 1 \(got 0\)"),
+    ({**PYRAMID, **CROPPED}, r"task: crop_aware is of forms count and binary: the cells of a pyramid are"),
     ({"layers": ["block2"]}, r"task: layer block3 and layers are both set; name all of them in layers"),
     ({"layer": None, "layers": []}, r"task: layers \[\] must be different ones, one at least"),
     ({"layer": None, "layers": ["a", "a"]}, r"task: layers \['a', 'a'\] must be different ones"),

@@ -278,7 +278,7 @@ def test_the_older_form_is_read_and_the_newer_written() -> None:
     written = dump(config)
     assert written["task"] == {
         "name": "words", "store": "w.zarr", "layer": "block3", "layers": None, "form": "binary", "grids": [1, 2],
-        "head": "cosine", "reencoded": False, "gamma": 1.0,
+        "head": "cosine", "reencoded": False, "gamma": 1.0, "crop_aware": False,
     }  # fmt: skip
     assert written.keys().isdisjoint({"words", "rotation"})
     assert validate(TrainConfig, written, "new") == config

@@ -1,9 +1,10 @@
-"""What bags are made of a layer's words: one of the whole image, or one for each cell of a spatial pyramid.
+"""What bags are made of a layer's words: the whole image's, one for each cell of a pyramid, or that of what is seen.
 
 Legend: B batch, M bag slots (locations of the word map), h w word map, P cells of all grids, K words.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bowstore.data.plan import Plan
-from bowstore.words.bags import Bag, Form, MeanBag, bag_of, count_bag, mix_bags, unpacked, words_in_cells
+from bowstore.config import ViewConfig
+from bowstore.data.index import Index
+from bowstore.data.plan import Origin, Plan, plan_of
+from bowstore.data.shown import CleanGrid, shown
+from bowstore.words.bags import (
+    Bag,
+    Form,
+    MeanBag,
+    bag_of,
+    bag_of_shown,
+    count_bag,
+    mix_bags,
+    unpacked,
+    words_in_cells,
+)
 
 
 class BagForm(ABC):
@@ -115,3 +129,56 @@ class PyramidBags(BagForm):
     def _cells(self, words_Bhw: Tensor) -> list[Tensor]:
         """The words (B, m) of each cell."""
         return [words_Bm for cells in self._grids for words_Bm in words_in_cells(words_Bhw, cells).unbind(1)]
+
+
+class ShownBag(BagForm):
+    """The bag of the cells that the crop window shows, each by the area that is seen of it (beyond the paper).
+
+    `bowstore.data.shown` says what is seen of which cell. Of a mixed image, that are the cells of A that are not pasted
+    over and those of B within the box, and each image's part of the bag weighs what it takes of the area.
+
+    Args:
+        form: count: a word weighs the area in which it is seen; binary: all words that are seen weigh the same.
+        num_words: K.
+        grid: of the words, over the clean view.
+        index: of the images, for their sides.
+        view: the train view.
+        seed: of the run.
+    """
+
+    def __init__(self, form: Form, num_words: int, grid: CleanGrid, index: Index, view: ViewConfig, seed: int) -> None:
+        self._form, self._grid, self._index, self._view, self._seed = form, grid, index, view, seed
+        self._mean, self._rows = MeanBag(num_words, form), 0
+
+    def numbers(self, plan: Plan) -> tuple[NDArray[Any], ...]:
+        """What is seen of each cell; where images are mixed, also their partners, and what is seen of theirs."""
+        index, rows = self._index, plan.rows
+        own_BM, pasted_BM = shown(plan, index.height[rows], index.width[rows], self._grid)
+        return own_BM, *plan.mixing(pasted_BM)
+
+    def make(self, packed_BM: Tensor, *numbers: Tensor) -> list[Bag]:
+        """One bag."""
+        words_BM, (own_BM, *mixed) = unpacked(packed_BM), numbers
+        own = bag_of_shown(words_BM, own_BM, self._form)
+        if not mixed:
+            return [own]
+        partner_B, pasted_BM = mixed
+        pasted = bag_of_shown(words_BM[partner_B], pasted_BM, self._form)
+        return [Bag(*(torch.cat(parts, dim=1) for parts in zip(own, pasted, strict=True)))]
+
+    def add(self, words_BM: NDArray[np.uint16]) -> None:
+        """As in the base class, for one perturbation of each image.
+
+        Where images are mixed, each is its own partner: what is pasted into others is, in the mean, what it would paste
+        into itself.
+        """
+        rows = np.arange(self._rows, self._rows + len(words_BM))
+        plan = plan_of(rows, self._index, self._view, Origin(self._seed, 0, self._rows))
+        plan = replace(plan, partner=np.arange(len(rows), dtype=np.int32))
+        numbers = map(torch.from_numpy, self.numbers(plan))
+        self._mean.add_bag(*self.make(torch.from_numpy(words_BM.view(np.int16)), *numbers))
+        self._rows += len(rows)
+
+    def marginal_loss(self) -> float:
+        """The entropy of the mean bag."""
+        return self._mean.entropy()

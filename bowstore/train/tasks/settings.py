@@ -83,6 +83,9 @@ class WordsSettings(TaskSettings):
         False, description="the shards hold other encodings of the store's images (resized, compressed anew)"
     )
     gamma: Positive = Field(1.0, description="initial scale of the cosine logits")
+    crop_aware: bool = Field(
+        False, description="the bag of the cells that the crop window shows, by their area; beyond the paper"
+    )
 
     _gamma_scales_cosines = model_validator(mode="after")(_check_gamma)
 
@@ -95,6 +98,8 @@ class WordsSettings(TaskSettings):
                 raise ValueError(f"layers {list(self.layers)} must be different ones, one at least")
         if self.form != "pyramid" and self.grids != type(self).model_fields["grids"].default:
             raise ValueError(f"grids {list(self.grids)} are those of form pyramid; leave them out with {self.form}")
+        if self.form == "pyramid" and self.crop_aware:
+            raise ValueError("crop_aware is of forms count and binary: the cells of a pyramid are the whole image's")
         if not self.grids or len(set(self.grids)) < len(self.grids):
             raise ValueError(f"grids {list(self.grids)} must be different ones, one at least")
         return self

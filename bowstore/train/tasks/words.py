@@ -4,19 +4,20 @@ Legend: B batch, C channels, H W pixels, K words, M bag slots, N rows.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bowstore.config import StorageConfig
 from bowstore.data.plan import Plan
+from bowstore.data.shown import CleanGrid
 from bowstore.data.views import Batch
 from bowstore.models.heads import CosineHead, Heads, LinearHead
 from bowstore.progress import say
 from bowstore.remote import fetch_store
 from bowstore.train.schedule import images_in_use
-from bowstore.train.tasks.forms import BagForm, PyramidBags, WholeBag
+from bowstore.train.tasks.forms import BagForm, PyramidBags, ShownBag, WholeBag
 from bowstore.train.tasks.settings import WordsSettings
 from bowstore.train.tasks.task import Dead, Job, Logits, Network, Task, placed, pooled
 from bowstore.words.bags import Bag, bag_entropy, bow_cross_entropy, weight_at
@@ -30,6 +31,9 @@ from bowstore.words.targets import (
     words_bytes,
     words_digest,
 )
+
+if TYPE_CHECKING:  # with Zarr
+    from bowstore.words.layer import Layer
 
 Bags = Bag | list[Bag]
 
@@ -188,13 +192,19 @@ def _open(settings: WordsSettings, job: Job) -> list[Source]:
         Source(
             layer.lineage,
             open_targets(choice.tier, layer, store_row_N, world.device, storage=storage, shown=world.first),
-            _form(settings, layer.num_words, layer.grid, flip=config.view.flip),
+            _form(settings, job, layer),
         )
         for layer in layers
     ]
 
 
-def _form(settings: WordsSettings, num_words: int, grid: tuple[int, int], *, flip: bool) -> BagForm:
+def _form(settings: WordsSettings, job: Job, layer: "Layer") -> BagForm:
+    config, num_words = job.config, layer.num_words
     if settings.form == "pyramid":
-        return PyramidBags(num_words, grid, settings.grids, flip=flip)
-    return WholeBag(settings.form, num_words)
+        return PyramidBags(num_words, layer.grid, settings.grids, flip=config.view.flip)
+    if not settings.crop_aware:
+        return WholeBag(settings.form, num_words)
+    clean = layer.attributes["view"]
+    resize = None if clean["squash"] else clean["resize"]
+    grid = CleanGrid(layer.grid, layer.border, clean["size"], resize)
+    return ShownBag(settings.form, num_words, grid, job.index, config.view, config.seed)
