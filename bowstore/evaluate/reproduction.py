@@ -56,17 +56,16 @@ def summary(name: str, measured: Measured, *, images: Mapping[str, str], absent:
     """
     table, figures = paper_tables()[name], figures_of(measured)
     why = {**{row: f"quoted only: {reason}" for row, reason in table.quoted.items()}, **absent}
-    parts = [_part(table, column, figures[column], images, why) for column in sorted(figures)]
-    shown = [paper.percent for column in figures if (paper := _beside(table, column.protocol))]
-    for paper in table.figures:
-        if paper.percent not in shown:  # a table may have the same figures for two protocols
-            shown.append(paper.percent)
-            parts.append(_part(table, None, {}, images, why, paper))
+    beside = {column: _beside(table, column.protocol) for column in sorted(figures)}
+    shown = [paper.percent for paper in beside.values() if paper]
+    unseen = [paper for paper in table.figures if paper.percent not in shown]
+    unseen = [paper for at, paper in enumerate(unseen) if paper.percent not in [it.percent for it in unseen[:at]]]
+    parts = [_part(table, paper, column, figures, images, why) for column, paper in beside.items()]
     return {
         "table": name,
         "title": table.title,
         "seeds": sorted(measured),
-        "parts": parts,
+        "parts": parts + [_part(table, paper, None, figures, images, why) for paper in unseen],
         "claims": list(_claims(name, table, figures, images, why)),
         "absent": why,
     }
@@ -94,33 +93,34 @@ def _percent(paper: PaperFigures, row: str, metric: str) -> float | None:
 
 def _part(
     table: PaperTable,
+    paper: PaperFigures | None,
     column: Column | None,
-    rows: Mapping[str, Mapping[str, Mapping[int, float]]],
+    figures: Figures,
     images: Mapping[str, str],
     why: Mapping[str, str],
-    paper: PaperFigures | None = None,
 ) -> dict[str, Any]:
     """One protocol, version and set of images: each row's figures, and the paper's of the same measure."""
-    paper = _beside(table, column.protocol) if column else paper
+    rows = figures[column] if column else {}
+    others = {row for it in figures if it != column and _beside(table, it.protocol) is paper for row in figures[it]}
     metrics = list(dict.fromkeys(m for row in rows.values() for m in row)) or list(paper.metrics if paper else ())
     known = [m for m in metrics if paper and m in paper.metrics]
     lines = []
     for row in dict.fromkeys([*(table.rows if paper else ()), *rows]):
         said = {m: p for m in known if paper and (p := _percent(paper, row, m)) is not None}
         ours = {
-            m: {**spread(list(by_seed.values()))._asdict(), "by_seed": {str(s): v for s, v in sorted(by_seed.items())}}
-            for m, by_seed in rows.get(row, {}).items()
+            m: {**spread(list(values.values()))._asdict(), "by_seed": {str(s): values[s] for s in sorted(values)}}
+            for m, values in rows.get(row, {}).items()
         }
-        if said or ours:
+        if ours or (said and row not in others):
             lines.append({"row": row, "here": ours, "paper": said, "absent": "" if ours else why.get(row, "not run")})
-    here = column and {**column._asdict(), "images": images.get(column.tested_on, column.tested_on)}
     same = column and paper and column.tested_on == paper.dataset and fnmatchcase(column.protocol, paper.protocol)
-    beside = paper and {
-        **{key: getattr(paper, key) for key in ("protocol", "dataset", "source", "missing")},
-        "metrics": known,
-        "comparable": bool(same),
+    theirs = {key: getattr(paper, key) for key in ("protocol", "dataset", "source", "missing")} if known else {}
+    return {
+        "here": column and {**column._asdict(), "images": images.get(column.tested_on, column.tested_on)},
+        "paper": {**theirs, "metrics": known, "comparable": bool(same)} if known else None,
+        "metrics": metrics,
+        "rows": lines,
     }
-    return {"here": here, "paper": beside if known else None, "metrics": metrics, "rows": lines}
 
 
 def _claims(
@@ -143,7 +143,8 @@ def _claims(
         for tested_on, tests in found.items():
             yield {**said, "images": tested_on, "holds": together(tests), "tests": tests}
         if not found:
-            reasons = [f"{row}: {why[row]}" for row in claim.rows if row in why] or ["no figures of both rows yet"]
+            reasons = [f"{row}: {why[row]}" for row in claim.rows if row in why]
+            reasons = reasons or [f"no figures of both rows under {' or '.join(claim.on)} yet"]
             yield {**said, "images": None, "holds": "not tested", "why": "; ".join(reasons), "tests": []}
 
 
