@@ -1,5 +1,7 @@
 """The command that lists an architecture's layers."""
 
+from typing import Any
+
 import click
 
 from bowstore.cli.common import TEXT, emit
@@ -9,14 +11,37 @@ from bowstore.cli.options import command, fields
 @command()
 @click.argument("arch", type=TEXT)
 @fields("view", "bowstore.config:ViewConfig", only=("size",), otherwise={"size": "the network's own"})
+@fields("model", "bowstore.config:ModelConfig", only=("strides",))
 @click.option("--all", "everything", is_flag=True, help="Every module, not only those two levels deep.")
+@click.option(
+    "--head", "heads", type=TEXT, multiple=True,
+    help="What a task's head costs, too: rotation, location, words, supervised or linear. May be given several times.",
+)  # fmt: skip
+@click.option("--K", "outputs", type=click.IntRange(1), help="Words or classes of the heads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the layers as JSON alone.")
-def layers(arch: str, view: dict[str, int], everything: bool, as_json: bool) -> None:
-    """List the layers of ARCH that give words: names, channels, maps, words an image.
+def layers(
+    arch: str,
+    view: dict[str, int],
+    model: dict[str, Any],
+    everything: bool,
+    heads: tuple[str, ...],
+    outputs: int | None,
+    as_json: bool,
+) -> None:
+    """List the layers of ARCH that give words: names, channels, maps, words an image; and what ARCH costs.
 
-    ARCH is timm:NAME, torchvision:NAME, resnet50, wrn-28-10...; nothing is downloaded.
+    ARCH is timm:NAME, torchvision:NAME, resnet50, wrn-28-10...; nothing is downloaded. Multiply-adds are those of
+    convolutions and matrix products in a forward pass; a training step takes three times as many. The heads are those
+    that the tasks have by default: rotation's residual group, words' cosine head (a pyramid has five), supervised's
+    linear layer, linear's classifiers of all layers, and location's layers for eight pairs of nine patches.
     """
+    from bowstore.config import ModelConfig, validate
+    from bowstore.errors import UsageError
+    from bowstore.models.arch import wide_sizes
     from bowstore.models.layers import describe_layers
 
-    report = describe_layers(arch, view.get("size"), everything=everything)
+    if model and not wide_sizes(arch):
+        raise UsageError(f"--strides are those of a wide ResNet's groups, and {arch} has its own; leave them out")
+    config = validate(ModelConfig, {**model, "arch": arch}, "bowstore layers")
+    report = describe_layers(config, view.get("size"), everything=everything, heads=heads, outputs=outputs)
     emit(report.as_dict(), report.text(), as_json)

@@ -1,6 +1,7 @@
-"""What `bowstore layers` prints: the layers of an architecture, their maps and words."""
+"""What `bowstore layers` prints: an architecture's layers, their maps and words, and what it and heads on it cost."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from bowstore.config import ModelConfig
 from bowstore.errors import UsageError
 from bowstore.models.backbone import LayerInfo
+from bowstore.models.cost import Cost, head_cost, trunk_cost
 from bowstore.models.registry import build_backbone
 
 
@@ -22,6 +24,8 @@ class LayerReport:
         prefix_tokens: class and register tokens that are left out of maps.
         layers: those listed, in order of depth.
         left_out: layers inside these that are not listed.
+        trunk: what the network costs.
+        heads: what the heads that were asked for cost.
     """
 
     arch: str
@@ -30,6 +34,8 @@ class LayerReport:
     prefix_tokens: int
     layers: tuple[LayerInfo, ...]
     left_out: int
+    trunk: Cost
+    heads: tuple[Cost, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -50,6 +56,8 @@ class LayerReport:
                 for layer in self.layers
             ],
             "left_out": self.left_out,
+            "trunk": {"parameters": self.trunk.parameters, "multiply_adds": self.trunk.multiply_adds},
+            "heads": [asdict(head) for head in self.heads],
         }
 
     def text(self) -> str:
@@ -70,21 +78,45 @@ class LayerReport:
             lines.append(f"{self.prefix_tokens} class or register token(s) are left out of the maps")
         if self.left_out:
             lines.append(f"{self.left_out} more inside these: --all lists them")
+        trunk = self.trunk
+        costs = [f"{trunk.parameters:,} parameters", f"{_giga(trunk)} an image, forward"]
+        lines.append(f"trunk: {', '.join(costs)}")
+        for head in self.heads:
+            outputs = f" of {head.outputs} outputs" if head.outputs else ""
+            inputs = f", for {head.inputs} patches" if head.inputs > 1 else ""
+            parameters = head.parameters / trunk.parameters
+            multiply_adds = head.multiply_adds / (head.inputs * trunk.multiply_adds)
+            lines.append(
+                f"head {head.name}{outputs}: {head.parameters:,} parameters ({100 * parameters:.2g} % of the trunk's), "
+                f"{_giga(head)} ({100 * multiply_adds:.2g} %){inputs}"
+            )
         return "\n".join(lines)
 
 
-def describe_layers(arch: str, size: int | None = None, *, everything: bool = False) -> LayerReport:
+def _giga(cost: Cost) -> str:
+    return f"{cost.multiply_adds / 1e9:.4g} G multiply-adds"
+
+
+def describe_layers(
+    config: ModelConfig,
+    size: int | None = None,
+    *,
+    everything: bool = False,
+    heads: Sequence[str] = (),
+    outputs: int | None = None,
+) -> LayerReport:
     """The layers of an architecture that give a map.
 
     Args:
-        arch: `timm:NAME`, `torchvision:NAME`, `resnet50`, `wrn-28-10`...
+        config: `timm:NAME`, `torchvision:NAME`, `resnet50`, `wrn-28-10`..., and the strides of a wide one.
         size: side of the square input, pixels; None for the network's own.
         everything: list every module, not only those two levels deep.
+        heads: names of heads whose cost is told, too (`bowstore.models.cost.HEADS`).
+        outputs: words or classes of those that have an output for each.
 
     Raises:
-        UsageError: an unknown architecture, or a size that it does not take.
+        UsageError: an unknown architecture or head, a size that the network does not take, or outputs are missing.
     """
-    config = ModelConfig(arch=arch)
     try:
         with torch.device("meta"):  # no weights are drawn: a network of 10^9 in a second
             backbone = build_backbone(config, size)
@@ -94,5 +126,12 @@ def describe_layers(arch: str, size: int | None = None, *, everything: bool = Fa
     table = [layer for layer in backbone.layer_table(size).values() if not layer.passes_on]
     shown = [layer for layer in table if everything or layer.name in backbone.layers or layer.name.count(".") < 2]
     return LayerReport(
-        backbone.arch, size, backbone.layers, backbone.layout.prefix_tokens, tuple(shown), len(table) - len(shown)
+        arch=backbone.arch,
+        size=size,
+        stages=backbone.layers,
+        prefix_tokens=backbone.layout.prefix_tokens,
+        layers=tuple(shown),
+        left_out=len(table) - len(shown),
+        trunk=trunk_cost(backbone, size),
+        heads=tuple(head_cost(name, backbone, size, outputs) for name in heads),
     )

@@ -314,7 +314,7 @@ def test_the_pooled_feature_can_be_compiled(vit: Backbone) -> None:
 
 
 def test_the_table_for_people_and_programs() -> None:
-    report = describe_layers("timm:resnet18", 64)
+    report = describe_layers(ModelConfig(arch="timm:resnet18"), 64)
     (conv4,) = [line.split() for line in report.text().splitlines() if line.startswith("* conv4 ")]
     assert conv4 == "* conv4 256 4 x 4 16 = layer3".split()
     assert report.text().splitlines()[-1].endswith("more inside these: --all lists them")
@@ -328,7 +328,7 @@ def test_the_table_for_people_and_programs() -> None:
         "name": "blocks.11", "module": "norm", "channels": 192, "grid": [4, 4], "words_per_image": 16,
         "note": "= norm: with the final norm",
     }  # fmt: skip
-    everything = describe_layers(VIT, 64, everything=True)
+    everything = describe_layers(ModelConfig(arch=VIT), 64, everything=True)
     assert everything.left_out == 0
     assert len(everything.layers) == len(value["layers"]) + value["left_out"]
     assert "blocks.3.attn.qkv" in {layer.name for layer in everything.layers}
