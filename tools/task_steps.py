@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import click
+import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_made_up import LAYER, made_up_index, made_up_store
@@ -46,6 +47,7 @@ from bowstore.train.loop import data_schedule, placed_network
 from bowstore.train.step import build_objective, build_optimizer, train_step, tuned
 from bowstore.train.tasks.location import corners
 from bowstore.train.tasks.task import Network, Task, build_task
+from bowstore.words.store import join_rows, open_store
 
 _BATCHES = 4  # in memory, taken in turn
 _RATE = 1e-4  # so low that both stay where they are: what is timed does not depend on it
@@ -94,7 +96,38 @@ def location(made: Made) -> Loss:
     return loss
 
 
-BY_HAND: dict[str, Callable[[Made], Loss]] = {"location": location}
+def words(made: Made) -> Loss:
+    """A pyramid's dense targets: each cell's histogram, mirrored and mixed; a cosine head and a cross-entropy each."""
+    settings: Any = made.config.task
+    store, index = open_store(settings.store), open_index(made.config.shards)
+    table_Nhw = torch.from_numpy(store.load_words(settings.layer)[join_rows(store, index)].astype(np.int64))
+    num_words, side = store.layer(settings.layer).num_words, table_Nhw.shape[1]
+
+    def loss(batch: Batch) -> Tensor:
+        plan, device = batch.plan, batch.images_BCHW.device
+        words_Bhw = table_Nhw[torch.from_numpy(plan.rows)].to(device)
+        mirror_B = torch.from_numpy(plan.mirror != 0).to(device)
+        words_Bhw = torch.where(mirror_B[:, None, None], words_Bhw.flip(2), words_Bhw)
+        partner_B = torch.from_numpy(plan.partner.astype(np.int64)).to(device)
+        feature_BC = made.network.backbone(batch.images_BCHW.to(memory_format=made.format).float()).float()
+        heads, losses = iter(made.network.head), []
+        for grid in settings.grids:
+            kept_BP, step = torch.from_numpy(plan.kept_in((grid, grid))).to(device), side // grid
+            for cell in range(grid * grid):
+                top, left = step * (cell // grid), step * (cell % grid)
+                words_Bm = words_Bhw[:, top : top + step, left : left + step].flatten(1)
+                target_BK = F.one_hot(words_Bm, num_words).float().mean(1)
+                kept_B1 = kept_BP[:, cell, None]
+                target_BK = kept_B1 * target_BK + (1 - kept_B1) * target_BK[partner_B]
+                head = next(heads)
+                logits_BK = head.gamma * F.linear(feature_BC, F.normalize(head.weight, dim=1))
+                losses.append(F.cross_entropy(logits_BK, target_BK))
+        return torch.stack(losses).mean()
+
+    return loss
+
+
+BY_HAND: dict[str, Callable[[Made], Loss]] = {"location": location, "words": words}
 
 # Of a step that takes two cores a second or less, where no configuration is named; each task's own below.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -103,6 +136,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "optim": {"batch": 64, "epochs": 1},
 }
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "words": {"task": {"form": "pyramid"}},
     "location": {
         "task": {"patch": 21, "jitter": 7},
         "view": {"size": 84, "cutmix": False},
