@@ -4,9 +4,10 @@ Legend: N training images, M test images, B batch, d feature width, K classes.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from bowstore.errors import DataError
 from bowstore.evaluate.protocol import Features, Scores
 from bowstore.evaluate.protocols.linear import LinearSettings
 from bowstore.gpu import free_memory
+from bowstore.models.backbone import Backbone
+from bowstore.models.pooling import POOLED, Tap, layer_taps
 from bowstore.progress import Progress
 
 _TOP = 5
@@ -101,18 +104,35 @@ def linear_probe(
     return Scores(metrics=metrics, details={"train_top1": train_top1, "losses": losses, "probe_seconds": seconds})
 
 
+def taps(backbone: Backbone, settings: LinearSettings, size: int) -> Mapping[str, Tap]:
+    """The pooled output, or the layers that are asked for, each averaged over all places.
+
+    Raises:
+        UsageError: a layer that the backbone does not have, or one twice.
+    """
+    return layer_taps(backbone, settings.layers, size=size, everywhere=True) if settings.layers else POOLED
+
+
 def score(features: Features, settings: LinearSettings) -> Scores:
     """The probe of the protocol `linear`, trained on the split "train" and tested on "test".
+
+    Of layers, the metrics are those of each, `top1_LAYER`, and the best, `top1_best`; details lie under their names.
 
     Raises:
         DataError: as `linear_probe`.
     """
     train, test, device = features["train"], features["test"], torch.device(features.device)
     config = LinearConfig(seed=settings.seed, standardise=settings.standardise)
-    arrays = train["pooled"], train.labels, test["pooled"], test.labels
     classes = len(train.classes) or int(train.labels.max()) + 1
-    scores = linear_probe(*arrays, classes=classes, config=config, device=device)
-    return replace(scores, settings={"probe": asdict(config), "classes": classes})
+    how: dict[str, Any] = {"classes": classes, "config": config, "device": device}
+    scores = {tap: linear_probe(train[tap], train.labels, test[tap], test.labels, **how) for tap in train.taps}
+    fixed = {"probe": asdict(config), "classes": classes}
+    if not settings.layers:
+        return replace(scores["pooled"], settings=fixed)
+    metrics = {f"{name}_{tap}": share for tap, found in scores.items() for name, share in found.metrics.items()}
+    best = max(found.metrics["top1"] for found in scores.values())
+    details = {tap: found.details for tap, found in scores.items()}
+    return Scores(metrics={**metrics, "top1_best": best}, details=details, settings=fixed)
 
 
 def standardised(train_Nd: Tensor, test_Md: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ Legend: N images of a split, K classes, d width of a feature.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # they load torch
     from bowstore.train.distributed import World
 
 T = TypeVar("T")
+_LONGEST_LAYERS = 80  # characters of an id, which names a file, that layers may take
 _ID = re.compile(r"[^./\s][^\0-\x1f]*")  # of it a file is named: no hidden one, and none elsewhere
 
 
@@ -192,6 +193,14 @@ class Network:
 
     backbone: "Backbone"
     view: ViewConfig
+
+
+def layers_in_id(layers: Sequence[str]) -> str:
+    """What stands for layers in a protocol's id, in whatever order they are given: their names, or a digest of many."""
+    names = "-".join(sorted(layers))
+    if len(names) <= _LONGEST_LAYERS:
+        return names
+    return f"{len(layers)}-layers-{xxhash.xxh3_64_hexdigest(names.encode())[:8]}"
 
 
 def _as_given(settings: Any, _workspace: Workspace) -> Any:

@@ -52,6 +52,8 @@ def test_standardised_features_are_another_protocol() -> None:
         (LinearSettings(standardise=True), "linear/standardised"),
         (LinearSettings(held_out=True), "linear/bownet-cifar-held-out"),
         (LinearSettings(held_out=True, standardise=True), "linear/standardised-held-out"),
+        (LinearSettings(layers=("block2",)), "linear/block2/bownet-cifar"),
+        (LinearSettings(layers=("block2",), held_out=True), "linear/block2/bownet-cifar-held-out"),
     ):
         assert (describe(settings).id, describe(settings).version) == (protocol_id, 1)
 
@@ -188,6 +190,31 @@ class TestWhole:
         again = self.evaluate(tmp_path, Workspace(shards=train, val_shards=test), standardise=True)
         assert again.details["losses"] == result.details["losses"]
         assert again.inputs == result.inputs
+
+    def test_layers_have_a_protocol_of_their_own(self, tmp_path: Path) -> None:
+        """Their averaged maps; that of the last stage gives what the pooled output gives."""
+        train = write_shards(tmp_path / "train", 30, 0, names=self.names)
+        test = write_shards(tmp_path / "test", 11, 1, names=self.names)
+        layers = ["block3", "block1"]
+        result = self.evaluate(tmp_path, Workspace(), train=train, test=test, layers=layers, standardise=True)
+        assert read_result(tmp_path / "run" / "eval" / "linear-block1-block3-standardised.json") == result
+        assert (result.protocol, result.headline) == ("linear/block1-block3/standardised", "top1_best")
+        assert result.metrics == {"top1_block3": 1.0, "top1_block1": 1.0, "top1_best": 1.0}
+        assert result.settings["taps"] == {
+            "block3": {"of": "block3 average grid 1x1", "dims": 64},
+            "block1": {"of": "block1 average grid 1x1", "dims": 16},
+        }
+        assert len(result.details["block1"]["losses"]) == 60
+        assert result.details["block1"]["variation"].keys() == {"train", "test"}
+        pooled = self.evaluate(tmp_path, Workspace(), train=train, test=test, standardise=True)
+        assert result.details["block3"]["losses"] == pytest.approx(pooled.details["losses"], rel=1e-3)
+        assert result.details["block1"]["losses"] != pytest.approx(pooled.details["losses"], rel=1e-3)
+        for wrong, message in (
+            (["conv4"], r"wrn-10-1 has no layer 'conv4'; its layers are conv1, block1, block2, block3"),
+            (["block1", "block1"], r"give each layer once"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                self.evaluate(tmp_path, Workspace(), train=train, test=test, layers=wrong)
 
     def test_a_tenth_held_out_has_a_protocol_of_its_own(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

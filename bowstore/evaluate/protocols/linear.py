@@ -1,9 +1,11 @@
-"""Linear classification on frozen, pooled features (paper 4.1.2): linear/bownet-cifar, linear/standardised."""
+"""Linear classification on frozen, pooled features (paper 4.1.2), of the network or of layers inside it."""
+
+from dataclasses import replace
 
 from pydantic import Field
 
-from bowstore.config import Seed
-from bowstore.evaluate.protocol import Kind, Protocol
+from bowstore.config import Listed, Seed, Text
+from bowstore.evaluate.protocol import Kind, Protocol, layers_in_id
 from bowstore.evaluate.train_test import TrainTestSettings, held_out_protocol, open_train_test, resolve_train_test
 
 
@@ -12,15 +14,26 @@ class LinearSettings(TrainTestSettings):
 
     seed: Seed = Field(0, description="of the order of training")
     standardise: bool = Field(False, description="standardise features (another protocol id)")
+    layers: Listed[Text] = Field(
+        (), description="layer whose map is averaged, more than once for several (another id); null: the pooled output"
+    )
 
 
 def describe(settings: LinearSettings) -> Protocol:
-    """Standardised features are another protocol, and so is a test split that was held out."""
+    """Standardised features are another protocol, and so are those of layers, and a test split that was held out."""
     if settings.standardise:
         name, what = "standardised", "as linear/bownet-cifar, on features standardised by the train split"
     else:
         name, what = "bownet-cifar", "linear classifier on pooled features, the paper's for CIFAR-100 and MiniImageNet"
     protocol = Protocol(id=f"linear/{name}", version=1, description=what, headline="top1")
+    if settings.layers:
+        protocol = replace(
+            protocol,
+            # The layers come first: ids that begin with linear/bownet-cifar are those that compare with the paper's.
+            id=f"linear/{layers_in_id(settings.layers)}/{name}",
+            description=f"{what}; of {', '.join(settings.layers)}, each averaged over all places",
+            headline="top1_best",
+        )
     return held_out_protocol(protocol) if settings.held_out else protocol
 
 
@@ -29,7 +42,9 @@ KIND = Kind(
     help="Linear classifier on frozen pooled features (the paper's CIFAR-100 and MiniImageNet protocol).",
     settings=LinearSettings,
     describe=describe,
+    flags={"layers": "--layer"},
     resolve=resolve_train_test,
     data=open_train_test,
+    taps="bowstore.evaluate.linear:taps",
     score="bowstore.evaluate.linear:score",
 )

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Literal
 
-import xxhash
 from pydantic import Field
 
 from bowstore.config import Listed, Place, Strict, Text, Threads, Workspace
-from bowstore.evaluate.protocol import Kind, Protocol
+from bowstore.evaluate.protocol import Kind, Protocol, layers_in_id
 
 CostList = Literal["fair", "vissl", "obow"]
 _POWERS = tuple(0.5**power for power in range(4, 20))
@@ -17,7 +16,6 @@ COSTS: Mapping[CostList, tuple[float, ...]] = {
     "vissl": (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0),
     "obow": (0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 5.0, *_POWERS),
 }
-_LONGEST = 80  # characters of an id, which names a file, that layers may take
 _SOURCES = {"fair": "FAIR self-supervision benchmark; the paper's", "vissl": "VISSL", "obow": "obow"}
 
 
@@ -35,9 +33,7 @@ class Voc07Settings(Strict):
 def describe(settings: Voc07Settings) -> Protocol:
     """Each list of costs is a protocol, and obow's has features of its own; so is each choice of layers by name."""
     costs = settings.costs
-    layers = "-".join(sorted(settings.layers))
-    if len(layers) > _LONGEST:
-        layers = f"{len(settings.layers)}-layers-{xxhash.xxh3_64_hexdigest(layers.encode())[:8]}"
+    layers = layers_in_id(settings.layers)
     return Protocol(
         id=f"voc07-svm/{costs}/{layers}" if layers else f"voc07-svm/{costs}",
         version=2,  # 1: conv1 of a residual network was the map behind its max-pool
