@@ -3,6 +3,7 @@
 Legend: N images of a split, K classes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,14 @@ from bowstore.errors import DataError, MismatchError
 from bowstore.evaluate.protocol import DataSets, LabelledSplit
 
 _HELD_OUT = 10  # one image in so many of each class
-_CIFAR100 = (100, 50_000, 10_000)  # classes, train images, test images
-_MINIIMAGENET = (64, 38_400)  # base classes, their images
-_MINIIMAGENET_CLASSES = "189dcceae09565aa"  # xxh3-64 of the sorted base classes (Ravi and Larochelle, 2017)
+# By data set the number of classes, and xxh3-64 of their sorted names where all copies have the same.
+_CLASSES: Mapping[str, tuple[int, str | None]] = {
+    "cifar10": (10, "bc990f50561ece3b"),
+    "cifar100": (100, None),
+    "miniimagenet": (64, "189dcceae09565aa"),  # the base classes (Ravi and Larochelle, 2017)
+    "imagenette": (10, "568e13dd559b8776"),
+    "imagenet": (1000, None),
+}
 
 
 def labelled(index: Index, rows: NDArray[np.int64] | None = None) -> LabelledSplit:
@@ -102,11 +108,17 @@ def known_dataset(train: Index, test: Index | None) -> str | None:
     """
     if test is None:
         return None
-    if (len(train.classes), len(train), len(test)) == _CIFAR100:
+    if has_classes_of("cifar100", train) and (len(train), len(test)) == (50_000, 10_000):
         return "cifar100"
-    names = xxhash.xxh3_64_hexdigest(" ".join(sorted(train.classes)).encode())
-    base = (len(train.classes), len(train)) == _MINIIMAGENET and names == _MINIIMAGENET_CLASSES
+    base = has_classes_of("miniimagenet", train) and len(train) == 38_400
     return "miniimagenet" if base and test.classes == train.classes else None
+
+
+def has_classes_of(dataset: str, index: Index) -> bool:
+    """Whether shards have the classes of a data set; of one that is not known: whatever they are."""
+    number, digest = _CLASSES.get(dataset, (len(index.classes), None))
+    names = xxhash.xxh3_64_hexdigest(" ".join(sorted(index.classes)).encode())
+    return len(index.classes) == number and digest in (None, names)
 
 
 def check_labels(split: str, labels: NDArray[np.integer]) -> None:

@@ -4,30 +4,20 @@ A data set has the name of the folder that its shards stage writes: `data/cifar1
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import xxhash
-
 from bowstore.data.downloads import BY_HAND, DOWNLOADS
-from bowstore.data.index import Index, open_index
+from bowstore.data.index import open_index
 from bowstore.data.records import read_manifest
 from bowstore.data.table import INDEX_FILE
 from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.evaluate.splits import has_classes_of
 from bowstore.recipes.images import DownloadStage, ShardsStage
 from bowstore.recipes.plan import Plan
 from bowstore.recipes.stage import DONE, fingerprint
 from bowstore.remote import is_remote
-
-# Classes, and xxh3-64 of their sorted names where all copies have the same.
-_CLASSES: Mapping[str, tuple[int, str | None]] = {
-    "cifar10": (10, "bc990f50561ece3b"),
-    "cifar100": (100, None),
-    "miniimagenet": (64, "189dcceae09565aa"),  # the base classes (Ravi and Larochelle, 2017)
-    "imagenette": (10, "568e13dd559b8776"),
-    "imagenet": (1000, None),
-}
 
 
 class Supply(NamedTuple):
@@ -43,13 +33,6 @@ def shard_stages(plan: Plan) -> dict[str, str]:
     return {(stage.out or stage.shards.src or Path(name)).name: name for name, stage in stages.items()}
 
 
-def is_dataset(name: str, index: Index) -> bool:
-    """Whether shards can be those of a data set, by their classes; of a name that is not known: whatever they are."""
-    number, digest = _CLASSES.get(name, (len(index.classes), None))
-    names = xxhash.xxh3_64_hexdigest(" ".join(sorted(index.classes)).encode())
-    return len(index.classes) == number and digest in (None, names)
-
-
 def describe_data(plan: Plan) -> tuple[dict[str, str], list[str]]:
     """What test images are, by the name of their column in tables; and a line on each data set that is there."""
     labels, lines = {}, []
@@ -59,7 +42,7 @@ def describe_data(plan: Plan) -> tuple[dict[str, str], list[str]]:
         if not there:
             continue
         index = next(iter(there.values()))
-        known = is_dataset(name, index)
+        known = has_classes_of(name, index)
         for split in there.values():
             column = split.fingerprint[:8]
             labels[column] = f"{name} ({column})" if known else f"images that are not {name} ({column})"
@@ -80,23 +63,17 @@ def named_data(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or (name not in names and Path(text).exists()):
-            name, path = names[0], text
-            if len(names) != 1:
-                raise UsageError(f"--data {text}: say which it is, as in --data {names[0]}={text}; {_they_are(names)}")
+            name, path = names[0] if len(names) == 1 else "", text
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else _they_are(names)
-            raise UsageError(f"--data {text}: no data set {name!r} here; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else f"write {' or '.join(f'{it}=PATH' for it in names)}"
+            raise UsageError(f"--data {text} names no data set of the table; {hint}")
         if name in found:
             raise UsageError(f"--data names {name} twice; give one of {found[name]} and {path}")
         if not path or not (is_remote(path) or Path(path).exists()):
             raise MissingError(f"--data {text}: {path or 'the path'} is not there; name shards or images of {name}")
         found[name] = Path(path) if is_remote(path) else Path(path).absolute()
     return found
-
-
-def _they_are(names: Sequence[str]) -> str:
-    return f"the data sets are {', '.join(names)}"
 
 
 def supply(plan: Plan, name: str, stage: str, given: Path | None, *, fetch: bool) -> Supply:
@@ -121,7 +98,7 @@ def supply(plan: Plan, name: str, stage: str, given: Path | None, *, fetch: bool
             return _use(stage, place)
     workspace = plan.workspace.shards
     if not is_remote(workspace) and (workspace / INDEX_FILE).exists() and workspace.name == "train":
-        if name in _CLASSES and is_dataset(name, open_index(workspace)):
+        if has_classes_of(name, open_index(workspace)):
             return _use(stage, workspace.parent.absolute())
     images = plan.stages.get(str(shards.images))
     if isinstance(images, DownloadStage):

@@ -227,7 +227,7 @@ def test_results_of_other_versions_are_not_averaged_together(
         (["table1", "--small", "--seeds", "4294967296"], "'4294967296' is no seed"),
         (["table1", "--small", "--rows", "RotNet,BowNet"], "has no row 'BowNet'; did you mean 'BoWNet'?"),
         (["table1", "--small", "--rows", "AMDIM"], "is only quoted (a larger network of its authors' own make)"),
-        (["table1", "--small", "--data", "cifra10=data"], "no data set 'cifra10' here; did you mean 'cifar10'?"),
+        (["table1", "--small", "--data", "cifra10=data"], "names no data set of the table; did you mean 'cifar10'?"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(workspace: Path, arguments: list[str], told: str) -> None:
@@ -308,7 +308,7 @@ def test_rows_and_protocols_without_images_are_left_out_with_the_reason(workspac
     assert "RotNet" not in found.absent
     with pytest.raises(MissingError, match="RelLoc cannot be made: MiniImageNet is made of ImageNet by the split"):
         job("RelLoc")
-    with pytest.raises(UsageError, match="say which it is, as in --data cifar10=data; the data sets are"):
+    with pytest.raises(UsageError, match="--data data names no data set of the table; write cifar10=PATH or mini"):
         prepare("table3", Workspace(), Path("reproduce"), small=True, data=["data"])
 
     Path("data/miniimagenet").mkdir()
