@@ -109,7 +109,7 @@ class Task:
         bring: a batch's images and whatever its targets are made of, on the device.
         make: network inputs and targets of these tensors.
         loss: (logits, targets) to the scalar loss, and to further scalars that cost next to nothing: of all of these
-            the log has the mean over the steps.
+            the log has the mean over the steps. Logits of several heads are a tuple.
         inputs: identity of the data the run depends on; a resumed run must find the same.
         scalars: (logits, targets) to scalars of a step that is logged, and of no other.
         ahead: the host's part of a batch's targets, called in the reading thread; `bring` finds it in the batch.

@@ -139,10 +139,10 @@ def _dead(settings: WordsSettings, marginal: float) -> Dead:
 
 def _pairs(logits: Logits, bags: Bags) -> Iterator[tuple[Tensor, Bag]]:
     """Each head's logits (B, K) with the bags that it learns."""
-    if isinstance(logits, Tensor):
-        assert isinstance(bags, Bag), "one head learns one bag"
+    if isinstance(bags, Bag):
+        assert isinstance(logits, Tensor), "one bag is learned by one head"
         return iter([(logits, bags)])
-    return zip(logits, bags, strict=True)  # type: ignore[arg-type]
+    return zip(logits, bags, strict=True)
 
 
 def _loss(logits: Logits, bags: Bags) -> tuple[Tensor, dict[str, Tensor]]:
