@@ -80,6 +80,19 @@ class Progress:
         if self._shown and kind is None:
             say(self._line(final=True))
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Other work may show its own progress inside the block, whose time does not count for the rate."""
+        begun = time.monotonic()
+        if self._bar:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar:
+                self._bar.start(self.count)
+            self._start += time.monotonic() - begun
+
     @property
     def rate(self) -> float:
         """Items a second since the start of this process's part."""

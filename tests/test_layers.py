@@ -159,7 +159,8 @@ class Hidden:
 
 sys.meta_path.insert(0, Hidden())
 for name in ("data.views", "data.plan", "models.registry", "models.heads", "models.saved", "words.bags",
-             "words.targets", "words.teacher", "train.tasks.task", "train.tasks.words", "train.metrics", "train.loop",
+             "words.targets", "words.teacher", "train.tasks.task", "train.tasks.words", "train.tasks.clusters",
+             "train.metrics", "train.loop",
              "evaluate.runner", "evaluate.linear", "evaluate.neighbours", "evaluate.voc"):
     importlib.import_module("bowstore." + name)
 from bowstore.config import ModelConfig

@@ -26,6 +26,7 @@ class Clusters(NamedTuple):
 
     Attributes:
         centroids_Kp: float32.
+        words_S: int64, the nearest word of each vector of the sample.
         counts_K: int64, sampled vectors nearest to each word.
         inertia: mean squared distance of the sample to its nearest words.
         inertia_history: the same before each iteration's move.
@@ -36,6 +37,7 @@ class Clusters(NamedTuple):
     """
 
     centroids_Kp: NDArray[np.float32]
+    words_S: NDArray[np.int64]
     counts_K: NDArray[np.int64]
     inertia: float
     inertia_history: list[float]
@@ -82,6 +84,7 @@ def kmeans(
     centroids_Kp = lloyd.centroids()
     return Clusters(
         centroids_Kp=centroids_Kp,
+        words_S=word_S,
         counts_K=np.bincount(word_S, minlength=num_words),
         inertia=float(distance_S.mean(dtype=np.float64)),
         inertia_history=history,

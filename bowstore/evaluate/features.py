@@ -3,8 +3,7 @@
 Legend: B batch, C H W of the images, c channels, h w places of a map, N images, d feature width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from bowstore.config import Compile
 from bowstore.data.pipeline import clean_batches
@@ -22,7 +21,7 @@ from bowstore.environment import device_name, library_versions
 from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.evaluate.protocol import LabelledSplit
 from bowstore.exact import exact_float32
-from bowstore.models.backbone import Backbone
+from bowstore.models.backbone import Backbone, evaluating
 from bowstore.models.compiled import CannotCompileError, Compiled, Use, compile_frozen, tell_fallback, way_of
 from bowstore.models.memory import FROZEN_FORMAT
 from bowstore.models.pooling import POOLED, Tap, tapped
@@ -199,18 +198,6 @@ def variation(features_Nd: NDArray[np.float32]) -> float:
     # Around the mean itself: a difference of large sums would be rounding.
     around = sum(float(np.square(part - mean).sum()) for part in parts)
     return float(np.sqrt(around / squares)) if squares > 0 else 0.0
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Hold all modules in eval mode for the length of the block, then give each its own mode back."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _features(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ Legend: B batch, C channels, H W pixels, h w feature map.
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -198,3 +199,15 @@ def mean_pool(map_BChw: Tensor) -> Tensor:
     """Mean over a map's cells, (B, C); float32 for maps in half precision, which are summed in float32 anyway."""
     half = map_BChw.dtype in (torch.float16, torch.bfloat16)
     return map_BChw.mean((2, 3), dtype=torch.float32 if half else None)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Hold all modules in eval mode for the length of the block, then give each its own mode back."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -78,6 +78,20 @@ class World:
         mine = xxhash.xxh3_64_intdigest(text.encode())
         return not self.any(self.wrapping_sum(mine) != mine * self.size % 2**64)
 
+    def gathered(self, values: Tensor) -> list[Tensor]:
+        """The values of all ranks, of one shape, in order of rank; on every rank."""
+        if self.size == 1:
+            return [values]
+        found = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(found, values)
+        return found
+
+    def take_first(self, values: Tensor) -> Tensor:
+        """Overwrite the values with those of rank 0."""
+        if self.size > 1:
+            dist.broadcast(values, src=0)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether any rank raised its flag; the same answer on every rank."""
         if self.size == 1:

@@ -5,7 +5,7 @@ Legend: B batch.
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -39,8 +39,16 @@ from bowstore.train.schedule import (
     total_steps,
     without_effect,
 )
-from bowstore.train.step import build_objective, build_optimizer, load_optimizer, pad_stem, train_step, tuned
-from bowstore.train.tasks.task import Network, Task, build_task
+from bowstore.train.step import (
+    build_objective,
+    build_optimizer,
+    forget_momenta,
+    load_optimizer,
+    pad_stem,
+    train_step,
+    tuned,
+)
+from bowstore.train.tasks.task import Network, Renewal, Task, build_task
 from bowstore.train.watch import Course, Features, Watch
 
 _STOPPED_EXIT_CODE = 143
@@ -169,6 +177,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         for step, batch in enumerate(meter.waiting_for(batches), start=first):
             world.at(step)
             rate = learning_rate(step, config.optim, schedule.steps_per_pass)
+            if task.renewal and task.renewal.due(step):
+                _renew(task.renewal, step, optimizer, meter, log)
             torch.manual_seed(step_seed(config.seed, step, world.rank))
             done = step + 1
             logging = done % config.runtime.log_every_steps == 0 or done == steps
@@ -201,6 +211,12 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         kept.proved()  # nothing follows that could prove it
         report = TrainReport(run, steps, *meter.rates(), last=log.last if log else {}, first=world.first)
         return _finish(run, config, task, world, report)
+
+
+def _renew(renewal: Renewal, step: int, optimizer: torch.optim.Optimizer, meter: Meter, log: RunLog | None) -> None:
+    """Make the targets anew; the time that it takes is none of the training's."""
+    with meter.paused(), log.progress.paused() if log else nullcontext():
+        forget_momenta(optimizer, renewal.renew(step))
 
 
 def keys_digest(plan: Plan, index: Index, schedule: Schedule, world: World) -> str:
@@ -291,6 +307,8 @@ def _restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, meter: Met
         ) from error
     for group, fresh in zip(optimizer.param_groups, values, strict=True):
         group.update(fresh)  # --resume with new values means the new ones
+    if task.renewal and "renewal" in state:
+        task.renewal.load_state_dict(state["renewal"])
     if "meter" in state:  # older checkpoints have none: the means of the next line of the log begin with it
         meter.restore(state["meter"])
     return int(state["step"])
@@ -340,6 +358,7 @@ def _state(
         "optimizer": optimizer.state_dict(),
         "meter": meter.state(world),
         "watch": log.watch.features.state() if log else {},
+        **({"renewal": task.renewal.state_dict()} if task.renewal else {}),
         "compiled": compiled,
     }
 

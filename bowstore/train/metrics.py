@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,17 @@ class Meter:
             self._clock.waited_s, self._start = 0.0, time.monotonic()
         elif self._start is not None:
             self._timed_images += images
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside the block is no training: it does not count for the rates."""
+        self._clock.settle()
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._start is not None:
+                self._start += time.monotonic() - begun
 
     def losses(self, world: World) -> tuple[float, float]:
         """Loss of the last step, and the mean since the last reading (not finite if any step's was not).

@@ -3,7 +3,7 @@
 Legend: B batch, C channels, H W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -126,6 +126,14 @@ def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:
         nesterov=config.optim.nesterov and config.optim.momentum > 0,
         fused=True,  # one pass over weights, gradients and momenta, on a CPU too
     )
+
+
+def forget_momenta(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Set the momenta of parameters that begin anew to zero: a fused step takes all of a group or none."""
+    for parameter in parameters:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor):
+                value.zero_()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

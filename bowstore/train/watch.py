@@ -122,7 +122,7 @@ class Watch:
 
 def _troubles(dead: Dead, values: Mapping[str, float], first_rank: float | None) -> Iterator[tuple[str, str]]:
     """Kinds of what is wrong and sentences that say so, of the values of one line."""
-    if values["loss"] > _DEAD_SHARE * dead.loss:
+    if values[dead.value] > _DEAD_SHARE * dead.loss:
         yield "loss", dead.told(values)
     # To tell so many classes apart takes about as many directions: features of a few classes may well have no more.
     bound = min(_COLLAPSED_SHARE * (first_rank or 0), math.exp(dead.loss) / 2)

@@ -22,6 +22,7 @@ def make_config(make_shard_set: ShardMaker, tmp_path: Path) -> Make:
         own = {
             "words": {"store": str(tmp_path / "words.zarr"), "layer": "block3"},
             "location": {"patch": 4, "jitter": 1},  # what fits the view
+            "clusters": {"clusters": 6, "every_epochs": 1},  # and so few images
         }.get(task, {})
         values: dict[str, Any] = {
             "name": f"{task}-run",

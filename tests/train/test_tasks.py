@@ -73,7 +73,7 @@ def test_a_kind_says_what_its_settings_and_task_hold(make_config: Make, name: st
     assert len(inputs) == task.views * len(batch.plan.rows)
     assert task.inputs.keys() >= {"shards"}
     assert task.dead is not None
-    chance, told = task.dead.loss, task.dead.told({"loss": 1.5, "gamma": 2.0})
+    chance, told = task.dead.loss, task.dead.told({"loss": 1.5, task.dead.value: 1.5, "gamma": 2.0, **task.constants})
     assert chance == pytest.approx(next(iter(task.constants.values())))
     assert told.startswith("the loss 1.5000 is still that of ")
     assert f"({chance:.4f}): nothing is learned" in told

@@ -14,6 +14,7 @@ TASKS = Registry(
         "rotation": "bowstore.train.tasks.settings:ROTATION",
         "location": "bowstore.train.tasks.settings:LOCATION",
         "words": "bowstore.train.tasks.settings:WORDS",
+        "clusters": "bowstore.train.tasks.settings:CLUSTERS",
         "supervised": "bowstore.train.tasks.settings:SUPERVISED",
         "linear": "bowstore.train.tasks.settings:LINEAR",
     },

@@ -14,8 +14,8 @@ from bowstore.models.heads import LinearHead, RotationHead
 from bowstore.train.tasks.settings import RotationSettings
 from bowstore.train.tasks.task import Dead, Job, Network, Task, last_map, pooled
 
-_ROTATIONS = 4
-_CHANCE = math.log(_ROTATIONS)
+ROTATIONS = 4
+_CHANCE = math.log(ROTATIONS)
 
 
 def build(settings: RotationSettings, job: Job) -> Task:
@@ -23,11 +23,11 @@ def build(settings: RotationSettings, job: Job) -> Task:
     return Task(
         network=_network(settings, job.backbone),
         bring=lambda batch: (batch.images_BCHW,),
-        make=_make,
+        make=four_rotations,
         loss=_loss,
         constants={"chance_loss": _CHANCE},
         inputs={"shards": job.index.fingerprint},
-        views=_ROTATIONS,
+        views=ROTATIONS,
         dead=Dead(
             _CHANCE,
             f"the loss {{loss:.4f}} is still that of guessing the rotation ({_CHANCE:.4f}): nothing is learned; try a "
@@ -38,15 +38,16 @@ def build(settings: RotationSettings, job: Job) -> Task:
 
 def _network(settings: RotationSettings, backbone: Backbone) -> Network:
     if settings.head == "linear":
-        return Network(backbone, LinearHead(backbone.features, _ROTATIONS), pooled)
+        return Network(backbone, LinearHead(backbone.features, ROTATIONS), pooled)
     return Network(backbone, RotationHead(backbone, settings.blocks), last_map)
 
 
-def _make(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def four_rotations(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """All images as they are, then all by a quarter, a half and three quarters, and int64 labels of that, (4 B,)."""
     images_BHWC = images_BCHW.permute(0, 2, 3, 1)
     # Joined as they lie in memory, channels last: joined as BCHW they would be copied once more for the network.
-    turned_BHWC = torch.cat([torch.rot90(images_BHWC, quarter, (1, 2)) for quarter in range(_ROTATIONS)])
-    label_B = torch.arange(_ROTATIONS, device=images_BCHW.device).repeat_interleave(len(images_BCHW))
+    turned_BHWC = torch.cat([torch.rot90(images_BHWC, quarter, (1, 2)) for quarter in range(ROTATIONS)])
+    label_B = torch.arange(ROTATIONS, device=images_BCHW.device).repeat_interleave(len(images_BCHW))
     return turned_BHWC.permute(0, 3, 1, 2), label_B
 
 

@@ -6,10 +6,11 @@ from pydantic import Field, model_validator
 
 from bowstore.config import Count, Listed, Place, Positive, Text, ViewConfig, Workspace
 from bowstore.errors import UsageError
+from bowstore.limits import MAX_WORDS
 from bowstore.remote import fetch_store
 from bowstore.train.tasks.base import Kind, StartedSettings, TaskSettings
 
-S = TypeVar("S", "WordsSettings", "SupervisedSettings")
+S = TypeVar("S", "WordsSettings", "ClustersSettings", "SupervisedSettings")
 
 
 def _check_gamma(settings: S) -> S:
@@ -120,6 +121,24 @@ class WordsSettings(TaskSettings):
         )
 
 
+class ClustersSettings(StartedSettings):
+    """Deeper Clustering (Caron et al.) as the paper compares it: the image's cluster, and its rotation.
+
+    One level of clusters, of the pooled features of the network as it is, found anew every few epochs.
+    """
+
+    name: Literal["clusters"] = "clusters"
+    clusters: int = Field(512, ge=2, le=MAX_WORDS, description="of images")
+    every_epochs: Count = Field(3, description="epochs after which the images are clustered anew")
+    head: Literal["cosine", "linear"] = Field("cosine", description="cosine: Eq. 5; linear: a linear layer with bias")
+    gamma: Positive = Field(1.0, description="initial scale of the cosine logits")
+    rotation: bool = Field(
+        True, description="images in all four rotations, which a second, linear head tells apart; the losses are added"
+    )
+
+    _gamma_scales_cosines = model_validator(mode="after")(_check_gamma)
+
+
 class SupervisedSettings(TaskSettings):
     """The image's class: the upper reference of the paper's tables."""
 
@@ -167,6 +186,13 @@ WORDS = Kind(
     teacher=False,
     mixes=True,
     resolve=_in_workspace,
+)
+CLUSTERS = Kind(
+    name="clusters",
+    settings=ClustersSettings,
+    build="bowstore.train.tasks.clusters:build",
+    teacher=False,
+    mixes=True,
 )
 SUPERVISED = Kind(
     name="supervised",

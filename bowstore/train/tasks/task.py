@@ -7,9 +7,10 @@ Legend: B batch, C channels, H W pixels, h w feature map.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -80,24 +81,53 @@ class Network(nn.Module):
         return self._formats[device.type]
 
 
-class Dead(NamedTuple):
+@dataclass
+class Dead:
     """How a run that learns nothing looks.
 
     Attributes:
-        loss: what it stays at, nats.
+        loss: what it stays at, nats; another after a renewal of the targets.
         sentence: what it says and what may help; `{loss:.4f}` stands for a value of the log.
         gamma: where the value of this name in the log begins, the scale of the logits; 0 if there is none.
+        value: what of the log stays there, where it is a part of the loss alone.
     """
 
     loss: float
     sentence: str
     gamma: float = 0.0
+    value: str = "loss"
 
     def told(self, values: Mapping[str, float]) -> str:
         """The sentence of one line of the log; braces around anything else stay as they are."""
         return _VALUE.sub(
             lambda found: format(values[found[1]], found[2]) if found[1] in values else found[0], self.sentence
         )
+
+
+class Renewal(ABC):
+    """Targets that are made anew, by the network as it is then, while it is trained; part of a run's state."""
+
+    @abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether they are made anew before a step (from 0); the same on every rank."""
+
+    @abstractmethod
+    def renew(self, step: int) -> Iterable[nn.Parameter]:
+        """Make them anew, all ranks together; the network's modes stay as they are.
+
+        What it draws depends on the configuration's seed and the step alone.
+
+        Returns:
+            Parameters that begin anew, too, and the momenta of which are to be forgotten.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The targets as they are, as tensors and plain values for a checkpoint."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with those of a checkpoint, on any number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +143,12 @@ class Task:
         inputs: identity of the data the run depends on; a resumed run must find the same.
         scalars: (logits, targets) to scalars of a step that is logged, and of no other.
         ahead: the host's part of a batch's targets, called in the reading thread; `bring` finds it in the batch.
-        constants: numbers of the whole run for the log of rank 0, such as the marginal's loss.
+        constants: numbers of the whole run for the log of rank 0, such as the marginal's loss; a renewal may set them.
         modes: puts the network's modules into train or eval mode, once before the first step.
         views: network inputs an image.
         side: of the network's inputs, pixels; None for that of the view.
         dead: how a run looks that learns nothing; None if that cannot be told, and on ranks other than 0.
+        renewal: what makes the targets anew in the course of training; None where they are fixed.
         lineage: what the targets come from, and the weights that the run began with, as plain values.
     """
 
@@ -133,6 +164,7 @@ class Task:
     views: int = 1
     side: int | None = None
     dead: Dead | None = None
+    renewal: Renewal | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Any]:
