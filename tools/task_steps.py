@@ -127,7 +127,28 @@ def words(made: Made) -> Loss:
     return loss
 
 
-BY_HAND: dict[str, Callable[[Made], Loss]] = {"location": location, "words": words}
+def clusters(made: Made) -> Loss:
+    """All images in four rotations, pooled once; their clusters as dense targets, mixed as they are, and rotations."""
+    settings, trunk, (head, rotations) = made.config.task, made.network.backbone, made.network.head
+    table: Any = made.task.renewal
+    cluster_N = torch.from_numpy(table.cluster_N)
+
+    def loss(batch: Batch) -> Tensor:
+        images, plan, number = batch.images_BCHW.float(), batch.plan, settings.clusters
+        inputs = torch.cat([torch.rot90(images, quarter, (2, 3)) for quarter in range(4)])
+        feature_BC = trunk.trunk(inputs.to(memory_format=made.format)).mean((2, 3))
+        target_BK = F.one_hot(cluster_N[torch.from_numpy(plan.rows)], number).float().to(images.device)
+        if plan.mixed:
+            kept_B1 = torch.from_numpy(plan.kept)[:, None].to(images.device)
+            target_BK = kept_B1 * target_BK + (1 - kept_B1) * target_BK[torch.from_numpy(plan.partner).long()]
+        logits_BK = head.gamma * F.linear(feature_BC, F.normalize(head.weight))
+        quarter_B = torch.arange(4, device=images.device).repeat_interleave(len(images))
+        return F.cross_entropy(logits_BK, target_BK.repeat(4, 1)) + F.cross_entropy(rotations(feature_BC), quarter_B)
+
+    return loss
+
+
+BY_HAND: dict[str, Callable[[Made], Loss]] = {"location": location, "words": words, "clusters": clusters}
 
 # Of a step that takes two cores a second or less, where no configuration is named; each task's own below.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -137,6 +158,7 @@ _SMALL: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "words": {"task": {"form": "pyramid"}},
+    "clusters": {"task": {"clusters": 16}, "optim": {"batch": 16}},
     "location": {
         "task": {"patch": 21, "jitter": 7},
         "view": {"size": 84, "cutmix": False},

@@ -48,7 +48,7 @@ from bowstore.train.step import (
     train_step,
     tuned,
 )
-from bowstore.train.tasks.task import Network, Renewal, Task, build_task
+from bowstore.train.tasks.task import Network, Task, build_task
 from bowstore.train.watch import Course, Features, Watch
 
 _STOPPED_EXIT_CODE = 143
@@ -178,7 +178,8 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             world.at(step)
             rate = learning_rate(step, config.optim, schedule.steps_per_pass)
             if task.renewal and task.renewal.due(step):
-                _renew(task.renewal, step, optimizer, meter, log)
+                with meter.paused(), log.progress.paused() if log else nullcontext():
+                    forget_momenta(optimizer, task.renewal.renew(step))
             torch.manual_seed(step_seed(config.seed, step, world.rank))
             done = step + 1
             logging = done % config.runtime.log_every_steps == 0 or done == steps
@@ -211,12 +212,6 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         kept.proved()  # nothing follows that could prove it
         report = TrainReport(run, steps, *meter.rates(), last=log.last if log else {}, first=world.first)
         return _finish(run, config, task, world, report)
-
-
-def _renew(renewal: Renewal, step: int, optimizer: torch.optim.Optimizer, meter: Meter, log: RunLog | None) -> None:
-    """Make the targets anew; the time that it takes is none of the training's."""
-    with meter.paused(), log.progress.paused() if log else nullcontext():
-        forget_momenta(optimizer, renewal.renew(step))
 
 
 def keys_digest(plan: Plan, index: Index, schedule: Schedule, world: World) -> str:

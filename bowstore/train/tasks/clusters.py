@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 from bowstore.clustering.kmeans import distinct_rows, kmeans
@@ -185,8 +186,6 @@ class Clusters(Renewal):
         counts_K = np.bincount(self.cluster_N, minlength=self._settings.clusters)
         line = f"{len(counts_K)} clusters of {self._used} images, of {counts_K.min()} to {counts_K.max()} each"
         if before_N is not None:
-            from sklearn.metrics import normalized_mutual_info_score  # scipy, for each clustering but the first
-
             agreement = self.told[_AGREEMENT] = float(normalized_mutual_info_score(before_N, self.cluster_N))
             line += f"; normalised mutual information with those before: {agreement:.3f}"
         say(line)
