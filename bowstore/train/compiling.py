@@ -34,7 +34,7 @@ def compiles(config: TrainConfig, task: Task, steps: int, device: torch.device) 
 
 def run_flops(config: TrainConfig, task: Task, steps: int) -> float:
     """Floating-point operations of a whole run, but for its head's: a fact of the configuration, not of the machine."""
-    backbone, size = task.network.backbone, task.side or config.view.size
+    backbone, size = task.network.backbone, config.task.input_side(config.view)
     image = flops(backbone, lambda ghost, images: ghost.feature_maps(images, ghost.layers[-1:]), size)
     passes = 1 if task.network.frozen else _PASSES
     return float(passes * image) * config.optim.batch * task.views * steps

@@ -250,14 +250,15 @@ def test_small_images_are_enlarged_and_one_line_says_so(make_config: Make, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_a_network_that_takes_no_patches_is_refused(make_config: Make) -> None:
-    config = make_config("location", model={"arch": "torchvision:squeezenet1_1"})
-    with pytest.raises(
-        UsageError,
-        match=r"^task location: torchvision:squeezenet1_1 does not take images of 4 x 4 pixels: .*; set task\.patch to "
-        r"what it takes, or another model\.arch$",
-    ):
-        made(config)
+@pytest.mark.parametrize(("task", "side"), [("location", 4), ("rotation", 8)])
+def test_a_network_that_does_not_take_such_small_images_is_refused(make_config: Make, task: str, side: int) -> None:
+    config = make_config(task, model={"arch": "torchvision:squeezenet1_1"}, view={"size": 16 if side == 4 else side})
+    message = (
+        rf"^task {task}: torchvision:squeezenet1_1 does not take images of {side} x {side} pixels: .*; set view\.size, "
+        r"or the task's own sizes, to what it takes, or another model\.arch$"
+    )
+    with pytest.raises(UsageError, match=message):
+        build_task(config, opened(config), ALONE)
 
 
 def test_places_are_learned(make_config: Make) -> None:

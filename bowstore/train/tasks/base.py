@@ -21,6 +21,10 @@ class TaskSettings(Strict):
     def check_view(self, view: ViewConfig) -> None:
         """Raise a ValueError that says why the task cannot be trained on a view, and what to set; most take any."""
 
+    def input_side(self, view: ViewConfig) -> int:
+        """Side of the network's inputs, pixels: the view's, where the task does not cut it up."""
+        return view.size
+
 
 class StartedSettings(TaskSettings):
     """Settings of a task whose network may begin with the backbone of another run (`bowstore.train.start`)."""

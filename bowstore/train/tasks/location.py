@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bowstore.data.plan import Plan
 from bowstore.data.views import Batch
-from bowstore.errors import UsageError
 from bowstore.models.heads import PairHead
 from bowstore.progress import say
 from bowstore.train.schedule import images_in_use
@@ -31,12 +30,7 @@ _LEAST_VARIANCE = 1e-10  # the square of 1e-5, which a patch of one colour is di
 
 
 def build(settings: LocationSettings, job: Job) -> Task:
-    """The task of a job.
-
-    Raises:
-        UsageError: the network does not take images as small as a patch.
-    """
-    _check_network(settings, job)
+    """The task of a job."""
     if job.world.first:
         _say_what_is_enlarged(job)
 
@@ -56,7 +50,6 @@ def build(settings: LocationSettings, job: Job) -> Task:
         constants={"chance_loss": _CHANCE},
         inputs={"shards": job.index.fingerprint},
         views=_PATCHES,
-        side=settings.patch,
         dead=Dead(
             _CHANCE,
             f"the loss {{loss:.4f}} is still that of guessing the place ({_CHANCE:.4f}): nothing is learned; try a "
@@ -106,13 +99,6 @@ def standardised(patches_NCss: Tensor) -> Tensor:
 def _loss(logits_N8: Tensor, place_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     accuracy = (logits_N8.detach().argmax(1) == place_N).float().mean()
     return F.cross_entropy(logits_N8.float(), place_N), {"accuracy": accuracy}
-
-
-def _check_network(settings: LocationSettings, job: Job) -> None:
-    try:
-        job.backbone.layer_table(settings.patch)
-    except UsageError as error:
-        raise UsageError(f"task location: {error}; set task.patch to what it takes, or another model.arch") from error
 
 
 def _say_what_is_enlarged(job: Job) -> None:

@@ -65,6 +65,10 @@ class LocationSettings(TaskSettings):
                 f"{self.grid_side} or more, or lower task.patch"
             )
 
+    def input_side(self, view: ViewConfig) -> int:
+        """A patch's."""
+        return self.patch
+
 
 class WordsSettings(TaskSettings):
     """BoWNet: the image's bag of words (paper, Eq. 3 and 4), by the cosine head of Eq. 5."""

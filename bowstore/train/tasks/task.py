@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bowstore.data.index import Index
 from bowstore.data.plan import Plan
 from bowstore.data.views import Batch
+from bowstore.errors import UsageError
 from bowstore.models.backbone import Backbone
 from bowstore.models.memory import training_format
 from bowstore.models.registry import build_backbone
@@ -146,7 +147,6 @@ class Task:
         constants: numbers of the whole run for the log of rank 0, such as the marginal's loss; a renewal may set them.
         modes: puts the network's modules into train or eval mode, once before the first step.
         views: network inputs an image.
-        side: of the network's inputs, pixels; None for that of the view.
         dead: how a run looks that learns nothing; None if that cannot be told, and on ranks other than 0.
         renewal: what makes the targets anew in the course of training; None where they are fixed.
         lineage: what the targets come from, and the weights that the run began with, as plain values.
@@ -162,7 +162,6 @@ class Task:
     constants: dict[str, float] = field(default_factory=dict)
     modes: Callable[[Network], object] = nn.Module.train
     views: int = 1
-    side: int | None = None
     dead: Dead | None = None
     renewal: Renewal | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -205,9 +204,13 @@ def build_task(config: TrainConfig, index: Index, world: World) -> Task:
 
     The network is randomly initialised from the configuration's seed; where its settings name a run to start from, the
     backbone is that run's, whose weights are then among the task's inputs.
+
+    Raises:
+        UsageError: the network does not take images of the size that the task gives it.
     """
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model)
+    _check_side(backbone, config)
     if (frozen := backbone.freeze_unused()) and world.first:
         names = ", ".join(sorted({name.rpartition(".")[0] for name in frozen}))
         say(f"{names} of {backbone.arch}: behind {backbone.layers[-1]}, the last map that is used; not trained")
@@ -218,3 +221,14 @@ def build_task(config: TrainConfig, index: Index, world: World) -> Task:
         return task
     inputs, lineage = {**task.inputs, "start": start.sha256}, {**task.lineage, "start": start.lineage}
     return replace(task, inputs=inputs, lineage=lineage)
+
+
+def _check_side(backbone: Backbone, config: TrainConfig) -> None:
+    """The network takes what the task gives it, or one line says that it does not, before there is anything to do."""
+    try:
+        backbone.layer_table(config.task.input_side(config.view))
+    except UsageError as error:
+        raise UsageError(
+            f"task {config.task.name}: {error}; set view.size, or the task's own sizes, to what it takes, or another "
+            f"model.arch"
+        ) from error
