@@ -13,8 +13,11 @@ from bowstore.errors import UsageError
 
 RESNETS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2", "resnet50-v1", "resnet101-v1", "resnet152-v1",
 )  # fmt: skip
+V1 = (
+    "-v1"  # the stride of a bottleneck in its first convolution (He et al., 2015), not in the 3x3 as torchvision has it
+)
 RESNET_STAGES = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
 LIBRARIES = ("torchvision:", "timm:")
 _OWN_NAMES = {theirs: ours for ours, theirs in RESNET_STAGES.items()} | {"maxpool": "pool1"}

@@ -14,16 +14,20 @@ from bowstore.config import ExportConfig, dump
 from bowstore.errors import UsageError
 from bowstore.files import atomic_file, check_free
 from bowstore.models import wide_resnet
-from bowstore.models.arch import wide_sizes
+from bowstore.models.arch import V1, wide_sizes
 from bowstore.models.backbone import Backbone, mean_pool
 from bowstore.models.library import library_backbone
-from bowstore.models.residual import WIDE
+from bowstore.models.residual import WIDE, stride_first
 from bowstore.models.saved import EXPORTED, LoadedBackbone, load_backbone
 from bowstore.models.weights import put_weights
 from bowstore.remote import local_only
 
 _SAFETENSORS = ".safetensors"
 _SUFFIXES = (".pth", ".pt", _SAFETENSORS)
+_MOVED = (  # as `stride_first`
+    "for block in [module for module in net.modules() if isinstance(module, torchvision.models.resnet.Bottleneck)]:",
+    "    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride",
+)
 _TOLERANCE = 1e-5  # of the largest value of a map, between two libraries' code for one network
 
 
@@ -141,7 +145,9 @@ def _in_library(backbone: Backbone, form: str) -> _Made:
     own, _, name = backbone.arch.rpartition(":")
     own = own or "torchvision"
     library = own if form == "safetensors" else form
-    held = f"--format {own} and --format safetensors hold it"
+    early = name.endswith(V1)  # no library has it: torchvision's with its strides moved
+    held = "--format safetensors holds it" if early else f"--format {own} and --format safetensors hold it"
+    name = name.removesuffix(V1) if early else name
     try:
         other = library_backbone(f"{library}:{name if library == own else name.partition('.')[0]}")
     except UsageError as error:
@@ -152,7 +158,10 @@ def _in_library(backbone: Backbone, form: str) -> _Made:
         first = next(key for key in shapes | wanted if shapes.get(key) != wanted.get(key))
         raise UsageError(f"{other.arch} has other tensors than {backbone.arch} (the first is {first}); {held}")
     put_weights(other.network, state)
-    if library != own and not _same_features(backbone, other.eval()):
+    if early and form == "safetensors":
+        stride_first(other.network)
+        return _Made(other.network, (library,), (*other.python, *_MOVED))
+    if (library != own or early) and not _same_features(backbone, other.eval()):
         raise UsageError(f"{other.arch} has the tensors of {backbone.arch}, but computes something else; {held}")
     return _Made(other.network, (library,), other.python)
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bowstore.models.arch import wide_sizes
+from bowstore.models.arch import V1, wide_sizes
 from bowstore.models.backbone import Backbone, mean_pool
 from bowstore.models.pooling import Tap, tapped
-from bowstore.models.residual import StagedBackbone, torchvision_models
+from bowstore.models.residual import StagedBackbone, stride_first, torchvision_models
 from bowstore.models.taps import without_data
 from bowstore.models.wide_resnet import Group
 
@@ -201,5 +201,7 @@ def extra_residual_group(backbone: Backbone, blocks: int | None = None) -> nn.Mo
     inner = width // block.expansion
     downsample = nn.Sequential(nn.Conv2d(width, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
     first: nn.Module = block(width, inner, stride=2, downsample=downsample)
+    if backbone.arch.endswith(V1):
+        stride_first(first)
     # A single block stands alone, so that weights of such heads keep their names.
     return first if blocks == 1 else nn.Sequential(first, *(block(width, inner) for _ in range(blocks - 1)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bowstore.models.arch import RESNET_STAGES, RESNETS, own_layer, wide_sizes
+from bowstore.models.arch import RESNET_STAGES, RESNETS, V1, own_layer, wide_sizes
 from bowstore.models.backbone import Backbone
 from bowstore.models.taps import Probed
 from bowstore.models.wide_resnet import wide_resnet_stages
@@ -113,7 +113,9 @@ def residual_backbone(arch: str, strides: tuple[int, int, int]) -> StagedBackbon
 
 def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, int]]:
     """Torchvision's network under the paper's names: conv1 (the stem), pool1 (its pooling), conv2 to conv5 (layer4)."""
-    net: Any = torchvision_models().get_model(arch, weights=None)
+    net: Any = torchvision_models().get_model(arch.removesuffix(V1), weights=None)
+    if arch.endswith(V1):
+        stride_first(net)
     stages: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu)),
         pool1=net.maxpool,
@@ -124,6 +126,13 @@ def _resnet_stages(arch: str) -> tuple["OrderedDict[str, nn.Module]", dict[str, 
         last: Any = list(stages[name].children())[-1]
         channels[name] = (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels
     return stages, channels
+
+
+def stride_first(network: nn.Module) -> None:
+    """Move the strides of torchvision's bottlenecks from the 3x3 convolution to the 1x1 before it."""
+    for block in network.modules():
+        if isinstance(block, torchvision_models().resnet.Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 def torchvision_models() -> Any:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bowstore.config import Compile, ModelConfig, ViewConfig, validate
 from bowstore.data.views import CleanView, clean_view
-from bowstore.errors import UsageError
+from bowstore.errors import MismatchError, UsageError
 from bowstore.exact import exact_float32
-from bowstore.models.arch import is_arch
+from bowstore.models.arch import V1, is_arch
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
 from bowstore.models.layouts import load_foreign, read_weights
@@ -222,7 +222,8 @@ def _drawn(seed: int) -> str:
 def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> tuple[Backbone, ViewConfig, Origin]:
     model, view = ModelConfig(arch=arch), library_view(arch) if ":" in arch else ViewConfig()
     file = read_weights(weights) if weights else None
-    if file and file.network:  # what no tensor says: a wide network's strides, and the images that it takes
+    if file and file.network:  # what no tensor says: strides, and the images that it takes
+        _check_strides(arch, file.network.model.arch, file.path)
         model, view = model.model_copy(update={"strides": file.network.model.strides}), file.network.view
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -231,6 +232,15 @@ def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> 
         return backbone, view, Origin(backbone.arch, None, _drawn(seed))
     understood = load_foreign(backbone, file)
     return backbone, view, Origin(backbone.arch, understood.file, understood.text())
+
+
+def _check_strides(arch: str, theirs: str, path: Path) -> None:
+    """Refuse weights of a network that has the same tensors and its strides elsewhere."""
+    ours, its = (name.rpartition(":")[2] for name in (arch, theirs))
+    if ours != its and ours.removesuffix(V1) == its.removesuffix(V1):
+        raise MismatchError(
+            f"{path} is of {theirs}, which has its strides elsewhere than {arch}; name {theirs} with these weights"
+        )
 
 
 def _overridden(view: ViewConfig, size: int | None, resize: int | None) -> CleanView:

@@ -69,6 +69,17 @@ def test_residual_networks_cost_what_torchvision_says(name: str) -> None:
         assert published["num_params"] == 25_557_032
 
 
+def test_v1_costs_less_where_its_strides_come_first() -> None:
+    """By hand: three 1x1 convolutions on a quarter of the places. He et al. (2015) say 3.8 G."""
+    early, late = costs("resnet50-v1", 224), costs("resnet50", 224)
+    saved = sum(
+        c_in * c_out * (side**2 - (side // 2) ** 2)
+        for c_in, c_out, side in ((256, 128, 56), (512, 256, 28), (1024, 512, 14))
+    )
+    assert early["trunk"].multiply_adds == late["trunk"].multiply_adds - saved == 3_855_925_248
+    assert early["trunk"].parameters == late["trunk"].parameters == 23_508_032
+
+
 def test_the_command_tells_what_heads_cost_against_the_trunk() -> None:
     def told(*args: str) -> Any:
         return CliRunner().invoke(main, ["layers", "wrn-28-10", "--size", "32", *args])

@@ -301,6 +301,19 @@ def test_another_network_with_the_same_tensors_is_refused(
         exported("resnet18", "timm")
 
 
+def test_v1_is_written_with_the_lines_that_move_its_strides(exported: Callable[..., Exported]) -> None:
+    """Its tensors are torchvision's, and whatever has its strides elsewhere computes something else of them."""
+    result = exported("resnet50-v1", "safetensors", "net.safetensors")
+    assert largest_difference(run_lines(list(result.python)), "resnet50-v1", noise()) == 0
+    refused = r"^torchvision:resnet50 has the tensors of resnet50-v1, but .*; --format safetensors holds it$"
+    with pytest.raises(UsageError, match=refused):
+        export_network(Path("runs/first"), Path("net.pth"), ExportConfig(format="torchvision"))
+    for spec in ("resnet50", "torchvision:resnet50", "timm:resnet50"):
+        refused = rf"^net\.safetensors is of resnet50-v1, which has its strides elsewhere than {spec}; name resnet50-v1"
+        with pytest.raises(MismatchError, match=refused):
+            load_teacher(spec, ("conv4",), CPU, weights=Path("net.safetensors"))
+
+
 def test_only_an_earlier_export_is_replaced(exported: Callable[..., Exported], monkeypatch: pytest.MonkeyPatch) -> None:
     for out in ("net.pth", "net.safetensors"):
         exported("timm:test_resnet", "timm", out)

@@ -23,9 +23,11 @@ from bowstore.train.tasks.task import build_task
     [
         ("wrn-28-10", (1, 2, 2), 32, 8, 640, 36.47),
         ("wrn-28-4", (2, 2, 2), 80, 10, 256, 5.84),
+        ("wrn-28-4", (2, 2, 2), 84, 11, 256, 5.84),
         ("wrn-10-1", (1, 2, 2), 32, 8, 64, 0.077),
         ("resnet18", (1, 2, 2), 64, 2, 512, 11.18),
         ("resnet50", (1, 2, 2), 64, 2, 2048, 23.51),
+        ("resnet50-v1", (1, 2, 2), 64, 2, 2048, 23.51),
     ],
 )
 def test_sizes(arch: str, strides: tuple[int, int, int], size: int, grid: int, features: int, million: float) -> None:
@@ -45,6 +47,20 @@ def test_resnet50_has_the_papers_maps() -> None:
     assert maps["conv4"].shape == (1, 1024, 14, 14)
     assert maps["conv5"].shape == (1, 2048, 7, 7)
     assert backbone.channels == {"conv1": 64, "pool1": 64, "conv2": 256, "conv3": 512, "conv4": 1024, "conv5": 2048}
+
+
+def test_v1_has_its_strides_in_the_first_convolution_of_a_bottleneck() -> None:
+    """As He et al.; torchvision's have them in the 3x3. The rotation head's group is of the network's kind."""
+    with torch.device("meta"):
+        for arch, first, second in (("resnet50-v1", (2, 2), (1, 1)), ("resnet50", (1, 1), (2, 2))):
+            backbone = build_backbone(ModelConfig(arch=arch))
+            assert backbone.arch == arch
+            stages = [*(backbone.root().get_submodule(name) for name in ("conv3", "conv4", "conv5"))]
+            for stage in [*stages, RotationHead(backbone).stage]:
+                blocks = [module for module in stage.modules() if isinstance(module, Bottleneck)]
+                assert (blocks[0].conv1.stride, blocks[0].conv2.stride) == (first, second)
+                assert {block.conv1.stride for block in blocks[1:]} == {(1, 1)}
+                assert {block.conv2.stride for block in blocks[1:]} == {(1, 1)}
 
 
 def test_the_pooled_feature_is_the_mean_of_the_last_map() -> None:
