@@ -30,6 +30,12 @@ from bowstore.runs import read_metrics, result_paths
 from bowstore.train.config import TrainConfig
 from bowstore.train.tasks.settings import WordsSettings
 
+# What makes the configurations for two cores a job for a GPU: the network and the images of ImageNet, whole passes.
+_RESNET50 = ("model.arch=resnet50", "view.size=224", "view.resize=256", "optim.steps_per_epoch=null")
+_AT_224 = {
+    "imagenette_rotnet_small": (*_RESNET50, "view.area=[0.2,1.0]", "optim.batch=64", "optim.lr=0.05"),
+    "imagenette_bownet_small": (*_RESNET50, "view.area=[0.08,1.0]", "optim.batch=128"),
+}
 _LEVELS = 255 * torch.tensor(ViewConfig().std)[:, None, None]  # of grey, in a normalised pixel's unit
 
 
@@ -223,6 +229,7 @@ def imagenette(check: Check) -> None:
         ("imagenette_rotnet_small", "imagenette_bownet_small", (4, 12), 2048),
         ("demo_rotnet", "demo_bownet", (1, 1), 16),
     )
+    larger = check.size(_AT_224, _AT_224, {teacher: (), student: ()})
     print(library_versions())
     source = check.data and check.data.resolve()
     with tempfile.TemporaryDirectory(dir=check.scratch) as name, chdir(name):
@@ -241,6 +248,7 @@ def imagenette(check: Check) -> None:
             _command(
                 "train", "--config", f"{config}.yaml", "--set", f"optim.epochs={length}", "--set",
                 f"optim.milestones={sorted(set(steps)) if length > 2 else []}", "--set", "optim.warmup_epochs=0",
+                *(part for override in larger[config] for part in ("--set", override)),
             )  # fmt: skip
             _learned(check, Path("runs") / config)
             if config == teacher:

@@ -86,7 +86,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 
 @click.command()
 @click.argument("folder", type=PATH, default=Path())
-@click.option("--recipe", type=PATH, help="Copy a recipe and its configurations too: cifar10, imagenette, imagenet.")
+@click.option("--recipe", type=PATH, help="Copy a recipe and its configurations too: cifar10, table1_small...")
 def init(folder: Path, recipe: Path | None) -> None:
     """Write bowstore.yaml (paths and defaults of a workspace) into FOLDER."""
     from bowstore.recipes.file import load_recipe, recipe_files
