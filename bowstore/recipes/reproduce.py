@@ -15,7 +15,7 @@ from bowstore.config import Workspace
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.evaluate.reproduction import summary
 from bowstore.evaluate.results import PaperTable, Result, paper_tables, read_result
-from bowstore.files import write_json
+from bowstore.files import waiting_lock, write_json
 from bowstore.limits import MAX_SEED
 from bowstore.progress import say
 from bowstore.recipes.datasets import Supply, describe_data, named_data, shard_stages, supply
@@ -223,7 +223,9 @@ def reproduce(job: Job, seeds: Sequence[int], *, processes: int = 1) -> dict[str
                 stage.check()
     for number, (seed, plan) in enumerate(plans.items(), 1):
         run_recipe(plan, processes=processes, label=f"{job.whole.name}, seed {seed} ({number} of {len(seeds)})")
-        write_json(job.out / f"{job.whole.name}.json", _outcome(job))
+        path = job.out / f"{job.whole.name}.json"
+        with waiting_lock(path.with_name(f".{path.name}.lock"), str(path)):  # no older table over another process's
+            write_json(path, _outcome(job))
     return _outcome(job)
 
 
