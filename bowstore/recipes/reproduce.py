@@ -221,6 +221,8 @@ def reproduce(job: Job, seeds: Sequence[int], *, processes: int = 1) -> dict[str
         for name, stage in plan.stages.items():
             with in_stage(name, plan.recipe.path):
                 stage.check()
+    for line in describe_data(job.plan(0))[1] if plans else ():
+        say(line)
     for number, (seed, plan) in enumerate(plans.items(), 1):
         run_recipe(plan, processes=processes, label=f"{job.whole.name}, seed {seed} ({number} of {len(seeds)})")
         path = job.out / f"{job.whole.name}.json"

@@ -24,6 +24,7 @@ from bowstore.data.downloads import DOWNLOADS
 from bowstore.data.synthetic import CLASSES, write_images
 from bowstore.errors import MissingError, UsageError
 from bowstore.files import exclusive_lock, read_json
+from bowstore.recipes.datasets import describe_data
 from bowstore.recipes.evaluate import EvalStage
 from bowstore.recipes.reproduce import Job, prepare
 
@@ -183,7 +184,8 @@ def test_all_seeds_that_lie_there_are_in_the_table(finished: Path, monkeypatch: 
     before = read_json(Path("reproduce/table1_small.json"))
     result = invoke("--rows", "RotNet", "--json")
     assert json.loads(result.stdout) == before == read_json(Path("reproduce/table1_small.json"))
-    assert "train " not in result.stderr
+    assert "train rotnet" not in result.stderr
+    assert "cifar10: 60 train and 40 test images" in result.stderr
     lines = list(csv.DictReader(invoke("--rows", "RotNet", "--csv").stdout.splitlines()))
     (line,) = [it for it in lines if (it["row"], it["metric"]) == ("RotNet", "top1")]
     assert float(line["mean"]) == row_of(before, "linear/bownet-cifar", "RotNet")["here"]["top1"]["mean"]
@@ -329,6 +331,19 @@ def test_a_table_without_an_evaluation_shows_what_the_paper_has(workspace: Path)
     assert not Path("reproduce").exists()
     Path("configs/recipes/table6.yaml").write_text(TWO_SETS.replace("seed-{seed}/runs", "runs"))
     assert "keeps the runs of all seeds in one place; write {seed} into its `runs:`" in refused("table6")
+
+
+def test_other_images_than_the_tables_are_said_to_be_others(workspace: Path) -> None:
+    shutil.move("data/cifar10/train/airplane", "data/cifar10/train/apple")
+    shutil.move("data/cifar10/val/airplane", "data/cifar10/val/apple")
+    job = prepare("table1", Workspace(), Path("reproduce"), small=True, data=["cifar10=data/cifar10"])
+    plan = job.plan(0)
+    assert describe_data(plan) == ({}, [])
+    plan.stages["cifar10"].make()
+    labels, (line,) = describe_data(plan)
+    assert set(labels.values()) == {f"images that are not cifar10 ({column})" for column in labels}
+    assert len(labels) == 2
+    assert line == ("cifar10: 60 train and 40 test images, whose 10 classes are not those of cifar10: not this table")
 
 
 def test_shards_that_another_process_writes_are_waited_for(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
