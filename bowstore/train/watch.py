@@ -133,9 +133,9 @@ def _troubles(dead: Dead, values: Mapping[str, float], first_rank: float | None)
             f"{first_rank:.1f} in the first steps); try a lower optim.lr or optim.weight_decay",
         )
     bound = _VANISHED_SHARE * dead.gamma
-    if (gamma := values.get("gamma", bound)) < bound:
+    if abs(gamma := values.get("gamma", bound)) < bound:  # far below zero the words' weights have changed sides
         yield (
             "gamma",
-            f"gamma, the scale of the logits, is {gamma:.3g}, less than {bound:.3g} (it began at {dead.gamma:g}): what "
-            f"the network sees hardly counts; try a lower optim.lr or some optim.warmup_epochs",
+            f"gamma, the scale of the logits, is {gamma:.3g}, within {bound:.3g} of zero (it began at {dead.gamma:g}): "
+            f"what the network sees hardly counts; try a lower optim.lr, a longer run, or fewer words",
         )

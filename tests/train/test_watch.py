@@ -148,9 +148,10 @@ WORDS = Dead(5.5, "the loss {loss:.4f} stays", 1.0)
      "the features have collapsed: their effective rank is 4.9, less than 5.0 (it was 20.0 in the first steps); try a "
      "lower optim.lr or optim.weight_decay"),
     ({"gamma": -0.04},
-     "gamma, the scale of the logits, is -0.04, less than 0.1 (it began at 1): what the network sees hardly counts; "
-     "try a lower optim.lr or some optim.warmup_epochs"),
+     "gamma, the scale of the logits, is -0.04, within 0.1 of zero (it began at 1): what the network sees hardly "
+     "counts; try a lower optim.lr, a longer run, or fewer words"),
     ({"effective_rank": 5.0, "gamma": 0.1, "loss": 5.47}, None),  # the bounds
+    ({"gamma": -1.7}, None),  # as good as 1.7
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line_at_the_end_of_the_first_epoch(
     values: dict[str, float], told: str | None
