@@ -21,7 +21,7 @@ from bowstore.data.views import Batch
 from bowstore.errors import UsageError
 from bowstore.models.heads import CosineHead, Heads, LinearHead
 from bowstore.plugins import called
-from bowstore.runs import read_lineage, read_metrics
+from bowstore.runs import descent, read_lineage, read_metrics
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
@@ -29,6 +29,7 @@ from bowstore.train.step import build_objective, build_optimizer, train_step
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.settings import WordsSettings
 from bowstore.train.tasks.task import Task, build_task
+from bowstore.train.verify import verify_run
 from bowstore.words.bags import Bag
 from bowstore.words.layer import LayerSpec
 from bowstore.words.store import join_rows, open_store
@@ -284,7 +285,8 @@ def test_layers_are_learned_from_every_tier(two_layers: Make, tmp_path: Path, ti
     line, lineage = read_metrics(tmp_path / "runs/second")[-1], read_lineage(tmp_path / "runs/second")
     assert ("target_wait_ms" in line) == (tier == "streamed")
     assert lineage is not None
-    assert lineage["targets"]["num_words"] == "7, 12"
+    assert descent(lineage) == ("t", "7, 12 words of block2, block3", "second")
+    assert not verify_run(tmp_path / "runs/second").problems
 
 
 # --- crop-aware bags
