@@ -17,16 +17,17 @@ LAYER = "conv4"
 
 
 def made_up_index(folder: Path, images: int, side: int = 16) -> Index:
-    """Indexed shards of this many JPEGs of one colour, `side` pixels wide and high."""
+    """Indexed shards of this many JPEGs of one colour, `side` pixels wide and high, with labels of ten classes."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (90, 120, 150)).save(buffer, "JPEG")
     data = buffer.getvalue()
     with tarfile.open(folder / "made-up-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(images):
-            member = tarfile.TarInfo(f"{number:06d}.jpg")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            for extension, content in (("jpg", data), ("cls", str(number % 10).encode())):
+                member = tarfile.TarInfo(f"{number:06d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
     return build_index(folder, workers=1)
 
 

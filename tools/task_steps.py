@@ -148,7 +148,28 @@ def clusters(made: Made) -> Loss:
     return loss
 
 
-BY_HAND: dict[str, Callable[[Made], Loss]] = {"location": location, "words": words, "clusters": clusters}
+def linear(made: Made) -> Loss:
+    """The maps of all stages and the pooled output, without gradients; batch norm and a linear layer for each."""
+    trunk, heads, labels = made.network.backbone, list(made.network.head), open_index(made.config.shards).label
+
+    def loss(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            map_BChw, pooled = batch.images_BCHW.to(memory_format=made.format).float(), []
+            for stage in trunk.stages.values():
+                map_BChw = stage(map_BChw)
+                side = min(math.isqrt(9216 // map_BChw.shape[1]), map_BChw.shape[2])
+                pooled.append(F.adaptive_avg_pool2d(map_BChw, side).flatten(2))
+            pooled.append(map_BChw.mean((2, 3))[:, :, None])
+        label_B = torch.from_numpy(labels[batch.plan.rows].astype(np.int64)).to(map_BChw.device)
+        logits = [head.linear(head.norm(one).flatten(1)) for head, one in zip(heads, pooled, strict=True)]
+        return sum(F.cross_entropy(logits_BK, label_B) for logits_BK in logits)
+
+    return loss
+
+
+BY_HAND: dict[str, Callable[[Made], Loss]] = {
+    "location": location, "words": words, "clusters": clusters, "linear": linear,
+}  # fmt: skip
 
 # Of a step that takes two cores a second or less, where no configuration is named; each task's own below.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -159,6 +180,7 @@ _SMALL: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "words": {"task": {"form": "pyramid"}},
     "clusters": {"task": {"clusters": 16}, "optim": {"batch": 16}},
+    "linear": {"view": {"cutmix": False}},
     "location": {
         "task": {"patch": 21, "jitter": 7},
         "view": {"size": 84, "cutmix": False},
