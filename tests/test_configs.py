@@ -11,10 +11,12 @@ from shard_sets import encode_jpeg, fill_layer, textured_image, write_store, wri
 
 from bowstore.config import Workspace, bundled_configs, dump, validate
 from bowstore.data.index import Index, build_index
+from bowstore.evaluate.results import paper_tables
 from bowstore.recipes.encode import EncodeStage
 from bowstore.recipes.evaluate import EvalStage
 from bowstore.recipes.file import bundled_recipes, load_recipe
 from bowstore.recipes.plan import Plan, make_plan
+from bowstore.recipes.reproduce import row_of
 from bowstore.recipes.train import TrainStage
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig, load_train_config
@@ -90,6 +92,8 @@ def ready(data: tuple[Index, Path]) -> Callable[..., TrainConfig]:
         if hasattr(task, "store"):
             layer = "conv4" if path.stem.startswith("imagen") and "84" not in path.stem else "block3"
             flags |= {"task.store": store, "task.layer": task.layer or layer}
+        if task.name == "clusters":
+            flags["task.clusters"] = 4  # of ten images
         return load_train_config(path, overrides, flags)
 
     return load
@@ -99,7 +103,7 @@ def ready(data: tuple[Index, Path]) -> Callable[..., TrainConfig]:
 def test_network_and_task_of_each_can_be_built(
     path: Path, ready: Callable[..., TrainConfig], data: tuple[Index, Path]
 ) -> None:
-    config = ready(path, [])
+    config = ready(path, ["optim.batch=4"])
     with torch.device("meta"):
         task = build_task(config, data[0], ALONE)
     weights = sum(weight.numel() for weight in task.network.backbone.parameters())
@@ -123,6 +127,16 @@ def test_the_papers_schedule_on_small_images(system: str) -> None:
     total, found = rates(system, 390, 0, 23_999, 24_000, 47_999, 48_000, 59_999)
     assert total == 60_000
     assert found == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+@pytest.mark.parametrize("system", ["cifar100_clusters", "miniimagenet_clusters"])
+def test_deeper_clustering_keeps_its_rate(system: str) -> None:
+    total, found = rates(system, 390, 0, 24_000, 48_000, 59_999)
+    assert total == 60_000
+    assert found == [0.1] * 4
+    config = load_train_config(bundled_configs() / f"{system}.yaml")
+    clusters, every_epochs = config.task.clusters, config.task.every_epochs  # type: ignore[attr-defined]
+    assert (clusters, every_epochs, config.optim.batch, config.view.cutmix) == (512, 3, 128, True)
 
 
 @pytest.mark.parametrize("layer", ["conv4", "conv5"])
@@ -168,6 +182,14 @@ def test_each_recipe_can_be_planned(name: str) -> None:
     plan = planned(name)
     assert {stage.kind for stage in plan.stages.values()} >= {"shards", "train", "encode", "eval"}
     assert all(line["state"] == "to do" for line in plan.overview())
+
+
+@pytest.mark.parametrize("small", ["", "_small"])
+@pytest.mark.parametrize("table", paper_tables())
+def test_every_row_of_a_table_is_evaluated(table: str, small: str) -> None:
+    paper, stages = paper_tables()[table], planned(table + small).stages.values()
+    rows = {row_of(cell.row) for stage in stages if isinstance(stage, EvalStage) for cell in stage.cells}
+    assert rows >= set(paper.rows) - paper.quoted.keys()
 
 
 WORDS = {"table1": 2048, "table2": 2048, "table3": 2048, "table4": 20_000, "table5": 20_000, "table6": 20_000}
