@@ -175,7 +175,8 @@ def test_results_settings_and_registries_load_no_torch() -> None:
         "import sys, bowstore.evaluate.results, bowstore.evaluate.config;"
         "from bowstore.evaluate.protocols import PROTOCOLS;"
         "from bowstore.train.config import TrainConfig;"
-        "[TrainConfig(name='x', task=name, view={'cutmix': False}) for name in ('rotation', 'words', 'supervised')];"
+        "names = ('rotation', 'words', 'supervised', 'linear');"
+        "[TrainConfig(name='x', task=name, view={'cutmix': False}) for name in names];"
         "print([kind.describe(kind.settings()).id for kind in PROTOCOLS.values()][:2]);"
         "print([m for m in ('torch', 'sklearn', 'nvidia.dali', 'zarr') if m in sys.modules])"
     )

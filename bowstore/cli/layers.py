@@ -15,7 +15,7 @@ from bowstore.cli.options import command, fields
 @click.option("--all", "everything", is_flag=True, help="Every module, not only those two levels deep.")
 @click.option(
     "--head", "heads", type=TEXT, multiple=True,
-    help="What a task's head costs, too: rotation, location, words, supervised or linear. May be given several times.",
+    help="What a task's head costs, too: rotation, location, words, clusters, supervised or linear; several times.",
 )  # fmt: skip
 @click.option("--K", "outputs", type=click.IntRange(1), help="Words or classes of the heads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the layers as JSON alone.")

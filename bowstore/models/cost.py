@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bowstore.errors import UsageError
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import flops
-from bowstore.models.heads import CosineHead, LayerHeads, LinearHead, PairHead, RotationHead
+from bowstore.models.heads import CosineHead, Heads, LayerHeads, LinearHead, PairHead, RotationHead
 from bowstore.models.pooling import named_taps, tapped
 from bowstore.models.taps import without_data
 
@@ -63,6 +63,11 @@ def _rotation(backbone: Backbone, size: int, _outputs: int) -> tuple[nn.Module, 
     return RotationHead(backbone), torch.zeros(without_data(backbone).eval().feature_maps(images, (last,))[last].shape)
 
 
+def _clusters(backbone: Backbone, _size: int, outputs: int) -> tuple[nn.Module, Any]:
+    width = backbone.features
+    return Heads([CosineHead(width, outputs), LinearHead(width, 4)]), torch.zeros(1, width)
+
+
 def _linear(backbone: Backbone, size: int, outputs: int) -> tuple[nn.Module, Any]:
     images, taps = torch.zeros(1, 3, size, size, device="meta"), named_taps(backbone, (), size=size)
     pooled = tapped(without_data(backbone).eval(), images, taps)
@@ -75,6 +80,7 @@ HEADS: Mapping[str, _Kind] = {
     "rotation": _Kind(_rotation),
     "location": _Kind(lambda it, *_: (PairHead(it.features), torch.zeros(_PATCHES, it.features)), inputs=_PATCHES),
     "words": _Kind(lambda it, _, k: (CosineHead(it.features, k), torch.zeros(1, it.features)), sized=True),
+    "clusters": _Kind(_clusters, sized=True),
     "supervised": _Kind(lambda it, _, k: (LinearHead(it.features, k), torch.zeros(1, it.features)), sized=True),
     "linear": _Kind(_linear, sized=True),
 }

@@ -35,6 +35,8 @@ def test_a_wide_networks_trunk_and_heads_by_hand() -> None:
     assert found["rotation"].parameters == block + 4 * 128 + 2 * 128 + 4 * 128 + 4
     assert found["rotation"].multiply_adds == 16 * block + 4 * 128
     assert (found["words"].parameters, found["words"].multiply_adds) == (12 * 128 + 1, 12 * 128)
+    assert found["clusters"].parameters == 12 * 128 + 1 + 4 * 128 + 4  # and the rotations beside them
+    assert found["clusters"].multiply_adds == 12 * 128 + 4 * 128
     assert (found["supervised"].parameters, found["supervised"].multiply_adds) == (12 * 128 + 12, 12 * 128)
     # Pairs: two features to twice the width, batch norm, eight places; of the eight pairs of an image.
     assert found["location"].parameters == 256 * 256 + 2 * 256 + 8 * 256 + 8
