@@ -41,7 +41,7 @@ EVERYWHERE = {
     "yaml_file",
 }
 # train may know the store and the targets, never how words are made
-WORDS_FOR_TRAIN = {"bowstore.words.bags", "bowstore.words.store", "bowstore.words.targets"}
+WORDS_FOR_TRAIN = {f"bowstore.words.{name}" for name in ("bags", "layer", "store", "targets")}
 
 
 # Libraries that are slow to load, or not everywhere, and of our modules those that load them.
