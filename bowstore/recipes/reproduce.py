@@ -112,7 +112,7 @@ def prepare(
     }
     recipe = load_recipe(path, [override for it in found.values() for override in it.overrides])
     whole, absent = _with_data(recipe, make_plan(recipe, workspace, seed=0, folder=out), found)
-    made = {row for _, row, _ in _evaluated(whole)}
+    made = {row for _, row, _ in evaluated(whole)}
     if gone := [row for row in sorted(asked) if row not in made and (rows or not asked & made)]:
         raise MissingError(f"{', '.join(gone[:3])}{' ...' if gone[3:] else ''} cannot be made: {absent[gone[0]]}")
     because = next((part.missing for part in paper.figures if part.missing), f"{recipe.name} does not evaluate it")
@@ -128,7 +128,7 @@ def _near(name: str, names: Sequence[str]) -> str:
 
 def _check_rows(given: Sequence[str], paper: PaperTable, recipe: Recipe) -> set[str]:
     """The rows that are meant; commas part them, unless a row's own name has them."""
-    known = list(dict.fromkeys(row for _, row, _ in _evaluated(recipe)))
+    known = list(dict.fromkeys(row for _, row, _ in evaluated(recipe)))
     found: set[str] = set()
     for parts in (text.split(",") for text in given):
         while parts:
@@ -148,7 +148,7 @@ def row_of(stage: str) -> str:
     return stage.partition(" at ")[0]
 
 
-def _evaluated(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
+def evaluated(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
     """Each stage that evaluates with each row in it, and the stages that this row needs first."""
     for name, stage in recipe.stages.items():
         if isinstance(stage, EvalStage):
@@ -183,7 +183,7 @@ def _with_data(recipe: Recipe, plan: Plan, found: dict[str, Supply]) -> tuple[Re
     """A recipe without the networks and the protocols whose images are not there, and why, by row and protocol."""
     absent: dict[str, str] = {}
     lost: set[str] = set()
-    for _, row, needs in _evaluated(recipe):
+    for _, row, needs in evaluated(recipe):
         if why := next((found[it].absent for it in _closure(recipe, needs) if it in found and found[it].absent), ""):
             absent[row] = why
             lost |= needs
@@ -198,7 +198,7 @@ def _with_data(recipe: Recipe, plan: Plan, found: dict[str, Supply]) -> tuple[Re
             left = [it for it in stage.protocols if not gone.keys() & ({it} if isinstance(it, str) else it.keys())]
             stages[name] = recipe.stages[name].model_copy(update={"eval": left})
             told = {f"eval {kind}": f"{place} is not there; {_fetched(place)}" for kind, place in gone.items()}
-            rows = [] if left else [row for evaluation, row, _ in _evaluated(recipe) if evaluation == name]
+            rows = [] if left else [row for evaluation, row, _ in evaluated(recipe) if evaluation == name]
             absent = {**told, **dict.fromkeys(rows, next(iter(told.values()))), **absent}
     return _narrowed(replace(recipe, stages=stages), lambda _row: True, lost), absent
 

@@ -23,10 +23,13 @@ from bowstore.config import Workspace
 from bowstore.data.downloads import DOWNLOADS
 from bowstore.data.synthetic import CLASSES, write_images
 from bowstore.errors import MissingError, UsageError
+from bowstore.evaluate.claims import claims
+from bowstore.evaluate.results import paper_tables
 from bowstore.files import exclusive_lock, read_json
 from bowstore.recipes.datasets import describe_data
-from bowstore.recipes.evaluate import EvalStage
-from bowstore.recipes.reproduce import Job, prepare
+from bowstore.recipes.evaluate import RANDOM, EvalStage
+from bowstore.recipes.file import bundled_recipes, load_recipe
+from bowstore.recipes.reproduce import Job, evaluated, prepare
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 RECIPE = """
@@ -280,6 +283,15 @@ def test_data_are_found_where_they_lie(workspace: Path) -> None:
     assert source()[1] == source("--data", "data/shards")[1] == source("--data", "data/shards/train")[1] == ours
     shutil.move("data/shards", "data/cifar10")
     assert source()[1] == images
+
+
+@pytest.mark.parametrize("table", sorted(paper_tables()))
+def test_rows_of_the_papers_claims_are_in_both_recipes(table: str) -> None:
+    for size in ("", "_small"):
+        made = {row for _, row, _ in evaluated(load_recipe(bundled_recipes()[table + size]))}
+        said = {row for claim in claims() if table in claim.tables for row in claim.rows}
+        assert said <= made | paper_tables()[table].quoted.keys()
+        assert RANDOM in made
 
 
 TWO_SETS = """
