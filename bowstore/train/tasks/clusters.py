@@ -1,9 +1,9 @@
 """Deeper Clustering (Caron et al., ICCV 2019) as the paper compares it: an image's cluster, and its rotation.
 
 Every few epochs all images are clustered by the features of the network as it is, and what it learns next is the
-cluster of each image (a bag of one word, so that CutMix and the loss are those of bags). The head over the clusters
-begins anew each time, and so do its momenta, as in the authors' code: a cluster of then has no number among those of
-now. Rotations have a head of their own, a linear one as there, and its loss is added.
+cluster of each image (a bag of one word, so that CutMix and the loss are those of bags). The numbers of clusters mean
+nothing from one time to the next, so the head over them and its momenta begin anew, as in the authors' code. Rotations
+have a head of their own, a linear one as there, and its loss is added.
 
 Legend: N rows in use, B batch or block of rows, C features, H W pixels, K clusters.
 """
@@ -112,7 +112,7 @@ def _loss_of_both(logits: Any, targets: tuple[Bag, Tensor]) -> tuple[Tensor, dic
 class Clusters(Renewal):
     """The cluster of each image.
 
-    Before the first step the images are clustered; until then the remainders of their rows stand in, for benchmarks.
+    The images are clustered before the first step; until then row numbers modulo K stand in, for benchmarks.
 
     Attributes:
         cluster_N: int64.
@@ -138,7 +138,7 @@ class Clusters(Renewal):
         self._take(np.arange(self._used) % settings.clusters)
 
     def due(self, step: int) -> bool:
-        """At the start of every so many epochs, and where there are no clusters yet, or those of other images."""
+        """At the start of every so many epochs, and where there are no clusters of these images yet."""
         return step % self._every_steps == 0 or not self._made
 
     def renew(self, step: int) -> Iterable[nn.Parameter]:
