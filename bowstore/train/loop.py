@@ -326,6 +326,7 @@ def _watch(task: Task, config: TrainConfig, schedule: Schedule, begun: _Start) -
         epoch_steps=steps_per_epoch(config.optim, schedule.steps_per_pass),
         log_every_steps=config.runtime.log_every_steps,
         steps=total_steps(config.optim, schedule.steps_per_pass),
+        **({"renewed": task.renewal.due} if task.renewal else {}),
     )
     features = Features(task.network.backbone.features, task.views * schedule.rank_batch, course)
     features.restore(begun.features)

@@ -4,7 +4,7 @@ Legend: B rows of a step, N of several, C channels.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,13 @@ class Course:
         epoch_steps: steps of an epoch.
         log_every_steps: steps between two lines.
         steps: of the whole run.
+        renewed: whether the targets are made anew before a step (from 0), and the head with them.
     """
 
     epoch_steps: int
     log_every_steps: int
     steps: int
+    renewed: Callable[[int], bool] = lambda step: False
 
     def epoch_line(self, step: int) -> int:
         """The first line at step `step` (from 1) or after it that is the last one of its epoch."""
@@ -45,8 +47,10 @@ class Course:
 
     def judged(self, step: int) -> bool:
         """Whether the line at this step can tell a run that learns nothing from one that has just begun."""
-        late = step >= _JUDGED_STEP or step == self.steps >= _SHORTEST_STEPS
-        return late and self.epoch_line(step) == step
+        if self.epoch_line(step) != step:
+            return False
+        young = step < _JUDGED_STEP or any(map(self.renewed, range(max(1, step - _JUDGED_STEP), step)))
+        return not young or step == self.steps >= _SHORTEST_STEPS
 
 
 class Features:

@@ -183,6 +183,12 @@ def test_a_run_that_has_just_begun_is_not_judged_but_at_its_end() -> None:
     assert lines(5, 5, 29) == []
 
 
+def test_a_head_that_began_anew_is_as_young_as_at_first() -> None:
+    """Epochs of 73 steps, clusters anew every three: before steps 219 and 438, from 0."""
+    course = Course(73, 73, 730, lambda step: step % 219 == 0)
+    assert [step for step in range(73, 731, 73) if course.judged(step)] == [219, 438, 657, 730]
+
+
 @pytest.mark.parametrize(("dead", "first_rank", "rank"), [
     (Dead(math.log(4), "{loss}"), 300.0, 2.0),  # four classes: two directions may be all that it takes
     (Dead(math.log(1000), "{loss}"), 300.0, 75.0),
