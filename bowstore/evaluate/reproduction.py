@@ -155,7 +155,7 @@ def text(value: Mapping[str, Any]) -> str:
     """The table for a terminal."""
     lines = [_title(value)]
     for heading, grid in _sections(value):
-        lines += ["", heading, "", aligned(grid, left=(0, 1) if grid[0][1] == "claim" else (0, len(grid[0]) - 1))]
+        lines += ["", heading, "", aligned(grid, left=(0, *([1] if grid[0][1] == "claim" else []), len(grid[0]) - 1))]
     return "\n".join([*lines, "", *_remarks(value)])
 
 
@@ -237,17 +237,17 @@ def _shown(found: Mapping[str, Any] | None, sign: str = "") -> str:
 
 
 def _claim_grid(claimed: Sequence[Mapping[str, Any]]) -> Grid:
-    grid = [["holds", "claim", "here", "n", "paper"]]
+    grid = [["holds", "claim", "here", "n", "paper", "if above"]]
+    several = len({claim["images"] for claim in claimed} - {None}) > 1
     for claim in claimed:
-        bound = f" (> {claim['above']:g}: {claim['bound']})" if claim["bound"] else ""
-        where = (
-            f", on {claim['images']}" if len({c["images"] for c in claimed} - {None}) > 1 and claim["images"] else ""
-        )
-        grid.append([claim["holds"], f"{claim['says']}{bound}{where}", "", "", ""])
+        where = f", on {claim['images']}" if several and claim["images"] else ""
+        bound = f"{claim['above']:g}{f' ({it})' if (it := claim['bound']) else ''}"
+        grid.append([claim["holds"], f"{claim['says']}{where}", "", "", "", bound])
         for test in claim["tests"]:
             lean = f", leans {test['leans']}" if test["holds"] == "not decided" else ""
             paper = "-" if test["paper"] is None else f"{test['paper']:+.1f}"
-            grid.append([f"  {test['holds']}{lean}", f"  {test['metric']}", _shown(test, "+"), str(test["n"]), paper])
+            ours = [_shown(test, "+"), str(test["n"]), paper]
+            grid.append([f"  {test['holds']}{lean}", f"  {test['metric']}", *ours, ""])
     return grid
 
 

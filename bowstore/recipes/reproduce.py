@@ -246,7 +246,7 @@ def _outcome(job: Job) -> dict[str, Any]:
             say(f"seed {seed} is left out of the table: {error}")
     labels, remarks = describe_data(job.plan(0, whole=True))
     each = [f"{row} {sum(took.values()) / len(took):.1f}" for row, took in minutes.items()]
-    remarks += [f"minutes of each row's own training, mean over seeds: {', '.join(each)}"] if each else []
+    remarks += [f"minutes of each row's own training, mean over seeds: {'; '.join(each)}"] if each else []
     return {
         "recipe": job.whole.name,
         "here": job.whole.file.title,
