@@ -153,7 +153,7 @@ def _claims(
 
 def text(value: Mapping[str, Any]) -> str:
     """The table for a terminal."""
-    lines = [_title(value)]
+    lines = _title(value)
     for heading, grid in _sections(value):
         lines += ["", heading, "", aligned(grid, left=(0, *([1] if grid[0][1] == "claim" else []), len(grid[0]) - 1))]
     return "\n".join([*lines, "", *_remarks(value)])
@@ -161,7 +161,7 @@ def text(value: Mapping[str, Any]) -> str:
 
 def markdown(value: Mapping[str, Any]) -> str:
     """The table for docs/results."""
-    lines = [f"# {_title(value)}"]
+    lines = [f"# {_title(value)[0]}", "", _title(value)[1]]
     for heading, grid in _sections(value):
         lines += ["", heading, ""]
         for number, row in enumerate(grid):
@@ -190,10 +190,11 @@ def as_csv(value: Mapping[str, Any]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def _title(value: Mapping[str, Any]) -> str:
+def _title(value: Mapping[str, Any]) -> list[str]:
+    """The paper's title, and what is here."""
     seeds = ", ".join(map(str, value["seeds"])) or "none yet"
     here = f"{value['here'] or value['recipe']}; seeds {seeds}; mean ± half the 95 % interval, in percent"
-    return f"Table {value['table'].removeprefix('table')}: {value['title']}. Here: {here}"
+    return [f"Table {value['table'].removeprefix('table')}: {value['title']}", f"Here: {here}"]
 
 
 def _sections(value: Mapping[str, Any]) -> Iterator[tuple[str, Grid]]:

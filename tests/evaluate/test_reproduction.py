@@ -71,7 +71,7 @@ def test_forms() -> None:
     value = {**summary("table1", measured, images={}, absent={}), "here": "a title", "recipe": "table1_small"}
     text = reproduction.text(value).splitlines()
     assert text[0].startswith("Table 1: CIFAR-100, linear classifier")
-    assert "Here: a title; seeds 0, 1, 2; mean ±" in text[0]
+    assert text[1] == "Here: a title; seeds 0, 1, 2; mean ± half the 95 % interval, in percent"
     assert ["BoWNet", "61.00", "±", "2.48", "3", "71.5"] in [line.split() for line in text]  # t(2) 4.303, s 1
     assert ["AMDIM", "-", "-", "70.2", "quoted", "only"] in [line.split() for line in text]
     assert ["yes", "top1", "+11.00", "±", "2.48", "3", "+11.2"] in [line.split() for line in text]
