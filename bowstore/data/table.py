@@ -74,6 +74,15 @@ class TableHeader(NamedTuple):
     raw: bytes
     size_bytes: int
 
+    @property
+    def rows(self) -> int:
+        """Length of the columns.
+
+        Raises:
+            KeyError, TypeError, IndexError: the header is damaged.
+        """
+        return int(json.loads(self.raw[_LENGTH.size :])["key_hash"]["shape"][0])
+
 
 class ForeignTable(ValueError):
     """A file of the same format that bowstore did not write."""

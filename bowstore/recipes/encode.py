@@ -1,24 +1,26 @@
 """The stage that makes words: a teacher's, of all images."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from bowstore import runs
-from bowstore.config import Place, Text, validate
+from bowstore.config import ModelConfig, Place, Text, validate
 from bowstore.errors import UsageError
+from bowstore.models.arch import StageShape, is_arch, own_layer, stage_shapes
+from bowstore.models.record import NetworkRecord, network_record
 from bowstore.plugins import called
 from bowstore.recipes.images import shards_of
-from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint
+from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint, images_in
 from bowstore.remote import is_remote
-from bowstore.words.config import EncodeConfig
+from bowstore.words.config import EncodeConfig, check_sample
 from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
 from bowstore.words.store import Store
-from bowstore.workspace import is_configuration, resolve_teacher
+from bowstore.workspace import initial_network, is_configuration, resolve_teacher
 
 
 class EncodeStage(Stage):
@@ -107,6 +109,71 @@ class EncodeStage(Stage):
             return State("done" if whole else "begun", problem)
         return DONE if whole else BEGUN if there else TO_DO
 
+    @cached_property
+    def _network(self) -> NetworkRecord | None:
+        """The teacher's, as far as it is known before it is there; None for one that has to be loaded."""
+        if self.teacher:
+            return self._here.stages[self.teacher].network
+        named = str(self.given["teacher"])
+        if self.configurations:
+            return initial_network(Path(named), self.given.get("seed"))
+        for run in (Path(named), self._here.workspace.runs / named):
+            if (run / runs.CONFIG_FILE).exists():
+                return network_record(runs.read_config(run), str(run / runs.CONFIG_FILE))
+        return NetworkRecord(model=ModelConfig(arch=named), name=named, task="none") if is_arch(named) else None
+
+    @cached_property
+    def _words(self) -> dict[str, int]:
+        """K by layer; nothing where another store's vocabulary says it.
+
+        Raises:
+            UsageError: not one for all layers, and not one for each.
+        """
+        layers, config = self.config.layers, self.config
+        if config.vocabulary and not config.num_words:
+            return {}
+        return dict(zip(layers, config.words_of_each(layers, [None] * len(layers)), strict=True))
+
+    @cached_property
+    def maps(self) -> dict[str, StageShape]:
+        """Those of its layers whose maps are known before the teacher is there: channels, and the grid of the words.
+
+        Raises:
+            UsageError: the teacher has no such layer, or settings do not fit its map.
+        """
+        config, network, known = self.config, self._network, {}
+        shapes = stage_shapes(network.model, config.size or network.view.size) if network else None
+        if not network or not shapes:
+            return {}
+        for layer in config.layers:
+            stage = own_layer(layer).partition(".")[0]
+            if stage not in shapes:
+                raise UsageError(
+                    f"teacher {network.name} has no layer {layer!r}: the layers of {network.model.arch} are "
+                    f"{', '.join(shapes)}"
+                )
+            if own_layer(layer) == stage:  # what lies within a stage is known once it is built
+                config.check_components(layer, shapes[stage].channels)
+                known[layer] = replace(shapes[stage], grid=config.word_grid(layer, shapes[stage].grid))
+        return known
+
+    def check_settings(self) -> None:
+        """Numbers of words, and layers that the teacher has."""
+        _ = self._words, self.maps
+
+    def check(self) -> None:
+        """As of every stage; and that the teacher is there, and vectors enough, where that is known."""
+        super().check()
+        if self.state() == DONE:
+            return
+        if not self.teacher:
+            resolve_teacher(self._here.workspace, self.given["teacher"])
+        images = images_in(self.shards)
+        if images is None or self.config.vocabulary:
+            return
+        for layer, known in self.maps.items():
+            check_sample(self._words[layer], images, known.grid[0] * known.grid[1])
+
     def _problems(self, layers: dict[str, Layer]) -> Iterator[str]:
         """In what the store is not the one of these images, teacher and settings."""
         here, there = fingerprint(self.shards), Store(self.place).fingerprint
@@ -116,10 +183,9 @@ class EncodeStage(Stage):
         asked: dict[str, Any] = {"precision": config.precision, "border": config.border}
         asked |= {} if config.vocabulary else {key: getattr(config, key) for key in VOCABULARY_SETTINGS}
         asked |= {"teacher weights": weights} if weights else {}
-        numbers = config.num_words * len(config.layers) if len(config.num_words) == 1 else config.num_words
-        for name, number in zip_longest(config.layers, numbers):
+        for name in config.layers:
             made = layers[name].made_with() if name in layers else {}
-            for key, value in (asked | ({"K": number} if number else {})).items():
+            for key, value in (asked | ({"K": self._words[name]} if self._words else {})).items():
                 if made and made[key] != value:
                     yield f"layer {name!r} of word store {self.place} was made with {key} {made[key]}, not {value}"
 

@@ -90,6 +90,7 @@ def make_plan(recipe: Recipe, workspace: Workspace, *, seed: int | None = None, 
     for name, stage in recipe.stages.items():
         plan.stages[name] = stage.put(plan)
         with in_stage(name, recipe.path):
+            plan.stages[name].check_settings()
             writes = plan.stages[name].writes
         for place in writes:
             other = writers.setdefault(os.path.normpath(place), name)

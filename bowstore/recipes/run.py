@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from bowstore import runs
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.evaluate.results import Result, comparison_table, read_result
 from bowstore.files import make_folder, write_json
@@ -23,12 +24,14 @@ class RecipeResult:
     Attributes:
         plan: what was run.
         rows: results of each network, by its name in the table.
+        lineage: how each trained network came about (`bowstore.runs.descent`), by the same names.
         seconds: wall-clock seconds of this sitting by stage.
         peak_memory_bytes: of the largest process.
     """
 
     plan: Plan
     rows: dict[str, list[Result]]
+    lineage: dict[str, tuple[str, ...]]
     seconds: dict[str, float]
     peak_memory_bytes: int
 
@@ -41,6 +44,7 @@ class RecipeResult:
                 row: {f"{result.protocol} v{result.protocol_version}": result.metrics for result in results}
                 for row, results in self.rows.items()
             },
+            "lineage": self.lineage,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "out": str(self.plan.folder),
@@ -91,11 +95,14 @@ def run_recipe(plan: Plan, *, processes: int = 1, label: str = "") -> RecipeResu
             else:
                 run_stage(plan, name)
     rows: dict[str, list[Result]] = {}
+    lineage: dict[str, tuple[str, ...]] = {}
     for stage in plan.as_it_is_now().stages.values():
         for cell in stage.cells if isinstance(stage, EvalStage) else ():
             rows.setdefault(cell.row, []).append(read_result(cell.result))
+            if not cell.config.random and (recorded := runs.read_lineage(cell.run)):
+                lineage[cell.row] = runs.descent(recorded)
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    result = RecipeResult(plan, rows, seconds, 1024 * max(usage))
+    result = RecipeResult(plan, rows, lineage, seconds, 1024 * max(usage))
     write_json(plan.result, result.as_dict())
     return result
 

@@ -4,16 +4,19 @@ Each kind is a class in a module beside this one; the product's own function mak
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from bowstore.config import Strict, Workspace
-from bowstore.data.table import INDEX_FILE, read_header
+from bowstore.data.table import INDEX_FILE, TableHeader, read_header
 from bowstore.errors import BowstoreError, MismatchError, MissingError
+from bowstore.models.record import NetworkRecord
 from bowstore.remote import is_remote
+
+T = TypeVar("T")
 
 
 class State(NamedTuple):
@@ -94,6 +97,18 @@ class Stage(Strict, ABC):
     def make(self) -> list[str]:
         """Make its results, or go on with them; returns lines that report on it."""
 
+    @property
+    def network(self) -> NetworkRecord | None:
+        """The network that it trains; None of other kinds."""
+        return None
+
+    def check_settings(self) -> None:
+        """Refuse, as the recipe is planned, what cannot be whatever the data are.
+
+        Raises:
+            UsageError: settings that do not go together, or not with those of its inputs.
+        """
+
     def check(self) -> None:
         """Refuse what is known before anything runs: results of other settings, and inputs that nobody will make.
 
@@ -150,9 +165,18 @@ def in_stage(name: str, recipe: Path) -> Iterator[None]:
 
 def fingerprint(shards: Path) -> str | None:
     """The fingerprint in an index; None where there is none here, or it cannot be read."""
+    return _of_index(shards, lambda header: str(header.meta["fingerprint"]))
+
+
+def images_in(shards: Path) -> int | None:
+    """How many images an index has; None where there is none here, or it cannot be read."""
+    return _of_index(shards, lambda header: header.rows)
+
+
+def _of_index(shards: Path, ask: Callable[[TableHeader], T]) -> T | None:
     if is_remote(shards):
         return None
     try:
-        return str(read_header(shards / INDEX_FILE).meta["fingerprint"])
-    except (OSError, ValueError, KeyError):
+        return ask(read_header(shards / INDEX_FILE))
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None

@@ -8,16 +8,22 @@ from typing import Any, cast
 from pydantic import Field
 
 from bowstore import runs
-from bowstore.config import Place, Text, find_config, validate
+from bowstore.config import Place, Text, dump, find_config, validate
+from bowstore.data.plan import Schedule
 from bowstore.errors import MissingError, UsageError
 from bowstore.files import read_json
+from bowstore.limits import MAX_SEED
+from bowstore.models.arch import built_in
+from bowstore.models.record import NetworkRecord, network_record
 from bowstore.plugins import called
 from bowstore.recipes.encode import EncodeStage, complete_layer
 from bowstore.recipes.images import shards_of
-from bowstore.recipes.stage import BEGUN, TO_DO, Stage, State, fingerprint
+from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint, images_in
 from bowstore.train.config import TrainConfig, differences, load_train_config
 from bowstore.train.tasks.base import StartedSettings, TaskSettings
 from bowstore.workspace import resolve_train, with_start
+
+_SEEDS_APART = 1000  # of rounds, so that those of one seed are not those of the next
 
 
 class TrainStage(Stage):
@@ -56,8 +62,9 @@ class TrainStage(Stage):
         flags = dict(_flat(self.set))
         flags |= {"name": self.name} if self.name else {}
         flags |= {"shards": shards_of(self.on, "train", self._here)} if self.on else {}
-        if self._here.seed is not None:
-            flags.setdefault("seed", self._here.seed)
+        if "seed" not in flags and (self._here.seed is not None or self.earlier):
+            seed = load_train_config(self.file, (), flags).seed if self._here.seed is None else self._here.seed
+            flags["seed"] = (seed + _SEEDS_APART * self.earlier) % (MAX_SEED + 1)
         for role, key in (("words", "task.store"), ("start", "task.start")):
             if getattr(self, role) and key in flags:
                 raise UsageError(f"{key} is given twice, by the input `{role}` and below `set`; take one out")
@@ -100,6 +107,24 @@ class TrainStage(Stage):
         return config.model_copy(update={"shards": config.shards or workspace.shards, "task": task})
 
     @property
+    def earlier(self) -> int:
+        """How many networks before it, each the teacher of the next, were drawn as it is: of as many other seeds.
+
+        Those of earlier rounds, and one that was not trained; not a teacher that learned no words, as RotNet.
+        """
+        if not self.encoding:
+            return 0
+        if not self.encoding.teacher:
+            return len(self.encoding.configurations)
+        teacher = cast(TrainStage, self._here.stages[self.encoding.teacher])
+        return teacher.earlier + bool(teacher.encoding)
+
+    @property
+    def network(self) -> NetworkRecord:
+        """The network that it trains."""
+        return network_record(dump(self.config), str(self.file))
+
+    @property
     def shards(self) -> Path:
         """The images."""
         return cast(Path, self.config.shards)
@@ -125,6 +150,22 @@ class TrainStage(Stage):
     def writes(self) -> tuple[Path, ...]:
         """The run."""
         return (self.run,)
+
+    def check_settings(self) -> None:
+        """A network that exists, and words that the task can learn."""
+        built_in(self.config.model.arch)
+        for layer in self.layers:
+            if self.encoding and (known := self.encoding.maps.get(layer)):
+                self.config.task.check_map(layer, known.grid)
+
+    def check(self) -> None:
+        """As of every stage; and that there are images enough, where that is known."""
+        super().check()
+        config, there = self.config, images_in(self.shards)
+        if there is not None and self.state() != DONE:
+            used = min(there, config.images or there)
+            Schedule(used, config.optim.batch, config.seed)
+            config.task.check_images(used)
 
     def state(self) -> State:
         """By its checkpoints, and whether configuration, images and words are still what the run records."""

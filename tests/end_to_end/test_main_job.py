@@ -192,6 +192,8 @@ def test_a_recipe_goes_on_from_what_was_typed_and_never_mixes_settings(workspace
     result = json.loads(call("run", "typed", "--json"))
     assert list(result["results"]) == ["random network", "rotnet", "bownet"]
     assert result == json.loads((workspace / "runs/typed.recipe.json").read_text())
+    descent = ["rotation", "cifar10_rotnet_small", "16 words of block3", "cifar10_bownet_small"]
+    assert result["lineage"] == {"rotnet": descent[:2], "bownet": descent}
     assert states() == ["done"] * 5
 
     before = times(workspace / "runs")

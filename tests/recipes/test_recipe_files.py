@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from shard_sets import ShardMaker
 
 from bowstore.cli import main
 from bowstore.config import Workspace, load_workspace
@@ -96,6 +98,45 @@ MISTAKES = [
         "[block3]",
         "[block2, block3]",
         r"stage 'words' makes layers block2, block3; name one of them, as in `set: \{task\.",
+    ),
+    (
+        "[block3]",
+        "[conv4]",
+        r"'words': teacher cifar10_rotnet_small has no layer 'conv4': the layers of wrn-10-1",
+    ),
+    (
+        "[block3]",
+        "[layer3.0]",
+        r"'words': teacher .* has no layer 'layer3\.0': .* are conv1, block1, block2, block3",
+    ),
+    (
+        "[16]",
+        "[16], pca: 65, whiten: true",
+        r"'words': --pca 65 is more than the 64 channels of layer 'block3'; choose at most 64",
+    ),
+    ("[16]", "[16], whiten: true", r"stage 'words': encode: .*whiten goes with pca; set pca to the layer's number"),
+    (
+        "[16]",
+        "[16], border: 4",
+        r"'words': --border 4 leaves nothing of the 8 x 8 map of layer 'block3'; choose at most",
+    ),
+    ("[16]", "[16, 9]", r"stage 'words': 1 layers and 2 values of --K; give one for all"),
+    (", num_words: [16]", "", r"stage 'words': the number of words of layer 'block3' is not known; give --K"),
+    ("[16]}, teacher: rotnet", "[16], teacher: nobody.yaml}", r"'words': no configuration file nobody\.yaml; "),
+    (
+        "[block3], num_words: [16]}, teacher: rotnet",
+        "[block4], num_words: [16], teacher: cifar10_rotnet_small.yaml}",
+        r"'words': teacher cifar10_rotnet_small has no layer 'block4'",
+    ),
+    (
+        "rotnet_small.yaml",
+        "rotnet_small.yaml, set: {model.arch: wrn-11-1}",
+        r"model\.arch 'wrn-11-1': depth 11 must",
+    ),
+    (
+        "bownet_small.yaml",
+        "bownet_small.yaml, set: {task.form: pyramid, task.grids: [1, 3]}",
+        r"'bownet': task\.grids \[1, 3\]: 3 x 3 cells do not divide the 8 x 8 words of an image in block3; take",
     ),
     ("  linear:", "  a/b:", r"stage 'a/b': a stage's name is text without a slash"),
     (
@@ -248,3 +289,51 @@ def test_a_dry_run_loads_no_torch_and_writes_nothing() -> None:
     assert heavy == "[]"
     assert json.loads(stages) == ["images", "shards", "RotNet", "words", "BoWNet", "linear"]
     assert list(Path().iterdir()) == []
+
+
+ROUNDS = """
+stages:
+  data:   {shards: {src: IMAGES}}
+  rotnet: {train: cifar10_rotnet_small.yaml, on: data}
+  words:  {encode: {layers: [block3], num_words: [16]}, teacher: rotnet, on: data}
+  x1:     {train: cifar10_bownet_small.yaml, name: x1, words: words, on: data}
+  words2: {encode: {layers: [block3], num_words: [16]}, teacher: x1, on: data, store: words2.zarr}
+  x2:     {train: cifar10_bownet_small.yaml, name: x2, words: words2, on: data}
+  words3: {encode: {layers: [block3], num_words: [16]}, teacher: x2, on: data, store: words3.zarr}
+  x3:     {train: cifar10_bownet_small.yaml, name: x3, words: words3, on: data}
+  wordsR: {encode: {layers: [block1], num_words: [16], teacher: cifar10_bownet_small.yaml}, on: data, store: R.zarr}
+  r1:     {train: cifar10_bownet_small.yaml, name: r1, words: wordsR, on: data}
+"""
+
+
+@pytest.mark.parametrize(("seed", "first"), [(None, 0), (2, 2)])
+def test_each_round_of_students_is_drawn_anew(seed: int | None, first: int) -> None:
+    """No student begins as its teacher did; RotNet and the first round keep the recipe's seed."""
+    stages = plan_of(ROUNDS, seed=seed).stages
+    seeds = {name: stage.config.seed for name, stage in stages.items() if isinstance(stage, TrainStage)}
+    assert seeds == {"rotnet": first, "x1": first, "x2": first + 1000, "x3": first + 2000, "r1": first + 1000}
+    random = stages["wordsR"]
+    assert isinstance(random, EncodeStage)
+    assert random.reads[0] == "cifar10_bownet_small.yaml"
+    assert random.configurations == (Path("cifar10_bownet_small.yaml"),)
+    own = plan_of(ROUNDS.replace("name: x2", "name: x2, set: {seed: 7}"), seed=seed).stages["x2"]
+    assert isinstance(own, TrainStage)
+    assert own.config.seed == 7
+
+
+def test_too_few_images_are_refused_before_any_work(make_shard_set: ShardMaker) -> None:
+    """Shards that are there already say how many images there are."""
+    index = make_shard_set(40, folder="data/shards/train")
+    text = SMALL.replace("{render: {train: 120, val: 60}}", "{render: {}}").replace("[16]", "[{K}]")
+    for words, batch, message in (
+        (2561, 16, "words: K = 2561 words need as many feature vectors, and 40 images give 2560 (64 each)"),
+        (2560, 44, "bownet: 40 images are fewer than one batch of 44; lower optim.batch"),
+    ):
+        stage, _, line = message.partition(": ")
+        own = text.replace("{K}", str(words)).replace("words: words", f"words: words, set: {{optim.batch: {batch}}}")
+        with pytest.raises(UsageError, match=re.escape(line)):
+            plan_of(own).stages[stage].check()
+        shown = json.loads(CliRunner().invoke(main, ["run", "r.yaml", "--dry-run", "--json"]).stdout)
+        assert [one["stage"] for one in shown if one["problem"].startswith(line)] == [stage]
+    assert len(index) == 40
+    assert not Path("runs").exists()

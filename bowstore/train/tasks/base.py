@@ -21,6 +21,12 @@ class TaskSettings(Strict):
     def check_view(self, view: ViewConfig) -> None:
         """Raise a ValueError that says why the task cannot be trained on a view, and what to set; most take any."""
 
+    def check_images(self, images: int) -> None:
+        """Raise a UsageError that says why the task cannot be trained on so many images; most take any number."""
+
+    def check_map(self, layer: str, grid: tuple[int, int]) -> None:
+        """Raise a UsageError that says why the task cannot learn words of a layer on a grid (h, w); most learn any."""
+
     def input_side(self, view: ViewConfig) -> int:
         """Side of the network's inputs, pixels: the view's, where the task does not cut it up."""
         return view.size
