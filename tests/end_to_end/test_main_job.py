@@ -242,6 +242,44 @@ def test_kill_9_in_a_recipe_and_again(workspace: Path, recipe: Path) -> None:
     assert json.loads(call("run", "typed", "--json"))["results"] == whole
 
 
+ROUNDS = """
+folder: out
+runs: runs
+stages:
+  data: {{shards: {{src: {images}}}, out: ../data/shards}}
+  words: {{encode: {{teacher: cifar10_bownet_small.yaml, layers: [block1], pca: 16, whiten: true, {words}}}, on: data,
+          store: words.zarr}}
+  x1: {{train: cifar10_bownet_small.yaml, name: x1, words: words, on: data, set: {{{short}}}}}
+  words2: {{encode: {{layers: [block3], {words}}}, teacher: x1, on: data, store: words2.zarr}}
+  x2: {{train: cifar10_bownet_small.yaml, name: x2, words: words2, on: data, set: {{{short}}}}}
+  words3: {{encode: {{layers: [block3], {words}}}, teacher: x2, on: data, store: words3.zarr}}
+  x3: {{train: cifar10_bownet_small.yaml, name: x3, words: words3, on: data, set: {{{short}}}}}
+  table: {{eval: {{knn: {{k: 20}}}}, of: [x1, x2, x3], random: x3, train: data, test: data}}
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_in_rounds_and_again(workspace: Path, images: Path) -> None:
+    """Killed in every kind of stage, rounds from a random network end as those that were left alone."""
+    torch.set_num_threads(1)
+    short = ", ".join(value.replace("=", ": ", 1) for value in SHORT[1::2])
+    words = "num_words: [16], sample_per_word: 64, iterations: 5"
+    (workspace / "configs/recipes/rounds.yaml").write_text(ROUNDS.format(images=images, short=short, words=words))
+    for path, lines in (("words.zarr", 0), ("runs/x2/metrics.jsonl", 6), ("runs/x3/random/eval", 0)):
+        process = bowstore("run", "rounds")
+        wait_for_lines(workspace / "out" / path, lines)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    again = json.loads(call("run", "rounds", "--json"))
+    whole = json.loads(call("run", "rounds", "--json", "--out", "whole"))
+    assert list(again["results"]) == ["random network", "x1", "x2", "x3"]
+    assert again["results"] == whole["results"]
+    chain = ["cifar10_bownet_small (random, seed 0)", "16 words of block1", "x1"]
+    chain += ["16 words of block3", "x2", "16 words of block3", "x3"]
+    assert again["lineage"] == {f"x{n}": chain[: 1 + 2 * n] for n in (1, 2, 3)}
+    assert f"lineage: {' -> '.join(chain)}\n" in call("verify", "out/runs/x3")
+
+
 def test_bench_train(workspace: Path) -> None:
     arguments = ["--config", "cifar10_rotnet_small.yaml", *SHORT[:6], "--steps", 5, "--rounds", 2]
     result = json.loads(call("bench", "train", *arguments, "--json"))
@@ -347,7 +385,7 @@ def test_shards_changed_after_indexing_stop_everything(workspace: Path) -> None:
 def wait_for_lines(path: Path, count: int) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if path.exists() and len(path.read_text().splitlines()) >= count:
+        if path.exists() and (not count or len(path.read_text().splitlines()) >= count):
             return
         time.sleep(0.02)
     raise AssertionError(f"{path} did not reach {count} lines")
