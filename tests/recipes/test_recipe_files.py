@@ -335,5 +335,8 @@ def test_too_few_images_are_refused_before_any_work(make_shard_set: ShardMaker) 
             plan_of(own).stages[stage].check()
         shown = json.loads(CliRunner().invoke(main, ["run", "r.yaml", "--dry-run", "--json"]).stdout)
         assert [one["stage"] for one in shown if one["problem"].startswith(line)] == [stage]
+    few = "stages: {c: {train: cifar10_clusters_small.yaml, set: {optim.batch: 16, task.clusters: 41}}}"
+    with pytest.raises(UsageError, match=r"^task\.clusters 41 needs as many images, and 40 are used; lower task"):
+        plan_of(few).stages["c"].check()
     assert len(index) == 40
     assert not Path("runs").exists()

@@ -297,7 +297,7 @@ def test_a_bar_gives_way_to_that_of_a_clustering(monkeypatch: pytest.MonkeyPatch
 
 def test_fewer_images_than_clusters_are_refused_before_any_work(make_config: Make, tmp_path: Path) -> None:
     config = make_config("clusters", {"clusters": 73})
-    with pytest.raises(UsageError, match=r"^task\.clusters 73 needs as many images, and 72 of .* are used; lower task"):
+    with pytest.raises(UsageError, match=r"^task\.clusters 73 needs as many images, and 72 are used; lower task"):
         loop.train(config, tmp_path / "runs")
     assert not (tmp_path / "runs/clusters-run/config.yaml").exists()
     with pytest.raises(UsageError, match=r"clusters: Input should be greater than or equal to 2 \(got 1\)"):

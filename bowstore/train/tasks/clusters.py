@@ -23,7 +23,7 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.plan import Schedule
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.data.views import Batch, clean_view
-from bowstore.errors import TrainingError, UsageError
+from bowstore.errors import TrainingError
 from bowstore.exact import cpu_threads, exact_float32
 from bowstore.models.backbone import evaluating
 from bowstore.models.heads import CosineHead, Heads, LinearHead
@@ -47,11 +47,7 @@ def build(settings: ClustersSettings, job: Job) -> Task:
         UsageError: fewer images than clusters.
     """
     used, features = images_in_use(job.config, len(job.index)), job.backbone.features
-    if used < settings.clusters:
-        raise UsageError(
-            f"task.clusters {settings.clusters} needs as many images, and {used} of {job.index.root} are used; lower "
-            f"task.clusters, or use more images"
-        )
+    settings.check_images(used)
     head = _head(settings, features)
     heads = Heads([head, LinearHead(features, ROTATIONS)]) if settings.rotation else head
     network = Network(job.backbone, heads, pooled)

@@ -142,6 +142,14 @@ class ClustersSettings(StartedSettings):
 
     _gamma_scales_cosines = model_validator(mode="after")(_check_gamma)
 
+    def check_images(self, images: int) -> None:
+        """As many as clusters, at least."""
+        if images < self.clusters:
+            raise UsageError(
+                f"task.clusters {self.clusters} needs as many images, and {images} are used; lower task.clusters, or "
+                f"use more images"
+            )
+
 
 class SupervisedSettings(TaskSettings):
     """The image's class: the upper reference of the paper's tables."""
