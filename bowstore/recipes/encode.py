@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from bowstore import runs
-from bowstore.config import ModelConfig, Place, Text, validate
+from bowstore.config import ModelConfig, Place, Text, find_config, validate
 from bowstore.errors import UsageError
 from bowstore.models.arch import StageShape, is_arch, own_layer, stage_shapes
 from bowstore.models.record import NetworkRecord, network_record
@@ -51,6 +51,8 @@ class EncodeStage(Stage):
             raise UsageError("the teacher is named twice, as an input and below `encode`; take one out")
         if self.teacher:
             values["teacher"] = self._here.stages[self.teacher].writes[0]
+        elif self.configurations:
+            values["teacher"] = str(find_config(self.configurations[0]))
         elif "teacher" not in values:
             raise UsageError(
                 "no teacher; name the stage that trains it, as in `teacher: STAGE`, or encode.teacher, which may be a "

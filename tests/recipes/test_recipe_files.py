@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from shard_sets import ShardMaker
 
 from bowstore.cli import main
-from bowstore.config import Workspace, load_workspace
+from bowstore.config import Workspace, find_config, load_workspace
 from bowstore.errors import MissingError, UsageError
 from bowstore.recipes.encode import EncodeStage
 from bowstore.recipes.evaluate import EvalStage
@@ -314,7 +314,7 @@ def test_each_round_of_students_is_drawn_anew(seed: int | None, first: int) -> N
     assert seeds == {"rotnet": first, "x1": first, "x2": first + 1000, "x3": first + 2000, "r1": first + 1000}
     random = stages["wordsR"]
     assert isinstance(random, EncodeStage)
-    assert random.reads[0] == "cifar10_bownet_small.yaml"
+    assert random.reads[0] == str(find_config(Path("cifar10_bownet_small.yaml")))
     assert random.configurations == (Path("cifar10_bownet_small.yaml"),)
     own = plan_of(ROUNDS.replace("name: x2", "name: x2, set: {seed: 7}"), seed=seed).stages["x2"]
     assert isinstance(own, TrainStage)
