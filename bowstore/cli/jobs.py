@@ -31,7 +31,7 @@ def train(
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Train a teacher (task rotation, location), BoWNet (words) or a supervised reference; torchrun: on many devices.
+    """Train a network: a teacher (task rotation, location), BoWNet (words), or another task; torchrun: on many devices.
 
     Without a configuration: the next training stage of the workspace's recipe, the teacher first, then BoWNet.
     Given again after an interruption, the same command continues from the newest checkpoint.

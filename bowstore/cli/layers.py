@@ -15,7 +15,7 @@ from bowstore.cli.options import command, fields
 @click.option("--all", "everything", is_flag=True, help="Every module, not only those two levels deep.")
 @click.option(
     "--head", "heads", type=TEXT, multiple=True,
-    help="What a task's head costs, too: rotation, location, words, clusters, supervised or linear; several times.",
+    help="Also what a task's head costs: rotation, location, words, clusters, supervised or linear; repeatable.",
 )  # fmt: skip
 @click.option("--K", "outputs", type=click.IntRange(1), help="Words or classes of the heads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the layers as JSON alone.")
@@ -31,9 +31,8 @@ def layers(
     """List the layers of ARCH that give words: names, channels, maps, words an image; and what ARCH costs.
 
     ARCH is timm:NAME, torchvision:NAME, resnet50, wrn-28-10...; nothing is downloaded. Multiply-adds are those of
-    convolutions and matrix products in a forward pass; a training step takes three times as many. The heads are those
-    that the tasks have by default: rotation's residual group, words' cosine head (a pyramid has five), supervised's
-    linear layer, linear's classifiers of all layers, and location's layers for eight pairs of nine patches.
+    convolutions and matrix products in a forward pass; a training step takes three times as many. Heads are those that
+    the tasks have by default; form pyramid of task words has five such heads.
     """
     from bowstore.config import ModelConfig, validate
     from bowstore.errors import UsageError

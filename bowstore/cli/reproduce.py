@@ -1,4 +1,4 @@
-"""The command that makes the paper's tables anew: reproduce."""
+"""The command that reproduces the paper's tables."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from bowstore.cli.common import PATH, TEXT, THREADS, emit, interrupt_on_sigterm
 
 @click.command()
 @click.argument("table", type=TEXT, metavar="table1|...|table6")
-@click.option("--small", is_flag=True, help="The sister for two cores: smaller images and networks.")
-@click.option("--seeds", type=TEXT, default="0", show_default=True, help="Of training, as in 0,1,2.")
-@click.option("--rows", type=TEXT, multiple=True, help="Rows with commas between them.  [default: all]")
+@click.option("--small", is_flag=True, help="Smaller images and networks, for two cores.")
+@click.option("--seeds", type=TEXT, default="0", show_default=True, help="Seeds of training, as in 0,1,2.")
+@click.option("--rows", type=TEXT, multiple=True, help="Only these rows, separated by commas.  [default: all]")
 @click.option("--data", type=TEXT, multiple=True, metavar="[NAME=]PATH", help="Shards or images.  [default: data/NAME]")
 @click.option("--out", type=PATH, default=Path("reproduce"), show_default=True, help="Where results lie.")
 @click.option("--dry-run", is_flag=True, help="Show the stages for each seed, and which are done.")
@@ -30,16 +30,17 @@ def reproduce(
     processes: int,
     shown: str | None,
 ) -> None:
-    """Make a table of the paper anew: train its rows, evaluate them, and show the paper's figures beside.
+    """Reproduce a table of the paper: train and evaluate its rows, and show the paper's figures beside them.
 
     \b
     bowstore reproduce table1 --small                      on two cores
-    bowstore reproduce table1 --small --seeds 0,1,2        with intervals, and with claims that can be decided
+    bowstore reproduce table1 --small --seeds 0,1,2        with intervals, so that claims can be decided
     bowstore reproduce table3 --small --rows "RelLoc,RelLoc to BoWNet"
     taskset -c 0 bowstore reproduce table1 --small --seeds 1     beside another process, of another seed
 
-    For each ordering that the paper states, the table says whether it holds here: yes, no, or not decided. It is over
-    all seeds that lie in --out, and is written there as TABLE.json. Interrupted or killed, the same command goes on.
+    For each ordering that the paper states, the table says whether it holds here: yes, no, or not decided. It covers
+    all seeds that lie in --out, where it is also written as TABLE.json or TABLE_small.json. Interrupted or killed, the
+    same command continues.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import load_workspace
     from bowstore.evaluate import reproduction

@@ -44,9 +44,8 @@ def run(network: Network, data: DataSets, settings: FinetuneSettings, world: Wor
             weight.grad = world.mean(gradient)  # over the ranks, each of which has its part of the batch
         optimizer.step()
         losses.append(loss.item())
-    view, device = clean_view(network.view), world.device
-    feature_Nd = Extraction(backbone=backbone, view=view, taps=POOLED, batch=16, device=device).features(test)["pooled"]
-    predicted_N = head(torch.from_numpy(feature_Nd).to(device)).argmax(dim=1).cpu().numpy()
+    how = Extraction(backbone=backbone, view=clean_view(network.view), taps=POOLED, batch=16, device=world.device)
+    predicted_N = head(torch.from_numpy(how.features(test)["pooled"]).to(world.device)).argmax(dim=1).cpu().numpy()
     return Scores(metrics={"top1": float((predicted_N == test.labels).mean())}, details={"losses": losses})
 
 

@@ -1,4 +1,4 @@
-"""Linear classifiers on a frozen network, one for each layer, on images that are augmented afresh (docs/protocols.md).
+"""Linear classifiers on a frozen network, one for each layer, on images that are augmented afresh (docs/tasks.md).
 
 The trunk runs once a batch, in eval mode and without gradients: neither its weights nor its running statistics move,
 and neither the optimiser nor DDP knows of it. The loss is the sum over the classifiers, which share no parameter: the
