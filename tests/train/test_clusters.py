@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from noise_batches import ALONE, noise_batch
 from recorded_training import exit_codes, start_ranks
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from bowstore import progress as progress_module
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches
-from bowstore.data.plan import plans
 from bowstore.data.reader import ShardReader
-from bowstore.data.views import Batch, clean_view
+from bowstore.data.views import clean_view
 from bowstore.errors import TrainingError, UsageError
 from bowstore.models.saved import newest_checkpoint
 from bowstore.runs import read_metrics
@@ -32,7 +32,6 @@ from bowstore.train.tasks.clusters import Clusters, prepared
 from bowstore.train.tasks.task import Task, build_task
 
 Make = Callable[..., TrainConfig]
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -47,13 +46,6 @@ def built(config: TrainConfig, world: World = ALONE) -> Task:
 def clusters_of(task: Task) -> Clusters:
     assert isinstance(task.renewal, Clusters)
     return task.renewal
-
-
-def first_batch(config: TrainConfig, step: int = 0) -> Batch:
-    index = open_index(Path(str(config.shards)))
-    plan = next(plans(loop.data_schedule(config, index, ALONE), index, config.view, start=step, stop=step + 1))
-    images_BCHW = torch.randn(len(plan.rows), 3, 16, 16, generator=torch.Generator().manual_seed(step))
-    return Batch(images_BCHW.contiguous(memory_format=torch.channels_last), plan)
 
 
 # --- the clustering
@@ -100,7 +92,7 @@ def test_planted_groups_of_directions_are_found(config: TrainConfig, monkeypatch
 def test_the_head_over_the_clusters_alone_begins_anew(config: TrainConfig) -> None:
     task = built(config)
     network, optimizer = task.network, build_optimizer(task.network, config)
-    inputs, targets = task.prepare(first_batch(config))
+    inputs, targets = task.prepare(noise_batch(config))
     task.loss(network(inputs), targets)[0].backward()  # type: ignore[arg-type]
     optimizer.step()
     with torch.no_grad():
@@ -137,11 +129,10 @@ def _renew(rank: int, config: TrainConfig, out: Path) -> None:
 
 def test_any_number_of_ranks_finds_the_same_clusters(config: TrainConfig, tmp_path: Path) -> None:
     _renew(0, config, tmp_path)
-    for size in (2, 3):
-        changed = config.model_copy(update={"optim": config.optim.model_copy(update={"batch": 24})})
-        assert exit_codes(start_ranks(_renew, size, (changed, tmp_path))) == [0] * size
+    changed = config.model_copy(update={"optim": config.optim.model_copy(update={"batch": 24})})
+    assert exit_codes(start_ranks(_renew, 3, (changed, tmp_path))) == [0] * 3
     found = [np.load(path) for path in sorted(tmp_path.glob("*-*.npy"))]
-    assert len(found) == 6
+    assert len(found) == 4, "four blocks of images: rank 0 has two of them"
     assert len(np.unique(found[0])) == 6
     assert all(np.array_equal(one, found[0]) for one in found)
 
@@ -156,7 +147,7 @@ def test_the_loss_is_that_of_dense_targets_in_float64(make_config: Make, head: s
     task = built(config)
     clusters = clusters_of(task)
     clusters.cluster_N = np.random.default_rng(0).integers(0, 6, 72)
-    batch = first_batch(config)
+    batch = noise_batch(config)
     plan = batch.plan
     assert plan.mixed
     inputs, targets = task.prepare(batch)

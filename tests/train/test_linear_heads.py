@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from recorded_training import exit_codes, start_ranks
+from noise_batches import ALONE, made
 from torch import Tensor
 
 from bowstore import runs
-from bowstore.data.index import open_index
-from bowstore.data.plan import plans
-from bowstore.data.views import Batch
 from bowstore.errors import MismatchError, MissingError, UsageError
 from bowstore.models.pooling import choose_pool
 from bowstore.models.saved import load_backbone, newest_checkpoint
@@ -22,14 +19,11 @@ from bowstore.runs import read_metrics
 from bowstore.train import loop
 from bowstore.train.compiling import run_flops
 from bowstore.train.config import TrainConfig
-from bowstore.train.distributed import World
 from bowstore.train.step import build_objective, build_optimizer
 from bowstore.train.tasks.linear import load_heads
-from bowstore.train.tasks.task import Task, build_task
 from bowstore.train.verify import verify_run
 
 Make = Callable[..., TrainConfig]
-ALONE = World(0, 1, torch.device("cpu"))
 SHORT = {"epochs": 1, "milestones": []}
 NAMES = ["conv1", "block1", "block2", "block3", "pooled"]
 
@@ -39,14 +33,6 @@ def trunk(make_config: Make, tmp_path: Path) -> Path:
     """A run whose running statistics are those of images."""
     loop.train(make_config("rotation", name="trunk", optim=SHORT), tmp_path / "runs")
     return tmp_path / "runs" / "trunk"
-
-
-def made(config: TrainConfig) -> tuple[Task, Batch]:
-    assert config.shards is not None
-    index = open_index(config.shards)
-    plan = next(plans(loop.data_schedule(config, index, ALONE), index, config.view, start=0, stop=1))
-    images_BCHW = torch.randn(len(plan.rows), 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return build_task(config, index, ALONE), Batch(images_BCHW, plan)
 
 
 def tensors(run: Path, part: str) -> dict[str, Tensor]:
@@ -195,19 +181,3 @@ def test_a_layer_that_is_not_there_and_one_twice_are_refused(
     assert capsys.readouterr().err == (
         "task linear: the frozen network has random weights; task.start names the run whose network it is to be\n"
     )
-
-
-def on_ranks(_rank: int, config: TrainConfig, folder: Path) -> None:
-    torch.set_num_threads(1)
-    loop.train(config, folder)
-
-
-def test_two_ranks_train_the_heads_of_one(make_config: Make, trunk: Path, tmp_path: Path) -> None:
-    settings = {"start": str(trunk), "norm": "none", "layers": ["block2", "pooled"]}
-    config = make_config("linear", settings, optim=SHORT)
-    assert exit_codes(start_ranks(on_ranks, 2, (config, tmp_path / "two"))) == [0, 0]
-    loop.train(config, tmp_path / "one")
-    one, two = (tensors(tmp_path / name / "linear-run", "head") for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
-    assert runs.weights_sha256(tmp_path / "two" / "linear-run") == runs.weights_sha256(trunk)

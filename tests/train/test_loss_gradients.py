@@ -11,28 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from noise_batches import made
 from torch import Tensor
 
 from bowstore.data.index import open_index
-from bowstore.data.plan import plans
 from bowstore.data.views import Batch
-from bowstore.train import loop
 from bowstore.train.config import TrainConfig
-from bowstore.train.distributed import World
-from bowstore.train.tasks.task import Task, build_task
 from bowstore.words.store import join_rows, open_store
 
 Make = Callable[..., TrainConfig]
-ALONE = World(0, 1, torch.device("cpu"))
 SIDE = 16
-
-
-def made(config: TrainConfig) -> tuple[Task, Batch]:
-    assert config.shards is not None
-    index = open_index(config.shards)
-    plan = next(plans(loop.data_schedule(config, index, ALONE), index, config.view, start=0, stop=1))
-    images_BCHW = torch.randn(len(plan.rows), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    return build_task(config, index, ALONE), Batch(images_BCHW, plan)
 
 
 def whole_targets(config: TrainConfig, batch: Batch) -> Tensor:

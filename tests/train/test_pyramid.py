@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import noise_batches
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from recorded_training import exit_codes, start_ranks
+from noise_batches import ALONE, opened
 from shard_sets import fill_layer, write_store
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from bowstore.data.plan import Plan, plans
 from bowstore.data.shown import CleanGrid, shown
 from bowstore.data.views import Batch
 from bowstore.errors import UsageError
-from bowstore.models.heads import CosineHead, Heads, LinearHead
+from bowstore.models.heads import CosineHead, LinearHead
 from bowstore.plugins import called
 from bowstore.runs import descent, read_lineage, read_metrics
 from bowstore.train import loop
@@ -28,7 +29,7 @@ from bowstore.train.distributed import World
 from bowstore.train.step import build_objective, build_optimizer, train_step
 from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.settings import WordsSettings
-from bowstore.train.tasks.task import Task, build_task
+from bowstore.train.tasks.task import Task
 from bowstore.train.verify import verify_run
 from bowstore.words.bags import Bag
 from bowstore.words.layer import LayerSpec
@@ -36,18 +37,14 @@ from bowstore.words.store import join_rows, open_store
 from bowstore.words.store_writer import StoreWriter
 
 Make = Callable[..., TrainConfig]
-ALONE = World(0, 1, torch.device("cpu"))
 WORDS = 12
 PYRAMID = {"form": "pyramid"}
 
 
 def made(config: TrainConfig) -> tuple[Task, Batch, np.ndarray]:
-    """The task, a batch of noise under its first plan, and the words (B, h, w) of its rows."""
-    assert config.shards is not None
-    index = open_index(config.shards)
-    plan = next(plans(loop.data_schedule(config, index, ALONE), index, config.view, start=0, stop=1))
-    images_BCHW = torch.randn(len(plan.rows), 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return build_task(config, index, ALONE), Batch(images_BCHW, plan), words_of(config, index)[plan.rows]
+    """The task, its first batch, and the words (B, h, w) of that batch's rows."""
+    task, batch = noise_batches.made(config)
+    return task, batch, words_of(config, opened(config))[batch.plan.rows]
 
 
 def words_of(config: TrainConfig, index: Index, layer: str = "block3") -> np.ndarray:
@@ -123,20 +120,19 @@ def test_a_pyramid_of_one_cell_is_the_count_bag(make_config: Make) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("settings", [PYRAMID, {**PYRAMID, "head": "linear"}, {"head": "linear"}, {}])
+@pytest.mark.parametrize("settings", [PYRAMID, {**PYRAMID, "head": "linear"}])
 def test_the_loss_and_its_gradients_are_those_in_float64(make_config: Make, settings: dict[str, Any]) -> None:
     """The mean over the bags of the dense cross-entropy, each by its own head on the pooled feature."""
     task, batch, _ = made(make_config(settings=settings))
-    heads = list(task.network.head) if isinstance(task.network.head, Heads) else [task.network.head]
+    heads = list(task.network.head)
     assert {type(head) for head in heads} == {LinearHead if settings.get("head") == "linear" else CosineHead}
     _, bags = task.prepare(batch)
-    bags = [bags] if isinstance(bags, Bag) else bags
-    assert len(heads) == len(bags) == (5 if "form" in settings else 1)
+    assert len(heads) == len(bags) == 5
     feature_BC = torch.randn(16, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     for number, head in enumerate(heads):  # as they are after some steps: each its own gamma
         getattr(head, "gamma", torch.zeros(())).data.fill_(1.5 + number / 4)
     logits = task.network.head(feature_BC)
-    loss, means = task.loss(logits, task.prepare(batch)[1])
+    loss, means = task.loss(logits, bags)
     assert means == {}
     weights = [parameter for head in heads for parameter in head.parameters()]
     found = torch.autograd.grad(loss, [feature_BC, *weights])
@@ -165,7 +161,7 @@ def test_the_marginal_loss_is_that_of_the_best_constant_logits(
     """Over all rows, half of whose images are mirrored where the view flips."""
     config = make_config(settings=settings, view={"flip": flip, "cutmix": False})
     task, batch, _ = made(config)
-    index, plan = open_index(Path(str(config.shards))), batch.plan
+    index, plan = opened(config), batch.plan
     form = WordsSettings(**settings).form
     grids = WordsSettings(**settings).grids if form == "pyramid" else (1,)
     rows = np.arange(len(index))
@@ -266,27 +262,24 @@ def test_layers_are_predicted_jointly_each_by_its_own_heads(
     assert task.lineage["vocabulary_digest"].keys() == {"block2", "block3"}
 
 
-@pytest.mark.parametrize("tier", ["resident", "host", "streamed"])
-def test_layers_are_learned_from_every_tier(two_layers: Make, tmp_path: Path, tier: str) -> None:
+def test_layers_are_learned_from_every_tier(two_layers: Make, tmp_path: Path) -> None:
     """The same run, to the bit, wherever the words lie."""
-    optim = {"epochs": 1, "milestones": []}
+    optim, storage = {"epochs": 1, "milestones": []}, {"cache": str(tmp_path / "cache")}
     weights = []
-    for name, targets in (("first", "resident"), ("second", tier)):
-        storage = {"cache": str(tmp_path / "cache")}
-        loop.train(
-            two_layers({}, name=name, optim=optim, runtime={"targets": targets, "storage": storage}), tmp_path / "runs"
-        )
-        state = loop.saved.newest_checkpoint(tmp_path / "runs" / name)
+    for tier in ("resident", "host", "streamed"):
+        config = two_layers({}, name=tier, optim=optim, runtime={"targets": tier, "storage": storage})
+        loop.train(config, tmp_path / "runs")
+        run = tmp_path / "runs" / tier
+        state, lineage = loop.saved.newest_checkpoint(run), read_lineage(run)
         assert state is not None
         weights.append({**state["backbone"], **state["head"]})
+        assert ("target_wait_ms" in read_metrics(run)[-1]) == (tier == "streamed")
+        assert lineage is not None
+        assert descent(lineage) == ("t", "7, 12 words of block2, block3", tier)
+        assert not verify_run(run).problems
     assert "1.gamma" in weights[0]
     for key, value in weights[0].items():
-        assert torch.equal(value, weights[1][key]), key
-    line, lineage = read_metrics(tmp_path / "runs/second")[-1], read_lineage(tmp_path / "runs/second")
-    assert ("target_wait_ms" in line) == (tier == "streamed")
-    assert lineage is not None
-    assert descent(lineage) == ("t", "7, 12 words of block2, block3", "second")
-    assert not verify_run(tmp_path / "runs/second").problems
+        assert all(torch.equal(value, other[key]) for other in weights[1:]), key
 
 
 # --- crop-aware bags
@@ -314,7 +307,7 @@ def test_crop_aware_bags_are_of_what_is_seen(make_config: Make, form: str, cutmi
     """By the shares that tests/data/test_shown.py counts."""
     config = make_config(settings={**CROPPED, "form": form}, view={"cutmix": cutmix, "area": [0.1, 0.5]})
     task, batch, words_Bhw = made(config)
-    plan, index = batch.plan, open_index(Path(str(config.shards)))
+    plan, index = batch.plan, opened(config)
     shares = shown(plan, index.height[plan.rows], index.width[plan.rows], CleanGrid((4, 4), 0, 16, None))
     assert (shares[0] == 0).mean() > 0.2, "cells that are not seen"
     _, bag = task.prepare(batch)
@@ -338,7 +331,7 @@ def test_a_crop_of_the_whole_image_is_the_count_bag(make_config: Make) -> None:
 def test_the_marginal_loss_of_crop_aware_bags_is_that_of_many_batches(make_config: Make, form: str) -> None:
     config = make_config(settings={**CROPPED, "form": form}, view={"area": [0.1, 0.5]}, optim={"batch": 72})
     task, *_ = made(config)
-    index = open_index(Path(str(config.shards)))
+    index = opened(config)
     total_K, schedule = torch.zeros(WORDS, dtype=torch.float64), loop.data_schedule(config, index, ALONE)
     for plan in plans(schedule, index, config.view, start=0, stop=40):
         total_K += dense(task.prepare(Batch(torch.zeros(72, 3, 16, 16), plan))[1]).mean(0) / 40
@@ -354,7 +347,7 @@ ALL_FORMS = [PYRAMID, CROPPED, {**CROPPED, "form": "binary"}]
 def test_two_ranks_have_the_bags_of_one(make_config: Make, settings: dict[str, Any]) -> None:
     config = make_config(settings=settings)
     task, batch, _ = made(config)
-    index, halves = open_index(Path(str(config.shards))), []
+    index, halves = opened(config), []
     for rank in range(2):
         schedule = loop.data_schedule(config, index, World(rank, 2, torch.device("cpu")))
         plan = next(plans(schedule, index, config.view, start=0, stop=1))
@@ -408,24 +401,6 @@ def test_a_run_with_several_heads_goes_on_bit_for_bit(two_layers: Make, tmp_path
             assert torch.equal(value, parts[group][name]), name
     logs = [[{**line, "images_per_second": 0} for line in read_metrics(runs / name)] for name in ("whole", "parts")]
     assert logs[0] == logs[1]
-
-
-def train_rank(rank: int, config: TrainConfig, runs: Path) -> None:
-    torch.set_num_threads(1)
-    loop.train(config, runs)
-
-
-def test_two_ranks_train_all_heads(make_config: Make, tmp_path: Path) -> None:
-    """Gradients reach every head from both ranks, and what both see is what one would."""
-    optim = {"epochs": 1, "milestones": []}
-    config = make_config(settings=PYRAMID, optim=optim, runtime={"checkpoint_every_steps": 1, "keep_checkpoints": 9})
-    assert exit_codes(start_ranks(train_rank, 2, (config, tmp_path / "two"))) == [0, 0]
-    loop.train(config, tmp_path / "one")
-    one, two = (read_metrics(tmp_path / name / config.name) for name in ("one", "two"))
-    assert [line["order"] for line in one] == [line["order"] for line in two]
-    state = loop.saved.newest_checkpoint(tmp_path / "two" / config.name)
-    assert state is not None
-    assert sum(name.endswith("gamma") and value.item() != 1 for name, value in state["head"].items()) == 5
 
 
 # --- bad input

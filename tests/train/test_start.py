@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from noise_batches import ALONE, opened
 
 from bowstore import runs
 from bowstore.config import Workspace, dump
-from bowstore.data.index import open_index
 from bowstore.errors import BowstoreError, DataError, MismatchError, MissingError, UsageError
 from bowstore.models.saved import load_backbone, load_export, save_backbone
 from bowstore.plugins import Named, use_plugins
@@ -19,14 +19,12 @@ from bowstore.recipes.plan import Plan, make_plan
 from bowstore.recipes.train import TrainStage
 from bowstore.train import loop
 from bowstore.train.config import TrainConfig
-from bowstore.train.distributed import World
 from bowstore.train.tasks.task import build_task
 from bowstore.verify import verify_path
 from bowstore.workspace import resolve_train
 from bowstore.yaml_file import write_yaml
 
 Make = Callable[..., TrainConfig]
-ALONE = World(0, 1, torch.device("cpu"))
 SHORT = {"epochs": 1, "milestones": []}
 STARTED = """
 from typing import Literal
@@ -63,23 +61,19 @@ def resolved(config: TrainConfig, **flags: Any) -> TrainConfig:
     return resolve_train(Workspace(), Path("c.yaml"), flags=flags)
 
 
-@pytest.mark.parametrize("named", ["rotnet", "runs/rotnet", "runs/rotnet/backbone.safetensors", "checkpoint"])
-def test_the_backbone_is_the_other_runs_and_the_head_is_new(make_config: Make, rotnet: Path, named: str) -> None:
-    config = make_config("started", optim=SHORT, seed=1)
-    place = str(runs.checkpoints(rotnet)[0]) if named == "checkpoint" else named
-    config = resolved(config, **{"task.start": place})
-    assert config.task.start == (rotnet if named == "rotnet" else Path(place))  # type: ignore[attr-defined]
-    assert config.shards is not None
-    index = open_index(config.shards)
-    task = build_task(config, index, ALONE)
+def test_the_backbone_is_the_other_runs_and_the_head_is_new(make_config: Make, rotnet: Path) -> None:
     wanted = load_backbone(rotnet).backbone.state_dict()
-    for name, value in task.network.backbone.state_dict().items():
-        assert torch.equal(value, wanted[name]), name
-    plain = build_task(make_config("rotation", seed=1), index, ALONE)
+    plain = build_task(config := make_config("rotation", seed=1), opened(config), ALONE)
     assert "start" not in {**plain.inputs, **plain.lineage}
-    for name, value in task.network.head.state_dict().items():
-        assert torch.equal(value, plain.network.head.state_dict()[name]), "the draws of a run that starts from none"
-    assert task.inputs == {**plain.inputs, "start": runs.weights_sha256(rotnet)}
+    for place in ("rotnet", "runs/rotnet", "runs/rotnet/backbone.safetensors", str(runs.checkpoints(rotnet)[0])):
+        config = resolved(make_config("started", optim=SHORT, seed=1), **{"task.start": place})
+        assert config.task.start == (rotnet if place == "rotnet" else Path(place))  # type: ignore[attr-defined]
+        task = build_task(config, opened(config), ALONE)
+        for name, value in task.network.backbone.state_dict().items():
+            assert torch.equal(value, wanted[name]), name
+        for name, value in task.network.head.state_dict().items():
+            assert torch.equal(value, plain.network.head.state_dict()[name]), "the draws of a run that starts from none"
+        assert task.inputs == {**plain.inputs, "start": runs.weights_sha256(rotnet)}
 
 
 def test_a_run_records_what_it_started_from_and_goes_on_from_nothing_else(make_config: Make, rotnet: Path) -> None:
@@ -104,7 +98,7 @@ def test_a_run_records_what_it_started_from_and_goes_on_from_nothing_else(make_c
 def test_another_network_is_refused(make_config: Make, rotnet: Path) -> None:
     def built(**changes: Any) -> None:
         config = make_config("started", {"start": str(rotnet)}, **changes)
-        build_task(config, open_index(Path(str(config.shards))), ALONE)
+        build_task(config, opened(config), ALONE)
 
     with pytest.raises(
         MismatchError, match=r"runs/rotnet is of wrn-10-1, and model\.arch is wrn-10-2; set model\.arch"
