@@ -238,13 +238,14 @@ def _outcome(job: Job) -> dict[str, Any]:
     numbers = [place.removeprefix(before).removesuffix(after) for place in places]
     measured: dict[int, dict[str, list[Result]]] = {}
     minutes: dict[str, dict[int, float]] = {}
+    labels, remarks = describe_data(job.plan(0, whole=True))
     for seed in sorted(int(number) for number in numbers if number.isdecimal()):
         try:
-            if rows := _results(job.plan(seed, whole=True), seed, minutes):
-                measured[seed] = rows
+            rows, problems = _results(job.plan(seed, whole=True), seed, minutes)
         except BowstoreError as error:
-            say(f"seed {seed} is left out of the table: {error}")
-    labels, remarks = describe_data(job.plan(0, whole=True))
+            rows, problems = {}, {"all rows": str(error)}
+        measured |= {seed: rows} if rows else {}
+        remarks += [f"seed {seed}, {row}: left out of the table: {problem}" for row, problem in problems.items()]
     each = [f"{row} {sum(took.values()) / len(took):.1f}" for row, took in minutes.items()]
     remarks += [f"minutes of each row's own training, mean over seeds: {'; '.join(each)}"] if each else []
     return {
@@ -257,20 +258,29 @@ def _outcome(job: Job) -> dict[str, Any]:
     }
 
 
-def _results(plan: Plan, seed: int, minutes: dict[str, dict[int, float]]) -> dict[str, list[Result]]:
-    """What is evaluated of a seed, by row; `minutes` is told what each run took."""
+def _results(
+    plan: Plan, seed: int, minutes: dict[str, dict[int, float]]
+) -> tuple[dict[str, list[Result]], dict[str, str]]:
+    """What is evaluated of a seed, by row, and what is left out, and why; `minutes` is told what each run took.
+
+    A row is of the recipe if its run is, and all that it was made of: an old teacher's words are in the student.
+    """
     rows: dict[str, list[Result]] = {}
-    trained = {stage.run: stage for stage in plan.stages.values() if isinstance(stage, TrainStage)}
+    problems: dict[str, str] = {}
+    trained = {stage.run: name for name, stage in plan.stages.items() if isinstance(stage, TrainStage)}
+    states = {name: stage.state() for name, stage in plan.stages.items()}
     for cell in (cell for stage in plan.stages.values() if isinstance(stage, EvalStage) for cell in stage.cells):
         if not cell.is_done():
             continue
-        if problem := trained[cell.run].state().problem:
-            say(f"seed {seed}, {cell.row}: left out of the table: {problem}")
+        own = {trained[cell.run]}
+        behind = own if cell.row == RANDOM else _closure(plan.recipe, own)
+        if problem := next((it.problem for name, it in states.items() if name in behind and it.problem), ""):
+            problems[cell.row] = problem
             continue
         rows.setdefault(row_of(cell.row), []).append(read_result(cell.result))
         if cell.row != RANDOM and (took := _minutes(cell.run)):
             minutes.setdefault(cell.row, {})[seed] = took
-    return rows
+    return rows, problems
 
 
 def _minutes(run: Path) -> float | None:

@@ -204,9 +204,27 @@ def test_results_of_other_settings_are_refused(finished: Path, tmp_path: Path, m
     line = refused("table1", "--small", code=1)
     assert "holds another configuration (optim.batch is 8 there, 4 here)" in line
     # Of seeds that were not asked for nothing is in the table, with the reason.
-    told = invoke("--seeds", "2", "--rows", "RotNet", "--json")
-    assert json.loads(told.stdout)["seeds"] == [2]
-    assert "seed 0, RotNet: left out of the table: run directory reproduce/seed-0/runs/rotnet holds an" in told.stderr
+    value = json.loads(invoke("--seeds", "2", "--rows", "RotNet", "--json").stdout)
+    assert value["seeds"] == [2]
+    told = "seed 0, RotNet: left out of the table: run directory reproduce/seed-0/runs/rotnet holds an"
+    assert len([line for line in value["remarks"] if line.startswith(told)]) == 1
+
+
+def test_what_was_made_of_results_of_other_settings_is_left_out(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    Path("configs/recipes/table1_small.yaml").write_text(RECIPE.replace("num_words: [8]", "num_words: [9]"))
+    told = invoke("--rows", "RotNet", "--json")
+    value = json.loads(told.stdout)
+    assert value["seeds"] == [0, 1]
+    assert row_of(value, "linear/bownet-cifar", "RotNet")["here"]["top1"]["n"] == 2
+    assert row_of(value, "linear/bownet-cifar", "random network")["here"]["top1"]["n"] == 2
+    assert row_of(value, "linear/bownet-cifar", "BoWNet")["here"] == {}  # by eight words, with the configuration of now
+    (line,) = [it for it in value["remarks"] if it.startswith("seed 1, ")]
+    assert line.startswith("seed 1, BoWNet: left out of the table: layer 'block3' of word store reproduce/seed-1/words")
+    assert line.endswith("was made with K 8, not 9")
 
 
 def test_results_of_other_versions_are_not_averaged_together(
