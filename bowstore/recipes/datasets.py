@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from bowstore.config import StorageConfig
 from bowstore.data.downloads import BY_HAND, DOWNLOADS
 from bowstore.data.index import open_index
 from bowstore.data.records import read_manifest
@@ -17,7 +18,7 @@ from bowstore.evaluate.splits import has_classes_of
 from bowstore.recipes.images import DownloadStage, ShardsStage
 from bowstore.recipes.plan import Plan
 from bowstore.recipes.stage import DONE, fingerprint
-from bowstore.remote import is_remote
+from bowstore.remote import RemoteFolder, is_remote, url_of
 
 
 class Supply(NamedTuple):
@@ -38,7 +39,11 @@ def describe_data(plan: Plan) -> tuple[dict[str, str], list[str]]:
     labels, lines = {}, []
     for name, stage in shard_stages(plan).items():
         splits = cast(ShardsStage, plan.stages[stage]).splits
-        there = {role: open_index(folder) for role, folder in splits.items() if fingerprint(folder)}
+        there = {
+            role: open_index(folder, plan.workspace.storage)
+            for role, folder in splits.items()
+            if is_remote(folder) or fingerprint(folder)
+        }
         if not there:
             continue
         index = next(iter(there.values()))
@@ -88,18 +93,18 @@ def supply(plan: Plan, name: str, stage: str, given: Path | None, *, fetch: bool
     """
     shards = cast(ShardsStage, plan.stages[stage])
     if given:
-        return _use(stage, given)
+        return _use(stage, given, plan.workspace.storage)
     if shards.state() == DONE:
         return Supply()
     data, download = Path("data").absolute(), DOWNLOADS.get(name)
     results = download.results if download and len(download.results) == 1 else ()
     for place in (data / name, *(data / result for result in results)):
         if place.exists():
-            return _use(stage, place)
+            return _use(stage, place, plan.workspace.storage)
     workspace = plan.workspace.shards
     if not is_remote(workspace) and (workspace / INDEX_FILE).exists() and workspace.name == "train":
         if has_classes_of(name, open_index(workspace)):
-            return _use(stage, workspace.parent.absolute())
+            return _use(stage, workspace.parent.absolute(), plan.workspace.storage)
     images = plan.stages.get(str(shards.images))
     if isinstance(images, DownloadStage):
         try:
@@ -108,7 +113,8 @@ def supply(plan: Plan, name: str, stage: str, given: Path | None, *, fetch: bool
             return Supply()
         except BowstoreError as error:
             why, file = str(error).partition(";")[0], results[0] if results else name
-            return Supply(absent=f"{why}; fetch it where there is a network, and {_put(name, file)}")
+            fetched = f"fetch it where there is a network, `bowstore data download {name} data`, and"
+            return Supply(absent=f"{why}; {fetched} {_put(name, file)}")
     if shards.source.exists():
         return Supply()
     return Supply(absent=f"{BY_HAND.get(name, f'nobody makes images of {name}')}; {_put(name, name)}")
@@ -118,8 +124,15 @@ def _put(name: str, file: str) -> str:
     return f"put it into data/{file}, or name it: --data {name}=PATH"
 
 
-def _use(stage: str, place: Path) -> Supply:
-    """Shards as they are, whatever they were made with, or images."""
+def _use(stage: str, place: Path, storage: StorageConfig) -> Supply:
+    """Shards as they are, whatever they were made with, or images.
+
+    Raises:
+        MissingError: a URL of anything but a folder of shards.
+    """
+    if is_remote(place) and not RemoteFolder(place / "train", storage).exists(INDEX_FILE):
+        url = url_of(place)
+        raise MissingError(f"{url} holds no shards (no train/{INDEX_FILE}); name their folder, or fetch images first")
     if not is_remote(place) and place.name == "train" and (place / INDEX_FILE).exists():
         place = place.parent
     if not is_remote(place) and not (place / "train" / INDEX_FILE).exists():

@@ -8,7 +8,7 @@ from typing import Annotated, Self, TypeVar, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from bowstore.config import Place, Seed, Strict, Text
+from bowstore.config import Place, Seed, Strict, Text, Workspace
 from bowstore.data.config import ShardsConfig
 from bowstore.data.downloads import DOWNLOADS, fetch
 from bowstore.data.records import PARTS_FOLDER, PLAN_FILE, read_manifest
@@ -19,7 +19,8 @@ from bowstore.errors import BusyError, MissingError
 from bowstore.files import read_json
 from bowstore.progress import say
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Here, Stage, State, stage_of
-from bowstore.remote import is_remote
+from bowstore.remote import is_remote, url_of
+from bowstore.workspace import val_shards
 
 T = TypeVar("T")
 
@@ -166,8 +167,8 @@ class ShardsStage(Stage):
         """What other stages read of them, by "train" and "test"."""
         workspace, (out,) = self._here.workspace, self.writes
         if self.out:
-            return {"train": out / "train", "test": _test_below(out)}
-        return {"train": workspace.shards, "test": workspace.val_shards or _test_below(out)}
+            workspace = workspace.model_copy(update={"shards": out / "train", "val_shards": None})
+        return {"train": workspace.shards, "test": _test_of(workspace)}
 
     @property
     def known_whole(self) -> bool:
@@ -176,7 +177,7 @@ class ShardsStage(Stage):
 
     def state(self) -> State:
         """By the splits' manifests, or the index of shards that others made."""
-        if is_remote(self.splits["train"]):
+        if is_remote(self.writes[0]):
             return DONE
         begun = False
         for folder in (self.writes[0] / split for split in ("train", "val", "test")):
@@ -195,6 +196,8 @@ class ShardsStage(Stage):
     def make(self) -> list[str]:
         """Write them, or compare them with the images that they were made of, if these are still there."""
         (out,) = self.writes
+        if is_remote(out):
+            return [f"{url_of(out)}: taken as it is"]
         if self.state() == DONE and not self.source.exists():
             return [f"{out}: complete; {self.source}, of which it was made, is not there to be compared"]
         reports = _once_free(lambda: make_shards(self.source, out, self.shards))
@@ -211,12 +214,14 @@ def shards_of(reference: str | None, role: str, here: Here) -> Path:
     """
     if reference is None:
         workspace = here.workspace
-        test = workspace.val_shards or _test_below(workspace.shards.parent)
-        return test if role == "test" else workspace.shards
+        return _test_of(workspace) if role == "test" else workspace.shards
     stage, split = cast(ShardsStage, here.stages[stage_of(reference)]), reference.partition("/")[2]
     return stage.writes[0] / split if split else stage.splits[role]
 
 
-def _test_below(out: Path) -> Path:
-    test_alone = not is_remote(out) and (out / "test").is_dir() and not (out / "val").is_dir()
-    return out / ("test" if test_alone else "val")
+def _test_of(workspace: Workspace) -> Path:
+    """The workspace's split to test on, which need not be there yet."""
+    try:
+        return val_shards(workspace)
+    except MissingError:
+        return workspace.shards.parent / "val"

@@ -9,6 +9,7 @@ from bowstore.config import Workspace
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.recipes.file import Recipe
 from bowstore.recipes.stage import DONE, Here, Stage, in_stage
+from bowstore.remote import is_remote, local_only, url_of
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Plan(Here):
                         "kind": stage.kind,
                         "state": state.so_far if state == DONE or stage.needed else "not needed",
                         "problem": problem,
-                        "reads": [str(place) for place in stage.reads],
-                        "writes": [str(place) for place in stage.writes],
+                        "reads": [_shown(place) for place in stage.reads],
+                        "writes": [_shown(place) for place in stage.writes],
                     }
                 )
         return shown
@@ -69,6 +70,10 @@ class Plan(Here):
         return "\n".join(lines)
 
 
+def _shown(place: Path | str) -> str:
+    return url_of(place) if is_remote(place) else str(place)
+
+
 def make_plan(recipe: Recipe, workspace: Workspace, *, seed: int | None = None, folder: Path | None = None) -> Plan:
     """Put a recipe's stages into a workspace; nothing is written, and no data is looked at.
 
@@ -80,9 +85,11 @@ def make_plan(recipe: Recipe, workspace: Workspace, *, seed: int | None = None, 
 
     Raises:
         MissingError: a configuration that is not there.
-        UsageError: settings that cannot be used, or two stages that write to one place.
+        UsageError: settings that cannot be used, two stages that write to one place, or a folder on another machine.
     """
     file = recipe.file
+    if folder:
+        local_only(folder, "give a local --out, then copy what lies there")
     here = Here(workspace, folder or file.folder or Path(), file.seed if seed is None else seed, {})
     own = workspace.model_copy(update={"runs": here.place(file.runs)} if file.runs else {})
     plan = Plan(own, here.folder, here.seed, {}, recipe)

@@ -114,7 +114,8 @@ def prepare(
     whole, absent = _with_data(recipe, make_plan(recipe, workspace, seed=0, folder=out), found)
     made = {row for _, row, _ in evaluated(whole)}
     if gone := [row for row in sorted(asked) if row not in made and (rows or not asked & made)]:
-        raise MissingError(f"{', '.join(gone[:3])}{' ...' if gone[3:] else ''} cannot be made: {absent[gone[0]]}")
+        why = dict.fromkeys(absent[row] for row in gone)
+        raise MissingError(f"{', '.join(gone[:3])}{' ...' if gone[3:] else ''} cannot be made: {'; and '.join(why)}")
     because = next((part.missing for part in paper.figures if part.missing), f"{recipe.name} does not evaluate it")
     others = {row: because for row in paper.rows if row not in {*made, *paper.quoted}}
     absent = {**others, **{row: why for row, why in absent.items() if row not in made}}
@@ -123,7 +124,7 @@ def prepare(
 
 def _near(name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none yet'}"
+    return f"did you mean {near[0]!r}?" if near else f"there are {'; '.join(names)}"
 
 
 def _check_rows(given: Sequence[str], paper: PaperTable, recipe: Recipe) -> set[str]:

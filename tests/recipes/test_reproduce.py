@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from click.testing import CliRunner, Result
+from servers import serve
 
 from bowstore.cli import main
 from bowstore.config import Workspace
@@ -242,7 +243,7 @@ def test_results_of_other_versions_are_not_averaged_together(
     ("arguments", "told"),
     [
         (["tabel1"], "no table 'tabel1' in the paper; did you mean 'table1'?"),
-        (["x"], "no table 'x' in the paper; there are table1, table2, table3, table4, table5, table6"),
+        (["x"], "no table 'x' in the paper; there are table1; table2; table3; table4; table5; table6"),
         (["table1", "--small", "--seeds", "0,0"], "names 0 twice, which would pass for two runs; name each once"),
         (["table1", "--small", "--seeds", "-1"], "'-1' is no seed from 0 to 4294967295; write 0,1,2 for three"),
         (["table1", "--small", "--seeds", "0,a"], "'a' is no seed"),
@@ -272,10 +273,8 @@ def test_without_images_it_says_what_to_fetch(workspace: Path, monkeypatch: pyte
     monkeypatch.setattr("bowstore.data.downloads.DOWNLOADS", downloads := _offline(offline))
     monkeypatch.setattr("bowstore.recipes.datasets.DOWNLOADS", downloads)
     line = refused("table1", "--small", code=1)
-    assert (
-        "cannot download cifar10 to reproduce/data: no network; fetch it where there is a network, and put it" in line
-    )
-    assert "put it into data/cifar-10-python.tar.gz, or name it: --data cifar10=PATH" in line
+    assert "cannot download cifar10 to reproduce/data: no network; fetch it where there is a network, `bowstore" in line
+    assert "data download cifar10 data`, and put it into data/cifar-10-python.tar.gz, or name it: --data cif" in line
     assert "--data nowhere: nowhere is not there" in refused("table1", "--small", "--data", "nowhere", code=1)
 
 
@@ -301,6 +300,25 @@ def test_data_are_found_where_they_lie(workspace: Path) -> None:
     assert source()[1] == source("--data", "data/shards")[1] == source("--data", "data/shards/train")[1] == ours
     shutil.move("data/shards", "data/cifar10")
     assert source()[1] == images
+
+
+def test_shards_behind_a_url_are_taken_as_they_are(workspace: Path) -> None:
+    made = ["shards", "data/cifar10", "served/cifar10", "--workers", "1"]
+    assert CliRunner().invoke(main, made).exit_code == 0
+    shutil.move("served/cifar10/val", "served/cifar10/test")
+    shutil.move("data/cifar10", "images")  # which nobody makes shards of
+    Path("bowstore.yaml").write_text("storage: {cache: cache}\n")
+    with serve(Path("served")) as server:
+        data = ["--data", f"{server.url}/cifar10"]
+        (stages,) = json.loads(invoke("--dry-run", "--json", *data).stdout).values()
+        assert stages[-1]["reads"][-2:] == [f"{server.url}/cifar10/{split}" for split in ("train", "test")]
+        result = invoke("--rows", "random network", *data)
+        assert "cifar10: 60 train and 40 test images" in result.stdout
+        assert f"{server.url}/cifar10: taken as it is" in result.stderr
+        line = refused("table1", "--small", "--data", f"{server.url}/cifar10/train", code=1)
+    assert f"{server.url}/cifar10/train holds no shards (no train/index.safetensors)" in line
+    assert not list(Path().glob("http:*"))
+    assert "s3://b/out is on another machine" in refused("table1", "--small", "--out", "s3://b/out")
 
 
 @pytest.mark.parametrize("table", sorted(paper_tables()))
