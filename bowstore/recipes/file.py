@@ -17,7 +17,7 @@ from bowstore.recipes.images import DownloadStage, RenderStage, ShardsStage
 from bowstore.recipes.stage import Stage, stage_of
 from bowstore.recipes.train import TrainStage
 from bowstore.train.config import read_with_base
-from bowstore.yaml_file import read_yaml, shown
+from bowstore.yaml_file import shown
 
 RECIPES = "recipes"  # the folder, in configs/
 KINDS: dict[str, type[Stage]] = {
@@ -26,7 +26,7 @@ KINDS: dict[str, type[Stage]] = {
 
 
 class RecipeFile(Strict):
-    """What stands in the file."""
+    """What stands in the file, over what stands in the recipe that it is based on (`read_with_base`)."""
 
     title: Text | None = Field(None, description="line above the table of results")
     folder: Place | None = Field(None, description="where relative places of results lie; null: the current directory")
@@ -72,13 +72,14 @@ def find_recipe(recipe: Path) -> Path:
 
 
 def recipe_files(recipe: Recipe) -> dict[Path, Path]:
-    """A recipe's file and those of its training configurations, by their places in a workspace; the recipe first.
+    """The files of a recipe and of its training configurations, by their places in a workspace; its own file first.
 
     Raises:
         MissingError: a configuration that is not there.
     """
     bundled = recipe.path.is_relative_to(bundled_configs())  # with its own configurations, whatever lies here
-    files = {CONFIGS / RECIPES / f"{recipe.name}.yaml": recipe.path}
+    own = CONFIGS / RECIPES / f"{recipe.name}.yaml"
+    files = {_place(file, recipe.path, own, RECIPES): file for file in read_with_base(recipe.path, group=RECIPES)[1]}
     for named in (config for stage in recipe.stages.values() for config in stage.configurations):
         source = bundled_configs() / named.name if bundled else find_config(named)
         if not source.is_file():
@@ -89,10 +90,12 @@ def recipe_files(recipe: Recipe) -> dict[Path, Path]:
     return files
 
 
-def _place(file: Path, source: Path, place: Path) -> Path:
-    """Where a copy of a configuration's base is found from the configuration's copy: beside it, or in configs/."""
+def _place(file: Path, source: Path, place: Path, group: str = "") -> Path:
+    """Where a copy of a base is found from the copy at `place` of what is based on it: beside it, or in configs/."""
+    if file == source:
+        return place
     beside = file.is_relative_to(source.parent)
-    return place.parent / file.relative_to(source.parent) if beside else CONFIGS / file.name
+    return place.parent / file.relative_to(source.parent) if beside else CONFIGS / group / file.name
 
 
 def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -107,7 +110,8 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: it is no recipe; the message names the stage.
     """
     path = find_recipe(recipe)
-    file = validate(RecipeFile, apply_overrides(read_yaml(path), overrides), str(path))
+    values, _ = read_with_base(path, group=RECIPES)
+    file = validate(RecipeFile, apply_overrides(values, overrides), str(path))
     if not file.stages:
         raise UsageError(f"{path} has no stages; write some below `stages:`")
     stages = {name: _stage(name, values, f"{path}: stage {name!r}") for name, values in file.stages.items()}

@@ -147,7 +147,7 @@ def of_today(values: dict[str, Any], named: str | None = None) -> tuple[dict[str
     return {**values, "task": {"name": name, **groups.pop(name, {})}}, groups
 
 
-def read_with_base(path: Path, behind: Sequence[Path] = ()) -> tuple[dict[str, Any], list[Path]]:
+def read_with_base(path: Path, behind: Sequence[Path] = (), group: str = "") -> tuple[dict[str, Any], list[Path]]:
     """What a file says, over what the configuration says that it is based on (`base: NAME`).
 
     The base is the file of that name beside this one, or what `find_config` finds. Its values hold where this file says
@@ -156,6 +156,7 @@ def read_with_base(path: Path, behind: Sequence[Path] = ()) -> tuple[dict[str, A
     Args:
         path: a file, or the name of one (`find_config`).
         behind: files that are based on it.
+        group: a folder in `configs/`, as of recipes.
 
     Returns:
         The values, and the files that they stand in, that of `path` first.
@@ -164,15 +165,16 @@ def read_with_base(path: Path, behind: Sequence[Path] = ()) -> tuple[dict[str, A
         MissingError: no such file; the message names the nearest that comes with bowstore.
         UsageError: it cannot be used, or is based on itself.
     """
-    found = find_config(path)
+    found = find_config(path, group)
     if found != path and ranks().first:
-        origin = ", which comes with bowstore" if found.parent == bundled_configs() else ""
+        origin = ", which comes with bowstore" if found.parent == bundled_configs() / group else ""
         say(f"configuration {path}: {found}{origin}")
     try:
         values = read_yaml(found)
     except MissingError as error:
         where = f"{behind[-1]}: base: " if behind else ""
-        raise MissingError(f"{where}no configuration file {path}; {no_such_config(path)}") from error
+        what = "recipe" if group else "configuration file"
+        raise MissingError(f"{where}no {what} {path}; {no_such_config(path, group)}") from error
     if (base := values.pop("base", None)) is None:
         return values, [found]
     if not isinstance(base, str) or path_problem(base):
@@ -180,7 +182,7 @@ def read_with_base(path: Path, behind: Sequence[Path] = ()) -> tuple[dict[str, A
     if found in behind:
         raise UsageError(f"{found}: base: {base} is based on this file itself; take one of the two out")
     beside = found.parent / base
-    below, files = read_with_base(beside if beside.is_file() else Path(base), (*behind, found))
+    below, files = read_with_base(beside if beside.is_file() else Path(base), (*behind, found), group)
     return _merged({key: value for key, value in below.items() if key != "name"}, values), [found, *files]
 
 

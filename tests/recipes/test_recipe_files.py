@@ -276,6 +276,30 @@ def test_init_copies_the_configurations_that_a_recipe_of_ones_own_means() -> Non
     assert not Path("none").exists()
 
 
+def test_a_recipe_may_be_based_on_another() -> None:
+    Path("mine.yaml").write_text(
+        "base: cifar10_rounds_small.yaml\nresult: mine.json\nstages:\n"
+        "  BoWNet: {set: {optim.lr: 0.2}}\n  table: {eval: knn, of: [BoWNet]}\n"
+    )
+    ours, base = load_recipe(Path("mine.yaml")), load_recipe(Path("cifar10_rounds_small"))
+    assert list(ours.stages) == list(base.stages)
+    assert ours.stages["BoWNet"] == base.stages["BoWNet"].model_copy(update={"set": {"optim.lr": 0.2}})
+    assert ours.stages["table"] == base.stages["table"].model_copy(update={"eval": "knn", "of": ("BoWNet",)})
+    assert ours.file.result == Path("mine.json")
+    assert ours.file.runs == base.file.runs
+    # A copy in a workspace finds what it is based on there.
+    for name, copied in (("table5", "table4"), ("mine.yaml", "cifar10_rounds_small")):
+        assert CliRunner().invoke(main, ["init", copied, "--recipe", name]).exit_code == 0
+        assert Path(copied, "configs/recipes", f"{copied}.yaml").is_file()
+        assert load_recipe(Path(copied, "configs/recipes", Path(name).stem + ".yaml")).stages
+    Path("mine.yaml").write_text("base: mine.yaml")
+    with pytest.raises(UsageError, match=r"mine.yaml: base: mine.yaml is based on this file itself; take one of"):
+        load_recipe(Path("mine.yaml"))
+    Path("mine.yaml").write_text("base: table9.yaml")
+    with pytest.raises(MissingError, match=r"mine.yaml: base: no recipe table9.yaml; those that come|did you mean"):
+        load_recipe(Path("mine.yaml"))
+
+
 def test_a_dry_run_loads_no_torch_and_writes_nothing() -> None:
     code = (
         "import sys, json; from click.testing import CliRunner; from bowstore.cli import main;"
