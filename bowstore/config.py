@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from bowstore.errors import UsageError
+from bowstore.errors import UsageError, nearest
 from bowstore.limits import MAX_BATCH, MAX_COUNT, MAX_FLOAT, MAX_SEED, MAX_THREADS, path_problem, text_problem
 from bowstore.plugins import Named, use_plugins
 from bowstore.yaml_file import read_yaml, shown
@@ -67,8 +67,7 @@ class Strict(BaseModel):
         known = sorted(cls.model_fields)
         for key in values if isinstance(values, dict) else ():
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                hint = nearest(str(key), known, cutoff=0.5) or f"known keys: {', '.join(known)}"
                 raise PydanticCustomError("unknown_key", "{hint}", {"key": str(key), "hint": hint})
         return values
 

@@ -4,6 +4,9 @@ Every leaf also derives from the builtin that fits, so that Python callers may c
 prints the message alone and leaves with `exit_code`.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class BowstoreError(Exception):
     """Base of all errors that bowstore raises on purpose."""
@@ -43,6 +46,12 @@ class TrainingError(BowstoreError, ArithmeticError):
 
 class TransferError(BowstoreError, ConnectionError):
     """Bytes that could not be brought from another machine."""
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """`did you mean 'x'?`, of the name that is nearest to one that does not exist; empty where none is near."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def is_machine_error(error: BaseException) -> bool:

@@ -4,7 +4,6 @@ A registry knows names without importing anything: its own modules by a table, t
 entry points. What a workspace names under `plugins:` is imported when a registry is first asked.
 """
 
-import difflib
 import importlib
 import importlib.util
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from bowstore.errors import UsageError
+from bowstore.errors import UsageError, nearest
 from bowstore.files import check_plain_file
 
 if TYPE_CHECKING:
@@ -79,9 +78,8 @@ class Registry(Generic[T]):
         """
         entries = self._entries()
         if name not in entries:
-            near = difflib.get_close_matches(name, entries, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"no {self._what} {name!r}; {hint}there are {', '.join(entries)}")
+            hint = nearest(name, entries)
+            raise UsageError(f"no {self._what} {name!r}; {hint and hint + ' '}there are {', '.join(entries)}")
         return self._load(name, entries[name])
 
     def _entries(self) -> dict[str, _Entry]:

@@ -3,13 +3,12 @@
 Legend: h w feature map.
 """
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bowstore.config import ModelConfig
-from bowstore.errors import UsageError
+from bowstore.errors import UsageError, nearest
 
 RESNETS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
@@ -102,9 +101,8 @@ def own_layer(layer: str) -> str:
 
 def unknown_arch(arch: str, known: Sequence[str]) -> UsageError:
     """The error for a name that is not among `known`."""
-    near = difflib.get_close_matches(arch, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = nearest(arch, known)
     return UsageError(
-        f"model.arch {arch!r} is unknown; {hint}known: wrn-DEPTH-WIDTH, {', '.join(RESNETS)}, "
+        f"model.arch {arch!r} is unknown; {hint and hint + ' '}known: wrn-DEPTH-WIDTH, {', '.join(RESNETS)}, "
         "torchvision:NAME, timm:NAME"
     )

@@ -3,7 +3,6 @@
 Legend: C feature width, K words or classes, h w places of the last map.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bowstore.errors import UsageError
+from bowstore.errors import UsageError, nearest
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import flops
 from bowstore.models.heads import CosineHead, Heads, LayerHeads, LinearHead, PairHead, RotationHead
@@ -111,9 +110,8 @@ def head_cost(name: str, backbone: Backbone, size: int, outputs: int | None = No
         UsageError: an unknown name, or K is missing.
     """
     if name not in HEADS:
-        near = difflib.get_close_matches(name, HEADS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"no head {name!r}; {hint}there are {', '.join(HEADS)}")
+        hint = nearest(name, HEADS)
+        raise UsageError(f"no head {name!r}; {hint and hint + ' '}there are {', '.join(HEADS)}")
     kind = HEADS[name]
     if kind.sized and outputs is None:
         raise UsageError(f"head {name} has an output for each word or class; give their number, as in --K 2048")

@@ -3,7 +3,6 @@
 A data set has the name of the folder that its shards stage writes: `data/cifar10` is that of cifar10.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -13,7 +12,7 @@ from bowstore.data.downloads import BY_HAND, DOWNLOADS
 from bowstore.data.index import open_index
 from bowstore.data.records import read_manifest
 from bowstore.data.table import INDEX_FILE
-from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.errors import BowstoreError, MissingError, UsageError, nearest
 from bowstore.evaluate.splits import has_classes_of
 from bowstore.recipes.images import DownloadStage, ShardsStage
 from bowstore.recipes.plan import Plan
@@ -70,8 +69,7 @@ def named_data(given: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
         if not equals or (name not in names and Path(text).exists()):
             name, path = names[0] if len(names) == 1 else "", text
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"write {' or '.join(f'{it}=PATH' for it in names)}"
+            hint = nearest(name, names) or f"write {' or '.join(f'{it}=PATH' for it in names)}"
             raise UsageError(f"--data {text} names no data set of the table; {hint}")
         if name in found:
             raise UsageError(f"--data names {name} twice; give one of {found[name]} and {path}")

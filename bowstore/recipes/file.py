@@ -1,6 +1,5 @@
 """A recipe's file: found, read, and its stages checked and put in the order of running. Loads no torch."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from bowstore.config import CONFIGS, Place, Seed, Strict, Text, bundled_configs, find_config, no_such_config, validate
-from bowstore.errors import MissingError, UsageError
+from bowstore.errors import MissingError, UsageError, nearest
 from bowstore.overrides import apply_overrides
 from bowstore.recipes.encode import EncodeStage
 from bowstore.recipes.evaluate import EvalStage
@@ -127,8 +126,8 @@ def _stage(name: str, values: dict[str, Any], where: str) -> Stage:
         raise UsageError(f"{where}: a stage's name is text without a slash")
     kinds = ["eval"] if "eval" in values else [kind for kind in KINDS if kind in values]  # eval has an input `train`
     if len(kinds) != 1:
-        near = [match for key in values for match in difflib.get_close_matches(key, KINDS, n=1)]
-        hint = f"did you mean {near[0]!r}?" if near and not kinds else f"the kinds are {', '.join(KINDS)}"
+        near = "" if kinds else next(filter(None, (nearest(key, KINDS) for key in values)), "")
+        hint = near or f"the kinds are {', '.join(KINDS)}"
         what = "is of kinds " + " and ".join(kinds) if kinds else f"with {shown(sorted(values))} is of no known kind"
         raise UsageError(f"{where} {what}; {hint}")
     return validate(KINDS[kinds[0]], {**values, kinds[0]: values[kinds[0]] or {}}, where)
@@ -137,8 +136,7 @@ def _stage(name: str, values: dict[str, Any], where: str) -> Stage:
 def _input_problem(reference: str, stages: dict[str, Stage], wanted: tuple[str, ...]) -> str | None:
     name = stage_of(reference)
     if name not in stages:
-        near = difflib.get_close_matches(name, stages, n=1)
-        return f": no stage {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"they are {', '.join(stages)}")
+        return f": no stage {name!r}; " + (nearest(name, stages) or f"they are {', '.join(stages)}")
     if (kind := stages[name].kind) not in wanted:
         return f" is a stage of kind {kind}, and must be one of kind {' or '.join(wanted)}"
     return f": only shards have splits; write {name!r}" if "/" in reference and kind != "shards" else None

@@ -3,7 +3,6 @@
 Nothing here knows how a stage runs: a table is a recipe, narrowed to the rows that were asked for. Loads no torch.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from bowstore import runs
 from bowstore.config import Workspace
-from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.errors import BowstoreError, MissingError, UsageError, nearest
 from bowstore.evaluate.reproduction import summary
 from bowstore.evaluate.results import PaperTable, Result, paper_tables, read_result
 from bowstore.files import waiting_lock, write_json
@@ -123,8 +122,7 @@ def prepare(
 
 
 def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {'; '.join(names)}"
+    return nearest(name, names) or f"there are {'; '.join(names)}"
 
 
 def _check_rows(given: Sequence[str], paper: PaperTable, recipe: Recipe) -> set[str]:
