@@ -36,10 +36,18 @@ def _filled(value: str) -> str:
     return value
 
 
+def _different(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{list(values)} must be different ones, one at least")
+    return tuple(sorted(values))
+
+
 # Values are strict: a number is no text, a boolean no number. Only what YAML has no form for is taken from another:
 # paths from text, tuples from lists, and of course 1.0 from 1.
 T = TypeVar("T")
 Listed = Annotated[tuple[T, ...], Field(strict=False)]
+# Of values that have no order: whoever gives the same in another one means the same.
+Chosen = Annotated[Listed[T], AfterValidator(_different)]
 Positive = Annotated[float, Field(gt=0, le=MAX_FLOAT)]
 _Mean = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
 Triple = Annotated[tuple[_Mean, _Mean, _Mean], Field(strict=False)]

@@ -16,8 +16,7 @@ from bowstore.errors import UsageError, nearest
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import flops
 from bowstore.models.heads import CosineHead, Heads, LayerHeads, LinearHead, PairHead, RotationHead
-from bowstore.models.pooling import named_taps, tapped
-from bowstore.models.taps import without_data
+from bowstore.models.pooling import named_taps, pooled_shapes
 
 _PATCHES = 9
 _OPERATIONS = 2  # that the counter sees in a multiply-add
@@ -57,9 +56,8 @@ class _Kind(NamedTuple):
 
 
 def _rotation(backbone: Backbone, size: int, _outputs: int) -> tuple[nn.Module, Any]:
-    last = backbone.layers[-1]
-    images = torch.zeros(1, 3, size, size, device="meta")
-    return RotationHead(backbone), torch.zeros(without_data(backbone).eval().feature_maps(images, (last,))[last].shape)
+    last = backbone.layer_table(size)[backbone.layers[-1]]
+    return RotationHead(backbone), torch.zeros(1, last.channels, *last.grid)
 
 
 def _clusters(backbone: Backbone, _size: int, outputs: int) -> tuple[nn.Module, Any]:
@@ -68,10 +66,9 @@ def _clusters(backbone: Backbone, _size: int, outputs: int) -> tuple[nn.Module, 
 
 
 def _linear(backbone: Backbone, size: int, outputs: int) -> tuple[nn.Module, Any]:
-    images, taps = torch.zeros(1, 3, size, size, device="meta"), named_taps(backbone, (), size=size)
-    pooled = tapped(without_data(backbone).eval(), images, taps)
+    taps = named_taps(backbone, (), size=size)
     heads = LayerHeads(backbone, taps, size, outputs, "batch")
-    return heads, [torch.zeros(pooled_1cn.shape) for pooled_1cn in pooled.values()]
+    return heads, [torch.zeros(1, *shape) for shape in pooled_shapes(backbone, taps, size)]
 
 
 # By the tasks' names, with the heads that they have by default; one of several, as a pyramid's, is as a single one.

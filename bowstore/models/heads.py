@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from bowstore.models.arch import V1, wide_sizes
 from bowstore.models.backbone import Backbone, mean_pool
-from bowstore.models.pooling import Tap, tapped
+from bowstore.models.pooling import Tap, pooled_shapes
 from bowstore.models.residual import StagedBackbone, stride_first, torchvision_models
-from bowstore.models.taps import without_data
 from bowstore.models.wide_resnet import Group
 
 Norm = Literal["batch", "affine", "none"]  # before a layer's classifier
@@ -73,6 +72,11 @@ class CosineHead(nn.Module):
         return exact_linear(features_BC, self.weight) * scale_K  # type: ignore[no-any-return]
 
 
+def class_head(kind: str, features: int, outputs: int, gamma: float) -> LinearHead | CosineHead:
+    """The head over words or clusters that a task's `head` asks for: linear, or cosine with its scale."""
+    return LinearHead(features, outputs) if kind == "linear" else CosineHead(features, outputs, gamma)
+
+
 class Heads(nn.ModuleList):
     """Several heads on one feature."""
 
@@ -118,10 +122,7 @@ class LayerHeads(nn.ModuleList):
     """
 
     def __init__(self, backbone: Backbone, taps: Mapping[str, Tap], size: int, num_classes: int, norm: Norm) -> None:
-        images = torch.zeros(1, 3, size, size, device="meta")
-        with torch.no_grad():
-            pooled = tapped(without_data(backbone).eval(), images, taps)
-        shapes = [(pooled_1cn.shape[1], pooled_1cn.shape[2]) for pooled_1cn in pooled.values()]
+        shapes = pooled_shapes(backbone, taps, size)
         super().__init__(LayerHead(channels, cells, num_classes, norm) for channels, cells in shapes)
 
     def forward(self, pooled: Sequence[Tensor]) -> tuple[Tensor, ...]:

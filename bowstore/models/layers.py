@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from bowstore.config import ModelConfig
@@ -84,17 +85,22 @@ class LayerReport:
         for head in self.heads:
             outputs = f" of {head.outputs} outputs" if head.outputs else ""
             inputs = f", for {head.inputs} patches" if head.inputs > 1 else ""
-            parameters = head.parameters / trunk.parameters
-            multiply_adds = head.multiply_adds / (head.inputs * trunk.multiply_adds)
+            parameters = 100 * head.parameters / trunk.parameters
+            multiply_adds = 100 * head.multiply_adds / (head.inputs * trunk.multiply_adds)
             lines.append(
-                f"head {head.name}{outputs}: {head.parameters:,} parameters ({100 * parameters:.2g} % of the trunk's), "
-                f"{_giga(head)} ({100 * multiply_adds:.2g} %){inputs}"
+                f"head {head.name}{outputs}: {head.parameters:,} parameters ({_short(parameters, 2)} % of the "
+                f"trunk's), {_giga(head)} ({_short(multiply_adds, 2)} %){inputs}"
             )
         return "\n".join(lines)
 
 
 def _giga(cost: Cost) -> str:
-    return f"{cost.multiply_adds / 1e9:.4g} G multiply-adds"
+    return f"{_short(cost.multiply_adds / 1e9, 4)} G multiply-adds"
+
+
+def _short(value: float, digits: int) -> str:
+    """A number rounded to so many digits, without an exponent: 0.000064, or 240."""
+    return np.format_float_positional(value, precision=digits, fractional=False, unique=False, trim="-")
 
 
 def describe_layers(

@@ -152,12 +152,9 @@ def named_taps(backbone: Backbone, names: Sequence[str] | None, *, size: int) ->
     Raises:
         UsageError: as `layer_taps`.
     """
-    names = names or (*backbone.layers, *POOLED)
-    layers = [name for name in names if name not in POOLED]
-    if len(layers) + 1 < len(names):
-        raise UsageError(f"layers {', '.join(names)} name the pooled output more than once; give each once")
+    layers = [name for name in names or backbone.layers if name not in POOLED]
     taps = layer_taps(backbone, layers, size=size) if layers else {}
-    return taps if len(layers) == len(names) else {**taps, **POOLED}
+    return {**taps, **POOLED} if not names or "pooled" in names else taps
 
 
 def tapped(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
@@ -165,6 +162,14 @@ def tapped(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) -> 
     last = backbone.layers[-1]  # whose map is pooled for the output
     maps = backbone.feature_maps(images_BCHW, sorted({tap.layer or last for tap in taps.values()}))
     return {name: _pooled(maps[tap.layer or last], tap) for name, tap in taps.items()}
+
+
+def pooled_shapes(backbone: Backbone, taps: Mapping[str, Tap], size: int) -> list[tuple[int, int]]:
+    """(c, cells) of the pooled maps of square images of a side, in the order of the taps; nothing is computed."""
+    images = torch.zeros(1, 3, size, size, device="meta")
+    with torch.no_grad():
+        maps = tapped(without_data(backbone).eval(), images, taps)
+    return [(map_1cn.shape[1], map_1cn.shape[2]) for map_1cn in maps.values()]
 
 
 def _pooled(map_Bchw: Tensor, tap: Tap) -> Tensor:

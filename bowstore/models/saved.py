@@ -247,14 +247,20 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], origin
         MismatchError: keys or shapes that do not fit, with counts and the first of them.
     """
     own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [f"{k} {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own.keys() & state.keys()
-             if state[k].shape != own[k].shape]  # fmt: skip
-    if missing or extra or wrong:
+    names = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)}, not {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    if found := [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in names.items() if names]:
         raise MismatchError(
-            f"{origin} does not fit the network: {len(missing)} missing {missing[:3]}, {len(extra)} unknown "
-            f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; is model.arch the one it was trained with "
-            f"(and, for a rotation head, task.blocks: 1 in runs from before that setting)?"
+            f"{origin} does not fit the network: {', '.join(found)}; it was trained with another model.arch or other "
+            f"settings of its task (task.blocks was 1 before there was that setting): restore them, or train under "
+            f"another --name"
         )
     put_weights(module, state)
 

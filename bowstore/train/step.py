@@ -64,9 +64,10 @@ def build_objective(task: Task, config: TrainConfig, world: World, *, compiled: 
     task.modes(task.network)
     model: Any = Objective(task, amp=config.runtime.amp)
     if world.size > 1:
+        model = DistributedDataParallel(model, device_ids=[world.device.index] if gpu else None)
         # A frozen trunk's statistics stay as they are, and of heads those of rank 0 are saved: no need to send either.
-        sends, devices = not task.network.frozen, [world.device.index] if gpu else None
-        model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=sends)
+        # Set here: the argument of that name is deprecated in PyTorch 2.14, and 2.10 has no other.
+        model.broadcast_buffers = not task.network.frozen
     if compiled:
         # Inductor would lay maps out with channels last, where sums on a CPU are less exact (`models/memory.py`).
         keep = not gpu and task.network.memory_format(world.device) == torch.contiguous_format

@@ -93,6 +93,14 @@ def test_the_command_tells_what_heads_cost_against_the_trunk() -> None:
         "head rotation: 29,914,884 parameters (82 % of the trunk's), 0.4784 G multiply-adds (9.1 %)",
         "head words of 2048 outputs: 1,310,721 parameters (3.6 % of the trunk's), 0.001311 G multiply-adds (0.025 %)",
     ]
+    inputs = 16 * 24**2 + 160 * 7**2 + 320 * 5**2 + 640 * 3**2 + 640
+    assert inputs * 10_000 == 314_560_000
+    assert told("--head", "linear", "--K", "10000").output.splitlines()[-1] == (
+        "head linear of 10000 outputs: 314,610,000 parameters (860 % of the trunk's), 0.3146 G multiply-adds (6 %)"
+    )
+    assert "6,410 parameters (0.018 % of the trunk's), 0.0000064 G multiply-adds (0.00012 %)" in (
+        told("--head", "supervised", "--K", "10").output
+    )
     values = json.loads(told("--head", "rotation", "--json").output)
     assert values["trunk"] == {"parameters": 36_472_784, "multiply_adds": 5_243_322_368}
     assert values["heads"] == [

@@ -171,7 +171,7 @@ def test_the_depth_of_the_rotation_head_is_a_setting() -> None:
         config = TrainConfig.model_validate({**values, "rotation": {"blocks": blocks}})
         heads[blocks] = build_task(config, index, World(0, 1, torch.device("cpu"))).network.head
         assert len(heads[blocks].stage[0]) == (blocks or 2)  # type: ignore[index, arg-type]
-    with pytest.raises(MismatchError, match=r"and, for a rotation head, task\.blocks: 1 in runs from before that"):
+    with pytest.raises(MismatchError, match=r"settings of its task \(task\.blocks was 1 before there was"):
         load_weights(heads[None], heads[1].state_dict(), "runs/old")
 
 

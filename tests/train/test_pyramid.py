@@ -28,7 +28,7 @@ from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.step import build_objective, build_optimizer, train_step
 from bowstore.train.tasks import TASKS
-from bowstore.train.tasks.settings import WordsSettings
+from bowstore.train.tasks.settings import LinearSettings, WordsSettings
 from bowstore.train.tasks.task import Task
 from bowstore.train.verify import verify_run
 from bowstore.words.bags import Bag
@@ -96,7 +96,7 @@ def test_pyramid_bags_are_those_of_a_dense_loop(make_config: Make, grids: tuple[
         assert (plan.mirror != plan.mirror[plan.partner]).any()
     _, bags = task.prepare(batch)
     bags = [bags] if isinstance(bags, Bag) else bags
-    expected_BPK = pyramid_by_hand(words_Bhw, plan, grids)
+    expected_BPK = pyramid_by_hand(words_Bhw, plan, tuple(sorted(grids)))
     assert len(bags) == expected_BPK.shape[1] == sum(grid**2 for grid in grids)
     for cell, bag in enumerate(bags):
         torch.testing.assert_close(dense(bag), torch.from_numpy(expected_BPK[:, cell]), rtol=1e-6, atol=1e-7)
@@ -409,13 +409,13 @@ def test_a_run_with_several_heads_goes_on_bit_for_bit(two_layers: Make, tmp_path
 @pytest.mark.parametrize(("settings", "message"), [
     ({"head": "linear", "gamma": 3.0}, r"task: gamma 3 is the scale of head cosine; leave it out with head linear"),
     ({"grids": [1, 4]}, r"task: grids \[1, 4\] are those of form pyramid; leave them out with count"),
-    ({**PYRAMID, "grids": []}, r"task: grids \[\] must be different ones, one at least"),
-    ({**PYRAMID, "grids": [2, 2]}, r"task: grids \[2, 2\] must be different ones, one at least"),
+    ({**PYRAMID, "grids": []}, r"task\.grids: \[\] must be different ones, one at least"),
+    ({**PYRAMID, "grids": [2, 2]}, r"task\.grids: \[2, 2\] must be different ones, one at least"),
     ({**PYRAMID, "grids": [0]}, r"task\.grids\.0: Input should be greater than or equal to 1 \(got 0\)"),
     ({**PYRAMID, **CROPPED}, r"task: crop_aware is of forms count and binary: the cells of a pyramid are"),
     ({"layers": ["block2"]}, r"task: layer block3 and layers are both set; name all of them in layers"),
-    ({"layer": None, "layers": []}, r"task: layers \[\] must be different ones, one at least"),
-    ({"layer": None, "layers": ["a", "a"]}, r"task: layers \['a', 'a'\] must be different ones"),
+    ({"layer": None, "layers": []}, r"task\.layers: \[\] must be different ones, one at least"),
+    ({"layer": None, "layers": ["a", "a"]}, r"task\.layers: \['a', 'a'\] must be different ones"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together_are_one_line(
     make_config: Make, settings: dict[str, Any], message: str
@@ -423,6 +423,13 @@ def test_settings_that_do_not_go_together_are_one_line(
     with pytest.raises(UsageError, match=message) as error:
         make_config(settings=settings)
     assert "\n" not in str(error.value)
+
+
+def test_grids_and_layers_have_no_order() -> None:
+    """A run that goes on with the same ones in another order finds each of its heads where it was."""
+    assert WordsSettings.model_validate({"form": "pyramid", "grids": [4, 1, 2]}).grids == (1, 2, 4)
+    for kind in (WordsSettings, LinearSettings):
+        assert kind.model_validate({"layers": ["b", "a"]}) == kind(layers=("a", "b"))
 
 
 def test_a_pyramid_that_does_not_divide_the_map_is_refused_before_any_work(make_config: Make) -> None:

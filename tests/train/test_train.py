@@ -296,7 +296,8 @@ def test_loading_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
     module = torch.nn.Linear(3, 2)
-    with pytest.raises(MismatchError, match=r"1 missing \['bias'\], 1 unknown \['other'\], 1 of another shape"):
+    told = r"network: 1 missing \(bias\), 1 unknown \(other\), 1 of another shape \(weight \(1, 3\), not \(2, 3\)\); it"
+    with pytest.raises(MismatchError, match=told):
         saved.load_weights(module, {"weight": torch.zeros(1, 3), "other": torch.zeros(1)}, "f")
 
 

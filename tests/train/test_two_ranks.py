@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from recorded_training import exit_codes, next_sitting, start_ranks
 
@@ -29,13 +30,16 @@ def state_of(run: Path) -> dict[str, Any]:
     return state
 
 
-def test_two_ranks_train_all_heads_of_a_task(make_config: Make, tmp_path: Path) -> None:
+def test_two_ranks_train_all_heads_of_a_task(
+    make_config: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Those of a frozen network end where they end on one rank; the others, whose batch norms differ, all move."""
     short = {"epochs": 1, "milestones": []}
     each = {"optim": short, "runtime": {"log_every_steps": 1}}
     frozen = make_config("linear", {"norm": "none", "layers": ["block2", "pooled"]}, **each)
     pyramid = make_config("words", {"form": "pyramid"}, **each)
     assert exit_codes(start_ranks(train_both, 2, ([frozen, pyramid], tmp_path / "two"), sittings=2)) == [0, 0]
+    assert "Warning" not in capfd.readouterr().err
     for config in (frozen, pyramid):
         loop.train(config, tmp_path / "one")
         one, two = (read_metrics(tmp_path / name / config.name) for name in ("one", "two"))

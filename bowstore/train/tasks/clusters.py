@@ -26,13 +26,14 @@ from bowstore.data.views import Batch, clean_view
 from bowstore.errors import TrainingError
 from bowstore.exact import cpu_threads, exact_float32
 from bowstore.models.backbone import evaluating
-from bowstore.models.heads import CosineHead, Heads, LinearHead
+from bowstore.models.heads import CosineHead, Heads, LinearHead, class_head
 from bowstore.progress import Progress, say
 from bowstore.train.schedule import images_in_use, steps_per_epoch
 from bowstore.train.tasks.rotation import ROTATIONS, four_rotations
 from bowstore.train.tasks.settings import ClustersSettings
+from bowstore.train.tasks.supervised import class_loss, make_classes
 from bowstore.train.tasks.task import Dead, Job, Logits, Network, Renewal, Task, mixing, placed, pooled
-from bowstore.words.bags import Bag, bow_cross_entropy, count_bag, mix_bags, weight_at
+from bowstore.words.bags import Bag
 
 _BLOCK = 256  # rows that are looked at together: what a batch holds decides its rounding, so it is one for all ranks
 _LEAST_NORM = 1e-12
@@ -48,7 +49,7 @@ def build(settings: ClustersSettings, job: Job) -> Task:
     """
     used, features = images_in_use(job.config, len(job.index)), job.backbone.features
     settings.check_images(used)
-    head = _head(settings, features)
+    head = class_head(settings.head, features, settings.clusters, settings.gamma)
     heads = Heads([head, LinearHead(features, ROTATIONS)]) if settings.rotation else head
     network = Network(job.backbone, heads, pooled)
     renewal = Clusters(settings, job, network, head)
@@ -58,12 +59,12 @@ def build(settings: ClustersSettings, job: Job) -> Task:
         return batch.images_BCHW, *placed([renewal.cluster_N[batch.plan.rows]], device), *mixing(batch.plan, device)
 
     def scalars(logits: Logits, _: Any) -> dict[str, Tensor]:
-        return {"gamma": head.gamma} if settings.head == "cosine" else {}
+        return {"gamma": head.gamma} if isinstance(head, CosineHead) else {}
 
     return Task(
         network=network,
         bring=bring,
-        make=_make_turned if settings.rotation else _make,
+        make=_make_turned if settings.rotation else make_classes,
         loss=_loss_of_both if settings.rotation else _loss,
         scalars=scalars,
         constants=renewal.told,
@@ -74,28 +75,16 @@ def build(settings: ClustersSettings, job: Job) -> Task:
     )
 
 
-def _head(settings: ClustersSettings, features: int) -> Any:
-    if settings.head == "linear":
-        return LinearHead(features, settings.clusters)
-    return CosineHead(features, settings.clusters, settings.gamma)
-
-
-def _make(images_BCHW: Tensor, cluster_B: Tensor, *mixed: Tensor) -> tuple[Tensor, Bag]:
-    bag = count_bag(cluster_B[:, None])
-    return images_BCHW, mix_bags(bag, *mixed) if mixed else bag
-
-
 def _make_turned(images_BCHW: Tensor, *given: Tensor) -> tuple[Tensor, tuple[Bag, Tensor]]:
     """A mixed image is turned as a whole, so that all four have its mixed target."""
     turned_BCHW, quarter_B = four_rotations(images_BCHW)
-    words_BM, weights_BM = _make(images_BCHW, *given)[1]
+    words_BM, weights_BM = make_classes(images_BCHW, *given)[1]
     return turned_BCHW, (Bag(words_BM.repeat(ROTATIONS, 1), weights_BM.repeat(ROTATIONS, 1)), quarter_B)
 
 
 def _loss(logits_BK: Tensor, bag: Bag) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of a mixed image, its accuracy is the share of the cluster that was predicted."""
-    loss = bow_cross_entropy(logits_BK, bag)
-    return loss, {"cluster_loss": loss, "accuracy": weight_at(bag, logits_BK.detach().argmax(1))}
+    loss, told = class_loss(logits_BK, bag)
+    return loss, {"cluster_loss": loss, **told}
 
 
 def _loss_of_both(logits: Any, targets: tuple[Bag, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -252,7 +241,8 @@ class Clusters(Renewal):
         """Random weights for the head over the clusters, the same on every rank and device."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self._seed(step))
-            fresh = _head(self._settings, self._network.backbone.features)
+            how = self._settings
+            fresh = class_head(how.head, self._network.backbone.features, how.clusters, how.gamma)
             for parameter, value in zip(self._head.parameters(), fresh.parameters(), strict=True):
                 parameter.copy_(value)
         return self._head.parameters()

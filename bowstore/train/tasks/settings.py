@@ -1,10 +1,10 @@
 """The tasks that come with bowstore: their settings and what holds for each. Loads no torch."""
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Count, Listed, Place, Positive, Text, ViewConfig, Workspace
+from bowstore.config import Chosen, Count, Place, Positive, Text, ViewConfig, Workspace
 from bowstore.errors import UsageError
 from bowstore.limits import MAX_WORDS
 from bowstore.remote import fetch_store
@@ -76,13 +76,13 @@ class WordsSettings(TaskSettings):
     name: Literal["words"] = "words"
     store: Place | None = Field(None, description="word store; null: the workspace's")
     layer: Text | None = Field(None, description="layer of the store; null: its only one")
-    layers: Listed[Text] | None = Field(
+    layers: Chosen[Text] | None = Field(
         None, description="several layers of the store, predicted jointly, each by a head of its own; beyond the paper"
     )
     form: Literal["count", "binary", "pyramid"] = Field(
         "count", description="count, binary: a bag of the whole image; pyramid: a count bag of each cell of `grids`"
     )
-    grids: Listed[Count] = Field((1, 2), description="cells along each axis, of each grid of form pyramid")
+    grids: Chosen[Count] = Field((1, 2), description="cells along each axis, of each grid of form pyramid")
     head: Literal["cosine", "linear"] = Field("cosine", description="cosine: Eq. 5; linear: a linear layer with bias")
     reencoded: bool = Field(
         False, description="the shards hold other encodings of the store's images (resized, compressed anew)"
@@ -96,17 +96,12 @@ class WordsSettings(TaskSettings):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        if self.layers is not None:
-            if self.layer is not None:
-                raise ValueError(f"layer {self.layer} and layers are both set; name all of them in layers")
-            if not self.layers or len(set(self.layers)) < len(self.layers):
-                raise ValueError(f"layers {list(self.layers)} must be different ones, one at least")
+        if self.layers is not None and self.layer is not None:
+            raise ValueError(f"layer {self.layer} and layers are both set; name all of them in layers")
         if self.form != "pyramid" and self.grids != type(self).model_fields["grids"].default:
             raise ValueError(f"grids {list(self.grids)} are those of form pyramid; leave them out with {self.form}")
         if self.form == "pyramid" and self.crop_aware:
             raise ValueError("crop_aware is of forms count and binary: the cells of a pyramid are the whole image's")
-        if not self.grids or len(set(self.grids)) < len(self.grids):
-            raise ValueError(f"grids {list(self.grids)} must be different ones, one at least")
         return self
 
     def check_map(self, layer: str, grid: tuple[int, int]) -> None:
@@ -167,7 +162,7 @@ class LinearSettings(StartedSettings):
     """Linear classifiers on a frozen network, one for each layer, on images that are augmented afresh."""
 
     name: Literal["linear"] = "linear"
-    layers: Annotated[Listed[Text], Field(min_length=1)] | None = Field(
+    layers: Chosen[Text] | None = Field(
         None, description="layers of the network, pooled for its pooled output; null: all stages and pooled"
     )
     norm: Literal["batch", "affine", "none"] = Field(

@@ -35,8 +35,8 @@ def build(settings: SupervisedSettings, job: Job) -> Task:
     return Task(
         network=Network(job.backbone, head, pooled),
         bring=bring,
-        make=_make,
-        loss=_loss,
+        make=make_classes,
+        loss=class_loss,
         constants={"chance_loss": chance},
         inputs={"shards": job.index.fingerprint, "labels": labels.digest},
         dead=Dead(
@@ -48,11 +48,12 @@ def build(settings: SupervisedSettings, job: Job) -> Task:
     )
 
 
-def _make(images_BCHW: Tensor, label_B: Tensor, *mixed: Tensor) -> tuple[Tensor, Bag]:
+def make_classes(images_BCHW: Tensor, label_B: Tensor, *mixed: Tensor) -> tuple[Tensor, Bag]:
+    """The images, and the bag of each one's class, mixed where the images are."""
     bag = count_bag(label_B[:, None])
     return images_BCHW, mix_bags(bag, *mixed) if mixed else bag
 
 
-def _loss(logits_BK: Tensor, bag: Bag) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of a mixed image, its accuracy is the share of the class that was predicted."""
+def class_loss(logits_BK: Tensor, bag: Bag) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy, and accuracy: of a mixed image, the share of the class that was predicted."""
     return bow_cross_entropy(logits_BK, bag), {"accuracy": weight_at(bag, logits_BK.detach().argmax(1))}

@@ -13,7 +13,7 @@ from bowstore.config import StorageConfig
 from bowstore.data.plan import Plan
 from bowstore.data.shown import CleanGrid
 from bowstore.data.views import Batch
-from bowstore.models.heads import CosineHead, Heads, LinearHead
+from bowstore.models.heads import CosineHead, Heads, class_head
 from bowstore.progress import say
 from bowstore.remote import fetch_store
 from bowstore.train.schedule import images_in_use
@@ -62,7 +62,7 @@ def build(settings: WordsSettings, job: Job) -> Task:
         add = source.form.add if world.first else None
         inputs[name] = words_digest(source.targets, add, used=used, shown=world.first)
     heads = [
-        _head(settings, job.backbone.features, source.lineage["num_words"])
+        class_head(settings.head, job.backbone.features, source.lineage["num_words"], settings.gamma)
         for source in sources
         for _ in range(source.form.bags)
     ]
@@ -96,8 +96,10 @@ def build(settings: WordsSettings, job: Job) -> Task:
             "excess_loss": _mean([bow_cross_entropy(logits_BK, bag) - bag_entropy(bag) for logits_BK, bag in pairs]),
             "top_word_weight": _mean([weight_at(bag, logits_BK.argmax(1)) for logits_BK, bag in pairs]),
         }
-        if settings.head == "cosine":  # of several the least: the first that runs to zero is a head that is dead
-            found["gamma"] = torch.stack([head.gamma for head in heads]).amin()
+        # Of several the least: the first that runs to zero is a head that is dead.
+        gammas: list[Tensor] = [head.gamma for head in heads if isinstance(head, CosineHead)]
+        if gammas:
+            found["gamma"] = torch.stack(gammas).amin()
         if sources[0].targets.tier == "streamed":  # the mean since the last line, of this sitting
             found["target_wait_ms"] = torch.tensor(sum(waits_ms) / len(waits_ms), device=world.device)
         waits_ms.clear()
@@ -118,12 +120,6 @@ def build(settings: WordsSettings, job: Job) -> Task:
         dead=dead,
         lineage={"store": str(settings.store), **_lineage([source.lineage for source in sources])},
     )
-
-
-def _head(settings: WordsSettings, features: int, num_words: int) -> Any:
-    if settings.head == "linear":
-        return LinearHead(features, num_words)
-    return CosineHead(features, num_words, settings.gamma)
 
 
 def _dead(settings: WordsSettings, marginal: float) -> Dead:
