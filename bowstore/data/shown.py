@@ -62,7 +62,7 @@ class _Axis(NamedTuple):
     """Along one axis, where the view's edges lie, counted in cells from the first that is not border.
 
     Attributes:
-        start_B: the cell at the view's begin.
+        start_B: the cell at the view's first edge.
         extent_B: how many cells it covers; negative where it is mirrored.
     """
 

@@ -1,4 +1,4 @@
-"""A table of the paper beside the figures of this machine: summed up as plain values, and shown. Loads no torch."""
+"""A table of the paper beside the figures measured here: as plain values, and as text. Loads no torch."""
 
 import csv
 import io

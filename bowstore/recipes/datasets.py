@@ -1,4 +1,4 @@
-"""Where the images of a recipe lie that is told them by name: finished shards, images, or a download. Loads no torch.
+"""Finds the images of a table's recipe by the name of their data set: shards, images, or a download. Loads no torch.
 
 A data set has the name of the folder that its shards stage writes: `data/cifar10` is that of cifar10.
 """

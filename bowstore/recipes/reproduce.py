@@ -1,4 +1,4 @@
-"""The paper's tables made anew: the stages that a table's rows need, for each seed, and what came out of them.
+"""Reproduces the paper's tables: runs the stages that a table's rows need, for each seed, and collects the results.
 
 Nothing here knows how a stage runs: a table is a recipe, narrowed to the rows that were asked for. Loads no torch.
 """
@@ -231,7 +231,7 @@ def reproduce(job: Job, seeds: Sequence[int], *, processes: int = 1) -> dict[str
 
 
 def _outcome(job: Job) -> dict[str, Any]:
-    """The table over all seeds that lie there, those of other commands too."""
+    """The table over all seeds in the folder, whichever command made them."""
     before, _, after = str(job.whole.file.runs).partition(_SEED)
     places = [str(path.relative_to(job.out)) for path in job.out.glob(f"{before}*{after}")]
     numbers = [place.removeprefix(before).removesuffix(after) for place in places]

@@ -1,4 +1,4 @@
-"""What a run's log says of its health: the effective rank of its features, and warnings that it does not learn.
+"""Health of a run, for its log: the effective rank of its features, and warnings that it does not learn.
 
 Legend: B rows of a step, N of several, C channels.
 """
@@ -56,8 +56,8 @@ class Course:
 class Features:
     """The pooled features of the first steps and of the last ones before the last line of each epoch: effective ranks.
 
-    Of no other steps anything is kept, and of these nothing is copied. What was kept by the time of a checkpoint is
-    part of it, so that a run that goes on logs what it would have logged.
+    Those of other steps are not kept, and none are copied. What was kept by the time of a checkpoint is part of it, so
+    that a resumed run logs what it would have logged.
 
     Args:
         channels: C.
@@ -102,7 +102,7 @@ class Features:
 
 
 class Watch:
-    """What is said of a run at the last line of an epoch; of each kind once, and again only if it ceased and came back.
+    """Warnings at the last line of an epoch: each kind once, and again only if the trouble ceased and came back.
 
     Args:
         dead: how the run looks if it learns nothing; None if that cannot be told.
@@ -115,7 +115,7 @@ class Watch:
         self._said: set[str] = set()
 
     def warnings(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """What to say at a line of the log, a sentence each."""
+        """Those at a line of the log, a sentence each."""
         if self._dead is None or not self._course.judged(step):
             return []
         found = dict(_troubles(self._dead, values, self.features.first_rank))
@@ -125,7 +125,7 @@ class Watch:
 
 
 def _troubles(dead: Dead, values: Mapping[str, float], first_rank: float | None) -> Iterator[tuple[str, str]]:
-    """Kinds of what is wrong and sentences that say so, of the values of one line."""
+    """What is wrong by the values of one line: its kind, and a sentence."""
     if values[dead.value] > _DEAD_SHARE * dead.loss:
         yield "loss", dead.told(values)
     # To tell so many classes apart takes about as many directions: features of a few classes may well have no more.

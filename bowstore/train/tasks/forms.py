@@ -134,8 +134,8 @@ class PyramidBags(BagForm):
 class ShownBag(BagForm):
     """The bag of the cells that the crop window shows, each by the area that is seen of it (beyond the paper).
 
-    `bowstore.data.shown` says what is seen of which cell. Of a mixed image, that are the cells of A that are not pasted
-    over and those of B within the box, and each image's part of the bag weighs what it takes of the area.
+    `bowstore.data.shown` says how much of each cell is seen. In a mixed image these are the cells of A outside the box
+    and those of B inside it; each image's part of the bag weighs its share of the area.
 
     Args:
         form: count: a word weighs the area in which it is seen; binary: all words that are seen weigh the same.

@@ -51,7 +51,7 @@ def read_labels(job: Job) -> Labels:
     """Labels of the rows that a job's run uses.
 
     Raises:
-        DataError: images without a label or of one class alone, or labels that are no numbers of classes.
+        DataError: images without a label, or all of one class, or a label too large to be a class number.
     """
     index, task = job.index, job.config.task.name
     used = images_in_use(job.config, len(index))

@@ -67,7 +67,7 @@ def build(settings: LinearSettings, job: Job) -> Task:
 
 
 def load_heads(run: Path) -> tuple[Network, list[str]]:
-    """A run's frozen network with its trained heads, in eval mode, on the CPU, and whose logits it gives.
+    """A run's frozen network with its trained heads, in eval mode, on the CPU, and its layers in the order of heads.
 
     Args:
         run: its directory; of a run that is not finished, the heads of its newest checkpoint.

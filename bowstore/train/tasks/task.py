@@ -90,7 +90,7 @@ class Dead:
         loss: what it stays at, nats; another after a renewal of the targets.
         sentence: what it says and what may help; `{loss:.4f}` stands for a value of the log.
         gamma: where the value of this name in the log begins, the scale of the logits; 0 if there is none.
-        value: what of the log stays there, where it is a part of the loss alone.
+        value: name in the log of what stays there: the loss, or a part of it.
     """
 
     loss: float
@@ -106,7 +106,7 @@ class Dead:
 
 
 class Renewal(ABC):
-    """Targets that are made anew, by the network as it is then, while it is trained; part of a run's state."""
+    """Targets that the network itself makes anew from time to time while it is trained; part of a run's state."""
 
     @abstractmethod
     def due(self, step: int) -> bool:
@@ -119,7 +119,7 @@ class Renewal(ABC):
         What it draws depends on the configuration's seed and the step alone.
 
         Returns:
-            Parameters that begin anew, too, and the momenta of which are to be forgotten.
+            Parameters that were reset, whose momenta are to be forgotten.
         """
 
     @abstractmethod
