@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 MADE_UP = {"mine.yaml", "recipe.yaml", "RECIPE", "TABLE", "NAME", "finetune"}
 _COMMAND = re.compile(r"(?:.*\s)?bowstore ([a-z].*)")
-_REMARK = re.compile(r"\s#\s.*|,\s.*|\s{3,}.*|\s\(.*|\.\.\.")
+_REMARK = re.compile(r"\s#\s.*|,\s.*|\s{3,}.*|\s\(.*|(?:--set )?\.\.\.")
 
 
 def commands(text: str) -> Iterator[list[str]]:
