@@ -41,7 +41,7 @@ def build(settings: UpsideDownSettings, job: Job) -> Task:
         loss=loss,
         inputs={"shards": job.index.fingerprint},
         constants={"chance_loss": chance},
-        dead=Dead(chance, "the loss {loss:.4f} is still that of guessing; try a lower optim.lr"),
+        dead=Dead.at(chance, "guessing"),
     )
 
 

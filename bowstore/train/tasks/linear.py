@@ -57,11 +57,7 @@ def build(settings: LinearSettings, job: Job) -> Task:
         constants={"chance_loss": chance},
         inputs={"shards": job.index.fingerprint, "labels": labels.digest},
         modes=_modes,
-        dead=Dead(
-            chance,
-            f"the loss {{loss:.4f}} is still that of {len(names)} heads that predict the classes' frequencies "
-            f"({chance:.4f}): nothing is learned; try a lower optim.lr",
-        ),
+        dead=Dead.at(chance, f"{len(names)} heads that predict the classes' frequencies"),
         lineage={"num_classes": labels.num_classes},
     )
 

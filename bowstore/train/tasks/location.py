@@ -50,11 +50,7 @@ def build(settings: LocationSettings, job: Job) -> Task:
         constants={"chance_loss": _CHANCE},
         inputs={"shards": job.index.fingerprint},
         views=_PATCHES,
-        dead=Dead(
-            _CHANCE,
-            f"the loss {{loss:.4f}} is still that of guessing the place ({_CHANCE:.4f}): nothing is learned; try a "
-            f"lower optim.lr",
-        ),
+        dead=Dead.at(_CHANCE, "guessing the place"),
     )
 
 

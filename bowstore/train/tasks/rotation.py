@@ -28,11 +28,7 @@ def build(settings: RotationSettings, job: Job) -> Task:
         constants={"chance_loss": _CHANCE},
         inputs={"shards": job.index.fingerprint},
         views=ROTATIONS,
-        dead=Dead(
-            _CHANCE,
-            f"the loss {{loss:.4f}} is still that of guessing the rotation ({_CHANCE:.4f}): nothing is learned; try a "
-            f"lower optim.lr",
-        ),
+        dead=Dead.at(_CHANCE, "guessing the rotation"),
     )
 
 

@@ -39,11 +39,7 @@ def build(settings: SupervisedSettings, job: Job) -> Task:
         loss=class_loss,
         constants={"chance_loss": chance},
         inputs={"shards": job.index.fingerprint, "labels": labels.digest},
-        dead=Dead(
-            chance,
-            f"the loss {{loss:.4f}} is still that of predicting the classes' frequencies ({chance:.4f}): nothing is "
-            f"learned; try a lower optim.lr",
-        ),
+        dead=Dead.at(chance, "predicting the classes' frequencies"),
         lineage={"num_classes": labels.num_classes},
     )
 

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
@@ -97,6 +97,13 @@ class Dead:
     sentence: str
     gamma: float = 0.0
     value: str = "loss"
+
+    @classmethod
+    def at(cls, loss: float, what: str, gamma: float = 0.0) -> Self:
+        """One that stays at the loss of `what`, whatever the image; `gamma` where the logits have such a scale."""
+        said, remedy = (" (gamma {gamma:.3g})", " or task.gamma") if gamma else ("", "")
+        sentence = f"the loss {{loss:.4f}} is still that of {what} ({loss:.4f}): nothing is learned{said}; try a lower"
+        return cls(loss, f"{sentence} optim.lr{remedy}", gamma)
 
     def told(self, values: Mapping[str, float]) -> str:
         """The sentence of one line of the log; braces around anything else stay as they are."""

@@ -70,7 +70,8 @@ def build(settings: WordsSettings, job: Job) -> Task:
     if world.first:
         marginal = sum(source.form.bags * source.form.marginal_loss() for source in sources) / len(heads)
         constants["marginal_loss"] = marginal
-        dead = _dead(settings, marginal)
+        gamma = settings.gamma if settings.head == "cosine" else 0.0
+        dead = Dead.at(marginal, "predicting the words' mean frequencies", gamma)
     waits_ms: list[float] = []
 
     def bring(batch: Batch) -> tuple[Tensor, ...]:
@@ -119,17 +120,6 @@ def build(settings: WordsSettings, job: Job) -> Task:
         inputs=inputs,
         dead=dead,
         lineage={"store": str(settings.store), **_lineage([source.lineage for source in sources])},
-    )
-
-
-def _dead(settings: WordsSettings, marginal: float) -> Dead:
-    cosine = settings.head == "cosine"
-    said, remedy = (" (gamma {gamma:.3g})", " or task.gamma") if cosine else ("", "")
-    return Dead(
-        marginal,
-        f"the loss {{loss:.4f}} is still that of predicting the words' mean frequencies ({marginal:.4f}): nothing "
-        f"is learned{said}; try a lower optim.lr{remedy}",
-        settings.gamma if cosine else 0.0,
     )
 
 
