@@ -97,10 +97,11 @@ def build(settings: WordsSettings, job: Job) -> Task:
             "excess_loss": _mean([bow_cross_entropy(logits_BK, bag) - bag_entropy(bag) for logits_BK, bag in pairs]),
             "top_word_weight": _mean([weight_at(bag, logits_BK.argmax(1)) for logits_BK, bag in pairs]),
         }
-        # Of several the least: the first that runs to zero is a head that is dead.
+        # Of several the one nearest to zero, where a head is dead; far below zero it is not.
         gammas: list[Tensor] = [head.gamma for head in heads if isinstance(head, CosineHead)]
         if gammas:
-            found["gamma"] = torch.stack(gammas).amin()
+            gamma_N = torch.stack(gammas)
+            found["gamma"] = gamma_N[gamma_N.abs().argmin()]
         if sources[0].targets.tier == "streamed":  # the mean since the last line, of this sitting
             found["target_wait_ms"] = torch.tensor(sum(waits_ms) / len(waits_ms), device=world.device)
         waits_ms.clear()
