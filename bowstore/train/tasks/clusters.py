@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from bowstore.models.backbone import evaluating
 from bowstore.models.heads import CosineHead, Heads, LinearHead, class_head
 from bowstore.progress import Progress, say
 from bowstore.train.schedule import images_in_use, steps_per_epoch
+from bowstore.train.tasks.labels import frequency_loss, label_loss
 from bowstore.train.tasks.rotation import ROTATIONS, four_rotations
 from bowstore.train.tasks.settings import ClustersSettings
 from bowstore.train.tasks.supervised import class_loss, make_classes
@@ -90,8 +90,8 @@ def _loss(logits_BK: Tensor, bag: Bag) -> tuple[Tensor, dict[str, Tensor]]:
 def _loss_of_both(logits: Any, targets: tuple[Bag, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     (logits_BK, logits_B4), (bag, quarter_B) = logits, targets
     loss, told = _loss(logits_BK, bag)
-    hits_B = logits_B4.detach().argmax(1) == quarter_B
-    return loss + F.cross_entropy(logits_B4, quarter_B), {**told, "rotation_accuracy": hits_B.float().mean()}
+    turned, of_turned = label_loss(logits_B4, quarter_B)
+    return loss + turned, {**told, "rotation_accuracy": of_turned["accuracy"]}
 
 
 class Clusters(Renewal):
@@ -164,8 +164,7 @@ class Clusters(Renewal):
 
     def _take(self, cluster_N: NDArray[np.int64]) -> None:
         self.cluster_N = cluster_N
-        share_K = np.bincount(cluster_N) / len(cluster_N)
-        self.told[_CHANCE] = self.dead.loss = float(-(share_K[share_K > 0] * np.log(share_K[share_K > 0])).sum())
+        self.told[_CHANCE] = self.dead.loss = frequency_loss(cluster_N)
 
     def _tell(self, before_N: NDArray[np.int64] | None) -> None:
         counts_K = np.bincount(self.cluster_N, minlength=self._settings.clusters)

@@ -1,12 +1,14 @@
-"""Labels of an index as targets.
+"""Classes as targets: what is learned of them, and the labels of an index.
 
 Legend: N rows in use, B batch, K classes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
@@ -38,13 +40,24 @@ class Labels:
     @property
     def chance(self) -> float:
         """The loss of predicting the classes' frequencies, nats."""
-        share_K = np.bincount(self.label_N) / len(self.label_N)
-        return float(-(share_K[share_K > 0] * np.log(share_K[share_K > 0])).sum())
+        return frequency_loss(self.label_N)
 
     @property
     def digest(self) -> str:
         """32 hex digits over all of them."""
         return xxhash.xxh3_128_hexdigest(self.label_N.astype("<i4").data)
+
+
+def frequency_loss(class_N: NDArray[Any]) -> float:
+    """The loss of predicting how often each class occurs, nats."""
+    share_K = np.bincount(class_N) / len(class_N)
+    return float(-(share_K[share_K > 0] * np.log(share_K[share_K > 0])).sum())
+
+
+def label_loss(logits_BK: Tensor, class_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy in float32, and the accuracy."""
+    accuracy = (logits_BK.detach().argmax(1) == class_B).float().mean()
+    return F.cross_entropy(logits_BK.float(), class_B), {"accuracy": accuracy}
 
 
 def read_labels(job: Job) -> Labels:

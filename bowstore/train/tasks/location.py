@@ -19,6 +19,7 @@ from bowstore.data.views import Batch
 from bowstore.models.heads import PairHead
 from bowstore.progress import say
 from bowstore.train.schedule import images_in_use
+from bowstore.train.tasks.labels import label_loss
 from bowstore.train.tasks.settings import LocationSettings
 from bowstore.train.tasks.task import Dead, Job, Network, Task, pooled
 
@@ -46,7 +47,7 @@ def build(settings: LocationSettings, job: Job) -> Task:
         network=Network(job.backbone, PairHead(job.backbone.features, settings.hidden, _PATCHES), pooled),
         bring=bring,
         make=make,
-        loss=_loss,
+        loss=label_loss,
         constants={"chance_loss": _CHANCE},
         inputs={"shards": job.index.fingerprint},
         views=_PATCHES,
@@ -90,11 +91,6 @@ def standardised(patches_NCss: Tensor) -> Tensor:
     """Patches less their own mean, over their own deviation, over all values of each; of one colour: zeros."""
     patches_NssC = patches_NCss.permute(0, 2, 3, 1)
     return F.layer_norm(patches_NssC, patches_NssC.shape[1:], eps=_LEAST_VARIANCE).permute(0, 3, 1, 2)
-
-
-def _loss(logits_N8: Tensor, place_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    accuracy = (logits_N8.detach().argmax(1) == place_N).float().mean()
-    return F.cross_entropy(logits_N8.float(), place_N), {"accuracy": accuracy}
 
 
 def _say_what_is_enlarged(job: Job) -> None:

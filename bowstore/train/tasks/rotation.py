@@ -6,11 +6,11 @@ Legend: B batch, C channels, H W pixels.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bowstore.models.backbone import Backbone
 from bowstore.models.heads import LinearHead, RotationHead
+from bowstore.train.tasks.labels import label_loss
 from bowstore.train.tasks.settings import RotationSettings
 from bowstore.train.tasks.task import Dead, Job, Network, Task, last_map, pooled
 
@@ -24,7 +24,7 @@ def build(settings: RotationSettings, job: Job) -> Task:
         network=_network(settings, job.backbone),
         bring=lambda batch: (batch.images_BCHW,),
         make=four_rotations,
-        loss=_loss,
+        loss=label_loss,
         constants={"chance_loss": _CHANCE},
         inputs={"shards": job.index.fingerprint},
         views=ROTATIONS,
@@ -45,8 +45,3 @@ def four_rotations(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     turned_BHWC = torch.cat([torch.rot90(images_BHWC, quarter, (1, 2)) for quarter in range(ROTATIONS)])
     label_B = torch.arange(ROTATIONS, device=images_BCHW.device).repeat_interleave(len(images_BCHW))
     return turned_BHWC.permute(0, 3, 1, 2), label_B
-
-
-def _loss(logits_B4: Tensor, label_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    accuracy = (logits_B4.detach().argmax(1) == label_B).float().mean()
-    return F.cross_entropy(logits_B4.float(), label_B), {"accuracy": accuracy}
