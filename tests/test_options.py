@@ -156,7 +156,7 @@ def test_options_of_every_command_are_its_models() -> None:
 def _schema(model: type[Strict], name: str) -> dict[str, Any]:
     """What JSON schema says of one value of a field."""
     found = model.model_json_schema()["properties"][name]
-    found = found.get("items", found)
+    found = found.get("items") or found.get("prefixItems", [found])[0]
     for part in found.get("anyOf", []):
         if part.get("type") in ("integer", "number", "string", "array"):
             found = {**part.get("items", part)}

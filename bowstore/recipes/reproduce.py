@@ -277,7 +277,7 @@ def _results(
             problems[cell.row] = problem
             continue
         rows.setdefault(row_of(cell.row), []).append(read_result(cell.result))
-        if cell.row != RANDOM and (took := _minutes(cell.run)):
+        if cell.row != RANDOM and (took := _minutes(cell.run)) is not None:
             minutes.setdefault(cell.row, {})[seed] = took
     return rows, problems
 

@@ -92,17 +92,18 @@ def test_the_four_commands(workspace: Path) -> None:
     assert "finished already" in call(*ROTNET)
     assert "already complete" in call(*ENCODE)
     report = json.loads(call(*BOWNET, "--json"))
-    assert report["run"] == "runs/cifar10_bownet_small"
-    lineage = "lineage: rotation -> cifar10_rotnet_small -> 16 words of block3 -> cifar10_bownet_small\n"
-    assert lineage in call("verify", "runs/cifar10_bownet_small")
+    name = "cifar10_bownet_without_cutmix_small"
+    assert report["run"] == f"runs/{name}"
+    lineage = f"lineage: rotation -> cifar10_rotnet_small -> 16 words of block3 -> {name}\n"
+    assert lineage in call("verify", f"runs/{name}")
     assert report["steps"] == 14
     result = json.loads(call("eval", "linear", "--json"))
     assert result["protocol"] == "linear/bownet-cifar"
     assert 0 < result["metrics"]["top1"] <= 1
-    assert (workspace / "runs/cifar10_bownet_small/eval/linear-bownet-cifar.json").is_file()
-    assert "cifar10_bownet_small" in call("eval", "linear", "--run", "cifar10_bownet_small")
+    assert (workspace / f"runs/{name}/eval/linear-bownet-cifar.json").is_file()
+    assert name in call("eval", "linear", "--run", name)
     call("eval", "linear", "--random")
-    assert (workspace / "runs/cifar10_bownet_small/random/eval/linear-bownet-cifar.json").is_file()
+    assert (workspace / f"runs/{name}/random/eval/linear-bownet-cifar.json").is_file()
 
 
 def test_train_takes_the_recipes_next_stage_or_says_what_it_waits_for(workspace: Path) -> None:
