@@ -178,7 +178,7 @@ class Workspace(Strict):
     )
     config: Place | None = Field(None, description="configuration of `bowstore train`; null: the recipe's next")
     recipe: Place | None = Field(None, description="recipe of `bowstore run` and `bowstore train`: a file, or its name")
-    voc: Place = Field(Path("data/VOCdevkit/VOC2007"), description="VOC devkit folder of `bowstore eval voc07`")
+    voc: Place = Field(Path("data/VOCdevkit"), description="VOC devkit, with a folder a year, or the folder of a year")
     plugins: Listed[Text] = Field((), description="files and modules that add sources, tasks and protocols")
     storage: StorageConfig = StorageConfig()
 

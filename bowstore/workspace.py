@@ -58,7 +58,7 @@ teacher: null                    # run, checkpoint or configuration; null: the n
 config: null                     # what `bowstore train` trains; null: the recipe's next training stage
 # What follows what: `bowstore run` runs it, `bowstore train` and `bowstore encode` take its next stage.
 {recipe}
-voc: data/VOCdevkit/VOC2007      # for: bowstore eval voc07
+voc: data/VOCdevkit              # with a folder a year, as VOC2007; for: bowstore eval voc07
 plugins: []                      # files or modules with sources, tasks and protocols of your own
 """
 

@@ -20,6 +20,7 @@ from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
 from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings
 from bowstore.evaluate.svm import ABSENT, IGNORED, NORM_EPSILON, PRESENT, SEED, SvmScores, check_problem, evaluate_svms
+from bowstore.evaluate.voc_layout import IMAGES
 from bowstore.models.backbone import Backbone
 from bowstore.models.pooling import Tap, layer_taps
 
@@ -59,7 +60,7 @@ def read_split(voc: Path, split: Split) -> LabelledSplit:
                 "images); every class must list all images of the split: extract the devkit again"
             )
     ids = tuple(sorted(labels[first]))
-    paths = tuple(voc / "JPEGImages" / f"{image}.jpg" for image in ids)
+    paths = tuple(voc / IMAGES / f"{image}.jpg" for image in ids)
     if absent := [path for path in paths if not path.is_file()]:
         line = list(labels[first]).index(absent[0].stem) + 1
         raise MissingError(
@@ -86,11 +87,9 @@ def read_split(voc: Path, split: Split) -> LabelledSplit:
 
 def _class_lists(voc: Path, split: Split) -> dict[str, Path]:
     """The list file of each class, by the class's name, sorted by file name."""
-    for folder in (voc / "JPEGImages", voc / "ImageSets" / "Main"):
+    for folder in (voc / IMAGES, voc / "ImageSets" / "Main"):
         if not folder.is_dir():
-            inside = voc / "VOC2007"
-            hint = f"did you mean {inside}?" if inside.is_dir() else "name the folder VOCdevkit/VOC2007 of the devkit"
-            raise MissingError(f"no folder {folder}; {hint}")
+            raise MissingError(f"no folder {folder}; name the devkit (VOCdevkit) or its folder VOCdevkit/VOC2007")
     paths = sorted((voc / "ImageSets" / "Main").glob(f"[!.]*_{split}.txt"))
     if not paths:
         archive = "VOCtrainval_06-Nov-2007.tar" if split == "trainval" else "VOCtest_06-Nov-2007.tar"

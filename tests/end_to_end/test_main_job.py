@@ -291,9 +291,8 @@ def test_bench_train(workspace: Path) -> None:
 
 
 def test_voc07_as_typed(workspace: Path) -> None:
-    write_devkit(workspace / "data/VOCdevkit")
-    found = next((workspace / "data/VOCdevkit").rglob("JPEGImages")).parent
-    result = json.loads(call("eval", "voc07", "--voc", found, "--jobs", 1, "--costs", "vissl", "--json"))
+    write_devkit(workspace / "data")
+    result = json.loads(call("eval", "voc07", "--jobs", 1, "--costs", "vissl", "--json"))
     assert result["protocol"] == "voc07-svm/vissl"
     assert {"map_block2", "map_block3", "map_best"} <= result["metrics"].keys()
 

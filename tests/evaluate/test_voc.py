@@ -7,10 +7,10 @@ from voc_devkit import write_devkit
 from bowstore.config import ViewConfig, Workspace, dump
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.evaluate.config import EvalConfig
-from bowstore.evaluate.protocols.voc07 import KIND, Voc07Settings, describe
+from bowstore.evaluate.protocols.voc07 import KIND, Voc07Settings, describe, resolve
 from bowstore.evaluate.results import Result, read_result, result_table
 from bowstore.evaluate.runner import evaluate
-from bowstore.evaluate.voc import read_split
+from bowstore.evaluate.voc import data, read_split
 from bowstore.models.saved import network_of, save_backbone
 
 
@@ -65,10 +65,16 @@ def test_the_id_says_layers_that_were_chosen() -> None:
 
 class TestErrors:
     def test_missing_folder_names_the_devkit(self, voc: Path, tmp_path: Path) -> None:
-        with pytest.raises(MissingError, match=r"no folder .*JPEGImages; did you mean .*VOC2007"):
-            read_split(voc.parent, "test")
-        with pytest.raises(MissingError, match="name the folder VOCdevkit/VOC2007"):
-            read_split(tmp_path / "nowhere", "test")
+        with pytest.raises(
+            MissingError, match=r"no folder .*nowhere/VOC2007/JPEGImages; name the devkit \(VOCdevkit\)"
+        ):
+            self.open(tmp_path / "nowhere")
+        (voc / "ImageSets").rename(voc / "lists")
+        with pytest.raises(MissingError, match=r"no folder .*07/ImageSets/Main; .* its folder VOCdevkit/VOC2007$"):
+            self.open(voc.parent)
+
+    def open(self, voc: Path) -> None:
+        data(resolve(Voc07Settings(voc=voc), Workspace()), Workspace())
 
     def test_missing_split_names_the_archive(self, voc: Path) -> None:
         for path in voc.glob("ImageSets/Main/*_test.txt"):

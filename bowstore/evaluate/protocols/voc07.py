@@ -7,6 +7,7 @@ from pydantic import Field
 
 from bowstore.config import Listed, Place, Strict, Text, Threads, Workspace
 from bowstore.evaluate.protocol import Kind, Protocol, layers_in_id
+from bowstore.evaluate.voc_layout import find_devkit
 
 CostList = Literal["fair", "vissl", "obow"]
 _POWERS = tuple(0.5**power for power in range(4, 20))
@@ -22,7 +23,7 @@ _SOURCES = {"fair": "FAIR self-supervision benchmark; the paper's", "vissl": "VI
 class Voc07Settings(Strict):
     """What a user sets of the VOC07 SVMs."""
 
-    voc: Place | None = Field(None, description="VOC devkit folder (VOC2007); null: the workspace's")
+    voc: Place | None = Field(None, description="VOC devkit, or its folder VOC2007; null: the workspace's")
     costs: CostList = Field("fair", description="cost list, by the code that uses it (another protocol id each)")
     layers: Listed[Text] = Field(
         (), description="layer of the network, more than once for several (another protocol id); null: last two"
@@ -44,8 +45,8 @@ def describe(settings: Voc07Settings) -> Protocol:
 
 
 def resolve(settings: Voc07Settings, workspace: Workspace) -> Voc07Settings:
-    """The workspace's devkit where none is named."""
-    return settings.model_copy(update={"voc": settings.voc or workspace.voc})
+    """The workspace's devkit where none is named, and in it the folder of 2007."""
+    return settings.model_copy(update={"voc": find_devkit(settings.voc or workspace.voc, 2007)})
 
 
 KIND = Kind(
