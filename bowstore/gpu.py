@@ -25,6 +25,7 @@ Version = tuple[int, int]
 
 # From here on Triton programs tensor cores: for 7.0 and 7.5 version 3.8 compiles the search's products to plain FMA.
 TRITON_CAPABILITY = (8, 0)
+_HELD_SHARE = 0.8  # of the free memory that one tensor may take
 _TAKEN_SHARE = 0.15  # of a GPU's memory; a desktop and this process's own context take less
 _GIB = 1 << 30
 _DRIVERS = {12: "525", 13: "580"}  # the first driver for a major version of CUDA; any of them runs all its minor ones
@@ -190,6 +191,16 @@ def free_memory(device: torch.device) -> int:
     """Bytes of a GPU that this process can take: free ones, and those that PyTorch keeps from earlier work."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def holds(device: torch.device, size_bytes: int) -> bool:
+    """Whether a GPU holds so much in a good part of its free memory, so that it is worth moving there once."""
+    return device.type == "cuda" and size_bytes < _HELD_SHARE * free_memory(device)
+
+
+def resident(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a GPU that holds it, else where it is."""
+    return tensor.to(device) if holds(device, tensor.nbytes) else tensor
 
 
 def memory_note(device: torch.device) -> str | None:

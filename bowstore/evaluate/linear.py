@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bowstore.errors import DataError
 from bowstore.evaluate.protocol import Features, Scores
 from bowstore.evaluate.protocols.linear import LinearSettings
-from bowstore.gpu import free_memory
+from bowstore.gpu import resident
 from bowstore.models.backbone import Backbone
 from bowstore.models.pooling import POOLED, Tap, layer_taps
 from bowstore.progress import Progress
@@ -26,7 +26,6 @@ from bowstore.progress import Progress
 _TOP = 5
 _SLICE = 8192
 _THREADED_MULTIPLICATIONS = 1 << 25  # of a step, from which more than one CPU thread pays
-_GPU_SHARE = 0.8  # of the free memory that features may take
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def linear_probe(
         DataError: a loss that diverges.
     """
     start = time.monotonic()
-    train_X, test_X = (_resident(torch.from_numpy(features), device) for features in (train_Nd, test_Md))
+    train_X, test_X = (resident(torch.from_numpy(features), device) for features in (train_Nd, test_Md))
     if config.standardise:
         train_X, test_X = standardised(train_X, test_X)
     train_y, test_y = (
@@ -145,13 +144,6 @@ def standardised(train_Nd: Tensor, test_Md: Tensor) -> tuple[Tensor, Tensor]:
     std_d = torch.where(std_d > 0, std_d, 1.0)
     mean, std = mean_d.to(train_Nd), std_d.to(train_Nd)
     return (train_Nd - mean) / std, (test_Md - mean) / std
-
-
-def _resident(features: Tensor, device: torch.device) -> Tensor:
-    """The features on the GPU when a good part of its free memory holds them, else where they are."""
-    if device.type != "cuda":
-        return features
-    return features.to(device) if features.nbytes < _GPU_SHARE * free_memory(device) else features
 
 
 @contextmanager

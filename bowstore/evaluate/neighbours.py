@@ -17,7 +17,7 @@ from bowstore.evaluate.splits import check_classes
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 
-_TRAIN_BLOCK = 16_384  # from 64 k on, topk keeps a heap and takes two thirds of the time
+TRAIN_BLOCK = 16_384  # from 64 k on, topk keeps a heap and takes two thirds of the time
 _TEST_BLOCK = 1024
 _TOP = 5
 
@@ -72,7 +72,7 @@ def knn_accuracy(
     ranks_M = np.concatenate(
         [
             _ranks(cosine_Mk[at], train_labels_N[rows_Mk[at]], test_labels_M[at], classes, temperature)
-            for at in _slices(len(test_Md), _TEST_BLOCK)
+            for at in slices(len(test_Md), _TEST_BLOCK)
         ]
     )
     tops = (1, _TOP) if classes > _TOP else (1,)
@@ -86,11 +86,11 @@ def nearest(
     cosine_Mk = torch.empty(len(test_Md), 0)
     rows_Mk = torch.empty(len(test_Md), 0, dtype=torch.int64)
     with exact_float32(), torch.no_grad(), Progress("neighbours", len(train_Nd)) as progress:
-        for part in _slices(len(train_Nd), _TRAIN_BLOCK):
-            train_nd = _unit(train_Nd[part], device)
+        for part in slices(len(train_Nd), TRAIN_BLOCK):
+            train_nd = unit(train_Nd[part], device)
             best = [
-                _better(cosine_Mk[at], rows_Mk[at], _unit(test_Md[at], device) @ train_nd.T, part.start, k)
-                for at in _slices(len(test_Md), _TEST_BLOCK)
+                _better(cosine_Mk[at], rows_Mk[at], unit(test_Md[at], device) @ train_nd.T, part.start, k)
+                for at in slices(len(test_Md), _TEST_BLOCK)
             ]
             cosine_Mk, rows_Mk = (torch.cat(values) for values in zip(*best, strict=True))
             progress.advance(len(train_nd))
@@ -141,12 +141,13 @@ def _ranks(
     return np.where(voted_m, ahead_mK.sum(axis=1), classes)
 
 
-def _unit(features_nd: NDArray[np.float32], device: torch.device) -> Tensor:
-    """The features over their lengths; zeros stay."""
+def unit(features_nd: NDArray[np.float32], device: torch.device) -> Tensor:
+    """The features over their lengths, on the device; zeros stay."""
     features = torch.from_numpy(np.array(features_nd)).to(device)
     features /= features.abs().amax(dim=1, keepdim=True).clamp_min(1e-38)  # squares overflow from 1e19 on
     return F.normalize(features, dim=1)
 
 
-def _slices(count: int, step: int) -> Iterator[slice]:
+def slices(count: int, step: int) -> Iterator[slice]:
+    """`count` places in order, `step` at a time."""
     return (slice(start, min(start + step, count)) for start in range(0, count, step))

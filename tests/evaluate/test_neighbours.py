@@ -46,7 +46,7 @@ def test_as_the_dense_formula_gives(monkeypatch: pytest.MonkeyPatch, k: int, tem
     expected = by_dense_formula(train, test, k, temperature, 12)
     assert 0.3 < expected["top1"] < 0.9
     assert accuracy(train, test, k=k, temperature=temperature, classes=12) == pytest.approx(expected)
-    monkeypatch.setattr(neighbours, "_TRAIN_BLOCK", 37)
+    monkeypatch.setattr(neighbours, "TRAIN_BLOCK", 37)
     monkeypatch.setattr(neighbours, "_TEST_BLOCK", 11)
     assert accuracy(train, test, k=k, temperature=temperature, classes=12) == pytest.approx(expected)
 
@@ -70,7 +70,7 @@ def test_votes_by_hand() -> None:
 
 @pytest.mark.parametrize("block", [1, 3, 5, 100])
 def test_of_equal_cosines_the_lower_rows_count_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(neighbours, "_TRAIN_BLOCK", block)
+    monkeypatch.setattr(neighbours, "TRAIN_BLOCK", block)
     train = np.array([[0, 1], [1, 0], [1, 1], [2, 0], [0, 1], [3, 0], [1, 0]], np.float32)
     cosine, rows = nearest(train, np.array([[1, 0], [0, 2]], np.float32), 3, CPU)
     assert rows.tolist() == [[1, 3, 5], [0, 2, 4]]
@@ -95,7 +95,7 @@ def test_the_size_of_a_feature_does_not_matter() -> None:
 
 
 def test_memory_mapped_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_TRAIN_BLOCK", 64)
+    monkeypatch.setattr(neighbours, "TRAIN_BLOCK", 64)
     train, test = clustered(200, 8, 16, 0), clustered(60, 8, 16, 1)
     np.save(tmp_path / "train.npy", train[0])
     mapped = np.load(tmp_path / "train.npy", mmap_mode="r"), train[1]

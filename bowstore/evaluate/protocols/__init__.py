@@ -3,9 +3,10 @@
 from bowstore.evaluate.protocol import Kind
 from bowstore.plugins import Registry
 
+_OWN = ("linear", "voc07", "fewshot", "knn", "retrieval")
 PROTOCOLS: Registry[Kind] = Registry(
     "protocol",
     "bowstore.protocols",
     Kind,
-    {name: f"bowstore.evaluate.protocols.{name}:KIND" for name in ("linear", "voc07", "fewshot", "knn")},
+    {name: f"bowstore.evaluate.protocols.{name}:KIND" for name in _OWN},
 )
