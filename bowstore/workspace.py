@@ -145,7 +145,10 @@ def with_start(task: TaskSettings, workspace: Workspace) -> TaskSettings:
     """
     if not isinstance(task, StartedSettings) or task.start is None:
         return task
-    return task.model_copy(update={"start": find_run(workspace, task.start)})
+    try:
+        return task.model_copy(update={"start": find_run(workspace, task.start)})
+    except MissingError as error:
+        raise MissingError(f"task.start: {error}; name the run to start from, or null for random weights") from error
 
 
 def resolve_train(

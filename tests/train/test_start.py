@@ -108,7 +108,9 @@ def test_another_network_is_refused(make_config: Make, rotnet: Path) -> None:
         MismatchError, match=r"is of strides \[2, 2, 1\], and model\.strides are \[1, 2, 2\]; set model"
     ):
         built(model={"strides": [1, 2, 2]})
-    with pytest.raises(MissingError, match=r"no run or file 'rotnett'; runs in runs: rotnet"):
+    with pytest.raises(
+        MissingError, match=r"task\.start: no run or file 'rotnett'; runs in runs: rotnet; name the run"
+    ):
         resolved(make_config("started"), **{"task.start": "rotnett"})
     tensors, saved = load_export(rotnet / runs.BACKBONE_FILE)
     loaded = load_backbone(rotnet).backbone
@@ -161,7 +163,11 @@ def test_a_stage_starts_from_another(plan: Callable[[str], Plan]) -> None:
     ("old", "new", "message"),
     [
         ("start: rotnet}", "start: words}", r"`start: words` is a stage of kind encode, and must be one of kind train"),
-        ("start: rotnet}", "set: {task.start: nobody}}", r"stage 'next': no run or file 'nobody'; runs in runs: none"),
+        (
+            "start: rotnet}",
+            "set: {task.start: nobody}}",
+            r"stage 'next': task\.start: no run or file 'nobody'; runs in runs: none; name the run",
+        ),
         (
             "started.yaml",
             "rotnet.yaml, name: b",
