@@ -59,3 +59,40 @@ def _image(draws: np.random.Generator, labels: dict[str, int], size: tuple[int, 
         x, y = draws.uniform(radius, width - radius), draws.uniform(radius, height - radius)
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[name])
     return image
+
+
+def write_masked_devkit(root: Path, *, train: int = 16, val: int = 4, seed: int = 0) -> Path:
+    """Write images of two halves, each in the colour of a class, and their masks; return the devkit's VOC2012 folder.
+
+    Classes 0 to 2 are grey, red and blue; the halves lie beside or above each other, void where they meet. Images have
+    different sizes.
+
+    Args:
+        root: an existing folder.
+        train: images of that split.
+        val: images of that split.
+        seed: of classes and noise.
+    """
+    voc = root / "VOCdevkit" / "VOC2012"
+    images, masks, lists = voc / "JPEGImages", voc / "SegmentationClass", voc / "ImageSets" / "Segmentation"
+    for folder in (images, masks, lists):
+        folder.mkdir(parents=True)
+    draws = np.random.default_rng(seed)
+    colours = np.array([(128, 128, 128), COLOURS["red"], COLOURS["blue"]])
+    for split, count in (("train", train), ("val", val)):
+        ids = [f"2007_{split}_{number:02d}" for number in range(count)]
+        for number, name in enumerate(ids):
+            width, height = SIZES[number % 3]
+            first, second = draws.permutation(3)[:2]
+            mask = np.full((height, width), first, np.uint8)
+            across = mask if number % 2 else mask.T
+            middle = len(across) // 2
+            across[middle:] = second
+            pixels = colours[mask] + draws.integers(-20, 21, (height, width, 3))
+            across[middle - 4 : middle + 4] = 255
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(images / f"{name}.jpg", quality=95)
+            as_file = Image.fromarray(mask)
+            as_file.putpalette(bytes(range(256)) * 3)  # of colours, as the devkit's: what counts is the places in it
+            as_file.save(masks / f"{name}.png")
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids))
+    return voc

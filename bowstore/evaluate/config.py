@@ -12,4 +12,4 @@ class EvalConfig(Computing):
 
     run: Text | None = Field(None, description="run, checkpoint or .safetensors; null: newest finished run")
     random: bool = Field(False, description="the run's network at its random initialisation")
-    batch: Batch = Field(128, description="images a batch")
+    batch: Batch = Field(128, description="images a batch; of large images fewer where it is left out")

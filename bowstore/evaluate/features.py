@@ -28,7 +28,7 @@ from bowstore.models.pooling import POOLED, Tap, tapped
 from bowstore.progress import Progress, say
 
 COLLAPSED = 1e-3  # variation below which features tell no images apart; those of random networks vary by 0.05 and more
-_SLICE = 1024  # images at a time, so that sums in float64 need little memory
+_SLICE, _SLICE_VALUES = 1024, 1 << 24  # images, and values, at a time at most: sums in float64 need little memory
 Batches = Iterable[tuple[NDArray[np.int64], Tensor]]
 
 
@@ -190,7 +190,8 @@ def warn_of_collapse(what: str, shares: Mapping[str, float], images: int) -> Non
 def variation(features_Nd: NDArray[np.float32]) -> float:
     """How much features differ between images: the root mean square of x - mean, over that of x; 0 where all are 0."""
     total, squares = np.zeros(features_Nd.shape[1]), 0.0
-    parts = [features_Nd[start : start + _SLICE] for start in range(0, len(features_Nd), _SLICE)]
+    images = min(_SLICE, max(1, _SLICE_VALUES // features_Nd.shape[1]))
+    parts = [features_Nd[start : start + images] for start in range(0, len(features_Nd), images)]
     for part in parts:
         total += part.sum(axis=0, dtype=np.float64)
         squares += float(np.square(part, dtype=np.float64).sum())

@@ -62,13 +62,13 @@ def evaluate(
                 view=view,
                 taps=kind.ask("taps", Mapping, network.backbone, settings, view.size),  # type: ignore[type-abstract]
                 device=world.device,
-                **{name: getattr(config, name) for name in OF_FEATURES},
+                **{name: getattr(config, name) for name in OF_FEATURES} | _batch(data, config),
             )
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)
             first = next(iter(features.splits.values()))
             taken = {name: {"of": str(tap), "dims": first[name].shape[1]} for name, tap in how.taps.items()}
-            ran = {"view": asdict(view), "trunk": trunk, "batch": config.batch, "taps": taken}
+            ran = {"view": asdict(view), "trunk": trunk, "batch": how.batch, "taps": taken}
         result = made_result(
             protocol=protocol.id,
             protocol_version=protocol.version,
@@ -112,6 +112,11 @@ def _world(kind: Kind, config: EvalConfig) -> Iterator[World]:
         raise UsageError(f"eval {kind.name} is for one process, and torchrun started {size}; start it without torchrun")
     else:
         yield World(0, 1, choose_device(config.device))
+
+
+def _batch(data: DataSets, config: EvalConfig) -> dict[str, int]:
+    """The protocol's batch, if it has one and the user has said none."""
+    return {"batch": data.batch} if data.batch and "batch" not in config.model_fields_set else {}
 
 
 def _scored(kind: Kind, features: Features, settings: Strict) -> Scores:

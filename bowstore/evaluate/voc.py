@@ -15,12 +15,11 @@ import numpy as np
 import xxhash
 
 from bowstore.config import Workspace
-from bowstore.data.file_reader import FileReader
 from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
 from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings
 from bowstore.evaluate.svm import ABSENT, IGNORED, NORM_EPSILON, PRESENT, SEED, SvmScores, check_problem, evaluate_svms
-from bowstore.evaluate.voc_layout import IMAGES
+from bowstore.evaluate.voc_layout import IMAGES, of_files
 from bowstore.models.backbone import Backbone
 from bowstore.models.pooling import Tap, layer_taps
 
@@ -71,18 +70,10 @@ def read_split(voc: Path, split: Split) -> LabelledSplit:
     for name, label_N in zip(labels, labels_NK.T, strict=True):
         if not (label_N == PRESENT).any():
             raise DataError(f"{lists[name]}: class {name} has 0 positive images of {len(ids)}; need at least 1")
-    found = [path.stat() for path in paths]
-    digest = xxhash.xxh3_128(" ".join((*labels, *ids, *(str(stat.st_size) for stat in found))).encode())
+    digest = xxhash.xxh3_128(" ".join((*labels, *ids, *(str(path.stat().st_size) for path in paths))).encode())
     digest.update(labels_NK.tobytes())
-    return LabelledSplit(
-        open=lambda: FileReader(paths),
-        rows=np.arange(len(paths)),
-        labels=labels_NK,
-        classes=tuple(labels),
-        fingerprint=digest.hexdigest(),
-        content=xxhash.xxh3_128_hexdigest(repr([(*paths, *(stat.st_mtime_ns for stat in found))]).encode()),
-        role="test" if split == "test" else "train",
-    )
+    role = "test" if split == "test" else "train"
+    return of_files(paths, labels=labels_NK, classes=tuple(labels), fingerprint=digest.hexdigest(), role=role)
 
 
 def _class_lists(voc: Path, split: Split) -> dict[str, Path]:

@@ -93,13 +93,13 @@ def choose_pool(channels: int, height: int, width: int, *, count_padding: bool =
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a feature is taken: a layer and how its map is pooled; no layer means the network's output."""
+    """Where a feature is taken: a layer and how its map is pooled, if it is; no layer means the network's output."""
 
     layer: str | None
     pool: Pool | None = None
 
     def __str__(self) -> str:
-        return f"{self.layer} {self.pool}" if self.layer else "pooled output"
+        return f"{self.layer} {self.pool or 'map'}" if self.layer else "pooled output"
 
 
 POOLED: Mapping[str, Tap] = {"pooled": Tap(None)}

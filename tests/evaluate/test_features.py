@@ -241,13 +241,15 @@ def test_features_that_are_the_same_for_all_images_are_warned_of(
     assert "warning" not in look(collapsed, 1)  # of one image nothing can be told
 
 
-def test_variation_is_a_share_of_the_features_size() -> None:
+def test_variation_is_a_share_of_the_features_size(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(3, 0.5, (3000, 7)).astype(np.float32)
     wide = values.astype(np.float64)
     expected = np.sqrt(((wide - wide.mean(0)) ** 2).sum() / (wide**2).sum())
     assert variation(values) == pytest.approx(expected, rel=1e-6)
     assert variation(np.full((5, 3), 1e30, np.float32) * np.float32(1.1)) == pytest.approx(0, abs=1e-7)
     assert variation(np.zeros((5, 3), np.float32)) == 0
+    monkeypatch.setattr("bowstore.evaluate.features._SLICE_VALUES", 700)  # a hundred images at a time
+    assert variation(values) == pytest.approx(expected, rel=1e-6)
 
 
 def test_other_order_is_refused(backbone: Backbone) -> None:

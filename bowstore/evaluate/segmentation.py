@@ -1,0 +1,279 @@
+"""Linear segmentation of VOC2012 (`protocols/segmentation.py`): a classifier of the places of one frozen map.
+
+Images are squashed to a square and seen without augmentation, so that each map is computed once. The logits of the
+map's places are upsampled to the masks. An upsampled logit is a weighted mean of logits, first over rows, then over
+columns: two products of matrices, which unlike torch's own upsampling give the same digits every time on a GPU, too.
+The loss and its gradient are made of a few images at a time, as 21 logits a pixel of a batch would take a gigabyte.
+
+Legend: N images, B batch, c channels, h w places of the map, H W pixels of a mask, K classes, b at a time, P places.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bowstore.config import Workspace
+from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.evaluate.masks import CLASSES, VOID, Listed, Masks, read_listed, read_masks
+from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
+from bowstore.evaluate.protocols.segmentation import SegmentationSettings
+from bowstore.evaluate.voc_layout import of_files
+from bowstore.exact import exact_float32
+from bowstore.gpu import resident
+from bowstore.models.backbone import Backbone
+from bowstore.models.pooling import Tap
+from bowstore.progress import Progress
+
+_MAP = "map"
+_PIXELS_AT_ONCE = 1 << 18  # 21 logits each: one mask of 448 x 448
+_IMAGES_A_PASS = 16  # of 448 pixels a side: as many values as 64 of 224
+_VOC12 = {False: (1464, 1449), True: (10582, 1449)}  # images in train or trainaug, and val
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """BatchNorm and a 1x1 convolution, and how they are trained.
+
+    Attributes:
+        epochs: passes over the train images.
+        batch: images a step; what is left of an epoch's order is not used.
+        lr: learning rate of the first step.
+        power: the rate falls as (1 - step / steps) ** power.
+        momentum: of SGD.
+        weight_decay: on all parameters.
+        init_std: deviation of the convolution's weights at the start; its bias starts at zero.
+        seed: of these weights and of the order of the images.
+    """
+
+    epochs: int = 40
+    batch: int = 16
+    lr: float = 0.01
+    power: float = 0.9
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    init_std: float = 0.01
+    seed: int = 0
+
+
+def learning_rate(step: int, steps: int, config: HeadConfig) -> float:
+    """Learning rate of a step, from 0, of so many in all."""
+    return float(config.lr * (1 - step / steps) ** config.power)
+
+
+def data(settings: SegmentationSettings, _workspace: Workspace) -> DataSets:
+    """Train and val images, all their masks read and checked: what can be wrong before an image is decoded.
+
+    Raises:
+        MissingError, DataError: as `masks.read_listed` and `masks.read_masks`; fewer train images than a batch; masks
+            of void alone.
+        MismatchError: images that are in both splits.
+    """
+    train, val = _listed(settings)
+    if len(train) < (batch := HeadConfig().batch):
+        raise DataError(f"{train.source} lists {len(train)} images, and a batch has {batch}; list at least {batch}")
+    if shared := set(train.images) & set(val.images):
+        raise MismatchError(
+            f"{len(shared)} images of {val.source} are in {train.source}, too (first: {min(shared).stem}); take them "
+            "out of one of the lists"
+        )
+    return DataSets(
+        splits={"train": _split(train, "train"), "val": _split(val, "test")},
+        view={"size": settings.size, "resize": None, "squash": False},
+        dataset="voc12" if (len(train), len(val)) == _VOC12[settings.trainaug] else None,
+        batch=_IMAGES_A_PASS,
+    )
+
+
+def _listed(settings: SegmentationSettings) -> tuple[Listed, Listed]:
+    assert settings.voc is not None, "resolved"
+    return read_listed(settings.voc, "trainaug" if settings.trainaug else "train"), read_listed(settings.voc, "val")
+
+
+def _split(listed: Listed, role: str) -> LabelledSplit:
+    masks = read_masks(listed, None, f"{listed.source.stem} masks")
+    if not masks.present_NK.any():
+        raise DataError(f"{listed.source}: its masks hold nothing but {VOID} (void); list images with objects")
+    return of_files(listed.images, labels=masks.present_NK, classes=CLASSES, fingerprint=masks.fingerprint, role=role)
+
+
+def map_side(settings: SegmentationSettings) -> int:
+    """Places a side of the map that the protocol's id speaks of."""
+    return -(-settings.size // settings.stride)
+
+
+def taps(backbone: Backbone, settings: SegmentationSettings, size: int) -> Mapping[str, Tap]:
+    """The whole map of the last stage, or of another layer, as it is.
+
+    Raises:
+        UsageError: a layer that the backbone does not have, or a map of another stride than the id says.
+    """
+    layer = backbone.resolve(settings.layer or backbone.layers[-1])
+    rows, columns = backbone.layer_table(size)[layer].grid
+    if (side := map_side(settings)) != rows or side != columns:
+        stride = -(-size // rows)
+        remedy = f"give --stride {stride}" if -(-size // stride) == rows == columns else "give another --size"
+        raise UsageError(
+            f"{layer} of {backbone.arch} has a map of {rows} x {columns} places of images of {size} pixels, and stride "
+            f"{settings.stride} (in the protocol id) makes {side} x {side}; {remedy}"
+        )
+    return {_MAP: Tap(layer)}
+
+
+def score(features: Features, settings: SegmentationSettings) -> Scores:
+    """Train the classifier on the maps of the train images; mean intersection over union on all of val.
+
+    Raises:
+        DataError: as `train_head`, and as `masks.read_masks`.
+    """
+    start = time.monotonic()
+    device, side, config = torch.device(features.device), map_side(settings), HeadConfig(seed=settings.seed)
+    train_Nd, val_Nd = (resident(torch.from_numpy(features[name][_MAP]), device) for name in ("train", "val"))
+    train_Nchw, val_Nchw = (maps_Nd.view(len(maps_Nd), -1, side, side) for maps_Nd in (train_Nd, val_Nd))
+    learned, compared = _listed(settings)
+    size = settings.masks or settings.size
+    masks = read_masks(learned, size, "train masks")
+    with exact_float32():
+        head, losses = train_head(train_Nchw, masks, config=config, device=device)
+        masks = read_masks(compared, None if settings.original else size, "val masks")
+        confusion_KK = compare(head, val_Nchw, masks, device=device)
+    iou_K = intersection_over_union(confusion_KK)
+    return Scores(
+        metrics={
+            "miou": float(np.nanmean(iou_K)),
+            "pixel_accuracy": float(np.trace(confusion_KK) / confusion_KK.sum()),
+        },
+        details={
+            "iou": {name: None if np.isnan(iou) else float(iou) for name, iou in zip(CLASSES, iou_K, strict=True)},
+            "confusion": confusion_KK,
+            "losses": losses,
+            "head_seconds": round(time.monotonic() - start, 3),
+        },
+        settings={"head": asdict(config), "map": list(train_Nchw.shape[1:])},
+    )
+
+
+def train_head(
+    maps_Nchw: Tensor, masks: Masks, *, config: HeadConfig, device: torch.device
+) -> tuple[nn.Module, list[float]]:
+    """The classifier, in eval mode, and the mean loss of each epoch, nats a pixel.
+
+    Args:
+        maps_Nchw: float32, finite; in memory, mapped, or on the device.
+        masks: all of one size.
+        config: how it is trained.
+        device: where.
+
+    Raises:
+        DataError: a loss that diverges.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):  # what torch draws for its own start is not the caller's
+        norm, layer = nn.BatchNorm2d(maps_Nchw.shape[1]), nn.Conv2d(maps_Nchw.shape[1], len(CLASSES), 1)
+    nn.init.normal_(layer.weight, std=config.init_std, generator=generator)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    head = nn.Sequential(norm, layer).to(device).train()
+    optimizer = torch.optim.SGD(
+        head.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    of_epoch = len(maps_Nchw) // config.batch
+    steps, losses = config.epochs * of_epoch, []
+    with Progress("segmentation head", config.epochs, "epochs") as progress:
+        for epoch in range(config.epochs):
+            order_N = torch.randperm(len(maps_Nchw), generator=generator)[: of_epoch * config.batch]
+            total = torch.zeros((), device=device)
+            for step, rows_B in enumerate(torch.split(order_N, config.batch), epoch * of_epoch):
+                optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
+                maps_Bchw = maps_Nchw[rows_B.to(maps_Nchw.device)].to(device)
+                logits_BKhw = head(maps_Bchw)
+                class_BHW = torch.from_numpy(np.stack([masks[row] for row in rows_B.tolist()])).to(device).long()
+                loss, gradient_BKhw = pixel_loss(logits_BKhw.detach(), class_BHW)
+                optimizer.zero_grad()
+                logits_BKhw.backward(gradient_BKhw)
+                optimizer.step()
+                total += loss
+            losses.append(total.item() / of_epoch)
+            if not np.isfinite(losses[-1]):
+                raise DataError(
+                    f"the loss is {losses[-1]} in epoch {epoch + 1} of {config.epochs}, of maps with values up to "
+                    f"{maps_Bchw.abs().max().item():.3g}; look at the network's weights"
+                )
+            progress.advance(note=f"loss {losses[-1]:.3f}")
+    return head.eval(), losses
+
+
+@lru_cache(maxsize=512)  # images of VOC have a few hundred heights and widths
+def interpolation(places: int, pixels: int) -> Tensor:
+    """Weights (pixels, places) of linear interpolation in one direction, float64; a place lies amid its pixels.
+
+    As torch's with `align_corners` false: pixels before the first middle, or behind the last, have its value.
+    """
+    places_11PP = torch.eye(places, dtype=torch.float64)[None, None]
+    return F.interpolate(places_11PP, size=(pixels, places), mode="bilinear")[0, 0]
+
+
+def _both_ways(logits_BKhw: Tensor, pixels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Weights (H, h) of rows and (W, w) of columns."""
+    rows_Hh, columns_Ww = map(interpolation, logits_BKhw.shape[2:], pixels)
+    return rows_Hh.to(logits_BKhw), columns_Ww.to(logits_BKhw)
+
+
+def upsampled(logits_BKhw: Tensor, pixels: Sequence[int]) -> Tensor:
+    """Logits (B, K, H, W) of so many pixels (H, W), bilinear."""
+    rows_Hh, columns_Ww = _both_ways(logits_BKhw, pixels)
+    return rows_Hh @ logits_BKhw @ columns_Ww.T
+
+
+def pixel_loss(logits_BKhw: Tensor, class_BHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the upsampled logits, nats, mean over pixels that are not void, and its gradient (B, K, h, w).
+
+    By hand, as autograd would hold several copies of 21 logits a pixel: the gradient of a pixel is its probabilities
+    minus one for its class; that of a place is the sum of its pixels' by the weights that upsampled it.
+
+    Args:
+        logits_BKhw: of the map's places, detached.
+        class_BHW: int64, the masks.
+    """
+    rows_Hh, columns_Ww = _both_ways(logits_BKhw, class_BHW.shape[1:])
+    counted_B1HW = (class_BHW != VOID)[:, None]
+    class_B1HW = torch.where(counted_B1HW, class_BHW[:, None], 0)
+    share = 1 / counted_B1HW.sum().clamp(min=1).to(logits_BKhw)
+    loss, gradients = logits_BKhw.new_zeros(()), []
+    images = max(1, _PIXELS_AT_ONCE // class_BHW[0].numel())
+    parts = (torch.split(tensor, images) for tensor in (logits_BKhw, class_B1HW, counted_B1HW))
+    for part_bKhw, class_b1HW, counted_b1HW in zip(*parts, strict=True):
+        log_bKHW = (rows_Hh @ part_bKhw @ columns_Ww.T).log_softmax(1)
+        loss -= share * (log_bKHW.gather(1, class_b1HW) * counted_b1HW).sum()
+        pixel_bKHW = log_bKHW.exp_()
+        pixel_bKHW.scatter_add_(1, class_b1HW, torch.full_like(pixel_bKHW[:, :1], -1.0))
+        pixel_bKHW *= counted_b1HW * share
+        gradients.append(rows_Hh.T @ pixel_bKHW @ columns_Ww)
+    return loss, torch.cat(gradients)
+
+
+@torch.no_grad()
+def compare(head: nn.Module, maps_Nchw: Tensor, masks: Masks, *, device: torch.device) -> NDArray[np.int64]:
+    """Pixels (K, K) of each true class (row) that were given each class (column), over all images; void left out."""
+    classes = len(CLASSES)
+    counts = torch.zeros(classes**2, dtype=torch.int64, device=device)
+    with Progress("segmentation", len(maps_Nchw)) as progress:
+        for row in range(len(maps_Nchw)):
+            class_HW = torch.from_numpy(masks[row]).to(device).long()
+            (logits_KHW,) = upsampled(head(maps_Nchw[row : row + 1].to(device)), class_HW.shape)
+            both = (classes * class_HW + logits_KHW.argmax(0))[class_HW != VOID]
+            counts += torch.bincount(both, minlength=classes**2)
+            progress.advance()
+    return counts.reshape(classes, classes).cpu().numpy()
+
+
+def intersection_over_union(confusion_KK: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of each class (K,): pixels that are it and were given it, over those of either; NaN where there are none."""
+    either_K = confusion_KK.sum(0) + confusion_KK.sum(1) - confusion_KK.diagonal()
+    with np.errstate(invalid="ignore"):
+        return np.asarray(confusion_KK.diagonal() / either_K, np.float64)
