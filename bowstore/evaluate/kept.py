@@ -50,7 +50,11 @@ class FeatureSets:
             one = found[name] or self._new(how.key(split, trunk), _shapes(split, wide), take, what)
             warn_of_collapse(what, {str(how.taps[tap]): share for tap, share in one.variation.items()}, len(split))
             splits[name] = SplitFeatures(
-                taps=one.taps, variation=one.variation, labels=split.labels, classes=split.classes
+                taps=one.taps,
+                variation=one.variation,
+                labels=split.labels,
+                classes=split.classes,
+                key_hash=split.key_hash,
             )
         return Features(splits=splits, device=str(how.device)), trunk
 

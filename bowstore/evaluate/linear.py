@@ -4,7 +4,7 @@ Legend: N training images, M test images, B batch, d feature width, K classes.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from bowstore.errors import DataError
 from bowstore.evaluate.protocol import Features, Scores
 from bowstore.evaluate.protocols.linear import LinearSettings
+from bowstore.evaluate.train_test import ProbeSettings
 from bowstore.gpu import resident
 from bowstore.models.backbone import Backbone
 from bowstore.models.pooling import POOLED, Tap, layer_taps
@@ -98,12 +99,12 @@ def linear_probe(
         torch.from_numpy(labels.astype(np.int64)).to(device) for labels in (train_labels_N, test_labels_M)
     )
     layer, losses = _train(train_X, train_y, classes, config)
-    metrics, train_top1 = _accuracy(layer, test_X, test_y), _accuracy(layer, train_X, train_y)["top1"]
+    metrics, train_top1 = accuracy(layer, classes, test_X, test_y), accuracy(layer, classes, train_X, train_y)["top1"]
     seconds = round(time.monotonic() - start, 3)
     return Scores(metrics=metrics, details={"train_top1": train_top1, "losses": losses, "probe_seconds": seconds})
 
 
-def taps(backbone: Backbone, settings: LinearSettings, size: int) -> Mapping[str, Tap]:
+def taps(backbone: Backbone, settings: ProbeSettings, size: int) -> Mapping[str, Tap]:
     """The pooled output, or the layers that are asked for, each averaged over all places.
 
     Raises:
@@ -115,8 +116,6 @@ def taps(backbone: Backbone, settings: LinearSettings, size: int) -> Mapping[str
 def score(features: Features, settings: LinearSettings) -> Scores:
     """The probe of the protocol `linear`, trained on the split "train" and tested on "test".
 
-    Of layers, the metrics are those of each, `top1_LAYER`, and the best, `top1_best`; details lie under their names.
-
     Raises:
         DataError: as `linear_probe`.
     """
@@ -125,7 +124,14 @@ def score(features: Features, settings: LinearSettings) -> Scores:
     classes = len(train.classes) or int(train.labels.max()) + 1
     how: dict[str, Any] = {"classes": classes, "config": config, "device": device}
     scores = {tap: linear_probe(train[tap], train.labels, test[tap], test.labels, **how) for tap in train.taps}
-    fixed = {"probe": asdict(config), "classes": classes}
+    return of_layers(scores, settings, {"probe": asdict(config), "classes": classes})
+
+
+def of_layers(scores: Mapping[str, Scores], settings: ProbeSettings, fixed: Mapping[str, Any]) -> Scores:
+    """The scores of each tap as those of a protocol: the pooled output's own, or those of the layers and the best.
+
+    Of layers, the metrics are those of each, `top1_LAYER`, and the best, `top1_best`; details lie under their names.
+    """
     if not settings.layers:
         return replace(scores["pooled"], settings=fixed)
     metrics = {f"{name}_{tap}": share for tap, found in scores.items() for name, share in found.metrics.items()}
@@ -210,12 +216,19 @@ def _epoch(
 
 
 @torch.no_grad()
-def _accuracy(layer: nn.Linear, X: Tensor, y: Tensor) -> dict[str, float]:
-    """Shares of images: top1 and, with more than five classes, top5."""
-    top = min(_TOP, layer.out_features)
+def accuracy(logits: Callable[[Tensor], Tensor], classes: int, X: Tensor, y: Tensor) -> dict[str, float]:
+    """Shares of images: top1 and, with more than five classes, top5.
+
+    Args:
+        logits: (n, K) of features (n, d) on the labels' device.
+        classes: K.
+        X: features (N, d).
+        y: labels (N,).
+    """
+    top = min(_TOP, classes)
     hits = torch.zeros(top, dtype=torch.int64, device=y.device)
     for X_Bd, y_B in zip(torch.split(X, _SLICE), torch.split(y, _SLICE), strict=True):
-        ranked_BT = layer(X_Bd.to(y.device)).topk(top, dim=1).indices
+        ranked_BT = logits(X_Bd.to(y.device)).topk(top, dim=1).indices
         hits += (ranked_BT == y_B[:, None]).sum(dim=0)
     shares = (hits.cumsum(0).double() / len(y)).tolist()
-    return {"top1": shares[0]} | ({"top5": shares[-1]} if layer.out_features > _TOP else {})
+    return {"top1": shares[0]} | ({"top5": shares[-1]} if classes > _TOP else {})

@@ -3,14 +3,13 @@
 Legend: N train images, M test images, d feature width, K classes, k neighbours; n and m images at a time.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from bowstore.evaluate.blocks import slices
 from bowstore.evaluate.protocol import Features, Scores
 from bowstore.evaluate.protocols.knn import KnnSettings
 from bowstore.evaluate.splits import check_classes
@@ -146,8 +145,3 @@ def unit(features_nd: NDArray[np.float32], device: torch.device) -> Tensor:
     features = torch.from_numpy(np.array(features_nd)).to(device)
     features /= features.abs().amax(dim=1, keepdim=True).clamp_min(1e-38)  # squares overflow from 1e19 on
     return F.normalize(features, dim=1)
-
-
-def slices(count: int, step: int) -> Iterator[slice]:
-    """`count` places in order, `step` at a time."""
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))

@@ -89,6 +89,11 @@ class LabelledSplit:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def key_hash(self) -> NDArray[np.uint64] | None:
+        """uint64 (N,), of the images' keys, in the order of the rows; None where they do not lie in shards."""
+        return None if self.index is None else np.asarray(self.index.key_hash[self.rows])
+
     @cached_property
     def key(self) -> str:
         """32 hex digits over `fingerprint`, `content` and the rows."""
@@ -134,12 +139,14 @@ class SplitFeatures:
         labels: integers (N,), places in `classes` (-1: none), or (N, K), as in `LabelledSplit`.
         classes: names; empty where nobody recorded them.
         variation: by tap, how much its features differ between images (`features.variation`).
+        key_hash: uint64 (N,), of the images' keys; None where they do not lie in shards.
     """
 
     taps: Mapping[str, NDArray[np.float32]]
     labels: NDArray[np.integer]
     classes: tuple[str, ...]
     variation: Mapping[str, float]
+    key_hash: NDArray[np.uint64] | None = None
 
     def __getitem__(self, tap: str) -> NDArray[np.float32]:
         return self.taps[tap]

@@ -3,19 +3,17 @@
 Legend: N train images, M test images, d feature width; n and m images at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bowstore.evaluate.neighbours import TRAIN_BLOCK, slices, unit
+from bowstore.evaluate.blocks import blocks, slices
+from bowstore.evaluate.neighbours import TRAIN_BLOCK, unit
 from bowstore.evaluate.protocol import Features, Scores
 from bowstore.evaluate.protocols.retrieval import RECALLS, RetrievalSettings
 from bowstore.evaluate.splits import check_classes
 from bowstore.exact import exact_float32
-from bowstore.gpu import holds
 from bowstore.progress import Progress
 
 _CELLS = 1 << 24  # of the table of cosines at a time, and of those made of it: 29 bytes a cell
@@ -46,8 +44,8 @@ def rankings(
     over the train images of the class, of the share of that class among the images up to and with this one.
 
     Memory: some 0.5 GB for the rankings of as many test images as that allows; beside them blocks of 16,384 train
-    images. Train features are read once for each such group (on a GPU they stay there where they fit): they may be
-    memory-mapped.
+    images, or all of them where that takes a gigabyte at most (of a GPU: what it holds). Else train features are read
+    anew for each such group: they may be memory-mapped.
 
     Args:
         train_Nd: finite features.
@@ -58,30 +56,23 @@ def rankings(
     """
     train_N = torch.from_numpy(train_labels_N.astype(np.int64)).to(device)
     test_M = torch.from_numpy(test_labels_M.astype(np.int64)).to(device)
-    blocks = _unit_blocks(train_Nd, device)
+    train = blocks(
+        lambda part: unit(train_Nd[part], device),
+        *(len(train_Nd), TRAIN_BLOCK),
+        size_bytes=train_Nd.nbytes,
+        device=device,
+    )
     first, precision = [], []
     with exact_float32(), torch.no_grad(), Progress("retrieval", len(test_Md)) as progress:
         for at in slices(len(test_Md), max(1, _CELLS // len(train_Nd))):
             test_md = unit(test_Md[at], device)
-            cosine_mN = torch.cat([test_md @ train_nd.T for train_nd in blocks()], dim=1)
+            cosine_mN = torch.cat([test_md @ train_nd.T for train_nd in train()], dim=1)
             order_mN = cosine_mN.sort(dim=1, descending=True, stable=True).indices
             first_m, precision_m = _of_ranking(train_N[order_mN] == test_M[at, None])
             first.append(first_m.cpu())
             precision.append(precision_m.cpu())
             progress.advance(len(test_md))
     return torch.cat(first).numpy(), torch.cat(precision).numpy()
-
-
-def _unit_blocks(train_Nd: NDArray[np.float32], device: torch.device) -> Callable[[], Iterable[Tensor]]:
-    """Gives the train features over their lengths, a block at a time: kept on a GPU that holds them, else made anew."""
-
-    def made() -> Iterator[Tensor]:
-        return (unit(train_Nd[part], device) for part in slices(len(train_Nd), TRAIN_BLOCK))
-
-    if not holds(device, train_Nd.nbytes):
-        return made
-    kept = list(made())
-    return lambda: kept
 
 
 def _of_ranking(right_mN: Tensor) -> tuple[Tensor, Tensor]:

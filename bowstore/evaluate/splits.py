@@ -73,26 +73,39 @@ def open_splits(train: Path, test: Path | None, storage: StorageConfig | None = 
 
 
 def _held_out(index: Index, train: Path) -> dict[str, LabelledSplit]:
-    """A tenth of each class, at least one image, as the test split; the rest as the train split.
-
-    The images with the least key hashes: the same ones in whatever order and shards the images lie.
+    """A tenth of each class as the test split (`a_tenth`); the rest as the train split.
 
     Raises:
         DataError: images without labels, or a class of one image.
     """
     label_N = np.asarray(index.label)
     check_labels("train", label_N)
-    order = np.lexsort((index.key_hash, label_N))
-    classes, first, count = np.unique(label_N[order], return_index=True, return_counts=True)
+    check_tenth(label_N, f"{train}", "give --test")
+    held_N = a_tenth(label_N, np.asarray(index.key_hash))
+    return {"train": labelled(index, np.flatnonzero(~held_N)), "test": labelled(index, np.flatnonzero(held_N))}
+
+
+def a_tenth(label_N: NDArray[np.integer], key_hash_N: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which images are a tenth of each class, at least one image of it.
+
+    The images with the least key hashes: the same ones in whatever order and shards the images lie.
+    """
+    order = np.lexsort((key_hash_N, label_N))
+    _, first, count = np.unique(label_N[order], return_index=True, return_counts=True)
+    held_N = np.zeros(len(label_N), bool)
+    for at, images in zip(first.tolist(), count.tolist(), strict=True):
+        held_N[order[at : at + max(1, images // _HELD_OUT)]] = True
+    return held_N
+
+
+def check_tenth(label_N: NDArray[np.integer], what: str, remedy: str) -> None:
+    """Refuse a class of which `a_tenth` would be all."""
+    classes, count = np.unique(label_N, return_counts=True)
     if len(alone := classes[count < 2]):
         raise DataError(
-            f"{train}: class {alone[0]} has 1 image, so that none of it can be held out ({len(alone)} such classes); "
-            "give --test"
+            f"{what}: class {alone[0]} has 1 image, so that none of it can be held out ({len(alone)} such classes); "
+            f"{remedy}"
         )
-    held = [order[at : at + max(1, n // _HELD_OUT)] for at, n in zip(first.tolist(), count.tolist(), strict=True)]
-    is_held = np.zeros(len(index), bool)
-    is_held[np.concatenate(held)] = True
-    return {"train": labelled(index, np.flatnonzero(~is_held)), "test": labelled(index, np.flatnonzero(is_held))}
 
 
 def share_no_class(train: Index, test: Index) -> bool:

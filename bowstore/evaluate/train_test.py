@@ -5,7 +5,7 @@ from typing import Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Place, Strict, Workspace
+from bowstore.config import Listed, Place, Strict, Text, Workspace
 from bowstore.data.index import open_index
 from bowstore.evaluate.protocol import DataSets, Protocol
 from bowstore.evaluate.splits import open_splits, share_no_class
@@ -25,6 +25,15 @@ class TrainTestSettings(Strict):
         if self.held_out and self.test:
             raise ValueError(f"held_out tests on train images, test on {self.test}; leave one of them out")
         return self
+
+
+class ProbeSettings(TrainTestSettings):
+    """Which images, and which features of them; all else is the protocol's."""
+
+    standardise: bool = Field(False, description="standardise features (another protocol id)")
+    layers: Listed[Text] = Field(
+        (), description="layer whose map is averaged, more than once for several (another id); null: the pooled output"
+    )
 
 
 S = TypeVar("S", bound=TrainTestSettings)

@@ -3,7 +3,7 @@
 from bowstore.evaluate.protocol import Kind
 from bowstore.plugins import Registry
 
-_OWN = ("linear", "voc07", "fewshot", "knn", "retrieval", "segmentation")
+_OWN = ("linear", "logreg", "voc07", "fewshot", "knn", "retrieval", "segmentation")
 PROTOCOLS: Registry[Kind] = Registry(
     "protocol",
     "bowstore.protocols",

@@ -4,19 +4,15 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from bowstore.config import Listed, Seed, Text
+from bowstore.config import Seed
 from bowstore.evaluate.protocol import Kind, Protocol, layers_in_id
-from bowstore.evaluate.train_test import TrainTestSettings, held_out_protocol, open_train_test, resolve_train_test
+from bowstore.evaluate.train_test import ProbeSettings, held_out_protocol, open_train_test, resolve_train_test
 
 
-class LinearSettings(TrainTestSettings):
+class LinearSettings(ProbeSettings):
     """What a user sets of the linear probe; all else is the protocol's."""
 
     seed: Seed = Field(0, description="of the order of training")
-    standardise: bool = Field(False, description="standardise features (another protocol id)")
-    layers: Listed[Text] = Field(
-        (), description="layer whose map is averaged, more than once for several (another id); null: the pooled output"
-    )
 
 
 def describe(settings: LinearSettings) -> Protocol:
