@@ -147,7 +147,7 @@ def _stepper(config: TrainConfig, way: StepWay, batch: Batch, device: torch.devi
     task = build_task(config, open_index(config.shards), world)
     network = placed_network(task, config, world)
     compiled = compiles_here(compiles(config, task, 1, device), world)
-    optimizer, model = build_optimizer(network, config), build_objective(task, config, world, compiled=compiled)
+    optimizer, model = build_optimizer(network, config.optim), build_objective(task, config, world, compiled=compiled)
     return task, lambda: train_step(model, optimizer, task, batch, 1e-4)
 
 

@@ -266,7 +266,7 @@ def _processor_seconds(way: Way) -> float:
 
 
 def _product(config: TrainConfig, task: Task, network: Network, world: World) -> Callable[[Batch], float]:
-    optimizer, model = build_optimizer(network, config), build_objective(task, config, world, compiled=False)
+    optimizer, model = build_optimizer(network, config.optim), build_objective(task, config, world, compiled=False)
     return lambda batch: train_step(model, optimizer, task, batch, _RATE).means["loss"]
 
 

@@ -48,7 +48,10 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
         network = placed_network(task, config, world)
         length = total_steps(config.optim, schedule.steps_per_pass)
         compiled = compiles_here(compiles(config, task, length, world.device), world)
-        optimizer, model = build_optimizer(network, config), build_objective(task, config, world, compiled=compiled)
+        optimizer, model = (
+            build_optimizer(network, config.optim),
+            build_objective(task, config, world, compiled=compiled),
+        )
         drain = PREFETCH + 2
         batches = train_batches(
             ShardReader(fetched(index, images=schedule.images, whole=True, display=world.first)),

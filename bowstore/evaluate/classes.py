@@ -20,7 +20,7 @@ _SHOWN = 25  # classes that a message names
 @cache
 def class_lists() -> dict[str, tuple[str, ...]]:
     """The lists that come with bowstore, by name."""
-    return {path.stem: _read(path) for path in sorted(_FOLDER.glob("*.txt"))}
+    return {path.stem: read_lines(path, "a class") for path in sorted(_FOLDER.glob("*.txt"))}
 
 
 def read_classes(given: Sequence[str]) -> tuple[str, ...]:
@@ -53,18 +53,27 @@ def _expanded(value: str) -> tuple[str, ...]:
     if value in class_lists():
         return class_lists()[value]
     if os.path.isfile(value):  # no error where the names together are too long for one
-        return _read(Path(value))
+        return read_lines(Path(value), "a class")
     return tuple(name for part in value.split(",") if (name := part.strip()))
 
 
-def _read(path: Path) -> tuple[str, ...]:
+def read_lines(path: Path, what: str) -> tuple[str, ...]:
+    """The lines of a text file, without those that are empty or begin with #.
+
+    Args:
+        path: the file.
+        what: stands on each line, for messages.
+
+    Raises:
+        DataError: a file that cannot be read as text.
+    """
     check_plain_file(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; name a file with a class a line") from error
+        raise DataError(f"cannot read {path}: {error.strerror}; name a file with {what} a line") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; name a file with a class a line") from error
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; name a file with {what} a line") from error
     return tuple(name for line in lines if (name := line.strip()) and not name.startswith("#"))
 
 

@@ -24,6 +24,13 @@ _CLASSES: Mapping[str, tuple[int, str | None]] = {
     "miniimagenet": (64, "189dcceae09565aa"),  # the base classes (Ravi and Larochelle, 2017)
     "imagenette": (10, "568e13dd559b8776"),
     "imagenet": (1000, None),
+    "places205": (205, None),
+}
+# Those that are known by their numbers: of classes, of train images and of test images (ImageNet's and Places' val).
+NUMBERS: Mapping[str, tuple[int, int, int]] = {
+    "cifar100": (100, 50_000, 10_000),
+    "imagenet": (1000, 1_281_167, 50_000),
+    "places205": (205, 2_448_873, 20_500),
 }
 
 
@@ -116,13 +123,14 @@ def share_no_class(train: Index, test: Index) -> bool:
 def known_dataset(train: Index, test: Index | None) -> str | None:
     """Name of the paper's data set that these shards can only be; its figures are then shown.
 
-    CIFAR-100 by its numbers; MiniImageNet's base classes by their names and images, beside a test split of the same
-    classes. A held-out tenth (no test split) is none of the paper's.
+    CIFAR-100, ImageNet and Places205 by their numbers; MiniImageNet's base classes by their names and images, beside a
+    test split of the same classes. A held-out tenth (no test split) is none of the paper's.
     """
     if test is None:
         return None
-    if has_classes_of("cifar100", train) and (len(train), len(test)) == (50_000, 10_000):
-        return "cifar100"
+    for name, numbers in NUMBERS.items():
+        if (len(train.classes), len(train), len(test)) == numbers:
+            return name
     base = has_classes_of("miniimagenet", train) and len(train) == 38_400
     return "miniimagenet" if base and test.classes == train.classes else None
 

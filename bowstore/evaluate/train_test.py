@@ -1,12 +1,14 @@
 """Settings of protocols that learn from labelled train images and are scored on test images of the same classes."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from bowstore.config import Listed, Place, Strict, Text, Workspace
 from bowstore.data.index import open_index
+from bowstore.errors import MissingError
 from bowstore.evaluate.protocol import DataSets, Protocol
 from bowstore.evaluate.splits import open_splits, share_no_class
 from bowstore.progress import say_once
@@ -42,7 +44,7 @@ S = TypeVar("S", bound=TrainTestSettings)
 def resolve_train_test(settings: S, workspace: Workspace) -> S:
     """The workspace's shards where none are named; where these hold other classes for test, a tenth is held out."""
     train = settings.train or workspace.shards
-    test = None if settings.held_out else settings.test or val_shards(workspace)
+    test = None if settings.held_out else settings.test or _shards_to_test_on(workspace)
     if test and not settings.test:
         if share_no_class(*(open_index(path, workspace.storage) for path in (train, test))):
             say_once(
@@ -51,6 +53,13 @@ def resolve_train_test(settings: S, workspace: Workspace) -> S:
             )
             test = None
     return settings.model_copy(update={"train": train, "test": test, "held_out": test is None})
+
+
+def _shards_to_test_on(workspace: Workspace) -> Path:
+    try:
+        return val_shards(workspace)
+    except MissingError as error:
+        raise MissingError(f"{error}, or --held-out to test on a tenth of each train class") from error
 
 
 def open_train_test(settings: TrainTestSettings, workspace: Workspace) -> DataSets:

@@ -166,13 +166,13 @@ def _closure(recipe: Recipe, stages: set[str]) -> set[str]:
 
 
 def _narrowed(recipe: Recipe, keep: Callable[[str], bool], lost: Collection[str] = ()) -> Recipe:
-    """A recipe that evaluates some rows alone, without networks that are lost, and has the stages that these need."""
+    """A recipe that evaluates some rows alone, without stages that are lost, and has the stages that these need."""
     stages = {}
     for name, stage in recipe.stages.items():
         if isinstance(stage, EvalStage):
             of = tuple(network for network in stage.of if network not in lost and keep(row_of(network)))
             random = stage.random if keep(RANDOM) and stage.random not in lost else None
-            if stage.protocols and (of or random):
+            if stage.protocols and (of or random) and name not in lost:
                 stages[name] = stage.model_copy(update={"of": of, "random": random})
     needed = _closure(replace(recipe, stages={**recipe.stages, **stages}), set(stages))
     return replace(recipe, stages={k: stages.get(k, v) for k, v in recipe.stages.items() if k in needed})
@@ -182,10 +182,18 @@ def _with_data(recipe: Recipe, plan: Plan, found: dict[str, Supply]) -> tuple[Re
     """A recipe without the networks and the protocols whose images are not there, and why, by row and protocol."""
     absent: dict[str, str] = {}
     lost: set[str] = set()
-    for _, row, needs in evaluated(recipe):
-        if why := next((found[it].absent for it in _closure(recipe, needs) if it in found and found[it].absent), ""):
+
+    def lacking(stages: set[str]) -> str:
+        return next((found[it].absent for it in _closure(recipe, stages) if it in found and found[it].absent), "")
+
+    for name, row, needs in evaluated(recipe):
+        if why := lacking(needs):
             absent[row] = why
-            lost |= needs
+            networks = {it for it in needs if lacking({it}) and it not in found}
+            lost |= networks or {name}  # a network that is there is evaluated on other images
+            stage = recipe.stages[name]
+            if not networks and isinstance(stage, EvalStage):
+                absent |= {f"eval {it if isinstance(it, str) else next(iter(it))}": why for it in stage.protocols}
     made = [place for stage in plan.stages.values() for place in stage.writes]
     stages = dict(recipe.stages)
     for name, stage in plan.stages.items():

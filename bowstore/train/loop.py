@@ -125,7 +125,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         task = build_task(config, index, world)
         world.assembled()  # collectives that come too early would time out
         network = placed_network(task, config, world)
-        optimizer = build_optimizer(network, config)
+        optimizer = build_optimizer(network, config.optim)
         meter = Meter(world.device)
         begun = _start(run, config, steps, optimizer, meter, task, world, resume=resume)
         start, first = begun.step, begun.step or 0

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bowstore.data.views import Batch
 from bowstore.errors import TrainingError, UsageError
-from bowstore.train.config import TrainConfig
+from bowstore.train.config import OptimConfig, TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.tasks.task import Logits, Network, Task
 
@@ -109,7 +109,7 @@ def _copies(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in values.items()}
 
 
-def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:
+def build_optimizer(network: Network, optim: OptimConfig) -> torch.optim.SGD:
     """SGD with weight decay on weights; never on gamma, on batch norm and biases as configured.
 
     A backbone that is frozen as a whole has no part in it. Single parameters that no gradient reaches do, as ever:
@@ -119,14 +119,14 @@ def build_optimizer(network: Network, config: TrainConfig) -> torch.optim.SGD:
     free: list[nn.Parameter] = []
     for name, parameter in (network.head if network.frozen else network).named_parameters():
         small = parameter.ndim <= 1
-        exempt = name.endswith("gamma") or (small and not config.optim.decay_norm_and_bias)
+        exempt = name.endswith("gamma") or (small and not optim.decay_norm_and_bias)
         (free if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
-        lr=config.optim.lr,
-        momentum=config.optim.momentum,
-        nesterov=config.optim.nesterov and config.optim.momentum > 0,
+        lr=optim.lr,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov and optim.momentum > 0,
         fused=True,  # one pass over weights, gradients and momenta, on a CPU too
     )
 

@@ -370,6 +370,21 @@ def test_rows_and_protocols_without_images_are_left_out_with_the_reason(workspac
     assert list(job("RelLoc").chosen.stages) == ["miniimagenet", "RelLoc", "large"]
 
 
+def test_a_network_is_evaluated_on_the_images_that_are_there(workspace: Path) -> None:
+    """As Table 5's are on ImageNet alone where Places205 is not there."""
+    both = TWO_SETS[: TWO_SETS.index("  large:")].replace("[linear, voc07]", "linear")
+    both += "  others: {eval: [{knn: {k: 5}}], of: [RotNet], train: miniimagenet, test: miniimagenet}\n"
+    Path("configs/recipes/table3_small.yaml").write_text(both)
+    found = prepare("table3", Workspace(), Path("reproduce"), small=True)
+    assert list(found.chosen.stages) == ["cifar10", "RotNet", "small"]
+    assert found.absent["eval knn"].endswith("put it into data/miniimagenet, or name it: --data miniimagenet=PATH")
+    assert "RotNet" not in found.absent
+    Path("data/miniimagenet").mkdir()
+    found = prepare("table3", Workspace(), Path("reproduce"), small=True)
+    assert list(found.chosen.stages) == ["cifar10", "miniimagenet", "RotNet", "small", "others"]
+    assert "eval knn" not in found.absent
+
+
 def test_a_table_without_an_evaluation_shows_what_the_paper_has(workspace: Path) -> None:
     Path("configs/recipes/table6.yaml").write_text(TWO_SETS[: TWO_SETS.index("  small:")])
     result = CliRunner().invoke(main, ["reproduce", "table6"])

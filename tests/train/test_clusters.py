@@ -91,7 +91,7 @@ def test_planted_groups_of_directions_are_found(config: TrainConfig, monkeypatch
 
 def test_the_head_over_the_clusters_alone_begins_anew(config: TrainConfig) -> None:
     task = built(config)
-    network, optimizer = task.network, build_optimizer(task.network, config)
+    network, optimizer = task.network, build_optimizer(task.network, config.optim)
     inputs, targets = task.prepare(noise_batch(config))
     task.loss(network(inputs), targets)[0].backward()  # type: ignore[arg-type]
     optimizer.step()

@@ -105,7 +105,7 @@ def test_neither_optimiser_nor_ddp_nor_autograd_knows_the_trunk(make_config: Mak
     task, batch = made(config)
     heads = list(task.network.head.parameters())
     listed = [
-        parameter for group in build_optimizer(task.network, config).param_groups for parameter in group["params"]
+        parameter for group in build_optimizer(task.network, config.optim).param_groups for parameter in group["params"]
     ]
     assert {id(parameter) for parameter in listed} == {id(parameter) for parameter in heads}
     assert len(heads) == 4

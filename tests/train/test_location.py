@@ -264,7 +264,7 @@ def test_a_network_that_does_not_take_such_small_images_is_refused(make_config: 
 def test_places_are_learned(make_config: Make) -> None:
     config = make_config("location", view={"size": 24})
     task, batch = made(config)
-    model, optimizer = build_objective(task, config, ALONE, compiled=False), build_optimizer(task.network, config)
+    model, optimizer = build_objective(task, config, ALONE, compiled=False), build_optimizer(task.network, config.optim)
     said = [train_step(model, optimizer, task, batch, 0.05).means for _ in range(8)]
     assert said[0]["loss"] > task.constants["chance_loss"] > said[-1]["loss"] + 0.3
     assert said[-1]["accuracy"] > 0.3 > said[0]["accuracy"]

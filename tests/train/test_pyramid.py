@@ -204,7 +204,7 @@ def test_what_is_logged_of_several_heads(make_config: Make) -> None:
 def test_gammas_of_all_heads_are_free_of_weight_decay(make_config: Make) -> None:
     config = make_config(settings=PYRAMID)
     task, *_ = made(config)
-    decayed, free = build_optimizer(task.network, config).param_groups
+    decayed, free = build_optimizer(task.network, config.optim).param_groups
     gammas = {id(head.gamma) for head in task.network.head}
     assert len(gammas) == 5
     assert gammas <= {id(parameter) for parameter in free["params"]}

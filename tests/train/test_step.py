@@ -87,7 +87,7 @@ def test_all_four_rotations_lie_as_the_network_takes_them(make_config: Make) -> 
 def test_scalars_are_those_of_logged_steps_before_the_update(make_config: Make) -> None:
     config = make_config()
     task, batch = made(config)
-    model, optimizer = build_objective(task, config, ALONE, compiled=False), build_optimizer(task.network, config)
+    model, optimizer = build_objective(task, config, ALONE, compiled=False), build_optimizer(task.network, config.optim)
     gamma = task.network.head.gamma
     quiet = train_step(model, optimizer, task, batch, 0.05)
     assert quiet.means.keys() == {"loss"}
@@ -105,7 +105,7 @@ def test_the_optimiser_is_stochastic_gradient_descent(make_config: Make) -> None
     task, _ = made(config)
     network = task.network
     oracle = copy.deepcopy(network)
-    ours = build_optimizer(network, config)
+    ours = build_optimizer(network, config.optim)
     assert ours.param_groups[0]["fused"]
     twins = dict(zip(network.parameters(), oracle.parameters(), strict=True))
     groups = [{**group, "params": [twins[p] for p in group["params"]], "fused": False} for group in ours.param_groups]
@@ -225,7 +225,7 @@ def test_a_gpu_is_set_for_training_and_set_back(streams: list[FakeStream], amp: 
 def test_a_step_that_cannot_be_compiled_says_so(make_config: Make) -> None:
     config = make_config()
     task, batch = made(config)
-    optimizer = build_optimizer(task.network, config)
+    optimizer = build_optimizer(task.network, config.optim)
 
     def broken(graph: Any, inputs: Any) -> Any:
         raise ValueError("no such kernel")

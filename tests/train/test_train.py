@@ -57,7 +57,7 @@ def test_weight_decay_spares_gamma_always_and_small_parameters_on_request(make_c
         config = make_config(optim={"decay_norm_and_bias": not spare})
         assert config.shards is not None
         task = build_task(config, open_index(config.shards), World(0, 1, torch.device("cpu")))
-        decayed, free = loop.build_optimizer(task.network, config).param_groups
+        decayed, free = loop.build_optimizer(task.network, config.optim).param_groups
         assert any(p is task.network.head.gamma for p in free["params"])
         assert free["weight_decay"] == 0
         assert decayed["weight_decay"] == config.optim.weight_decay

@@ -3,10 +3,21 @@
 from bowstore.evaluate.protocol import Kind
 from bowstore.plugins import Registry
 
-_OWN = ("linear", "logreg", "voc07", "fewshot", "knn", "retrieval", "segmentation")
+_OWN = (
+    "linear",
+    "logreg",
+    "voc07",
+    "fewshot",
+    "knn",
+    "retrieval",
+    "segmentation",
+    "imagenet-linear",
+    "places205-linear",
+    "semisup",
+)
 PROTOCOLS: Registry[Kind] = Registry(
     "protocol",
     "bowstore.protocols",
     Kind,
-    {name: f"bowstore.evaluate.protocols.{name}:KIND" for name in _OWN},
+    {name: f"bowstore.evaluate.protocols.{name.replace('-', '_')}:KIND" for name in _OWN},
 )

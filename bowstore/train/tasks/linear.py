@@ -7,6 +7,7 @@ gradient of each is that of its own loss.
 Legend: B batch, C channels, H W pixels, K classes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def build(settings: LinearSettings, job: Job) -> Task:
         UsageError: a layer that the network does not have, or one twice.
     """
     labels, device = read_labels(job), job.world.device
-    network, names = _network(settings, job.backbone, job.config.view.size, labels.num_classes)
+    network, names = frozen_network(settings, job.backbone, job.config.view.size, labels.num_classes)
     chance = len(names) * labels.chance
     if settings.start is None and job.world.first:
         say("task linear: the frozen network has random weights; task.start names the run whose network it is to be")
@@ -44,7 +45,7 @@ def build(settings: LinearSettings, job: Job) -> Task:
         return batch.images_BCHW, labels.of(batch.plan, device)
 
     def loss(logits: tuple[Tensor, ...], label_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = torch.stack([F.cross_entropy(logits_BK, label_B) for logits_BK in logits])
+        losses = class_losses(logits, label_B)
         hits = torch.stack([(logits_BK.detach().argmax(1) == label_B).float().mean() for logits_BK in logits])
         shares = {f"accuracy_{name}": share for name, share in zip(names, hits, strict=True)}
         return losses.sum(), {"accuracy": hits.mean(), **shares}
@@ -56,7 +57,7 @@ def build(settings: LinearSettings, job: Job) -> Task:
         loss=loss,
         constants={"chance_loss": chance},
         inputs={"shards": job.index.fingerprint, "labels": labels.digest},
-        modes=_modes,
+        modes=head_modes,
         dead=Dead.at(chance, f"{len(names)} heads that predict the classes' frequencies"),
         lineage={"num_classes": labels.num_classes},
     )
@@ -81,14 +82,31 @@ def load_heads(run: Path) -> tuple[Network, list[str]]:
         raise MismatchError(f"run {run} is of task {config.task.name}; name one of task linear")
     backbone = network_of(state["config"], str(run)).fresh()
     num_classes = len(state["head"]["0.linear.bias"])
-    network, names = _network(config.task, backbone, config.view.size, num_classes)
+    network, names = frozen_network(config.task, backbone, config.view.size, num_classes)
     load_weights(network.backbone, state["backbone"], str(run))
     load_weights(network.head, state["head"], str(run))
     return network.eval(), names
 
 
-def _network(settings: LinearSettings, backbone: Backbone, size: int, num_classes: int) -> tuple[Network, list[str]]:
-    """The network, and the names of its layers in the order of its logits."""
+def class_losses(logits: Sequence[Tensor], label_B: Tensor) -> Tensor:
+    """Cross-entropy of each classifier, (classifiers,)."""
+    return torch.stack([F.cross_entropy(logits_BK, label_B) for logits_BK in logits])
+
+
+def frozen_network(
+    settings: LinearSettings, backbone: Backbone, size: int, num_classes: int
+) -> tuple[Network, list[str]]:
+    """A backbone that is frozen, with new classifiers, and the names of its layers in the order of its logits.
+
+    Args:
+        settings: which layers, and what norm.
+        backbone: whose parameters ask for no gradient from then on.
+        size: side of the square images, pixels.
+        num_classes: K.
+
+    Raises:
+        UsageError: a layer that the network does not have, or one twice.
+    """
     backbone.requires_grad_(False)
     taps = named_taps(backbone, settings.layers, size=size)
 
@@ -100,6 +118,7 @@ def _network(settings: LinearSettings, backbone: Backbone, size: int, num_classe
     return Network(backbone, heads, pooled_maps), list(taps)
 
 
-def _modes(network: Network) -> None:
+def head_modes(network: Network) -> None:
+    """The classifiers learn, and the trunk stays as it is."""
     network.train()
     network.backbone.eval()
