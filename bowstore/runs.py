@@ -6,7 +6,8 @@ runs/NAME/config.yaml           the resolved configuration
           metrics.jsonl         a line each logging step; tensorboard/ has the same
           checkpoints/          step-N.pt, the newest few
           backbone.safetensors  the network alone, once the run is finished
-          eval/                 a JSON file each protocol; random/eval/ those of the network before training
+          eval/                 a JSON file each protocol; random/eval/ those of the network before training;
+                                NAME.unfinished/ has checkpoints of one that trains
 
 The one place that spells these names. Loads no torch, and reads runs of any version of bowstore.
 """
@@ -220,6 +221,11 @@ def lost_lines(run: Path, logged: int | None) -> list[str]:
 def result_path(run: Path, protocol_id: str) -> Path:
     """Where a run directory keeps the result of a protocol."""
     return run / EVAL_FOLDER / f"{protocol_id.replace('/', '-')}.json"
+
+
+def unfinished_folder(run: Path, protocol_id: str) -> Path:
+    """Where a protocol that trains for hours keeps its checkpoints, until its result is written."""
+    return result_path(run, protocol_id).with_suffix(".unfinished")
 
 
 def result_paths(run: Path) -> list[Path]:

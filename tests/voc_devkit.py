@@ -96,3 +96,77 @@ def write_masked_devkit(root: Path, *, train: int = 16, val: int = 4, seed: int 
             as_file.save(masks / f"{name}.png")
         (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids))
     return voc
+
+
+def write_boxed_devkit(
+    root: Path, *, trainval: int = 12, test: int = 6, years: tuple[int, ...] = (2007,), seed: int = 0, side: int = 128
+) -> Path:
+    """Write a devkit with annotations below `root` and return it: one or two discs an image, with their boxes.
+
+    The first test images show what the first train images do, so that a network can be tested on what it has seen.
+    Every fifth image is higher than wide; image 2 has a speck that is difficult.
+
+    Args:
+        root: an existing folder.
+        trainval: images of that part, a year.
+        test: images of 2007's other part; at most so many.
+        years: of the devkit's folders.
+        seed: of places and noise.
+        side: long side of images, pixels.
+    """
+    names, devkit = tuple(COLOURS), root / "VOCdevkit"
+    for year in years:
+        voc, draws = devkit / f"VOC{year}", np.random.default_rng([seed, year])
+        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (voc / folder).mkdir(parents=True)
+        parts: dict[str, list[str]] = {"trainval": [], **({"test": []} if year == 2007 else {})}
+        for number in range(1, trainval + 1):
+            size = (side, 3 * side // 4) if number % 5 else (3 * side // 4, side)
+            image, objects = _boxed_image(draws, names, number, size)
+            for part, first in zip(parts, (0, 5000), strict=False):
+                if part == "trainval" or number <= test:
+                    image_id = f"{year}_{first + number:06d}" if year > 2007 else f"{first + number:06d}"
+                    image.save(voc / f"JPEGImages/{image_id}.jpg", quality=95)
+                    (voc / f"Annotations/{image_id}.xml").write_text(annotation(size, objects))
+                    parts[part].append(image_id)
+        for part, ids in parts.items():
+            (voc / f"ImageSets/Main/{part}.txt").write_text("".join(f"{image_id}\n" for image_id in ids))
+            for name in names:
+                (voc / f"ImageSets/Main/{name}_{part}.txt").write_text("".join(f"{image_id}  1\n" for image_id in ids))
+    return devkit
+
+
+Object = tuple[str, tuple[float, float, float, float], bool]  # class; xmin ymin xmax ymax, from 1; difficult
+
+
+def _boxed_image(
+    draws: np.random.Generator, names: tuple[str, ...], number: int, size: tuple[int, int]
+) -> tuple[Image.Image, list[Object]]:
+    image = Image.fromarray(draws.integers(90, 150, (size[1], size[0], 3), dtype=np.uint8))
+    pen, objects = ImageDraw.Draw(image), []
+    for place in range(1 + number % 2):  # each in a half of its own
+        across = draws.integers(min(size) // 3, size[0] // 2 + 1)
+        left = place * (size[0] // 2) + draws.integers(0, size[0] // 2 - across + 1)
+        top = draws.integers(0, size[1] - across + 1)
+        name = names[(number + place) % len(names)]
+        pen.ellipse((left, top, left + across - 1, top + across - 1), fill=COLOURS[name])
+        objects.append((name, (left + 1, top + 1, left + across, top + across), False))
+    if number == 2:
+        pen.ellipse((1, 1, 6, 6), fill=COLOURS[names[0]])
+        objects.append((names[0], (2, 2, 7, 7), True))
+    return image, objects
+
+
+def annotation(size: tuple[int, int], objects: list[Object]) -> str:
+    """An image's annotation as VOC writes it; `size` is width and height, pixels."""
+    texts = [
+        f"<object><name>{name}</name><pose>Unspecified</pose><truncated>1</truncated>"
+        f"<difficult>{int(difficult)}</difficult><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>"
+        f"<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox>"
+        "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>999</xmax><ymax>2</ymax></bndbox></part>"
+        "</object>"
+        for name, box, difficult in objects
+    ]
+    width, height = size
+    sides = f"<width>{width}</width><height>{height}</height><depth>3</depth>"
+    return f"<annotation><size>{sides}</size>{''.join(texts)}</annotation>"

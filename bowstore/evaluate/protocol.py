@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -198,10 +199,12 @@ class Network:
     Attributes:
         backbone: on the job's device, in eval mode; nobody else has it, so that it may be trained.
         view: size, normalisation and perturbations that it was trained with.
+        folder: for checkpoints of a training of hours; removed once the result is written. None: nowhere.
     """
 
     backbone: "Backbone"
     view: ViewConfig
+    folder: Path | None = None
 
 
 def layers_in_id(layers: Sequence[str]) -> str:

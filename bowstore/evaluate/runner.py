@@ -1,5 +1,6 @@
 """One evaluation, from what a command says to the result file: the network, the device, the time, the writing."""
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from bowstore.evaluate.protocol import DataSets, Features, Kind, Network, Protoc
 from bowstore.evaluate.results import Result, made_result, write_result
 from bowstore.models.saved import load_backbone
 from bowstore.models.weights import weights_sha256
-from bowstore.runs import results_folder
+from bowstore.runs import results_folder, unfinished_folder
 from bowstore.torchrun import ranks
 from bowstore.train.distributed import World, joined
 from bowstore.workspace import find_run, newest_run
@@ -46,7 +47,13 @@ def evaluate(
     protocol, data = kind.ask("describe", Protocol, settings), kind.ask("data", DataSets, settings, workspace)
     loaded = load_backbone(path)
     saved = loaded.saved
-    network = Network(backbone=saved.fresh().eval() if config.random else loaded.backbone, view=saved.view)
+    folder = results_folder(path, random_init=config.random)
+    unfinished = unfinished_folder(folder, protocol.id)
+    network = Network(
+        backbone=saved.fresh().eval() if config.random else loaded.backbone,
+        view=saved.view,
+        folder=unfinished,
+    )
     weights = weights_sha256(network.backbone.state_dict())  # before anything is trained
     start = time.monotonic()
     with _world(kind, config) as world:
@@ -94,7 +101,8 @@ def evaluate(
             seconds=round(time.monotonic() - start, 3),
         )
         if world.first:
-            write_result(results_folder(path, random_init=config.random), result)
+            write_result(folder, result)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return result
 
 

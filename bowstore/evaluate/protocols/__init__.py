@@ -14,6 +14,7 @@ _OWN = (
     "imagenet-linear",
     "places205-linear",
     "semisup",
+    "voc0712-detection",
 )
 PROTOCOLS: Registry[Kind] = Registry(
     "protocol",

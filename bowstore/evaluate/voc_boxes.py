@@ -1,0 +1,258 @@
+"""Objects of VOC devkits: image lists, annotations, and the splits of detection (`protocols/voc0712_detection.py`).
+
+Legend: N images, M objects of an image, K classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+
+from bowstore.config import Workspace
+from bowstore.data.file_reader import FileReader
+from bowstore.data.images import FORMATS
+from bowstore.errors import DataError, MismatchError, MissingError, is_machine_error, nearest
+from bowstore.evaluate.protocol import DataSets, LabelledSplit
+from bowstore.evaluate.protocols.voc0712_detection import DetectionSettings
+from bowstore.evaluate.voc_layout import IMAGES, find_devkit
+
+Part = Literal["trainval", "test"]
+_ARCHIVES: Mapping[tuple[int, Part], str] = {
+    (2007, "trainval"): "VOCtrainval_06-Nov-2007.tar",
+    (2007, "test"): "VOCtest_06-Nov-2007.tar",
+    (2012, "trainval"): "VOCtrainval_11-May-2012.tar",
+}
+_SHAPES = {(16_551, 4952, 20): "voc0712", (5011, 4952, 20): "voc07"}  # images in train and test, classes
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+_AGAIN = "correct it, or extract the devkit again"
+
+
+class Objects(NamedTuple):
+    """The objects of an image.
+
+    Attributes:
+        boxes: float32 (M, 4), left, top, right and bottom edge, pixels: what VOC counts from 1 to W is 0 to W here.
+        labels: int64 (M,), places among the classes.
+        difficult: bool (M,).
+    """
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    difficult: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxedSplit(LabelledSplit):
+    """Images with their objects; labels are int8 (N, K): 1 where a class is present.
+
+    Attributes:
+        paths: of the images, in the order of the rows.
+        sizes: int64 (N, 2), height and width, pixels.
+        objects: of each image.
+    """
+
+    paths: tuple[Path, ...]
+    sizes: NDArray[np.int64]
+    objects: tuple[Objects, ...]
+
+
+def data(settings: DetectionSettings, _workspace: Workspace) -> DataSets:
+    """Train and test images with their objects: what can be wrong is said before an image is decoded.
+
+    Raises:
+        MissingError: a folder, a list, an annotation or an image is not there.
+        DataError: a list or an annotation that cannot be right; a class without objects.
+        MismatchError: images that are listed for both.
+    """
+    assert settings.voc is not None, "resolved"
+    plan = settings.plan
+    classes = class_names(find_devkit(settings.voc, 2007))
+    folders = [find_devkit(settings.voc, year) for year in plan.years]
+    if len(set(folders)) < len(folders):
+        raise MissingError(f"{settings.voc} is the folder of one year; name VOCdevkit, with VOC2007 and VOC2012 in it")
+    lists = [(folder, _listed(folder, year, "trainval")) for folder, year in zip(folders, plan.years, strict=True)]
+    tested = _listed(folders[0], 2007, "test")
+    if shared := set(lists[0][1]) & set(tested):
+        raise MismatchError(
+            f"{folders[0]}: {len(shared)} images are in both trainval and test (first: {min(shared)}); {_AGAIN}"
+        )
+    train = read_boxes(lists, classes, role="train")
+    test = read_boxes([(folders[0], tested[: plan.test_images])], classes, role="test")
+    for split, part in ((train, "trainval"), (test, "test")):
+        counts = _counted(split, easy=part == "test")
+        if not counts.all():
+            name = classes[int(counts.argmin())]
+            what = "objects that are not difficult" if part == "test" else "objects"
+            raise DataError(f"{settings.voc}: class {name} has 0 {what} in {part}; need at least 1 of each class")
+    shape = len(train), len(test), len(classes)
+    return DataSets(splits={"train": train, "test": test}, dataset=_SHAPES.get(shape))
+
+
+def class_names(voc: Path) -> tuple[str, ...]:
+    """The classes of a devkit, sorted: those that have a list of images each.
+
+    Raises:
+        MissingError: there is none.
+    """
+    main = voc / "ImageSets" / "Main"
+    names = sorted(path.name.removesuffix("_trainval.txt") for path in main.glob("[!.]*_trainval.txt"))
+    if not names:
+        archive = _ARCHIVES[2007, "trainval"]
+        raise MissingError(
+            f"no <class>_trainval.txt in {main}; --voc names VOCdevkit, into which {archive} is extracted"
+        )
+    return tuple(names)
+
+
+def _listed(voc: Path, year: int, part: Part) -> tuple[str, ...]:
+    """The images of a part, sorted."""
+    path = voc / "ImageSets" / "Main" / f"{part}.txt"
+    for place in (voc / IMAGES, voc / "Annotations", path):
+        if not place.exists():
+            alone = "" if year == 2007 else ", or --schedule voc07 trains on VOC2007 alone (another protocol id)"
+            raise MissingError(f"no {place}; extract {_ARCHIVES[year, part]} into the same devkit{alone}")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    seen: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        if len(name.split()) != 1 or "/" in name:
+            raise DataError(f"{path}:{number}: expected an image id, got {line!r}; {_AGAIN}")
+        if name in seen:
+            raise DataError(f"{path}:{number}: image {name} is listed twice; {_AGAIN}")
+        seen.add(name)
+    if not seen:
+        raise DataError(f"{path} lists no images; {_AGAIN}")
+    return tuple(sorted(seen))
+
+
+def read_boxes(lists: Sequence[tuple[Path, Sequence[str]]], classes: tuple[str, ...], *, role: str) -> BoxedSplit:
+    """Images with their annotations.
+
+    The fingerprint is over classes, ids, objects and the images' sizes in bytes.
+
+    Args:
+        lists: folder of a year, and ids in it.
+        classes: names.
+        role: "train" or "test".
+
+    Raises:
+        MissingError: an image or an annotation is not there.
+        DataError: as `read_annotation`; an image that cannot be opened.
+    """
+    paths, sizes, objects = [], [], []
+    digest = xxhash.xxh3_128(" ".join(classes).encode())
+    for folder, ids in lists:
+        for name in ids:
+            path = folder / IMAGES / f"{name}.jpg"
+            size = _image_size(path)
+            found = read_annotation(folder / "Annotations" / f"{name}.xml", classes, size)
+            digest.update(f"{name} {path.stat().st_size}".encode())
+            for array in found:
+                digest.update(array.tobytes())
+            paths.append(path)
+            sizes.append(size)
+            objects.append(found)
+    present_NK = np.zeros((len(paths), len(classes)), np.int8)
+    for row, each in enumerate(objects):
+        present_NK[row, each.labels] = 1
+    return BoxedSplit(
+        open=lambda: FileReader(paths),
+        rows=np.arange(len(paths)),
+        labels=present_NK,
+        classes=classes,
+        fingerprint=digest.hexdigest(),
+        role=role,
+        paths=tuple(paths),
+        sizes=np.array(sizes, np.int64),
+        objects=tuple(objects),
+    )
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Height and width from the header: as it lies in the file, without EXIF rotation."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
+    except FileNotFoundError as error:
+        raise MissingError(f"no image {path}; extract the devkit again") from error
+    except Exception as error:  # damaged headers end in errors of any kind
+        if is_machine_error(error):
+            raise
+        raise DataError(f"image {path} cannot be opened ({' '.join(str(error).split())}); {_AGAIN}") from error
+
+
+def read_annotation(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Objects:
+    """The objects of an image: VOC counts pixels from 1, and the last one belongs to the box.
+
+    Truncated and occluded objects are objects like any other; boxes of parts (heads, hands, feet) are left out.
+
+    Args:
+        path: the XML file.
+        classes: names.
+        size: height and width of the image, pixels.
+
+    Raises:
+        MissingError: no such file.
+        DataError: another size than the image's, an unknown class, a box without area or that reaches outside of the
+            image, a value that is no number; named by file, object and value.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+    except FileNotFoundError as error:
+        raise MissingError(f"no annotation {path}; extract the devkit again") from error
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path} is no XML ({error}); {_AGAIN}") from error
+    height, width = (_number(root, f"size/{side}", str(path)) for side in ("height", "width"))
+    if [height, width] != list(size):
+        raise DataError(
+            f"{path}: size {width:g} x {height:g}, but its image has {size[1]} x {size[0]} pixels; {_AGAIN}"
+        )
+    boxes, labels, difficult = [], [], []
+    for number, each in enumerate(root.findall("object"), start=1):
+        name = (each.findtext("name") or "").strip()
+        where = f"{path}: object {number} ({name})"
+        if name not in classes:
+            hint = nearest(name, classes) or f"there are {', '.join(classes)}"
+            raise DataError(f"{path}: object {number} is of unknown class {name!r}; {hint}")
+        box = [_number(each, f"bndbox/{side}", where) for side in _SIDES]
+        left, top, right, bottom = box
+        shown = " ".join(f"{value:g}" for value in box)
+        if right < left or bottom < top:
+            raise DataError(f"{where}: box {shown} ({' '.join(_SIDES)}) has no area; {_AGAIN}")
+        if min(left, top) < 1 or right > width or bottom > height:
+            raise DataError(
+                f"{where}: box {shown} ({' '.join(_SIDES)}) reaches outside of its image, pixels 1 to {width:g} and 1 "
+                f"to {height:g}; {_AGAIN}"
+            )
+        boxes.append((left - 1, top - 1, right, bottom))
+        labels.append(classes.index(name))
+        difficult.append(_number(each, "difficult", where, missing=0.0) != 0)
+    return Objects(
+        np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), np.array(difficult, np.bool_)
+    )
+
+
+def _number(element: ElementTree.Element, name: str, where: str, missing: float | None = None) -> float:
+    """A value as XML has it; a few boxes of VOC2012 have decimals."""
+    text = element.findtext(name)
+    if text is None and missing is not None:
+        return missing
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise DataError(f"{where}: {name} is {'not there' if text is None else repr(text)}, not a number; {_AGAIN}")
+    return value
+
+
+def _counted(split: BoxedSplit, *, easy: bool) -> NDArray[np.int64]:
+    """Objects of each class, (K,); without the difficult ones if only easy ones count."""
+    labels = [each.labels[~each.difficult] if easy else each.labels for each in split.objects]
+    return np.bincount(np.concatenate(labels), minlength=len(split.classes))
