@@ -114,7 +114,7 @@ def _part(
         if ours or (said and row not in others):
             lines.append({"row": row, "here": ours, "paper": said, "absent": "" if ours else why.get(row, "not run")})
     same = column and paper and column.tested_on == paper.dataset and fnmatchcase(column.protocol, paper.protocol)
-    theirs = {key: getattr(paper, key) for key in ("protocol", "dataset", "source", "missing")} if known else {}
+    theirs = {key: getattr(paper, key) for key in ("protocol", "dataset", "source")} if known else {}
     return {
         "here": column and {**column._asdict(), "images": images.get(column.tested_on, column.tested_on)},
         "paper": {**theirs, "metrics": known, "comparable": bool(same)} if known else None,
@@ -210,8 +210,6 @@ def _sections(value: Mapping[str, Any]) -> Iterator[tuple[str, Grid]]:
 def _heading(part: Mapping[str, Any]) -> str:
     here, paper = part["here"], part["paper"]
     ours = f"{here['protocol']} v{here['version']} on {here['images']}" if here else f"{paper['protocol']}: not run"
-    if not here and paper["missing"]:
-        ours = f"{paper['protocol']}: {paper['missing']}"
     if not paper:
         return f"{ours}; the paper has no such figures"
     order = "" if paper["comparable"] or not here else ", other images: compare the order of rows, not the figures"

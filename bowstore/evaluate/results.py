@@ -64,7 +64,6 @@ class PaperFigures(Strict):
         percent: figures by system; null where the paper has none.
         quoted: the same of systems that do not compare, by their network or their way of testing.
         like: a pattern of ids, too: the same measure on other images, beside which `reproduce` shows the order of rows.
-        missing: why bowstore has no such protocol yet.
     """
 
     protocol: str
@@ -74,7 +73,6 @@ class PaperFigures(Strict):
     percent: dict[str, Listed[float | None]]
     quoted: dict[str, Listed[float | None]] = Field({})
     like: str | None = None
-    missing: str | None = None
 
 
 class PaperTable(Strict):

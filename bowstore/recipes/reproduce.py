@@ -115,8 +115,7 @@ def prepare(
     if gone := [row for row in sorted(asked) if row not in made and (rows or not asked & made)]:
         why = dict.fromkeys(absent[row] for row in gone)
         raise MissingError(f"{', '.join(gone[:3])}{' ...' if gone[3:] else ''} cannot be made: {'; and '.join(why)}")
-    because = next((part.missing for part in paper.figures if part.missing), f"{recipe.name} does not evaluate it")
-    others = {row: because for row in paper.rows if row not in {*made, *paper.quoted}}
+    others = {row: f"{recipe.name} does not evaluate it" for row in paper.rows if row not in {*made, *paper.quoted}}
     absent = {**others, **{row: why for row, why in absent.items() if row not in made}}
     return Job(table, whole, _narrowed(whole, asked.__contains__), workspace, out, absent)
 
@@ -212,8 +211,11 @@ def _with_data(recipe: Recipe, plan: Plan, found: dict[str, Supply]) -> tuple[Re
 
 def _fetched(place: Path) -> str:
     """How to come by images that a protocol reads as files."""
-    voc = "`bowstore data download voc2007 data` fetches it, or name it in bowstore.yaml: `voc: PATH`"
-    return voc if "VOC" in str(place) else "put it there"
+    if "VOC" not in str(place):
+        return "put it there"
+    later = "extract VOCtrainval_11-May-2012.tar into VOCdevkit's folder"
+    get = later if place.name == "VOC2012" else "`bowstore data download voc2007 data` fetches it"
+    return f"{get}, or name the devkit in bowstore.yaml: `voc: PATH`"
 
 
 def reproduce(job: Job, seeds: Sequence[int], *, processes: int = 1) -> dict[str, Any]:

@@ -389,8 +389,8 @@ def test_a_table_without_an_evaluation_shows_what_the_paper_has(workspace: Path)
     Path("configs/recipes/table6.yaml").write_text(TWO_SETS[: TWO_SETS.index("  small:")])
     result = CliRunner().invoke(main, ["reproduce", "table6"])
     assert result.exit_code == 0, result.output
-    assert "voc0712-detection/*: bowstore has no such evaluation yet (Faster R-CNN, fine-tuned)" in result.stdout
-    assert "BoWNet-conv5                 81.3        61.1      55.8  bowstore has no such" in result.stdout
+    assert "voc0712-detection/bownet: not run; paper: Table 6, ResNet-50; BoWNet's figures" in result.stdout
+    assert "BoWNet-conv5                 81.3        61.1      55.8  table6 does not evaluate it" in result.stdout
     assert not Path("reproduce").exists()
     Path("configs/recipes/table6.yaml").write_text(TWO_SETS.replace("seed-{seed}/runs", "runs"))
     assert "keeps the runs of all seeds in one place; write {seed} into its `runs:`" in refused("table6")
