@@ -48,6 +48,20 @@ def reader_is_gone() -> bool:
     return False
 
 
+_silent = False
+
+
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Steps that begin inside the block show nothing."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 class Progress:
     """One long step of `total` items; use as a context manager and call `advance`.
 
@@ -62,7 +76,7 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str = "images", *, done: int = 0, shown: bool = True) -> None:
         self.what, self.total, self.unit, self.count = what, total, unit, done
         self._first = done
-        self._shown = shown
+        self._shown = shown = shown and not _silent
         self._note = ""
         self._start = self._last_line = time.monotonic()
         self._bar = _TerminalBar(what, total, unit) if shown and sys.stderr.isatty() else None

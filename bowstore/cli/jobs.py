@@ -37,11 +37,12 @@ def train(
     Given again after an interruption, the same command continues from the newest checkpoint.
     """
     from bowstore.config import load_workspace
+    from bowstore.evaluate.probe import probe_of
     from bowstore.recipes.next import resolve_training
     from bowstore.train.loop import train as run_train
 
     workspace = load_workspace()
     resolved, runs = resolve_training(workspace, config, overrides, {**given, "task.store": store})
-    report = run_train(resolved, runs, resume=resume)
+    report = run_train(resolved, runs, resume=resume, probe=probe_of(resolved, workspace))
     if report.first:
         emit(report.as_dict(), report.text(), as_json)

@@ -1,10 +1,18 @@
-"""What every evaluation is told, whatever its protocol. Loads no torch."""
+"""What every evaluation is told, whatever its protocol; and which protocols measure a run. Loads no torch."""
+
+from typing import NamedTuple
 
 from pydantic import Field
 
-from bowstore.config import Batch, Computing, Text
+from bowstore.config import Batch, Computing, Strict, Text, validate
+from bowstore.errors import UsageError
+from bowstore.evaluate.protocol import Kind
+from bowstore.evaluate.protocols import asked
+from bowstore.train.config import ProbeConfig
 
 OF_FEATURES = ("batch", "threads", "compile")  # how features are taken; a protocol that trains has settings of its own
+PROBE = "runtime.probe.eval"  # for messages
+_PROBE_IMAGES = 5000  # of each split
 
 
 class EvalConfig(Computing):
@@ -13,3 +21,35 @@ class EvalConfig(Computing):
     run: Text | None = Field(None, description="run, checkpoint or .safetensors; null: newest finished run")
     random: bool = Field(False, description="the run's network at its random initialisation")
     batch: Batch = Field(128, description="images a batch; of large images fewer where it is left out")
+
+
+class Asked(NamedTuple):
+    """A protocol that a run is measured by."""
+
+    kind: Kind
+    settings: Strict
+
+
+def probes_of(config: ProbeConfig | None) -> list[Asked]:
+    """The protocols of a configuration; of those that can look at fewer images, at most 5000 unless it says else.
+
+    Raises:
+        UsageError: no such protocol or setting, or a protocol that trains.
+    """
+    if config is None:
+        return []
+    found = []
+    for item in config.eval if isinstance(config.eval, list) else [config.eval]:
+        try:
+            kind, values = asked(item)
+        except UsageError as error:
+            raise UsageError(f"{PROBE}: {error}") from error
+        if kind.run:
+            raise UsageError(
+                f"{PROBE}: protocol {kind.name} trains; take one that looks at features, as knn and linear do"
+            )
+        few = {"images": _PROBE_IMAGES} if "images" in kind.settings.model_fields else {}
+        found.append(Asked(kind, validate(kind.settings, few | values, f"{PROBE}, {kind.name}")))
+    if not found:
+        raise UsageError(f"{PROBE} names no protocol; write one, as in knn, or leave runtime.probe out")
+    return found

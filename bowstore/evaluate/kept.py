@@ -21,9 +21,10 @@ _MEMORY_BYTES = 512 << 20  # of all that lie in memory: the oldest go first
 class FeatureSets:
     """The feature sets of one command; hand the same to several evaluations, and what they share is taken once."""
 
-    def __init__(self, storage: StorageConfig | None = None) -> None:
-        """With the cache that `storage` names, for those that are large."""
+    def __init__(self, storage: StorageConfig | None = None, *, files: bool = True) -> None:
+        """With the cache that `storage` names, for those that are large; without `files`, in memory alone."""
         self._storage = storage or StorageConfig()
+        self._files = files
         self._sets: dict[str, FeatureSet] = {}
         self._bytes: dict[str, int] = {}  # of those that lie in memory
 
@@ -65,7 +66,7 @@ class FeatureSets:
         found = {}
         for name, split in data.splits.items():
             key = how.key(split, trunk)
-            if key not in self._sets and _size_bytes(_shapes(split, wide)) >= LARGE_BYTES:
+            if key not in self._sets and self._is_large(_size_bytes(_shapes(split, wide))):
                 if one := read_features(key, list(wide), self._storage):
                     self._sets[key] = one
             found[name] = self._sets.get(key)
@@ -74,7 +75,7 @@ class FeatureSets:
     def _new(self, key: str, shapes: Shapes, take: Callable[..., Arrays], what: str) -> FeatureSet:
         """Take the features of a key and keep them."""
         size_bytes = _size_bytes(shapes)
-        one = write_features(key, shapes, self._storage, take, what=what) if size_bytes >= LARGE_BYTES else None
+        one = write_features(key, shapes, self._storage, take, what=what) if self._is_large(size_bytes) else None
         if one is None:
             arrays = take()
             one = FeatureSet(arrays, {tap: variation(values_Nd) for tap, values_Nd in arrays.items()})
@@ -84,6 +85,9 @@ class FeatureSets:
             oldest = next(iter(self._bytes))
             del self._bytes[oldest], self._sets[oldest]
         return one
+
+    def _is_large(self, size_bytes: int) -> bool:
+        return self._files and size_bytes >= LARGE_BYTES
 
 
 def _shapes(split: LabelledSplit, wide: Mapping[str, int]) -> Shapes:

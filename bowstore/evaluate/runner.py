@@ -8,8 +8,10 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from bowstore.config import Strict, Workspace, dump
-from bowstore.data.views import clean_view
+from bowstore.data.views import CleanView, clean_view
 from bowstore.environment import choose_device, device_name, library_versions
 from bowstore.errors import UsageError
 from bowstore.evaluate.config import OF_FEATURES, EvalConfig
@@ -17,6 +19,7 @@ from bowstore.evaluate.features import Extraction
 from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.protocol import DataSets, Features, Kind, Network, Protocol, Scores
 from bowstore.evaluate.results import Result, made_result, write_result
+from bowstore.models.backbone import Backbone
 from bowstore.models.saved import load_backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.runs import results_folder, unfinished_folder
@@ -63,14 +66,9 @@ def evaluate(
             ran: dict[str, Any] = {"view": dump(network.view), "ranks": world.size}
         else:
             view = replace(clean_view(network.view), **data.view)
-            how = Extraction(
-                backbone=network.backbone,
-                identity=repr((weights, saved.model, saved.seed)),  # strides, and what is drawn, are in no weights
-                view=view,
-                taps=kind.ask("taps", Mapping, network.backbone, settings, view.size),  # type: ignore[type-abstract]
-                device=world.device,
-                **{name: getattr(config, name) for name in OF_FEATURES} | _batch(data, config),
-            )
+            # Strides, and what is drawn, are in no weights.
+            identity = repr((weights, saved.model, saved.seed))
+            how = extraction(kind, settings, network.backbone, view, data, config, world.device, identity=identity)
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)
             first = next(iter(features.splits.values()))
@@ -104,6 +102,32 @@ def evaluate(
             write_result(folder, result)
             shutil.rmtree(unfinished, ignore_errors=True)
     return result
+
+
+def extraction(
+    kind: Kind,
+    settings: Strict,
+    backbone: Backbone,
+    view: CleanView,
+    data: DataSets,
+    config: EvalConfig,
+    device: torch.device,
+    *,
+    identity: str = "",
+) -> Extraction:
+    """How a protocol on features takes them of a network that sees images by a view.
+
+    Raises:
+        UsageError: a layer that the network does not have.
+    """
+    return Extraction(
+        backbone=backbone,
+        identity=identity,
+        view=view,
+        taps=kind.ask("taps", Mapping, backbone, settings, view.size),  # type: ignore[type-abstract]
+        device=device,
+        **{name: getattr(config, name) for name in OF_FEATURES} | _batch(data, config),
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Legend: N images of a split, K classes.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.reader import ShardReader, fetched
-from bowstore.errors import DataError, MismatchError
+from bowstore.errors import DataError, MismatchError, UsageError
 from bowstore.evaluate.protocol import DataSets, LabelledSplit
 
 _HELD_OUT = 10  # one image in so many of each class
@@ -48,20 +49,26 @@ def labelled(index: Index, rows: NDArray[np.int64] | None = None) -> LabelledSpl
     )
 
 
-def open_splits(train: Path, test: Path | None, storage: StorageConfig | None = None) -> DataSets:
+def open_splits(
+    train: Path, test: Path | None, storage: StorageConfig | None = None, *, images: int | None = None
+) -> DataSets:
     """Train and test images, once they fit each other and have labels: what can be wrong before an image is read.
 
     Args:
         train: labelled shards.
         test: labelled shards of the same classes; None to hold a tenth of each class of the train shards out.
         storage: how shards are read.
+        images: at most so many of each split (`some_images`); None for all.
 
     Raises:
         MismatchError: other classes in both, or the same images.
         DataError: as `check_labels` and `check_classes`.
+        UsageError: fewer images than classes.
     """
     index = open_index(train, storage)
     tested = open_index(test, storage) if test else None
+    for name, each in {"train": index, **({"test": tested} if tested else {})}.items():
+        check_labels(name, np.asarray(each.label))
     if tested is None:
         splits = _held_out(index, train)
     elif tested.fingerprint == index.fingerprint:
@@ -73,20 +80,37 @@ def open_splits(train: Path, test: Path | None, storage: StorageConfig | None = 
         )
     else:
         splits = {"train": labelled(index), "test": labelled(tested)}
-    for name, split in splits.items():
-        check_labels(name, split.labels)
     check_classes(splits["train"].labels, splits["test"].labels, len(index.classes) or None)
-    return DataSets(splits=splits, dataset=known_dataset(index, tested))
+    some = {name: some_images(split, images) for name, split in splits.items()} if images else splits
+    return DataSets(splits=some, dataset=None if images else known_dataset(index, tested))
+
+
+def some_images(split: LabelledSplit, images: int) -> LabelledSplit:
+    """At most so many images of a split, in its order: the first of each class, of all classes as many if they can.
+
+    Raises:
+        UsageError: fewer images than classes.
+    """
+    label_N = split.labels
+    order_N = np.argsort(label_N, kind="stable")
+    classes_K, first_K, count_K = np.unique(label_N[order_N], return_index=True, return_counts=True)
+    if images < len(classes_K):
+        raise UsageError(
+            f"images {images} are fewer than the {len(classes_K)} classes; give --images {len(classes_K)} or more"
+        )
+    turn_N = np.empty(len(label_N), np.int64)  # how many of the same class come before
+    turn_N[order_N] = np.arange(len(label_N)) - np.repeat(first_K, count_K)
+    kept = np.sort(np.lexsort((label_N, turn_N))[:images])
+    return replace(split, rows=split.rows[kept], labels=label_N[kept])
 
 
 def _held_out(index: Index, train: Path) -> dict[str, LabelledSplit]:
     """A tenth of each class as the test split (`a_tenth`); the rest as the train split.
 
     Raises:
-        DataError: images without labels, or a class of one image.
+        DataError: a class of one image.
     """
     label_N = np.asarray(index.label)
-    check_labels("train", label_N)
     check_tenth(label_N, f"{train}", "give --test")
     held_N = a_tenth(label_N, np.asarray(index.key_hash))
     return {"train": labelled(index, np.flatnonzero(~held_N)), "test": labelled(index, np.flatnonzero(held_N))}

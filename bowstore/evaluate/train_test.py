@@ -6,7 +6,7 @@ from typing import Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Listed, Place, Strict, Text, Workspace
+from bowstore.config import Count, Listed, Place, StorageConfig, Strict, Text, Workspace
 from bowstore.data.index import open_index
 from bowstore.errors import MissingError
 from bowstore.evaluate.protocol import DataSets, Protocol
@@ -29,7 +29,15 @@ class TrainTestSettings(Strict):
         return self
 
 
-class ProbeSettings(TrainTestSettings):
+class SampleSettings(TrainTestSettings):
+    """Which images, perhaps some of them alone."""
+
+    images: Count | None = Field(
+        None, description="at most so many of each split, as many of each class (another protocol id); null: all"
+    )
+
+
+class ProbeSettings(SampleSettings):
     """Which images, and which features of them; all else is the protocol's."""
 
     standardise: bool = Field(False, description="standardise features (another protocol id)")
@@ -42,7 +50,10 @@ S = TypeVar("S", bound=TrainTestSettings)
 
 
 def resolve_train_test(settings: S, workspace: Workspace) -> S:
-    """The workspace's shards where none are named; where these hold other classes for test, a tenth is held out."""
+    """The workspace's shards where none are named; where these hold other classes for test, a tenth is held out.
+
+    `images` that leave none out are no setting.
+    """
     train = settings.train or workspace.shards
     test = None if settings.held_out else settings.test or _shards_to_test_on(workspace)
     if test and not settings.test:
@@ -52,7 +63,19 @@ def resolve_train_test(settings: S, workspace: Workspace) -> S:
                 "under a protocol id of its own; --test names a test split of the same classes"
             )
             test = None
-    return settings.model_copy(update={"train": train, "test": test, "held_out": test is None})
+    resolved = settings.model_copy(update={"train": train, "test": test, "held_out": test is None})
+    if _images(resolved) and not _leaves_out(resolved, workspace.storage):
+        return resolved.model_copy(update={"images": None})
+    return resolved
+
+
+def _images(settings: TrainTestSettings) -> int | None:
+    return settings.images if isinstance(settings, SampleSettings) else None
+
+
+def _leaves_out(settings: TrainTestSettings, storage: StorageConfig) -> bool:
+    paths = [path for path in (settings.train, settings.test) if path]
+    return max(len(open_index(path, storage)) for path in paths) > (_images(settings) or 0)
 
 
 def _shards_to_test_on(workspace: Workspace) -> Path:
@@ -69,7 +92,7 @@ def open_train_test(settings: TrainTestSettings, workspace: Workspace) -> DataSe
         MismatchError, DataError: as `open_splits`.
     """
     assert settings.train is not None, "resolved"
-    return open_splits(settings.train, settings.test, workspace.storage)
+    return open_splits(settings.train, settings.test, workspace.storage, images=_images(settings))
 
 
 def held_out_protocol(protocol: Protocol) -> Protocol:
@@ -78,4 +101,17 @@ def held_out_protocol(protocol: Protocol) -> Protocol:
         protocol,
         id=f"{protocol.id}-held-out",
         description=f"as {protocol.id}, tested on a tenth of each train class that is held out",
+    )
+
+
+def own_protocol(protocol: Protocol, settings: SampleSettings) -> Protocol:
+    """The protocol under the id that its images ask for: a held-out test split, and some of the images alone."""
+    if settings.held_out:
+        protocol = held_out_protocol(protocol)
+    if settings.images is None:
+        return protocol
+    return replace(
+        protocol,
+        id=f"{protocol.id}-{settings.images}-images",
+        description=f"{protocol.description}; of at most {settings.images} images of each split",
     )

@@ -12,7 +12,7 @@ from bowstore.config import Listed, Strict, Text, dump, validate
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.evaluate.config import EvalConfig
 from bowstore.evaluate.protocol import Kind
-from bowstore.evaluate.protocols import PROTOCOLS
+from bowstore.evaluate.protocols import asked
 from bowstore.files import read_json
 from bowstore.plugins import called
 from bowstore.recipes.images import shards_of
@@ -124,10 +124,7 @@ class EvalStage(Stage):
 
     def _protocol(self, item: Any) -> tuple[Kind, Strict, EvalConfig]:
         """A protocol, its settings with what the workspace says, and how it runs."""
-        name, values = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
-        if not isinstance(name, str) or not isinstance(values, dict | None):
-            raise UsageError(f"{item!r} is no protocol; write its name, or {{NAME: {{SETTING: VALUE}}}}")
-        kind, values = PROTOCOLS.get(name), values or {}
+        kind, values = asked(item)
         fields = kind.settings.model_fields
         how = {key: value for key, value in values.items() if key in _HOW and key not in fields}
         data = {
@@ -136,12 +133,12 @@ class EvalStage(Stage):
             if reference and role in fields
         }
         own = {key: value for key, value in values.items() if key not in how}
-        settings = validate(kind.settings, data | own, name)
+        settings = validate(kind.settings, data | own, kind.name)
         try:
             settings = called(kind.resolve)(settings, self._here.workspace)
         except BowstoreError:  # what it looks at is not there yet
             pass
-        return kind, settings, validate(EvalConfig, how, name)
+        return kind, settings, validate(EvalConfig, how, kind.name)
 
     @property
     def reads(self) -> tuple[Path | str, ...]:

@@ -11,6 +11,7 @@ from bowstore import runs
 from bowstore.config import Place, Text, dump, find_config, validate
 from bowstore.data.plan import Schedule
 from bowstore.errors import MissingError, UsageError
+from bowstore.evaluate.config import probes_of
 from bowstore.files import read_json
 from bowstore.limits import MAX_SEED
 from bowstore.models.arch import built_in
@@ -152,8 +153,9 @@ class TrainStage(Stage):
         return (self.run,)
 
     def check_settings(self) -> None:
-        """A network that exists, and words that the task can learn."""
+        """A network that exists, words that the task can learn, and protocols that can measure it."""
         built_in(self.config.model.arch)
+        probes_of(self.config.runtime.probe)
         for layer in self.layers:
             if self.encoding and (known := self.encoding.maps.get(layer)):
                 self.config.task.check_map(layer, known.grid)
@@ -202,7 +204,8 @@ class TrainStage(Stage):
         """Train."""
         workspace = self._here.workspace
         config = resolve_train(workspace, self.file, flags=self.flags)
-        return [called("bowstore.train.loop:train")(config, workspace.runs).text()]
+        probe = called("bowstore.evaluate.probe:probe_of")(config, workspace)
+        return [called("bowstore.train.loop:train")(config, workspace.runs, probe=probe).text()]
 
 
 def _layers_of(task: TaskSettings) -> tuple[str, ...]:

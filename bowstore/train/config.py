@@ -67,6 +67,13 @@ class OptimConfig(Strict):
         return self
 
 
+class ProbeConfig(Strict):
+    """What the network is measured by while it is trained: protocols on features, of labelled images."""
+
+    eval: Any = Field("knn", description="as in a recipe: NAME, {NAME: settings}, or a list of these")
+    every_epochs: Count = Field(5, description="in the last line of the log of every so many epochs, and of the run")
+
+
 class RuntimeConfig(Computing):
     """How to run; none of it changes what is learned beyond rounding.
 
@@ -80,6 +87,7 @@ class RuntimeConfig(Computing):
         "auto", description="where the words lie: on the device, in host memory, on disk; auto: by their size"
     )
     storage: StorageConfig | None = Field(None, description="null: the workspace's")
+    probe: ProbeConfig | None = Field(None, description="null: the network is not measured while it is trained")
     log_every_steps: Count = 50
     checkpoint_every_steps: Count = 1000
     keep_checkpoints: Count = 2

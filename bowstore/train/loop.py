@@ -3,13 +3,13 @@
 Legend: B batch.
 """
 
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType, MappingProxyType
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from bowstore.train.compiling import another_way, compiles, compiles_here
 from bowstore.train.config import TrainConfig, learned
 from bowstore.train.distributed import World, joined
 from bowstore.train.health import diverged, unsound
-from bowstore.train.metrics import Meter, RunLog, last_logged
+from bowstore.train.metrics import Meter, RunLog, last_logged, paused
+from bowstore.train.probe import OpenProbe, Probe, Probing
 from bowstore.train.rundir import check_run, check_start, write_config, write_environment
 from bowstore.train.schedule import (
     images_in_use,
@@ -48,9 +49,11 @@ from bowstore.train.step import (
     train_step,
     tuned,
 )
+from bowstore.train.stopping import interrupts, stop_signal
 from bowstore.train.tasks.task import Network, Task, build_task
 from bowstore.train.watch import Course, Features, Watch
 
+T = TypeVar("T")
 _STOPPED_EXIT_CODE = 143
 _ASK_EVERY_STEPS = 8
 
@@ -95,13 +98,14 @@ class TrainReport:
         return f"{self.run}: {self.steps} steps{f', {rate}' if measured else ''}\n{metrics}"
 
 
-def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainReport:
+def train(config: TrainConfig, runs: Path, *, resume: bool = False, probe: OpenProbe | None = None) -> TrainReport:
     """Train one configuration to its end, going on from the newest checkpoint where there is one.
 
     Args:
         config: with `shards` and what the task takes from the workspace resolved.
         runs: folder of run directories.
         resume: go on in a run directory that holds another configuration.
+        probe: measures the network as `config.runtime.probe` asks (`bowstore.evaluate.probe.probe_of`).
 
     Raises:
         BusyError: another process trains in the run directory.
@@ -109,11 +113,13 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         TrainingError: the run diverged.
     """
     assert config.shards is not None, "the command line resolves shards"
+    assert (probe is None) == (config.runtime.probe is None), "of the configuration: `probe_of`"
     run = runs / config.name
     with ExitStack() as stack:
         # --- who and where
         world = stack.enter_context(joined(config.runtime.device))
-        _claim(run, config, world, stack, resume=resume)
+        _on_first(world, partial(_claim, run, config, stack, resume=resume))
+        probes = _on_first(world, partial(probe, world.device)) if probe else None
         stack.enter_context(tuned(world.device, amp=config.runtime.amp))
 
         # --- data
@@ -135,15 +141,7 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
         compiled = compiles_here(compiles(config, task, steps, world.device), world)
         model = build_objective(task, config, world, compiled=compiled)
         if world.first:
-            if line := another_way(begun.compiled, compiled):
-                say(line)
-            for line in without_effect(config):
-                say(f"warning: of the configuration without effect: {line}")
-            write_config(run, config)
-            write_environment(run, world, task.inputs, compiled=compiled)
-            write_lineage(run, name=config.name, task=config.task.name, inputs=task.inputs, targets=task.lineage)
-            sweep_temporary(run / CHECKPOINT_FOLDER)
-            (run / BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
+            _record(run, config, task, world, begun, probes, compiled=compiled)
 
         # --- the loop
         local = fetched(index, images=schedule.images, whole=True, display=world.first)
@@ -170,15 +168,16 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
                 steps_per_pass=schedule.steps_per_pass,
             )
             stack.callback(log.close)
-        stop_requested = stack.enter_context(_stop_signal())
+        probing = _probing(probes, task, config, schedule, world)
+        stop_requested = stack.enter_context(stop_signal())
         keep = config.runtime.keep_checkpoints
         kept = ckpt.Checkpoints(run, keep=keep, start=start, slower=begun.slower, writes=world.first)
-        stack.enter_context(_interrupts(kept, world))
+        stack.enter_context(interrupts(kept, world))
         for step, batch in enumerate(meter.waiting_for(batches), start=first):
             world.at(step)
             rate = learning_rate(step, config.optim, schedule.steps_per_pass)
             if task.renewal and task.renewal.due(step):
-                with meter.paused(), log.progress.paused() if log else nullcontext():
+                with paused(meter, log):
                     forget_momenta(optimizer, task.renewal.renew(step))
             torch.manual_seed(step_seed(config.seed, step, world.rank))
             done = step + 1
@@ -197,8 +196,9 @@ def train(config: TrainConfig, runs: Path, *, resume: bool = False) -> TrainRepo
             if logging:
                 values = meter.read(world, measured.scalars)
                 order = keys_digest(batch.plan, index, schedule, world)
+                probed = probing.at(done, network.backbone, partial(paused, meter, log))
                 if log:
-                    log.write(done, {**values, "lr": rate}, order)
+                    log.write(done, {**values, "lr": rate}, order, probed)
             if log:
                 log.progress.advance(config.optim.batch)
             if saving:
@@ -221,17 +221,24 @@ def keys_digest(plan: Plan, index: Index, schedule: Schedule, world: World) -> s
     return f"{world.wrapping_sum(int(mine)):016x}"
 
 
-def _claim(run: Path, config: TrainConfig, world: World, stack: ExitStack, *, resume: bool) -> None:
-    """Lock and check the run directory on rank 0; the others leave quietly if it is refused there."""
+def _on_first(world: World, act: Callable[[], T]) -> T | None:
+    """What rank 0 gets of something that may be refused; the others leave quietly if it is."""
     refusal: BowstoreError | None = None
+    result = None
     if world.first:
         try:
-            stack.enter_context(exclusive_lock(run / ".lock", f"run directory {run}"))
-            check_run(run, config, resume=resume)
+            result = act()
         except BowstoreError as error:
             refusal = error
     if world.any(refusal is not None):
         raise refusal or SystemExit(1)
+    return result
+
+
+def _claim(run: Path, config: TrainConfig, stack: ExitStack, *, resume: bool) -> None:
+    """Lock and check the run directory."""
+    stack.enter_context(exclusive_lock(run / ".lock", f"run directory {run}"))
+    check_run(run, config, resume=resume)
 
 
 def data_schedule(config: TrainConfig, index: Index, world: World) -> Schedule:
@@ -309,6 +316,21 @@ def _restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, meter: Met
     return int(state["step"])
 
 
+def _record(
+    run: Path, config: TrainConfig, task: Task, world: World, begun: _Start, probe: Probe | None, *, compiled: bool
+) -> None:
+    """What the run directory says from the beginning, and lines for people."""
+    if line := another_way(begun.compiled, compiled):
+        say(line)
+    for line in without_effect(config):
+        say(f"warning: of the configuration without effect: {line}")
+    write_config(run, config)
+    write_environment(run, world, task.inputs, compiled=compiled, probe=probe.record if probe else None)
+    write_lineage(run, name=config.name, task=config.task.name, inputs=task.inputs, targets=task.lineage)
+    sweep_temporary(run / CHECKPOINT_FOLDER)
+    (run / BACKBONE_FILE).unlink(missing_ok=True)  # of a shorter schedule: this run is not finished
+
+
 def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> None:
     """Refuse ranks that would train something else, each with what its own machine holds."""
     for value, what in (
@@ -322,15 +344,26 @@ def _same_start(first: int, task: Task, config: TrainConfig, world: World) -> No
 
 def _watch(task: Task, config: TrainConfig, schedule: Schedule, begun: _Start) -> Watch:
     """That of rank 0, whose features alone are looked at."""
-    course = Course(
-        epoch_steps=steps_per_epoch(config.optim, schedule.steps_per_pass),
+    course = _course(task, config, schedule)
+    features = Features(task.network.backbone.features, task.views * schedule.rank_batch, course)
+    features.restore(begun.features)
+    return Watch(task.dead, features, course)
+
+
+def _probing(probe: Probe | None, task: Task, config: TrainConfig, schedule: Schedule, world: World) -> Probing:
+    """As `runtime.probe` has it."""
+    asked = config.runtime.probe
+    return Probing(probe, _course(task, config, schedule, epochs=asked.every_epochs) if asked else None, world)
+
+
+def _course(task: Task, config: TrainConfig, schedule: Schedule, *, epochs: int = 1) -> Course:
+    """Where the lines of the log stand, so many epochs taken as one."""
+    return Course(
+        epoch_steps=epochs * steps_per_epoch(config.optim, schedule.steps_per_pass),
         log_every_steps=config.runtime.log_every_steps,
         steps=total_steps(config.optim, schedule.steps_per_pass),
         **({"renewed": task.renewal.due} if task.renewal else {}),
     )
-    features = Features(task.network.backbone.features, task.views * schedule.rank_batch, course)
-    features.restore(begun.features)
-    return Watch(task.dead, features, course)
 
 
 def _state(
@@ -364,35 +397,3 @@ def _finish(run: Path, config: TrainConfig, task: Task, world: World, report: Tr
         saved.save_backbone(run / BACKBONE_FILE, task.network.backbone, saved.network_of(dump(config), config.name))
     world.barrier()
     return report
-
-
-@contextmanager
-def _interrupts(kept: ckpt.Checkpoints, world: World) -> Iterator[None]:
-    """Ctrl-C says what it cost; on rank 0, which knows."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if not world.first:
-            raise
-        raise KeyboardInterrupt(kept.interrupted()) from error
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGTERM into a flag; a second one ends the process at once."""
-    flag = False
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal flag
-        flag = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    try:
-        before = signal.signal(signal.SIGTERM, on_signal)
-    except ValueError:  # not in the main thread: a caller of the Python interface keeps its own handling
-        yield lambda: False
-        return
-    try:
-        yield lambda: flag
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bowstore.runs import BOARD_FOLDER, METRICS_FILE, lost_lines, metric_lines
 from bowstore.train.checkpoint import aside
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
+from bowstore.train.probe import Probed
 from bowstore.train.schedule import steps_per_epoch, total_steps
 from bowstore.train.watch import Watch
 
@@ -270,17 +271,21 @@ class RunLog:
         self._constants, self.watch = constants, watch
         self._epoch_steps = steps_per_epoch(config.optim, steps_per_pass)
         self.last: dict[str, float] = {}
+        self._probed = ""
         what = f"train {config.name}" + (f" from step {first}" if first else "")
         batch = config.optim.batch
         total = total_steps(config.optim, steps_per_pass)
         self.progress = Progress(what, total * batch, done=first * batch)
         self.progress.__enter__()
 
-    def write(self, step: int, values: dict[str, float], order: str) -> None:
+    def write(self, step: int, values: dict[str, float], order: str, probed: Probed | None = None) -> None:
         """Record one logging step, with the digest of its keys, and say what is wrong with the run."""
         self.last = {"epoch": step / self._epoch_steps, **values, **self.watch.features.rank(step), **self._constants}
+        if probed:
+            self.last |= probed.values
+            self._probed = f", {probed.note}" if probed.note else ""
         self._metrics.write(step, {**self.last, "images_per_second": self.progress.rate}, order)
-        self.progress.advance(0, note=f"loss {values['loss']:.4f}")
+        self.progress.advance(0, note=f"loss {values['loss']:.4f}{self._probed}")
         for sentence in self.watch.warnings(step, self.last):
             say(f"warning: {sentence}")
 
@@ -292,3 +297,10 @@ class RunLog:
         """Close files and the progress line."""
         self.progress.__exit__(None, None, None)
         self._metrics.close()
+
+
+@contextmanager
+def paused(meter: Meter, log: RunLog | None) -> Iterator[None]:
+    """What is done inside the block is no training; it may show progress of its own."""
+    with meter.paused(), log.progress.paused() if log else nullcontext():
+        yield

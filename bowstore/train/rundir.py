@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,10 @@ def write_config(run: Path, config: TrainConfig) -> None:
         file.write(write_yaml(dump(config)))
 
 
-def write_environment(run: Path, world: World, inputs: dict[str, str], *, compiled: bool) -> None:
-    """Record versions, device and the identity of the inputs in `environment.json`."""
+def write_environment(
+    run: Path, world: World, inputs: dict[str, str], *, compiled: bool, probe: Mapping[str, Any] | None = None
+) -> None:
+    """Record versions, device, the identity of the inputs and what the network is measured by in `environment.json`."""
     write_json(
         run / runs.ENVIRONMENT_FILE,
         {
@@ -147,5 +150,6 @@ def write_environment(run: Path, world: World, inputs: dict[str, str], *, compil
             "compiled": compiled,
             "command": sys.argv[1:],
             "inputs": inputs,
+            **({"probe": dict(probe)} if probe else {}),
         },
     )

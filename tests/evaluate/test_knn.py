@@ -8,9 +8,11 @@ from shard_sets import ShardMaker
 from bowstore.config import ViewConfig, Workspace, dump, validate
 from bowstore.errors import UsageError
 from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.protocols import PROTOCOLS
 from bowstore.evaluate.protocols.knn import KIND, KnnSettings, describe
 from bowstore.evaluate.results import Result, read_result
 from bowstore.evaluate.runner import evaluate
+from bowstore.evaluate.train_test import SampleSettings
 from bowstore.models.saved import network_of, save_backbone
 
 
@@ -22,6 +24,8 @@ from bowstore.models.saved import network_of, save_backbone
         ({"temperature": 1}, "knn/k200-t1.0"),
         ({"temperature": 0.1000001}, "knn/k200-t0.1000001"),
         ({"held_out": True}, "knn/k200-t0.1-held-out"),
+        ({"images": 500}, "knn/k200-t0.1-500-images"),
+        ({"held_out": True, "images": 500}, "knn/k200-t0.1-held-out-500-images"),
     ],
 )
 def test_the_id_says_neighbours_and_temperature(settings: dict[str, object], protocol_id: str) -> None:
@@ -61,7 +65,21 @@ def test_from_shards_to_result_file(tmp_path: Path, make_shard_set: ShardMaker) 
     assert 0.4 < result.metrics["top1"] <= 1
     assert result.settings["images"] == {"train": 60, "test": 20}
     assert result.settings["classes"] == 4
+    fewer = knn(tmp_path, train=train, test=test, k=30, images=40)
+    assert (fewer.protocol, fewer.settings["images"]) == ("knn/k30-t0.1-40-images", {"train": 40, "test": 20})
+    assert knn(tmp_path, train=train, test=test, k=60, images=60).protocol == "knn/k60-t0.1"  # which are all
+    with pytest.raises(UsageError, match=r"^k 41 is more than the 40 train images of .*train; give --k 40 or fewer$"):
+        knn(tmp_path, train=train, test=test, k=41, images=40)
     with pytest.raises(UsageError, match=r"^k 61 is more than the 60 train images of .*train; give --k 60 or fewer$"):
         knn(tmp_path, train=train, test=test, k=61)
     with pytest.raises(UsageError, match=r"^k 200 is more than the 56 train images of .*train; give --k 56 or fewer$"):
         knn(tmp_path, train=train, held_out=True)
+
+
+def test_every_protocol_of_some_images_says_so_in_its_id() -> None:
+    some = [kind for kind in PROTOCOLS.values() if issubclass(kind.settings, SampleSettings)]
+    assert {kind.name for kind in some} >= {"knn", "linear", "logreg", "retrieval"}
+    for kind in some:
+        protocol = kind.describe(kind.settings.model_validate({"images": 77}))
+        assert protocol.id == f"{kind.describe(kind.settings()).id}-77-images"
+        assert protocol.description.endswith("; of at most 77 images of each split")

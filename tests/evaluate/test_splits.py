@@ -7,10 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
 
-from bowstore.errors import DataError
+from bowstore.data.index import build_index
+from bowstore.errors import DataError, UsageError
 from bowstore.evaluate import splits
-from bowstore.evaluate.splits import check_classes, check_labels, known_dataset, share_no_class
+from bowstore.evaluate.protocol import LabelledSplit
+from bowstore.evaluate.splits import (
+    check_classes,
+    check_labels,
+    known_dataset,
+    open_splits,
+    share_no_class,
+    some_images,
+)
 
 # MiniImageNet's 64 base classes (Ravi and Larochelle, 2017).
 BASE = """
@@ -93,8 +103,39 @@ def test_the_held_out_images_do_not_depend_on_their_order() -> None:
 def test_what_cannot_be_held_out() -> None:
     with pytest.raises(DataError, match=r"train: class 1 has 1 image, so that none .* \(1 such classes\); give --test"):
         splits._held_out(labelled([0, 0, 1]), Path("train"))
-    with pytest.raises(DataError, match="train: 1 of 3 images have no label"):
-        splits._held_out(labelled([0, 0, -1]), Path("train"))
+
+
+def test_images_without_labels_are_refused_before_their_classes_are_compared(
+    make_shard_set: ShardMaker, tmp_path: Path
+) -> None:
+    train = make_shard_set(8, classes=2).root
+    samples = [(f"x{n}", encode_jpeg(textured_image(n, 16, 16)), None) for n in range(3)]
+    write_tar(tmp_path / "bare" / "train-000000.tar", samples)
+    bare = build_index(tmp_path / "bare").root
+    for given, message in (((train, bare), "test: 3 of 3"), ((bare, train), "train: 3 of 3"), ((bare, None), "train")):
+        with pytest.raises(DataError, match=rf"^{message}.* images have no label \(first: row 0\)"):
+            open_splits(*given)
+
+
+@pytest.mark.parametrize(
+    ("images", "kept"),
+    [
+        (3, [0, 2, 5]),  # one of each class
+        (4, [0, 2, 3, 5]),  # the first class has one more
+        (6, [0, 1, 2, 3, 5, 7]),
+        (8, [0, 1, 2, 3, 4, 5, 6, 7]),  # class 1 has no more than two
+        (9, list(range(9))),
+        (10, list(range(9))),
+    ],
+)
+def test_some_images_are_the_first_of_each_class_as_many_of_all_as_there_are(images: int, kept: list[int]) -> None:
+    labels = np.array([2, 2, 0, 0, 0, 1, 2, 1, 2])
+    split = LabelledSplit(open=list, rows=np.arange(9) + 10, labels=labels, classes=(), fingerprint="f")
+    some = some_images(split, images)
+    assert (some.rows - 10).tolist() == kept
+    assert some.labels.tolist() == labels[kept].tolist()
+    with pytest.raises(UsageError, match=r"^images 2 are fewer than the 3 classes; give --images 3 or more$"):
+        some_images(split, 2)
 
 
 def test_labels_that_no_protocol_can_use() -> None:

@@ -5,10 +5,10 @@ from pydantic import Field
 from bowstore.config import Count, Workspace
 from bowstore.errors import UsageError
 from bowstore.evaluate.protocol import DataSets, Kind, Protocol
-from bowstore.evaluate.train_test import TrainTestSettings, held_out_protocol, open_train_test, resolve_train_test
+from bowstore.evaluate.train_test import SampleSettings, open_train_test, own_protocol, resolve_train_test
 
 
-class KnnSettings(TrainTestSettings):
+class KnnSettings(SampleSettings):
     """What a user sets of the votes."""
 
     k: Count = Field(200, description="nearest train images (in the protocol id)")
@@ -16,14 +16,14 @@ class KnnSettings(TrainTestSettings):
 
 
 def describe(settings: KnnSettings) -> Protocol:
-    """The id says k and temperature, and whether the test split was held out."""
+    """The id says k and temperature, whether the test split was held out, and how many images there are at most."""
     protocol = Protocol(
         id=f"knn/k{settings.k}-t{settings.temperature}",
         version=1,
         description=f"votes of the {settings.k} nearest train images on pooled features of length 1",
         headline="top1",
     )
-    return held_out_protocol(protocol) if settings.held_out else protocol
+    return own_protocol(protocol, settings)
 
 
 def data(settings: KnnSettings, workspace: Workspace) -> DataSets:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from bowstore.config import Seed
 from bowstore.evaluate.protocol import Kind, Protocol, layers_in_id
-from bowstore.evaluate.train_test import ProbeSettings, held_out_protocol, open_train_test, resolve_train_test
+from bowstore.evaluate.train_test import ProbeSettings, open_train_test, own_protocol, resolve_train_test
 
 
 class LinearSettings(ProbeSettings):
@@ -16,7 +16,7 @@ class LinearSettings(ProbeSettings):
 
 
 def describe(settings: LinearSettings) -> Protocol:
-    """Standardised features are another protocol, and so are those of layers, and a test split that was held out."""
+    """Standardised features are another protocol; so are those of layers, a held-out test split, and fewer images."""
     if settings.standardise:
         name, what = "standardised", "as linear/bownet-cifar, on features standardised by the train split"
     else:
@@ -30,7 +30,7 @@ def describe(settings: LinearSettings) -> Protocol:
             description=f"{what}; of {', '.join(settings.layers)}, each averaged over all places",
             headline="top1_best",
         )
-    return held_out_protocol(protocol) if settings.held_out else protocol
+    return own_protocol(protocol, settings)
 
 
 KIND = Kind(

@@ -3,7 +3,7 @@
 from bowstore.config import Workspace
 from bowstore.evaluate.protocol import DataSets, Kind, Protocol, layers_in_id
 from bowstore.evaluate.splits import check_tenth
-from bowstore.evaluate.train_test import ProbeSettings, held_out_protocol, open_train_test, resolve_train_test
+from bowstore.evaluate.train_test import ProbeSettings, open_train_test, own_protocol, resolve_train_test
 
 COSTS = tuple(10.0**power for power in range(-6, 6))
 
@@ -13,7 +13,7 @@ class LogregSettings(ProbeSettings):
 
 
 def describe(settings: LogregSettings) -> Protocol:
-    """Standardised features are another protocol, and so are those of layers, and a test split that was held out."""
+    """Standardised features are another protocol; so are those of layers, a held-out test split, and fewer images."""
     layers = f"{layers_in_id(settings.layers)}/" if settings.layers else ""
     what = "standardised by the train split" if settings.standardise else "as they are"
     of = f", {', '.join(settings.layers)} averaged over all places" if settings.layers else ", pooled"
@@ -23,7 +23,7 @@ def describe(settings: LogregSettings) -> Protocol:
         description=f"L2 logistic regression on features {what}{of}; C of {len(COSTS)} by a tenth of the train images",
         headline="top1_best" if settings.layers else "top1",
     )
-    return held_out_protocol(protocol) if settings.held_out else protocol
+    return own_protocol(protocol, settings)
 
 
 def data(settings: LogregSettings, workspace: Workspace) -> DataSets:

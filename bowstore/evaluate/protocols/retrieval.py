@@ -3,24 +3,24 @@
 from bowstore.config import Workspace
 from bowstore.errors import UsageError
 from bowstore.evaluate.protocol import DataSets, Kind, Protocol
-from bowstore.evaluate.train_test import TrainTestSettings, held_out_protocol, open_train_test, resolve_train_test
+from bowstore.evaluate.train_test import SampleSettings, open_train_test, own_protocol, resolve_train_test
 
 RECALLS = (1, 5, 10)
 
 
-class RetrievalSettings(TrainTestSettings):
+class RetrievalSettings(SampleSettings):
     """Which images; all else is the protocol's."""
 
 
 def describe(settings: RetrievalSettings) -> Protocol:
-    """The id says whether the test split was held out."""
+    """The id says whether the test split was held out, and how many images there are at most."""
     protocol = Protocol(
         id="retrieval/cosine",
         version=1,
         description="test images query train images by the cosine of pooled features: recall and mAP",
         headline="map",
     )
-    return held_out_protocol(protocol) if settings.held_out else protocol
+    return own_protocol(protocol, settings)
 
 
 def data(settings: RetrievalSettings, workspace: Workspace) -> DataSets:
@@ -33,7 +33,7 @@ def data(settings: RetrievalSettings, workspace: Workspace) -> DataSets:
     if (images := len(found["train"])) < RECALLS[-1]:
         raise UsageError(
             f"recall at {RECALLS[-1]} needs as many train images, and {settings.train} gives {images}; name shards of "
-            "more images by --train"
+            "more images by --train, or give more --images"
         )
     return found
 
