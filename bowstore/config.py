@@ -143,7 +143,7 @@ class ModelConfig(Strict):
 class ExportConfig(Strict):
     """How a network is written for other code."""
 
-    format: Literal["torchvision", "timm", "safetensors"] = Field(
+    format: Literal["torchvision", "timm", "safetensors", "detectron2"] = Field(
         "safetensors", description="whose names the tensors get; safetensors: those of the network's own library"
     )
 

@@ -17,7 +17,8 @@ def export(paths: tuple[Path, ...], given: dict[str, Any], as_json: bool) -> Non
     """Write the network of RUN, without its classifier, to the file OUT under names that other code loads.
 
     RUN is a run, a checkpoint or a backbone.safetensors.  [default: newest finished run]  OUT ends with .pth or .pt
-    (a state dict) or .safetensors; an earlier export is replaced. What it prints loads the network:
+    (a state dict) or .safetensors, or .pkl for Detectron2; an earlier export is replaced. What it prints loads the
+    network:
 
     \b
     bowstore export OUT.pth --format torchvision
@@ -31,6 +32,11 @@ def export(paths: tuple[Path, ...], given: dict[str, Any], as_json: bool) -> Non
       import torch, timm
       net = timm.create_model("resnet50", num_classes=0)
       net.load_state_dict(torch.load("OUT.pth"))
+
+    Detectron2 reads residual networks from a .pkl; what is printed belongs into its configuration:
+
+    \b
+    bowstore export OUT.pkl --format detectron2
 
     No library has wide residual networks: their definition is written beside OUT, as wide_resnet.py.
     """  # noqa: D301 - click reads the backspace as "do not wrap"

@@ -1,6 +1,7 @@
-"""Networks for other code: files whose names torchvision, timm or a stand-alone definition load strictly."""
+"""Networks for other code: files that torchvision, timm, Detectron2 or a stand-alone definition load by their names."""
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from bowstore.config import ExportConfig, dump
 from bowstore.errors import UsageError
 from bowstore.files import atomic_file, check_free
 from bowstore.models import wide_resnet
-from bowstore.models.arch import V1, wide_sizes
+from bowstore.models.arch import RESNETS, V1, wide_sizes
 from bowstore.models.backbone import Backbone, mean_pool
+from bowstore.models.detectron2 import detectron2_lines, detectron2_model
 from bowstore.models.library import library_backbone
 from bowstore.models.residual import WIDE, stride_first
 from bowstore.models.saved import EXPORTED, LoadedBackbone, load_backbone
@@ -24,6 +26,7 @@ from bowstore.remote import local_only
 
 _SAFETENSORS = ".safetensors"
 _SUFFIXES = (".pth", ".pt", _SAFETENSORS)
+_PICKLE = ".pkl"
 _MOVED = (  # as `stride_first`
     "for block in [module for module in net.modules() if isinstance(module, torchvision.models.resnet.Bottleneck)]:",
     "    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride",
@@ -77,7 +80,7 @@ def export_network(source: Path, out: Path, config: ExportConfig) -> Exported:
 
     Args:
         source: run directory, checkpoint or `backbone.safetensors`.
-        out: the file: `.safetensors`, or `.pth` or `.pt` for torch.save of a state dict.
+        out: the file: `.safetensors`, or `.pth` or `.pt` for torch.save of a state dict; `.pkl` for Detectron2.
         config: whose names.
 
     Raises:
@@ -88,7 +91,12 @@ def export_network(source: Path, out: Path, config: ExportConfig) -> Exported:
     """
     local_only(out, "write the network to a file here, then copy it there")
     check_free(out, mark=EXPORTED.encode(), command="bowstore export", example=f"network{_SAFETENSORS}")
-    if out.suffix not in _SUFFIXES:
+    if (config.format == "detectron2") != (out.suffix == _PICKLE):
+        raise UsageError(
+            f"{out.name} does not go with --format {config.format}: files for Detectron2 end with {_PICKLE}, and no "
+            "others do; name it so"
+        )
+    if out.suffix not in (*_SUFFIXES, _PICKLE):
         raise UsageError(f"{out} must end with .pth or .pt (a file of torch.save) or {_SAFETENSORS}; name it so")
     if config.format == "safetensors" and out.suffix != _SAFETENSORS:
         raise UsageError(
@@ -96,10 +104,6 @@ def export_network(source: Path, out: Path, config: ExportConfig) -> Exported:
             f"give --format torchvision or timm"
         )
     loaded = load_backbone(source)
-    with torch.random.fork_rng(devices=[]):  # what a network draws when it is built is not the caller's
-        wide = wide_sizes(loaded.backbone.arch)
-        made = _defined(loaded, *wide, config.format) if wide else _in_library(loaded.backbone, config.format)
-    definition = _write_definition(out.parent) if wide else None
     saved, view = dump(loaded.saved), dump(loaded.saved.view)
     record = {
         "format": config.format,
@@ -108,6 +112,12 @@ def export_network(source: Path, out: Path, config: ExportConfig) -> Exported:
         "view": {name: view[name] for name in ("size", "resize", "mean", "std")},
         "bowstore": __version__,
     }
+    if config.format == "detectron2":
+        return _for_detectron2(loaded, out, record)
+    with torch.random.fork_rng(devices=[]):  # what a network draws when it is built is not the caller's
+        wide = wide_sizes(loaded.backbone.arch)
+        made = _defined(loaded, *wide, config.format) if wide else _in_library(loaded.backbone, config.format)
+    definition = _write_definition(out.parent) if wide else None
     _write(out, made.network, record)
     plain = out.suffix != _SAFETENSORS
     imports = ", ".join(["torch" if plain else "safetensors.torch, torch", *made.imports])
@@ -164,6 +174,24 @@ def _in_library(backbone: Backbone, form: str) -> _Made:
     if (library != own or early) and not _same_features(backbone, other.eval()):
         raise UsageError(f"{other.arch} has the tensors of {backbone.arch}, but computes something else; {held}")
     return _Made(other.network, (library,), other.python)
+
+
+def _for_detectron2(loaded: LoadedBackbone, out: Path, record: dict[str, Any]) -> Exported:
+    """A residual network as Detectron2 loads it."""
+    backbone = loaded.backbone
+    library, _, name = backbone.arch.rpartition(":")
+    name = name.partition(".")[0]
+    if name not in RESNETS:
+        raise UsageError(
+            f"--format detectron2 is for residual networks ({', '.join(RESNETS)}), and {backbone.arch} is none of "
+            "them; --format safetensors holds it"
+        )
+    own = library in ("", "torchvision")  # of timm's, torchvision's network of the name has to compute the same
+    with torch.random.fork_rng(devices=[]):
+        state = _renamed(backbone, "torchvision") if own else _in_library(backbone, "torchvision").network.state_dict()
+    with atomic_file(out) as file:
+        pickle.dump({**detectron2_model(state), EXPORTED: json.dumps(record)}, file)
+    return Exported(out, None, detectron2_lines(name, loaded.saved.view, str(out)), record)
 
 
 def _loads_plain_tensors(network: nn.Module) -> bool:
