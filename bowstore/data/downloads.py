@@ -55,9 +55,9 @@ def _fetch_cifar(folder: Path, name: str) -> None:
     datasets.utils.download_url(found.url, folder, found.filename, found.tgz_md5)
 
 
-def _fetch_voc2007(folder: Path) -> None:
-    for part in ("trainval", "test"):
-        _torchvision().VOCDetection(folder, year="2007", image_set=part, download=True)
+def _fetch_voc(folder: Path, year: str, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        _torchvision().VOCDetection(folder, year=year, image_set=part, download=True)
 
 
 def _fetch_imagenette(folder: Path) -> None:
@@ -89,9 +89,16 @@ DOWNLOADS: dict[str, Download] = {
         Download(
             name="voc2007",
             what="Pascal VOC 2007, trainval and test, 9,963 images, 0.9 GB",
-            results=("VOCdevkit",),
+            results=("VOCdevkit/VOC2007",),
             shards="bowstore shards DIR/VOCdevkit/VOC2007 data/shards",
-            fetch=_fetch_voc2007,
+            fetch=partial(_fetch_voc, year="2007", parts=("trainval", "test")),
+        ),
+        Download(
+            name="voc2012",
+            what="Pascal VOC 2012, trainval, 17,125 images and their masks, 2 GB",
+            results=("VOCdevkit/VOC2012",),
+            shards="bowstore shards DIR/VOCdevkit/VOC2012 data/shards",
+            fetch=partial(_fetch_voc, year="2012", parts=("trainval",)),
         ),
         Download(
             name="imagenette",
@@ -159,6 +166,7 @@ def _fetch(download: Download, folder: Path) -> None:
     download.fetch(staging)
     for result in download.results:
         if not (folder / result).exists():
+            (folder / result).parent.mkdir(exist_ok=True)
             os.rename(staging / result, folder / result)
     shutil.rmtree(staging)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from bowstore import runs
 from bowstore.config import Workspace
+from bowstore.data.downloads import DOWNLOADS
 from bowstore.errors import BowstoreError, MissingError, UsageError, nearest
 from bowstore.evaluate.reproduction import summary
 from bowstore.evaluate.results import PaperTable, Result, paper_tables, read_result
@@ -211,11 +212,9 @@ def _with_data(recipe: Recipe, plan: Plan, found: dict[str, Supply]) -> tuple[Re
 
 def _fetched(place: Path) -> str:
     """How to come by images that a protocol reads as files."""
-    if "VOC" not in str(place):
+    if (name := place.name.lower()) not in DOWNLOADS:
         return "put it there"
-    later = "extract VOCtrainval_11-May-2012.tar into VOCdevkit's folder"
-    get = later if place.name == "VOC2012" else "`bowstore data download voc2007 data` fetches it"
-    return f"{get}, or name the devkit in bowstore.yaml: `voc: PATH`"
+    return f"`bowstore data download {name} data` fetches it, or name the devkit in bowstore.yaml: `voc: PATH`"
 
 
 def reproduce(job: Job, seeds: Sequence[int], *, processes: int = 1) -> dict[str, Any]:

@@ -122,6 +122,8 @@ def test_voc2007(served: Path, server: _Server, tmp_path: Path, monkeypatch: pyt
     from torchvision.datasets import voc
 
     root = write_devkit(tmp_path / "made")
+    later = tmp_path / "data/VOCdevkit/VOC2012"  # it stays
+    later.mkdir(parents=True)
     parts = {"2007": "trainval", "2007-test": "test"}
     for key, part in parts.items():
         ids = (root / f"ImageSets/Main/{part}.txt").read_text().split()
@@ -131,8 +133,8 @@ def test_voc2007(served: Path, server: _Server, tmp_path: Path, monkeypatch: pyt
         entry = {**voc.DATASET_YEAR_DICT[key], "url": _url(server, archive.name), "md5": _md5(archive)}
         monkeypatch.setitem(voc.DATASET_YEAR_DICT, key, entry)
     (path,) = fetch("voc2007", tmp_path / "data")
-    assert path == tmp_path / "data/VOCdevkit"
-    assert {split.name: len(split.images) for split in list_splits(path / "VOC2007")} == {"train": 24, "test": 15}
+    assert path == tmp_path / "data/VOCdevkit/VOC2007"
+    assert {split.name: len(split.images) for split in list_splits(path)} == {"train": 24, "test": 15}
     assert find_source(tmp_path / "data").kind == "voc"
 
 
@@ -232,7 +234,7 @@ def test_a_half_extracted_archive_does_not_pass_for_a_whole_one(imagenette: Path
 def test_names_that_cannot_be_downloaded(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ImageNet has no public download: register at image-net\.org, and fetch I"):
         fetch("imagenet", tmp_path)
-    with pytest.raises(UsageError, match=r"no download 'mnist'; there are cifar10, cifar100, voc2007, imagenette, p"):
+    with pytest.raises(UsageError, match=r"no download 'mnist'; there are cifar10, cifar100, voc2007, voc2012, imag"):
         fetch("mnist", tmp_path)
     assert not list(tmp_path.iterdir())
 

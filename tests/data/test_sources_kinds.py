@@ -162,6 +162,7 @@ def test_the_data_command() -> None:
         "cifar10",
         "cifar100",
         "voc2007",
+        "voc2012",
         "imagenette",
         "places365",
     ]
