@@ -15,7 +15,7 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError
 from bowstore.evaluate.features import Extraction, variation, warn_of_collapse
-from bowstore.evaluate.protocol import LabelledSplit
+from bowstore.evaluate.protocol import DataSets, LabelledSplit
 from bowstore.models.backbone import Backbone
 from bowstore.models.pooling import Tap
 from bowstore.progress import Progress
@@ -27,6 +27,13 @@ TOP = 5
 _LOOKED_AT = 64  # images whose features are checked before anything is trained
 _READ_STEPS = 50  # between two looks at the loss, which wait for the device
 Batches = Iterator[tuple[Tensor, NDArray[np.int64]]]
+
+
+def wait_for_images(data: DataSets, world: World) -> None:
+    """Wait for all ranks until each has its images, however long they take to arrive: a collective would time out."""
+    for split in data.splits.values() if world.size > 1 else ():
+        split.open()
+    world.assembled()
 
 
 def check_features(

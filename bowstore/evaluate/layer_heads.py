@@ -20,7 +20,7 @@ from torch import Tensor
 from bowstore.config import dump, validate
 from bowstore.data.views import clean_view
 from bowstore.evaluate.augmented import augmented
-from bowstore.evaluate.fitting import check_features, count_hits, fit, shares
+from bowstore.evaluate.fitting import check_features, count_hits, fit, shares, wait_for_images
 from bowstore.evaluate.protocol import DataSets, Network, Scores
 from bowstore.evaluate.protocols.imagenet_linear import LayerHeadsSettings
 from bowstore.exact import exact_float32
@@ -59,6 +59,7 @@ def run(network: Network, data: DataSets, settings: LayerHeadsSettings, world: W
     heads = heads.to(world.device).to(memory_format=heads.memory_format(world.device))
     head_modes(heads)
     check_features(network.backbone, taps, test, clean, world, batch=optim.batch)
+    wait_for_images(data, world)
     with exact_float32():
         batches = augmented(
             train, seen, batch=optim.batch, seed=settings.seed, world=world, steps=optim.epochs,
@@ -90,11 +91,12 @@ def run(network: Network, data: DataSets, settings: LayerHeadsSettings, world: W
 
 def _metrics(hits_HT: NDArray[np.int64], taps: Mapping[str, Tap], images: int) -> dict[str, float]:
     """Those of each layer, and the best of the maps: the paper's conv* is without its pool5."""
-    metrics: dict[str, float] = {}
+    found: dict[str, float] = {}
     for name, hits_T in zip(taps, hits_HT, strict=True):
-        metrics |= shares(hits_T, images, name)
+        found |= shares(hits_T, images, name)
+    metrics = dict(sorted(found.items(), key=lambda item: item[0][: len("top1")]))  # all of top1 first
     if maps := [metrics[f"top1_{name}"] for name, tap in taps.items() if tap.layer]:
-        metrics["top1_best"] = max(maps)
+        return {"top1_best": max(maps), **metrics}
     return metrics
 
 
