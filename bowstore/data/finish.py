@@ -27,7 +27,7 @@ from bowstore.config import ViewConfig
 from bowstore.data.mix import Mixing, mix
 from bowstore.data.plan import MIX_GROUP, Plan
 from bowstore.data.reader import prefetched
-from bowstore.data.resize import as_slot, centre, resize_into, target
+from bowstore.data.resize import as_slot, centre, resize_into, target, without_antialias
 from bowstore.data.views import CleanView, normalisation
 
 AHEAD = 2  # batches finished or in the making before they are asked for
@@ -185,7 +185,9 @@ def clean_finish(view: CleanView, batch: int, threads: int) -> Callable[[Any, An
             places = range(first, min(first + count, len(decoded)))
             for place, slot in zip(places, squares.slots, strict=False):
                 pixels = _pixels(decoded, place)
-                if view.resize is None:
+                if not view.antialias:
+                    np.copyto(images[place], without_antialias(pixels, view).numpy())
+                elif view.resize is None:
                     resize_into(pixels, slot)
                 elif view.squash:
                     whole = as_slot(wide(*target(pixels.shape, view.resize), 3))
@@ -193,7 +195,7 @@ def clean_finish(view: CleanView, batch: int, threads: int) -> Callable[[Any, An
                 else:
                     np.copyto(images[place], centre(pixels, view.resize, size, wide))
             rows = images[first : places.stop].reshape(len(places), size, 3 * size)
-            if view.resize is None or view.squash:
+            if view.antialias and (view.resize is None or view.squash):
                 np.copyto(rows, squares.rows[: len(places)])
             np.subtract(rows, mean, out=rows)
             np.multiply(rows, scale, out=rows)

@@ -120,13 +120,13 @@ def _bounds(encoded: Any) -> Any:
 
 def _clean(encoded: Any, view: CleanView, decoder: Decoder) -> Any:
     """The image of the clean view: whole and resized, or the centre of it, of which only what it needs is decoded."""
+    # Without antialias FAIR's code resized float32 images: nothing is rounded between two resizes.
+    resize = partial(fn.resize, antialias=view.antialias, **({} if view.antialias else {"dtype": types.FLOAT}))
     if view.resize is None or view.squash:
         images = decoder.image(encoded)
         if view.resize is not None:
-            images = fn.resize(
-                images, size=fn.cast(_target(_bounds(encoded), view.resize), dtype=types.FLOAT), antialias=True
-            )
-        return fn.resize(images, size=[view.size, view.size], antialias=True)
+            images = resize(images, size=fn.cast(_target(_bounds(encoded), view.resize), dtype=types.FLOAT))
+        return resize(images, size=[view.size, view.size])
     bounds = _bounds(encoded)
     target = _target(bounds, view.resize)
     # Half a pixel of offset goes to the even neighbour, as torchvision rounds it; DALI rounds it up.
@@ -141,9 +141,7 @@ def _clean(encoded: Any, view: CleanView, decoder: Decoder) -> Any:
     high = fn.cast(math.min(math.ceil(last + reach), edge), dtype=types.INT32)
     images = decoder.window(encoded, low, high - low)
     origin = fn.cast(low, dtype=types.FLOAT)
-    return fn.resize(
-        images, size=[view.size, view.size], roi_start=first - origin, roi_end=last - origin, antialias=True
-    )
+    return resize(images, size=[view.size, view.size], roi_start=first - origin, roi_end=last - origin)
 
 
 def _target(bounds: Any, resize: int) -> Any:

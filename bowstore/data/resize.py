@@ -1,4 +1,4 @@
-"""Antialiased resizing on a CPU by torch's kernel for 8-bit images, as torchvision calls it.
+"""Resizing on a CPU: antialiased by torch's kernel for 8-bit images, as torchvision calls it, or as OpenCV does it.
 
 Legend: H W pixels of an image, S side of the view; images are HWC.
 """
@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
+
+from bowstore.data.views import CleanView
 
 _FAR = 8  # views between the border and the centre at most
 
@@ -43,6 +46,21 @@ def resize_into(
     kernel: Any = torch._C._nn._upsample_bilinear2d_aa  # its stub lacks this overload
     kernel(image_HW3.permute(2, 0, 1).unsqueeze(0), slot_13HW.shape[2:], False, *scale, out=slot_13HW)
     return slot_13HW
+
+
+def without_antialias(image_HW3: Tensor, view: CleanView) -> Tensor:
+    """The clean view (S, S, 3) of pixels by linear interpolation between four of them: float32, 0 to 255, unrounded.
+
+    What OpenCV's INTER_LINEAR gives of float32 images (half-pixel centres, the border repeated), to a hundredth of a
+    grey level: its weights are float32, as these are.
+    """
+    whole = [] if view.resize is None else [target(image_HW3.shape, view.resize)]
+    last = [(view.size, view.size)] if view.squash or view.resize is None else []
+    image_13HW = image_HW3.permute(2, 0, 1).unsqueeze(0).float()
+    for shape in (*whole, *last):
+        image_13HW = functional.interpolate(image_13HW, shape, mode="bilinear", align_corners=False, antialias=False)
+    top, left = (round((edge - view.size) / 2) for edge in image_13HW.shape[2:])
+    return image_13HW[0, :, top : top + view.size, left : left + view.size].permute(1, 2, 0)
 
 
 def target(shape: Sequence[int], resize: int) -> tuple[int, int]:

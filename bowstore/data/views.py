@@ -3,7 +3,7 @@
 Legend: B batch, C channels, H W pixels of the network input.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ class CleanView:
         squash: True squashes the resized image to size x size instead of cropping its centre (VOC07 protocol).
         mean: RGB mean on the scale 0 to 1.
         std: RGB deviation on the scale 0 to 1.
+        antialias: False interpolates linearly between four pixels, however much smaller the image gets, as OpenCV does.
     """
 
     size: int
@@ -41,6 +42,11 @@ class CleanView:
     squash: bool
     mean: Triple
     std: Triple
+    antialias: bool = True
+
+    def recorded(self) -> dict[str, Any]:
+        """The fields as files hold them: `antialias` where it is off alone, as all files from before it are with it."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("antialias", True)}
 
 
 def clean_view(view: ViewConfig, *, squash: bool = False) -> CleanView:

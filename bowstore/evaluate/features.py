@@ -4,7 +4,7 @@ Legend: B batch, C H W of the images, c channels, h w places of a map, N images,
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ class Extraction:
     def key(self, split: LabelledSplit, trunk: str) -> str:
         """What a feature set is kept under: all that its numbers, to the last digit, depend on."""
         arithmetic = trunk, self.batch, "float32", device_name(self.device), torch.get_num_threads(), library_versions()
-        all_of_it = split.key, self.identity, asdict(self.view), dict(self.taps), arithmetic
+        all_of_it = split.key, self.identity, self.view.recorded(), dict(self.taps), arithmetic
         return xxhash.xxh3_128_hexdigest(repr(all_of_it).encode())
 
     def widths(self) -> dict[str, int]:

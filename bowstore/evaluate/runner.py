@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -73,7 +73,7 @@ def evaluate(
             scores = _scored(kind, features, settings)
             first = next(iter(features.splits.values()))
             taken = {name: {"of": str(tap), "dims": first[name].shape[1]} for name, tap in how.taps.items()}
-            ran = {"view": asdict(view), "trunk": trunk, "batch": how.batch, "taps": taken}
+            ran = {"view": view.recorded(), "trunk": trunk, "batch": how.batch, "taps": taken}
         result = made_result(
             protocol=protocol.id,
             protocol_version=protocol.version,

@@ -4,7 +4,7 @@ Legend: N images, h w word grid, K words, c channels.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ class Job:
 
 def view_values(teacher: Teacher) -> dict[str, Any]:
     """The clean view as JSON gives it back: tuples as lists."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(teacher.view).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in teacher.view.recorded().items()}
 
 
 def plan_layers(

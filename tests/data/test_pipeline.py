@@ -8,6 +8,7 @@ import pytest
 import torch
 from in_memory import Memory
 from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn
 from PIL import Image
 from shard_sets import ShardMaker, encode_jpeg, textured_image
 from torchvision.transforms import v2
@@ -15,6 +16,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from bowstore.config import ViewConfig
 from bowstore.data import graphs
+from bowstore.data.decode import Decoder
 from bowstore.data.file_reader import FileReader
 from bowstore.data.gpu_decode import Decoding, Way
 from bowstore.data.graphs import train_graph
@@ -22,6 +24,7 @@ from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches, train_batches
 from bowstore.data.plan import Origin, Plan, Schedule, generator, perturb, plans
 from bowstore.data.reader import ShardReader
+from bowstore.data.resize import target
 from bowstore.data.views import CleanView, Stage, clean_view
 from bowstore.errors import DataError
 
@@ -273,6 +276,55 @@ def test_the_clean_view_agrees_with_torchvision(squash: bool) -> None:
     oracle = v2.Compose([v2.Resize(40, antialias=True), crop])
     for number in range(5):
         assert torch.equal((255 * ours[number]).round().to(torch.uint8), oracle(decoded(data[number]))), "to the bit"
+
+
+def linear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """OpenCV's INTER_LINEAR of a float image: between the two nearest pixel centres, the border's beyond it."""
+    for axis, out in enumerate(size):
+        edge = pixels.shape[axis]
+        place = (np.arange(out) + 0.5) * edge / out - 0.5
+        low = np.floor(place).astype(int)
+        far = np.where((low < 0) | (low >= edge - 1), 0, place - low)
+        low = low.clip(0, edge - 1)
+        far = np.expand_dims(far, tuple(n for n in range(3) if n != axis))
+        pixels = (1 - far) * pixels.take(low, axis) + far * pixels.take((low + 1).clip(max=edge - 1), axis)
+    return pixels
+
+
+def by_dali(data: list[bytes], view: CleanView) -> list[np.ndarray]:
+    """What the graph of a GPU makes of images, on a CPU."""
+    pipe = Pipeline(batch_size=len(data), num_threads=1, device_id=None)
+    with pipe:
+        encoded = fn.external_source([[np.frombuffer(image, np.uint8) for image in data]], cycle=True)
+        pipe.set_outputs(graphs._clean(encoded, view, Decoder("cpu", "slice", 0.0)))
+    pipe.build()
+    (images,) = pipe.run()
+    return [np.array(images[n]) for n in range(len(data))]
+
+
+@pytest.mark.parametrize(("resize", "squash"), [(40, True), (40, False), (None, False)])
+def test_without_antialias_as_opencv_resizes(resize: int | None, squash: bool) -> None:
+    """To a hundredth of a grey level, nothing rounded between two resizes; on a CPU and by the graph of a GPU."""
+    data = [encode_jpeg(textured_image(n, 60 + 37 * n, 190 - 25 * n)) for n in range(5)]
+    view = CleanView(size=32, resize=resize, squash=squash, mean=(0, 0, 0), std=(1, 1, 1), antialias=False)
+    ((_, ours),) = clean_batches(Memory(data), view, np.arange(5), batch=8, device=CPU)
+    theirs = by_dali(data, view)
+    for number in range(5):
+        pixels = decoded(data[number]).permute(1, 2, 0).double().numpy()
+        if resize:
+            pixels = linear(pixels, target(pixels.shape, resize))
+        if squash or resize is None:
+            pixels = linear(pixels, (32, 32))
+        top, left = (round((edge - 32) / 2) for edge in pixels.shape[:2])
+        expected = pixels[top : top + 32, left : left + 32]
+        np.testing.assert_allclose(255 * ours[number].permute(1, 2, 0).numpy(), expected, atol=0.01)
+        np.testing.assert_allclose(theirs[number], expected, atol=0.01)
+
+
+def test_files_record_antialias_where_it_is_off_alone() -> None:
+    view = clean_view(PLAIN)
+    assert view.recorded().keys() == {"size", "resize", "squash", "mean", "std"}
+    assert replace(view, antialias=False).recorded()["antialias"] is False
 
 
 def test_the_whole_image_view_takes_odd_batches_in_order() -> None:
