@@ -15,17 +15,21 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import cross_validate
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold, cross_validate
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
 from bowstore.errors import BowstoreError, DataError
+from bowstore.evaluate.exact_svm import optima
+from bowstore.evaluate.protocols.voc07 import Solver
 from bowstore.progress import Progress
 
 NORM_EPSILON = 1e-5
 MAX_ITERATIONS = 2000
 FOLDS = 3
 SEED = 0  # liblinear's
+_KERNEL_ROWS = 512
 PRESENT, ABSENT, IGNORED = 1, 0, -1
 
 
@@ -38,7 +42,7 @@ class SvmScores:
         cost_K: float64, the chosen cost.
         validation_KC: float64, mean cross-validated average precision (scikit-learn's) by class and cost.
         fits: how many SVMs were fitted.
-        unconverged: how many of them stopped at the limit of iterations.
+        unconverged: how many of them stopped before their optimum, at the limit of iterations.
     """
 
     average_precision_K: NDArray[np.float64]
@@ -116,18 +120,20 @@ def evaluate_svms(
     *,
     classes: Sequence[str],
     costs: Sequence[float],
+    solver: Solver = "exact",
     jobs: int | None = None,
     what: str = "svm",
 ) -> SvmScores:
     """Choose a cost for each class by cross-validation, fit with it, and test.
 
     Only the chosen cost is fitted on all training images: fitting every cost, as the public codes do, gives
-    the same scores, because the others are never looked at. Every fit is seeded by `SEED` and runs in one
-    thread, so that the number of jobs does not change the result. Jobs are processes and not threads, because
-    liblinear's random numbers are a global of the process.
+    the same scores, because the others are never looked at. Every fit runs in one thread, so that the number of jobs
+    does not change the result. Jobs are processes and not threads, because liblinear's random numbers are a global of
+    the process.
 
-    Memory: normalised features are shared between the processes; liblinear copies them at 16 bytes a value,
-    about 0.8 GB a job for 5011 images with 9216 dimensions.
+    Memory: normalised features are shared between the processes. "exact" shares N x N inner products, too (0.2 GB for
+    5011 images), and a job needs as much again; liblinear copies the features at 16 bytes a value, about 0.8 GB a job
+    for 5011 images with 9216 dimensions.
 
     Args:
         train_Nd: features, not normalised.
@@ -136,6 +142,7 @@ def evaluate_svms(
         test_labels_MK: int8, as for training.
         classes: names of the K classes.
         costs: tried in this order; of equally good ones the first is taken.
+        solver: "exact" finds the optima (`bowstore.evaluate.exact_svm`), "liblinear" stops where the public codes do.
         jobs: processes; None for one a core.
         what: name of the step in the progress line.
 
@@ -143,38 +150,97 @@ def evaluate_svms(
         DataError: as `average_precision`.
         BowstoreError: a worker process was killed.
     """
-    jobs = jobs or joblib.cpu_count()
     targets_NK = train_targets(train_labels_NK)
     train, test = normalise_rows(train_Nd), normalise_rows(test_Md)
-
-    validation_KC = np.empty((len(classes), len(costs)))
-    unconverged = 0
     fits = len(classes) * (len(costs) * FOLDS + 1)
-    # Large costs take longest: first in line, so that no process is left alone with one at the end.
-    order = [(k, c) for c in np.argsort(costs)[::-1].tolist() for k in range(len(classes))]
     with Progress(what, fits, "fits") as progress:
-        searches = (joblib.delayed(_cross_validate)(train, targets_NK[:, k], costs[c]) for k, c in order)
-        for (k, c), (score, stopped) in zip(order, _in_processes(jobs, searches), strict=True):
-            validation_KC[k, c] = score
-            unconverged += stopped
-            progress.advance(FOLDS)
+        solved_by = (_Exact if solver == "exact" else _Liblinear)(train, targets_NK, jobs or joblib.cpu_count())
+        validation_KC, short = solved_by.validation(costs, progress)
         cost_K = np.array([costs[c] for c in validation_KC.argmax(axis=1)])
         precision_K = np.empty(len(classes))
-        refits = (joblib.delayed(_fit_and_score)(train, targets_NK[:, k], test, cost) for k, cost in enumerate(cost_K))
-        for k, (scores_M, stopped) in enumerate(_in_processes(jobs, refits)):
+        for k, (scores_M, stopped) in enumerate(solved_by.refitted(cost_K, test)):
             precision_K[k] = average_precision(scores_M, test_labels_MK[:, k])
-            unconverged += stopped
+            short += stopped
             progress.advance()
     return SvmScores(
         average_precision_K=precision_K,
         cost_K=cost_K,
         validation_KC=validation_KC,
         fits=fits,
-        unconverged=unconverged,
+        unconverged=short,
     )
 
 
-def _in_processes(jobs: int, tasks: Iterable[Any]) -> Iterator[Any]:
+@dataclass(frozen=True)
+class _Liblinear:
+    """scikit-learn's LinearSVC, as the public codes call it."""
+
+    train_Nd: NDArray[np.float64]
+    targets_NK: NDArray[np.int8]
+    jobs: int
+
+    def validation(self, costs: Sequence[float], progress: Progress) -> tuple[NDArray[np.float64], int]:
+        """Mean cross-validated average precision (K, C), and how many fits did not converge."""
+        classes = self.targets_NK.shape[1]
+        validation_KC, short = np.empty((classes, len(costs))), 0
+        # Large costs take longest: first in line, so that no process is left alone with one at the end.
+        order = [(k, c) for c in np.argsort(costs)[::-1].tolist() for k in range(classes)]
+        tasks = (joblib.delayed(_cross_validate)(self.train_Nd, self.targets_NK[:, k], costs[c]) for k, c in order)
+        for (k, c), (score, stopped) in zip(order, in_processes(self.jobs, tasks), strict=True):
+            validation_KC[k, c] = score
+            short += stopped
+            progress.advance(FOLDS)
+        return validation_KC, short
+
+    def refitted(self, cost_K: NDArray[np.float64], test_Md: NDArray[np.float64]) -> Iterator[tuple[Any, int]]:
+        """Test scores (M,) of each class fitted with its cost, and whether the fit did not converge."""
+        pairs = zip(self.targets_NK.T, cost_K.tolist(), strict=True)
+        return in_processes(
+            self.jobs, (joblib.delayed(_fit_and_score)(self.train_Nd, y_N, test_Md, cost) for y_N, cost in pairs)
+        )
+
+
+class _Exact:
+    """The optima, in the kernel of the training images that all classes, folds and costs share."""
+
+    def __init__(self, train_Nd: NDArray[np.float64], targets_NK: NDArray[np.int8], jobs: int) -> None:
+        self._train_Nd, self._targets_NK, self._jobs = train_Nd, targets_NK, jobs
+        self._kernel_NN = kernel(train_Nd, train_Nd, jobs)
+
+    def validation(self, costs: Sequence[float], progress: Progress) -> tuple[NDArray[np.float64], int]:
+        """Mean cross-validated average precision (K, C), and how many optima were not reached."""
+        classes = self._targets_NK.shape[1]
+        precision_KFC, short = np.empty((classes, FOLDS, len(costs))), 0
+        order = [(k, fold) for k in range(classes) for fold in range(FOLDS)]
+        tasks = (joblib.delayed(_fold)(self._kernel_NN, self._targets_NK[:, k], fold, costs) for k, fold in order)
+        for (k, fold), (precision_C, stopped) in zip(order, in_processes(self._jobs, tasks), strict=True):
+            precision_KFC[k, fold] = precision_C
+            short += stopped
+            progress.advance(len(costs))
+        return precision_KFC.mean(axis=1), short
+
+    def refitted(self, cost_K: NDArray[np.float64], test_Md: NDArray[np.float64]) -> Iterator[tuple[Any, int]]:
+        """Test scores (M,) of each class fitted with its cost, and whether the optimum was not reached."""
+        pairs = zip(self._targets_NK.T, cost_K.tolist(), strict=True)
+        shared = self._kernel_NN, self._train_Nd, test_Md
+        return in_processes(self._jobs, (joblib.delayed(_optimum)(*shared, y_N, cost) for y_N, cost in pairs))
+
+
+def kernel(left_Nd: NDArray[np.float64], right_Md: NDArray[np.float64], jobs: int) -> NDArray[np.float64]:
+    """Inner products (N, M) plus 1, which stands for the intercept; a block of rows a task, for any number of jobs."""
+    starts = range(0, len(left_Nd), _KERNEL_ROWS)
+    parts = (joblib.delayed(_products)(left_Nd, right_Md, start) for start in starts)
+    return np.concatenate(list(in_processes(jobs, parts)))
+
+
+def _products(left_Nd: NDArray[np.float64], right_Md: NDArray[np.float64], start: int) -> NDArray[np.float64]:
+    with threadpool_limits(limits=1):
+        products = left_Nd[start : start + _KERNEL_ROWS] @ right_Md.T
+        products += 1
+        return products
+
+
+def in_processes(jobs: int, tasks: Iterable[Any]) -> Iterator[Any]:
     """What each task gives (`joblib.delayed`), in their order; large arrays are shared through memory maps."""
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=1)
     try:
@@ -183,6 +249,30 @@ def _in_processes(jobs: int, tasks: Iterable[Any]) -> Iterator[Any]:
         raise BowstoreError(
             f"a process of {jobs} fitting SVMs was killed, most often for want of memory; use fewer --jobs"
         ) from error
+
+
+def _fold(
+    kernel_NN: NDArray[np.float64], targets_N: NDArray[np.int8], fold: int, costs: Sequence[float]
+) -> tuple[list[float], int]:
+    """Average precision (C,) on one of the folds that `cross_validate` makes, and how many optima were not reached."""
+    fit, held = list(StratifiedKFold(FOLDS).split(targets_N, targets_N))[fold]
+    with threadpool_limits(limits=1):
+        beta_nC, short = optima(kernel_NN[np.ix_(fit, fit)], targets_N[fit], costs)
+        scores_hC = kernel_NN[np.ix_(held, fit)] @ beta_nC
+    return [float(average_precision_score(targets_N[held], scores_h)) for scores_h in scores_hC.T], short
+
+
+def _optimum(
+    kernel_NN: NDArray[np.float64],
+    train_Nd: NDArray[np.float64],
+    test_Md: NDArray[np.float64],
+    targets_N: NDArray[np.int8],
+    cost: float,
+) -> tuple[NDArray[np.float64], int]:
+    """Decision values (M,) on the test images, and whether the optimum was not reached."""
+    with threadpool_limits(limits=1):
+        beta_N1, short = optima(kernel_NN, targets_N, [cost])
+        return test_Md @ (beta_N1[:, 0] @ train_Nd) + beta_N1.sum(), short
 
 
 def _svm(cost: float) -> LinearSVC:

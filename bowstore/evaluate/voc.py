@@ -1,8 +1,8 @@
 """VOC07 classification (`protocols/voc07.py`): the devkit's image lists, features, and SVMs.
 
 The details are those of the public codes (protocols 3.1). Both splits are seen without augmentation: short side to
-256, then the whole image squashed to a square, by linear interpolation with antialias. (FAIR resized with OpenCV
-without antialias, VISSL with PIL's antialiased bilinear.)
+256, then the whole image squashed to a square, by linear interpolation with antialias, as VISSL does with PIL, or
+without, as FAIR did with OpenCV.
 
 Legend: N images, K classes.
 """
@@ -17,7 +17,7 @@ import xxhash
 from bowstore.config import Workspace
 from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
-from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings
+from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings, VocSvmSettings
 from bowstore.evaluate.svm import ABSENT, IGNORED, NORM_EPSILON, PRESENT, SEED, SvmScores, check_problem, evaluate_svms
 from bowstore.evaluate.voc_layout import IMAGES, of_files
 from bowstore.models.backbone import Backbone
@@ -113,7 +113,18 @@ def data(settings: Voc07Settings, _workspace: Workspace) -> DataSets:
     """Both splits, once they fit each other and the SVMs: what can be wrong before an image is read.
 
     Raises:
-        MissingError, DataError: as `read_split` and `svm.check_problem`.
+        MissingError, DataError, MismatchError: as `open_voc` and `svm.check_problem`.
+    """
+    found = open_voc(settings)
+    check_problem(found["trainval"].labels, found["trainval"].classes)
+    return found
+
+
+def open_voc(settings: VocSvmSettings) -> DataSets:
+    """Both splits, once they fit each other.
+
+    Raises:
+        MissingError, DataError: as `read_split`.
         MismatchError: the two splits have other classes, or share images.
     """
     voc = settings.voc
@@ -130,11 +141,10 @@ def data(settings: Voc07Settings, _workspace: Workspace) -> DataSets:
             f"{voc}: {len(shared)} images are in both trainval and test (first: {min(shared)}); "
             "extract the devkit again"
         )
-    check_problem(train.labels, train.classes)
     shape = len(train), len(test), len(train.classes)
     return DataSets(
         splits={"trainval": train, "test": test},
-        view=_VIEW,
+        view=_VIEW | ({"antialias": False} if settings.resize == "opencv" else {}),
         dataset="voc07" if shape == _VOC07_SHAPE else None,  # the real one can be told by its numbers
     )
 
@@ -145,7 +155,7 @@ def _names(split: LabelledSplit) -> set[str]:
     return {Path(images.name(row)).stem for row in split.rows.tolist()}
 
 
-def taps(backbone: Backbone, settings: Voc07Settings, size: int) -> Mapping[str, Tap]:
+def taps(backbone: Backbone, settings: VocSvmSettings, size: int) -> Mapping[str, Tap]:
     """The last two stages pooled to about 9k dimensions, or as obow does it: the last, averaged everywhere.
 
     Raises:
@@ -163,7 +173,7 @@ def score(features: Features, settings: Voc07Settings) -> Scores:
         DataError: as `svm.evaluate_svms`.
     """
     train, test, costs = features["trainval"], features["test"], COSTS[settings.costs]
-    how: dict[str, Any] = {"classes": train.classes, "costs": costs, "jobs": settings.jobs}
+    how: dict[str, Any] = {"classes": train.classes, "costs": costs, "solver": settings.solver, "jobs": settings.jobs}
     scores = {
         layer: evaluate_svms(train[layer], train.labels, test[layer], test.labels, what=f"svm {layer}", **how)
         for layer in train.taps

@@ -13,7 +13,7 @@ from sklearn.svm import LinearSVC
 
 from bowstore.errors import BowstoreError, DataError
 from bowstore.evaluate import svm
-from bowstore.evaluate.protocols.voc07 import COSTS, CostList
+from bowstore.evaluate.protocols.voc07 import COSTS, CostList, Solver
 from bowstore.evaluate.svm import (
     ABSENT,
     IGNORED,
@@ -135,9 +135,10 @@ def test_best_cost_of_each_class() -> None:
     assert np.ptp(scores.validation_KC, axis=1).min() > 0
 
 
-def test_number_of_jobs_and_runs_change_nothing() -> None:
-    data = problem(images=3000, dims=48)  # above a megabyte, so that processes share it through a memory map
-    one, two, again = (run(data, costs=(0.01, 1.0), jobs=jobs) for jobs in (1, 2, 1))
+@pytest.mark.parametrize(("solver", "images", "dims"), [("exact", 400, 350), ("liblinear", 3000, 48)])
+def test_number_of_jobs_and_runs_change_nothing(solver: Solver, images: int, dims: int) -> None:
+    data = problem(images=images, dims=dims)  # above a megabyte, so that processes share it through a memory map
+    one, two, again = (run(data, costs=(0.01, 1.0), jobs=jobs, solver=solver) for jobs in (1, 2, 1))
     for other in (two, again):
         np.testing.assert_array_equal(one.validation_KC, other.validation_KC)
         np.testing.assert_array_equal(one.average_precision_K, other.average_precision_K)
@@ -146,9 +147,11 @@ def test_number_of_jobs_and_runs_change_nothing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_agrees_with_fitting_every_cost_by_hand() -> None:
+@pytest.mark.parametrize("solver", ["exact", "liblinear"])
+def test_agrees_with_fitting_every_cost_by_hand(solver: Solver) -> None:
+    """liblinear to the last digit; the optima give the same rankings where it comes near them."""
     train, labels, test, test_labels = problem(noise=0.7)
-    scores = run((train, labels, test, test_labels))
+    scores = run((train, labels, test, test_labels), solver=solver)
     for k in range(2):
         tried: list[tuple[float, int, float]] = []
         for cost in (0.01, 1.0, 100.0):
@@ -176,8 +179,14 @@ def test_unconverged_fits_are_counted_not_warned(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(svm, "MAX_ITERATIONS", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores = run(problem(), costs=(100.0,))
+        scores = run(problem(), costs=(100.0,), solver="liblinear")
     assert scores.unconverged == scores.fits == 8
+
+
+def test_optima_that_are_not_reached_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bowstore.evaluate.exact_svm._STEPS", 1)
+    scores = run(problem(), costs=(1e-6, 100.0))
+    assert 0 < scores.unconverged < scores.fits
 
 
 def test_worker_processes_do_not_load_torch() -> None:
@@ -202,4 +211,4 @@ class TestErrors:
     def test_a_killed_process_is_one_line(self) -> None:
         tasks = [joblib.delayed(os._exit)(9)] * 2
         with pytest.raises(BowstoreError, match=r"a process of 2 fitting SVMs was killed.*use fewer --jobs"):
-            list(svm._in_processes(2, tasks))
+            list(svm.in_processes(2, tasks))

@@ -55,9 +55,12 @@ def test_the_id_says_layers_that_were_chosen() -> None:
         protocol = describe(Voc07Settings.model_validate(settings))
         return protocol.id, protocol.version
 
-    assert described() == ("voc07-svm/fair", 2)
+    assert described() == ("voc07-svm/fair", 3)
+    assert described(solver="liblinear") == ("voc07-svm/fair-liblinear", 1)
+    assert described(resize="opencv") == ("voc07-svm/fair-opencv", 3)
+    assert described(resize="opencv", layers=["conv4"]) == ("voc07-svm/fair-opencv/conv4", 3)
     assert described(layers=["pool1", "conv4"]) == described(layers=["conv4", "pool1"])
-    assert described(layers=["pool1", "conv4"]) == ("voc07-svm/fair/conv4-pool1", 2)
+    assert described(layers=["pool1", "conv4"]) == ("voc07-svm/fair/conv4-pool1", 3)
     many = [f"layer3.{n}.conv1" for n in range(30)]
     assert described(layers=many, costs="obow")[0].startswith("voc07-svm/obow/30-layers-")
     assert described(layers=many) != described(layers=[*many[1:], "layer4"])
@@ -156,6 +159,7 @@ class TestWhole:
             assert result.details[layer]["fits"] == 3 * (3 * 3 + 1)
             assert result.details[layer]["unconverged_fits"] >= 0
         assert result.settings["view"]["squash"] is True
+        assert result.settings["options"]["solver"] == "exact"
         assert result.inputs["dataset"] is None
         assert "paper" not in result_table(result)
 

@@ -10,6 +10,7 @@ _OWN = (
     "linear",
     "logreg",
     "voc07",
+    "voc07-lowshot",
     "fewshot",
     "knn",
     "retrieval",
