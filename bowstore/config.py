@@ -171,6 +171,7 @@ class Workspace(Strict):
     val_shards: Place | None = Field(None, description="null: data/shards/val, or data/shards/test")
     store: Place = Path("data/words.zarr")
     runs: Place = Path("runs")
+    networks: Place = Field(Path("networks"), description="results of networks that are no runs")
     teacher: Text | None = Field(
         None,
         description="run, checkpoint or configuration; null: the newest finished run of a teacher's task, as "

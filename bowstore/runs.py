@@ -8,6 +8,8 @@ runs/NAME/config.yaml           the resolved configuration
           backbone.safetensors  the network alone, once the run is finished
           eval/                 a JSON file each protocol; random/eval/ those of the network before training;
                                 NAME.unfinished/ has checkpoints of one that trains
+          96px/eval/            those of the network at another size of its images
+networks/NAME/eval/             those of a network that is no run: an architecture, with a weights file or without
 
 The one place that spells these names. Loads no torch, and reads runs of any version of bowstore.
 """
@@ -24,7 +26,7 @@ from typing import Any
 from safetensors import SafetensorError, deserialize
 
 from bowstore.errors import CorruptError, MissingError
-from bowstore.files import read_json, write_json
+from bowstore.files import file_digest, read_json, write_json
 from bowstore.progress import say
 from bowstore.yaml_file import read_yaml
 
@@ -38,6 +40,7 @@ BACKBONE_FILE = "backbone.safetensors"
 WRITTEN = (CONFIG_FILE, ENVIRONMENT_FILE, LINEAGE_FILE, METRICS_FILE)  # at the start of a run
 EVAL_FOLDER = "eval"
 RANDOM_FOLDER = "random"
+_LONGEST_STEM = 100  # characters of a file's name that a folder's name takes over
 _EXPORT_SUFFIX, _CHECKPOINT_SUFFIX = ".safetensors", ".pt"
 _CHECKPOINT = re.compile(rf"step-(\d+){re.escape(_CHECKPOINT_SUFFIX)}")
 
@@ -233,15 +236,36 @@ def result_paths(run: Path) -> list[Path]:
     return sorted((run / EVAL_FOLDER).glob("[!.]*.json"))
 
 
-def results_folder(path: Path, *, random_init: bool = False) -> Path:
+def all_result_paths(path: Path) -> list[Path]:
+    """The result files of a network in all forms that were evaluated: as it is, random, at other sizes."""
+    folder = results_folder(path)
+    return [result for inner in sorted(folder.rglob(EVAL_FOLDER)) for result in result_paths(inner.parent)]
+
+
+def results_folder(path: Path, *, random_init: bool = False, size: int | None = None) -> Path:
     """The folder that takes the results of a network as a run directory does: the run's own, or one beside a file.
 
     Args:
-        path: run directory, checkpoint or exported network.
+        path: run directory, checkpoint or exported network; or a folder of `network_folder`.
         random_init: the results are those of the network before training.
+        size: they are those at this size of the images, pixels, which is not the network's own.
     """
-    folder = path if path.is_dir() else path.with_suffix("")
-    return folder / RANDOM_FOLDER if random_init else folder
+    folder = path if path.is_dir() or not path.exists() else path.with_suffix("")
+    folder = folder / RANDOM_FOLDER if random_init else folder
+    return folder / f"{size}px" if size else folder
+
+
+def network_folder(networks: Path, name: str, *, weights: Path | None, seed: int) -> Path:
+    """Where the results of a network lie that is no run: by its name and its weights.
+
+    Args:
+        networks: the workspace's folder of such.
+        name: the architecture, or the configuration whose untrained network it is.
+        weights: its weights file; files of one name and other bytes have folders of their own.
+        seed: of random weights.
+    """
+    of = f"{weights.stem[:_LONGEST_STEM]}-{file_digest(weights)[:8]}" if weights else f"seed-{seed}"
+    return networks / re.sub(r"[^\w.-]+", "-", f"{name}-{of}")
 
 
 # --- lineage

@@ -13,7 +13,7 @@ from bowstore.data.verify import FolderReport, is_shards_folder, verify_folder, 
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.evaluate.results import read_result
 from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
-from bowstore.runs import is_network, is_run, result_paths, results_folder
+from bowstore.runs import all_result_paths, is_network, is_run
 
 _SHOWN_PER_SHARD = 20
 _RUN_COUNTS = ("checkpoints", "exported", "aside")
@@ -183,10 +183,9 @@ def _verify_runs(path: Path, below: list[Path], *, repair: bool) -> PathReport:
         )
     found = [verify_run(run) for run in runs]
     for run in found:
-        for random_init in (False, True):
-            for result in result_paths(results_folder(run.path, random_init=random_init)):
-                with run.noting():
-                    read_result(result)
+        for result in all_result_paths(run.path):
+            with run.noting():
+                read_result(result)
     checkpoints, exported, aside = (sum(getattr(run, name) for run in found) for name in _RUN_COUNTS)
     checked = f"{checkpoints} checkpoints and {exported} exported networks" + (
         f" of {len(runs)} runs" if len(runs) > 1 else ""

@@ -54,6 +54,7 @@ shards: data/shards/train        # written by: bowstore shards SRC data/shards
 val_shards: null                 # null: data/shards/val, or data/shards/test
 store: data/words.zarr           # written by: bowstore encode
 runs: runs
+networks: networks               # results of networks that are no runs: bowstore eval ... --arch NAME
 teacher: null                    # run, checkpoint or configuration; null: the newest finished run of a teacher's task
 config: null                     # what `bowstore train` trains; null: the recipe's next training stage
 # What follows what: `bowstore run` runs it, `bowstore train` and `bowstore encode` take its next stage.
@@ -74,6 +75,45 @@ def find_run(workspace: Workspace, name: str | Path) -> Path:
             return path
     there = [run.name for run in runs.below(workspace.runs)]
     raise MissingError(f"no run or file {str(name)!r}; runs in {workspace.runs}: {', '.join(there) or 'none'}")
+
+
+def find_results(workspace: Workspace, names: Sequence[str]) -> dict[str, list[Path]]:
+    """Result files by the name of the run or network that has them, in the order of the names.
+
+    Args:
+        workspace: says where runs and networks lie.
+        names: of runs and networks, or paths of what was evaluated; none for all of the workspace.
+
+    Raises:
+        MissingError: there is no such run, network or file, or it was not evaluated.
+        UsageError: the same one twice.
+    """
+    places = (workspace.runs, workspace.networks)
+    folders = (path.parent for place in places for path in sorted(place.glob(f"[!.]*/{runs.EVAL_FOLDER}")))
+    evaluated = [folder for folder in folders if runs.result_paths(folder)]
+    found: dict[Path, list[Path]] = {}
+    for name in names or evaluated:
+        path = next((path for path in (Path(name), *(place / name for place in places)) if path.exists()), None)
+        if path is None:
+            there = ", ".join(folder.name for folder in evaluated) or "none"
+            raise MissingError(f"no run, network or file {str(name)!r}; evaluated in this workspace: {there}")
+        folder = runs.results_folder(path)
+        if folder in found:
+            raise UsageError(f"{name} is named twice; name each once")
+        found[folder] = runs.result_paths(folder)
+        if not found[folder]:
+            raise MissingError(f"{folder} holds no results; `bowstore eval PROTOCOL --run {path}` makes some")
+    if not found:
+        raise MissingError(f"nothing was evaluated in {' or '.join(map(str, places))}; `bowstore eval PROTOCOL` does")
+    short = {folder: _below(folder, places) for folder in found}
+    return {
+        name if list(short.values()).count(name) == 1 else str(folder): found[folder] for folder, name in short.items()
+    }
+
+
+def _below(folder: Path, places: Sequence[Path]) -> str:
+    """A folder's path below the place that holds it, else its name."""
+    return next((str(folder.relative_to(place)) for place in places if folder.is_relative_to(place)), folder.name)
 
 
 def newest_run(workspace: Workspace, *, teacher: bool = False) -> Path:
@@ -98,21 +138,34 @@ def resolve_teacher(
 ) -> str | Path | NetworkRecord:
     """The teacher a command means: the flag, the workspace's, or the newest finished run of a teacher's task.
 
-    A training configuration (`is_configuration`) means the network that its training starts from. A run or file wins
-    over an architecture of the same name.
-
     Args:
         workspace: says what the flag does not.
         teacher: as the flag says.
         seed: from which a configuration's network is drawn; None for the configuration's own.
 
     Raises:
+        MissingError, UsageError: as `resolve_network`.
+    """
+    named = teacher or workspace.teacher
+    return resolve_network(workspace, named, seed=seed) if named else newest_run(workspace, teacher=True)
+
+
+def resolve_network(workspace: Workspace, name: str | Path, *, seed: int | None = None) -> str | Path | NetworkRecord:
+    """The network that a command names: a run, a file, an architecture, or a configuration.
+
+    A training configuration (`is_configuration`) means the network that its training starts from. A run or file wins
+    over an architecture of the same name.
+
+    Args:
+        workspace: says where runs lie.
+        name: as the command has it.
+        seed: from which a configuration's network is drawn; None for the configuration's own.
+
+    Raises:
         MissingError: neither a run, a file nor an architecture.
         UsageError: a configuration that cannot be used.
     """
-    if not (teacher or workspace.teacher):
-        return newest_run(workspace, teacher=True)
-    named = str(teacher or workspace.teacher)
+    named = str(name)
     if is_configuration(named):
         return initial_network(Path(named), seed)
     there = any(path.exists() for path in (Path(named), workspace.runs / named))

@@ -79,6 +79,8 @@ def test_where_results_go(tmp_path: Path) -> None:
     file.touch()
     assert runs.results_folder(tmp_path) == tmp_path
     assert runs.results_folder(file, random_init=True) == tmp_path / "teacher" / "random"
+    assert runs.results_folder(file, random_init=True, size=96) == tmp_path / "teacher" / "random" / "96px"
+    assert runs.results_folder(tmp_path / "timm-x.tag-seed-0") == tmp_path / "timm-x.tag-seed-0", "it is none yet"
     assert runs.result_path(tmp_path, "voc07-svm/fair") == tmp_path / "eval" / "voc07-svm-fair.json"
     assert runs.result_paths(tmp_path) == []
     (tmp_path / "eval").mkdir()

@@ -138,7 +138,7 @@ def assign(given: dict[str, Any], as_json: bool) -> None:
     "EncodeBench",
     _SHARDS,
     leave_out=("threads", "border", "pca", "whiten", "vocabulary", "seed", "sample_per_word", "iterations"),
-    flags={"layers": "--layer", "num_words": "--K"},
+    flags={"layers": "--layer", "num_words": "--K", "teacher": "--teacher --arch"},
     otherwise={"teacher": "as for `bowstore encode`, or torchvision:resnet50"},
 )
 def encode(shards: Path | None, given: dict[str, Any], as_json: bool) -> None:

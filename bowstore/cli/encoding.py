@@ -13,7 +13,7 @@ from bowstore.cli.options import command, fields
 @fields(
     "given",
     "bowstore.words.config:EncodeConfig",
-    flags={"layers": "--layer", "num_words": "--K"},
+    flags={"layers": "--layer", "num_words": "--K", "teacher": "--teacher --arch"},
     otherwise={"teacher": "the newest finished run of a teacher's task, as rotation is"},
 )
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")

@@ -39,13 +39,23 @@ def _protocols() -> "Registry[Kind]":
 
 @click.group(name="eval", cls=_Protocols)
 def evaluate() -> None:
-    """Evaluate a frozen representation; results go to RUN/eval/PROTOCOL.json."""
+    """Evaluate a frozen representation: a run, or any network of torchvision and timm with a weights file.
+
+    \b
+    bowstore eval knn                                              the newest finished run
+    bowstore eval knn --run runs/mine                              a run, a checkpoint or a .safetensors
+    bowstore eval knn --arch timm:resnet50 --weights FILE          anybody's network
+    bowstore compare runs/mine runs/other                          what was measured, side by side
+
+    Results go to RUN/eval/PROTOCOL.json, of a network that is no run to networks/NAME/eval/PROTOCOL.json.
+    """  # noqa: D301 - click reads the backspace as "do not wrap"
 
 
 def _command(kind: "Kind") -> click.Command:
     from bowstore.evaluate.config import OF_FEATURES, EvalConfig
 
-    left_out = OF_FEATURES if kind.run else ()
+    own = kind.settings.model_fields  # have one option for both: --seed
+    left_out = [*(OF_FEATURES if kind.run else ()), *(name for name in EvalConfig.model_fields if name in own)]
     return Command(
         kind.name,
         help=kind.help,

@@ -1,5 +1,6 @@
 """The command that lists an architecture's layers."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -30,17 +31,32 @@ def layers(
 ) -> None:
     """List the layers of ARCH that give words: names, channels, maps, words an image; and what ARCH costs.
 
-    ARCH is timm:NAME, torchvision:NAME, resnet50, wrn-28-10...; nothing is downloaded. Multiply-adds are those of
+    ARCH is timm:NAME, torchvision:NAME, resnet50, wrn-28-10...; nothing is downloaded. Or a run, a checkpoint, a
+    .safetensors or a training configuration: its network, for the images that it takes. Multiply-adds are those of
     convolutions and matrix products in a forward pass; a training step takes three times as many. Heads are those that
     the tasks have by default; form pyramid of task words has five such heads.
     """
-    from bowstore.config import ModelConfig, validate
-    from bowstore.errors import UsageError
+    from bowstore.config import ModelConfig, load_workspace, validate
+    from bowstore.errors import MissingError, UsageError
     from bowstore.models.arch import wide_sizes
     from bowstore.models.layers import describe_layers
+    from bowstore.models.record import NetworkRecord
+    from bowstore.models.saved import load_backbone
+    from bowstore.workspace import resolve_network
 
-    if model and not wide_sizes(arch):
+    try:
+        named = resolve_network(load_workspace(), arch)
+    except MissingError:  # then it is an architecture, or a name that nobody knows
+        named = arch
+    record = load_backbone(named).saved if isinstance(named, Path) else named
+    size = view.get("size")
+    if isinstance(record, NetworkRecord):
+        if model:
+            raise UsageError(f"--strides are those that {arch} was trained with; leave them out")
+        config, size = record.model, size or record.view.size
+    elif model and not wide_sizes(arch):
         raise UsageError(f"--strides are those of a wide ResNet's groups, and {arch} has its own; leave them out")
-    config = validate(ModelConfig, {**model, "arch": arch}, "bowstore layers")
-    report = describe_layers(config, view.get("size"), everything=everything, heads=heads, outputs=outputs)
+    else:
+        config = validate(ModelConfig, {**model, "arch": arch}, "bowstore layers")
+    report = describe_layers(config, size, everything=everything, heads=heads, outputs=outputs)
     emit(report.as_dict(), report.text(), as_json)

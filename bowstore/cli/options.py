@@ -32,7 +32,8 @@ class Fields(click.Argument):
         model: the model, or "module:NAME" of it.
         only: names of fields, in the order of --help; none: all.
         leave_out: names of fields that get no option.
-        flags: how options are spelled that do not have the field's name with dashes.
+        flags: how options are spelled that do not have the field's name with dashes; several spellings with spaces
+            between them.
         types: of options whose values the field's type does not bound, as names in a registry.
         otherwise: what goes for fields that were not given, where it is not the model that says so.
     """
@@ -67,7 +68,7 @@ class Fields(click.Argument):
         return {name: self._option(name, known[name]) for name in names}
 
     def _option(self, name: str, field: "FieldInfo") -> click.Option:
-        flag = self.flags.get(name, f"--{name.replace('_', '-')}")
+        flags = self.flags.get(name, f"--{name.replace('_', '-')}").split()
         value = partial(
             click.Option,
             help=_help(field, self.otherwise.get(name)),
@@ -75,16 +76,17 @@ class Fields(click.Argument):
             callback=partial(_keep, str(self.name), name),
         )
         # A name of its own: two models of one command may have a field of the same name, of which one has no option.
-        own_name = f"{self.name}_{name}"
+        names = [f"{self.name}_{name}", *flags]
         bare, notes = _bare(field.annotation, field.metadata)
         if bare is bool:
-            return value([own_name, f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None)
+            off = [f"{flag}/--no-{flag[2:]}" for flag in flags]
+            return value([names[0], *(off if field.default else flags)], is_flag=True, default=None)
         if get_origin(bare) is not tuple:
-            return value([own_name, flag], type=self.types.get(name) or option_type(bare, notes))
+            return value(names, type=self.types.get(name) or option_type(bare, notes))
         first, *others = get_args(bare)
         if others == [Ellipsis]:
-            return value([own_name, flag], type=option_type(first), multiple=True)
-        return value([own_name, flag], type=option_type(first), nargs=1 + len(others))
+            return value(names, type=option_type(first), multiple=True)
+        return value(names, type=option_type(first), nargs=1 + len(others))
 
 
 class Command(click.Command):

@@ -1,16 +1,19 @@
 """What every evaluation is told, whatever its protocol; and which protocols measure a run. Loads no torch."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bowstore.config import Batch, Computing, Strict, Text, validate
+from bowstore.config import Batch, Computing, Place, Seed, Side, Strict, Text, validate
 from bowstore.errors import UsageError
 from bowstore.evaluate.protocol import Kind
 from bowstore.evaluate.protocols import asked
 from bowstore.train.config import ProbeConfig
 
-OF_FEATURES = ("batch", "threads", "compile")  # how features are taken; a protocol that trains has settings of its own
+FeatureType = Literal["float32", "float16"]
+OF_NETWORK = ("run", "arch", "weights", "size", "seed", "random")  # which network, and how it is initialised and seen
+# How features are taken; a protocol that trains has settings of its own.
+OF_FEATURES = ("batch", "threads", "compile", "dtype")
 PROBE = "runtime.probe.eval"  # for messages
 _PROBE_IMAGES = 5000  # of each split
 
@@ -18,9 +21,28 @@ _PROBE_IMAGES = 5000  # of each split
 class EvalConfig(Computing):
     """Which network is evaluated, and how it runs."""
 
-    run: Text | None = Field(None, description="run, checkpoint or .safetensors; null: newest finished run")
+    run: Text | None = Field(
+        None,
+        description="run, checkpoint or .safetensors; or FILE.yaml, a training configuration: the network that it "
+        "starts from; null: newest finished run",
+    )
+    arch: Text | None = Field(
+        None, description="instead of a run: timm:NAME, torchvision:NAME, resnet50, wrn-16-2...; nothing is downloaded"
+    )
+    weights: Place | None = Field(None, description="weights file of arch, of any known layout; null: random")
+    size: Side | None = Field(None, description="side of the clean view, pixels; null: the network's or protocol's")
+    seed: Seed | None = Field(None, description="of random weights of arch; null: 0")
     random: bool = Field(False, description="the run's network at its random initialisation")
     batch: Batch = Field(128, description="images a batch; of large images fewer where it is left out")
+    dtype: FeatureType = Field(
+        "float32", description="of kept features; float16 halves their memory and disk, and rounds them"
+    )
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Self:
+        if self.run and self.arch:
+            raise ValueError(f"run {self.run} and arch {self.arch} are two networks; leave one of them out")
+        return self
 
 
 class Asked(NamedTuple):

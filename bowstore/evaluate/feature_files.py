@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import xxhash
 from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError
-from bowstore.evaluate.features import variation
+from bowstore.evaluate.config import FeatureType
+from bowstore.evaluate.features import Arrays, Feature, variation
 from bowstore.files import check_plain_file, file_digest, leftovers, make_folder, open_new, temporary_path, waiting_lock
 from bowstore.progress import say
 from bowstore.remote.cache import (
@@ -36,7 +36,6 @@ from bowstore.remote.cache import (
     write_record,
 )
 
-Arrays = Mapping[str, NDArray[np.float32]]  # (N, d) by tap
 Shapes = Mapping[str, tuple[int, int]]
 
 
@@ -45,7 +44,7 @@ class FeatureSet:
     """Features of one split.
 
     Attributes:
-        taps: float32 (N, d) by tap.
+        taps: (N, d) by tap, float32 or float16.
         variation: how much each varies between images.
     """
 
@@ -58,7 +57,7 @@ def read_features(key: str, taps: Sequence[str], storage: StorageConfig) -> Feat
 
     What is damaged is named, and counts as missing; so does what the machine cannot read.
     """
-    arrays: dict[str, NDArray[np.float32]] = {}
+    arrays: dict[str, Feature] = {}
     shares: dict[str, float] = {}
     for tap, path in zip(taps, _paths(key, len(taps), storage), strict=True):
         try:
@@ -76,8 +75,13 @@ def read_features(key: str, taps: Sequence[str], storage: StorageConfig) -> Feat
     return FeatureSet(arrays, shares)
 
 
+def size_bytes(shapes: Shapes, dtype: FeatureType) -> int:
+    """Of the features of all taps."""
+    return sum(np.dtype(dtype).itemsize * images * width for images, width in shapes.values())
+
+
 def write_features(
-    key: str, shapes: Shapes, storage: StorageConfig, fill: Callable[..., object], *, what: str
+    key: str, shapes: Shapes, storage: StorageConfig, fill: Callable[..., object], *, what: str, dtype: FeatureType
 ) -> FeatureSet | None:
     """Keep features under a key, or wait for the process that does; None, and a line, where the cache has no room.
 
@@ -87,6 +91,7 @@ def write_features(
         storage: says where the cache lies and how large it may be.
         fill: fills the arrays `into`, which lie on the disk.
         what: name of the features for messages.
+        dtype: of the arrays.
     """
     with ExitStack() as stack:
         try:
@@ -99,11 +104,11 @@ def write_features(
             for path in paths.values():
                 for old in (path, *leftovers(path, own=True)):
                     old.unlink(missing_ok=True)
-            reserve(sum(4 * images * width for images, width in shapes.values()), what, storage)
+            reserve(size_bytes(shapes, dtype), what, storage)
             temporaries = {tap: temporary_path(path) for tap, path in paths.items()}
             for temporary in temporaries.values():
                 stack.callback(temporary.unlink, missing_ok=True)
-            arrays = {tap: _new_array(temporaries[tap], shape) for tap, shape in shapes.items()}
+            arrays = {tap: _new_array(temporaries[tap], shape, dtype) for tap, shape in shapes.items()}
         except (OSError, BowstoreError) as error:
             say(f"warning: {what} are held in memory and not kept: {error}")
             return None
@@ -121,16 +126,17 @@ def _paths(key: str, count: int, storage: StorageConfig) -> list[Path]:
     return [features_folder(storage) / f"{key}-{n}.npy" for n in range(count)]
 
 
-def _new_array(path: Path, shape: tuple[int, int]) -> "np.memmap[tuple[int, ...], np.dtype[np.float32]]":
-    """A new file of float32, mapped; all of its blocks are the file's now, as a map of a full disk ends the process."""
+def _new_array(path: Path, shape: tuple[int, int], dtype: FeatureType) -> "np.memmap[Any, Any]":
+    """A new file, mapped; all of its blocks are the file's now, as a map of a full disk ends the process."""
     with open_new(path) as file:
-        npy.write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        descr = np.dtype(dtype).newbyteorder("<").str
+        npy.write_array_header_2_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
         file.flush()
-        os.posix_fallocate(file.fileno(), file.tell(), 4 * shape[0] * shape[1])
+        os.posix_fallocate(file.fileno(), file.tell(), size_bytes({"": shape}, dtype))
     return npy.open_memmap(path, mode="r+")
 
 
-def _opened(path: Path, known: Mapping[str, str]) -> tuple[NDArray[np.float32], float] | None:
+def _opened(path: Path, known: Mapping[str, str]) -> tuple[Feature, float] | None:
     """A tap's array and how much it varies; None if the file or its record is another one."""
     with ExitStack() as stack:
         file = stack.enter_context(open(path, "rb"))
@@ -147,7 +153,7 @@ def _opened(path: Path, known: Mapping[str, str]) -> tuple[NDArray[np.float32], 
         return _mapped(file), float(record["variation"])
 
 
-def _mapped(file: IO[bytes]) -> NDArray[np.float32]:
+def _mapped(file: IO[bytes]) -> Feature:
     """The array of an open file, which stays open, and is held, for as long as the array lives.
 
     Mapped copy-on-write: torch wants arrays that can be written, and nobody writes into the file.

@@ -19,6 +19,7 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.views import CleanView
 from bowstore.environment import device_name, library_versions
 from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.evaluate.config import FeatureType
 from bowstore.evaluate.protocol import LabelledSplit
 from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone, evaluating
@@ -29,6 +30,8 @@ from bowstore.progress import Progress, say
 
 COLLAPSED = 1e-3  # variation below which features tell no images apart; those of random networks vary by 0.05 and more
 _SLICE, _SLICE_VALUES = 1024, 1 << 24  # images, and values, at a time at most: sums in float64 need little memory
+Feature = NDArray[np.float32] | NDArray[np.float16]  # (N, d)
+Arrays = Mapping[str, Feature]  # by tap
 Batches = Iterable[tuple[NDArray[np.int64], Tensor]]
 
 
@@ -53,6 +56,7 @@ class Extraction:
         device: where the network runs.
         threads: decoding threads; None for one a core.
         compile: run the network compiled; auto decides by the number of images.
+        dtype: features are rounded to it, wherever they are kept.
         identity: text that is the same for networks that compute the same: digest of the weights, how it is built.
     """
 
@@ -63,11 +67,13 @@ class Extraction:
     device: torch.device
     threads: int | None = None
     compile: Compile = "auto"
+    dtype: FeatureType = "float32"
     identity: str = ""
 
     def key(self, split: LabelledSplit, trunk: str) -> str:
         """What a feature set is kept under: all that its numbers, to the last digit, depend on."""
-        arithmetic = trunk, self.batch, "float32", device_name(self.device), torch.get_num_threads(), library_versions()
+        device = device_name(self.device), torch.get_num_threads()
+        arithmetic = trunk, self.batch, self.dtype, *device, library_versions()
         all_of_it = split.key, self.identity, self.view.recorded(), dict(self.taps), arithmetic
         return xxhash.xxh3_128_hexdigest(repr(all_of_it).encode())
 
@@ -106,11 +112,11 @@ class Extraction:
         *,
         compiled: Compiled | None = None,
         what: str = "features",
-        into: Mapping[str, NDArray[np.float32]] | None = None,
-    ) -> dict[str, NDArray[np.float32]]:
-        """Features of the images of a split in their order, float32 (N, d) for each tap by its name.
+        into: Arrays | None = None,
+    ) -> dict[str, Feature]:
+        """Features of the images of a split in their order, (N, d) of `dtype` for each tap by its name.
 
-        Memory: N * d * 4 bytes for each tap, on the host, unless `into` lies elsewhere.
+        Memory: N * d * 4 bytes (2 of float16) for each tap, on the host, unless `into` lies elsewhere.
 
         Args:
             split: which images.
@@ -119,7 +125,8 @@ class Extraction:
             into: arrays (N, d) by tap to be filled; None for new ones in memory.
 
         Raises:
-            DataError: NaN or infinity in a feature, with the image's name; an undecodable image; no rows.
+            DataError: NaN or infinity in a feature, or a value beyond float16, with the image's name; an undecodable
+                image; no rows.
         """
         source, rows, device = split.open(), split.rows, self.device
         batches = clean_batches(source, self.view, rows, batch=self.batch, device=device, threads=self.threads)
@@ -134,8 +141,8 @@ class Extraction:
         compiled: Compiled | None = None,
         name_of: Callable[[int], str] = "row {}".format,
         what: str = "features",
-        into: Mapping[str, NDArray[np.float32]] | None = None,
-    ) -> dict[str, NDArray[np.float32]]:
+        into: Arrays | None = None,
+    ) -> dict[str, Feature]:
         """`features` behind the pipeline: run the network, which is where the images are, and fill one array a tap.
 
         Batches are (rows (B,), images_BCHW), in the order of `rows`; `name_of` a row is for messages.
@@ -156,9 +163,9 @@ class Extraction:
                     raise MismatchError(f"{what}: images {start} to {stop - 1} came in another order than asked for")
                 for name, pooled_Bd in run(images_BCHW).items():
                     values_Bd = pooled_Bd.float().cpu().numpy()
-                    _refuse_non_finite(values_Bd, rows_B, f"{what}: {self.taps[name]}", name_of)
+                    _refuse_unusable(values_Bd, self.dtype, rows_B, f"{what}: {self.taps[name]}", name_of)
                     if name not in features:
-                        features[name] = np.empty((len(rows), values_Bd.shape[1]), np.float32)
+                        features[name] = np.empty((len(rows), values_Bd.shape[1]), self.dtype)
                     features[name][start:stop] = values_Bd
                 start = stop
                 progress.advance(len(rows_B))
@@ -187,7 +194,7 @@ def warn_of_collapse(what: str, shares: Mapping[str, float], images: int) -> Non
             )
 
 
-def variation(features_Nd: NDArray[np.float32]) -> float:
+def variation(features_Nd: Feature) -> float:
     """How much features differ between images: the root mean square of x - mean, over that of x; 0 where all are 0."""
     total, squares = np.zeros(features_Nd.shape[1]), 0.0
     images = min(_SLICE, max(1, _SLICE_VALUES // features_Nd.shape[1]))
@@ -206,12 +213,23 @@ def _features(backbone: Backbone, images_BCHW: Tensor, taps: Mapping[str, Tap]) 
     return {name: pooled_Bcn.flatten(1) for name, pooled_Bcn in tapped(backbone, images_BCHW, taps).items()}
 
 
-def _refuse_non_finite(
-    values_Bd: NDArray[np.float32], rows_B: NDArray[np.int64], where: str, name_of: Callable[[int], str]
+def _refuse_unusable(
+    values_Bd: NDArray[np.float32],
+    dtype: FeatureType,
+    rows_B: NDArray[np.int64],
+    where: str,
+    name_of: Callable[[int], str],
 ) -> None:
-    bad = np.flatnonzero(~np.isfinite(values_Bd).all(axis=1))
-    if len(bad):
+    """Refuse values that are not finite, or are not once they are rounded."""
+    largest = np.finfo(dtype).max
+    bad = np.flatnonzero(~(np.abs(values_Bd) <= largest).all(axis=1))  # NaN is no less than anything
+    if not len(bad):
+        return
+    images = f"{name_of(int(rows_B[bad[0]]))} and {len(bad) - 1} more of the {len(rows_B)} images of its batch"
+    if np.isfinite(values_Bd).all():
         raise DataError(
-            f"{where}: NaN or infinity for {name_of(int(rows_B[bad[0]]))} and {len(bad) - 1} more of the "
-            f"{len(rows_B)} images of its batch; the weights are broken or the images' normalisation is wrong"
+            f"{where}: {np.abs(values_Bd).max():.3g} for {images}; {dtype} ends at {largest:g}: leave --dtype out"
         )
+    raise DataError(
+        f"{where}: NaN or infinity for {images}; the weights are broken or the images' normalisation is wrong"
+    )

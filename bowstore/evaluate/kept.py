@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from bowstore.config import StorageConfig
-from bowstore.evaluate.feature_files import Arrays, FeatureSet, Shapes, read_features, write_features
-from bowstore.evaluate.features import Extraction, variation, warn_of_collapse
+from bowstore.evaluate.config import FeatureType
+from bowstore.evaluate.feature_files import FeatureSet, Shapes, read_features, size_bytes, write_features
+from bowstore.evaluate.features import Arrays, Extraction, variation, warn_of_collapse
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, SplitFeatures
 from bowstore.models.compiled import EAGER, FROZEN
 
@@ -48,7 +49,7 @@ class FeatureSets:
         for name, split in data.splits.items():
             what = f"{name} features"
             take = partial(how.features, split, compiled=compiled, what=what)
-            one = found[name] or self._new(how.key(split, trunk), _shapes(split, wide), take, what)
+            one = found[name] or self._new(how.key(split, trunk), _shapes(split, wide), take, what, how.dtype)
             warn_of_collapse(what, {str(how.taps[tap]): share for tap, share in one.variation.items()}, len(split))
             splits[name] = SplitFeatures(
                 taps=one.taps,
@@ -66,20 +67,21 @@ class FeatureSets:
         found = {}
         for name, split in data.splits.items():
             key = how.key(split, trunk)
-            if key not in self._sets and self._is_large(_size_bytes(_shapes(split, wide))):
+            if key not in self._sets and self._is_large(size_bytes(_shapes(split, wide), how.dtype)):
                 if one := read_features(key, list(wide), self._storage):
                     self._sets[key] = one
             found[name] = self._sets.get(key)
         return found
 
-    def _new(self, key: str, shapes: Shapes, take: Callable[..., Arrays], what: str) -> FeatureSet:
+    def _new(self, key: str, shapes: Shapes, take: Callable[..., Arrays], what: str, dtype: FeatureType) -> FeatureSet:
         """Take the features of a key and keep them."""
-        size_bytes = _size_bytes(shapes)
-        one = write_features(key, shapes, self._storage, take, what=what) if self._is_large(size_bytes) else None
+        size, one = size_bytes(shapes, dtype), None
+        if self._is_large(size):
+            one = write_features(key, shapes, self._storage, take, what=what, dtype=dtype)
         if one is None:
             arrays = take()
             one = FeatureSet(arrays, {tap: variation(values_Nd) for tap, values_Nd in arrays.items()})
-            self._bytes[key] = size_bytes
+            self._bytes[key] = size
         self._sets[key] = one
         while sum(self._bytes.values()) > _MEMORY_BYTES and len(self._bytes) > 1:
             oldest = next(iter(self._bytes))
@@ -92,7 +94,3 @@ class FeatureSets:
 
 def _shapes(split: LabelledSplit, wide: Mapping[str, int]) -> Shapes:
     return {tap: (len(split), width) for tap, width in wide.items()}
-
-
-def _size_bytes(shapes: Shapes) -> int:
-    return sum(4 * images * width for images, width in shapes.values())

@@ -26,9 +26,9 @@ def score(features: Features, settings: KnnSettings) -> Scores:
     train, test = features["train"], features["test"]
     classes = check_classes(train.labels, test.labels, len(train.classes) or None)
     metrics = knn_accuracy(
-        train["pooled"],
+        train.taps["pooled"],
         train.labels,
-        test["pooled"],
+        test.taps["pooled"],
         test.labels,
         k=settings.k,
         temperature=settings.temperature,
@@ -39,9 +39,9 @@ def score(features: Features, settings: KnnSettings) -> Scores:
 
 
 def knn_accuracy(
-    train_Nd: NDArray[np.float32],
+    train_Nd: NDArray[np.floating],
     train_labels_N: NDArray[np.integer],
-    test_Md: NDArray[np.float32],
+    test_Md: NDArray[np.floating],
     test_labels_M: NDArray[np.integer],
     *,
     k: int,
@@ -79,7 +79,7 @@ def knn_accuracy(
 
 
 def nearest(
-    train_Nd: NDArray[np.float32], test_Md: NDArray[np.float32], k: int, device: torch.device
+    train_Nd: NDArray[np.floating], test_Md: NDArray[np.floating], k: int, device: torch.device
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Cosines and train rows of the k train images of the largest cosine, both (M, k), by ascending row."""
     cosine_Mk = torch.empty(len(test_Md), 0)
@@ -140,8 +140,8 @@ def _ranks(
     return np.where(voted_m, ahead_mK.sum(axis=1), classes)
 
 
-def unit(features_nd: NDArray[np.float32], device: torch.device) -> Tensor:
+def unit(features_nd: NDArray[np.floating], device: torch.device) -> Tensor:
     """The features over their lengths, on the device; zeros stay."""
-    features = torch.from_numpy(np.array(features_nd)).to(device)
+    features = torch.from_numpy(np.array(features_nd, np.float32)).to(device)
     features /= features.abs().amax(dim=1, keepdim=True).clamp_min(1e-38)  # squares overflow from 1e19 on
     return F.normalize(features, dim=1)

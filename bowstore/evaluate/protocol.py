@@ -109,7 +109,8 @@ class DataSets:
 
     Attributes:
         splits: by name, for example "train" and "test", in the order in which features are taken.
-        view: fields of `CleanView` that the protocol fixes whatever the network was trained at, for example `size`.
+        view: fields of `CleanView` that the protocol fixes whatever the network was trained at, for example `size`; of
+            one that trains no more than its size, which it sees to itself.
         dataset: name of the paper's data set, where it can only be that: its figures are shown beside.
         batch: images of a forward pass where the user says nothing, if they are larger than others'.
     """
@@ -136,21 +137,22 @@ class SplitFeatures:
     is memory-mapped when large, and other protocols get the same one: never write to it.
 
     Attributes:
-        taps: the arrays by tap.
+        taps: the arrays by tap as they are kept, float16 where a user asked for that: for those that turn a few rows at
+            a time into float32 or float64.
         labels: integers (N,), places in `classes` (-1: none), or (N, K), as in `LabelledSplit`.
         classes: names; empty where nobody recorded them.
         variation: by tap, how much its features differ between images (`features.variation`).
         key_hash: uint64 (N,), of the images' keys; None where they do not lie in shards.
     """
 
-    taps: Mapping[str, NDArray[np.float32]]
+    taps: "Mapping[str, NDArray[np.float32] | NDArray[np.float16]]"
     labels: NDArray[np.integer]
     classes: tuple[str, ...]
     variation: Mapping[str, float]
     key_hash: NDArray[np.uint64] | None = None
 
     def __getitem__(self, tap: str) -> NDArray[np.float32]:
-        return self.taps[tap]
+        return self.taps[tap].astype(np.float32, copy=False)  # of float16 a copy in memory
 
     def __len__(self) -> int:
         return len(self.labels)

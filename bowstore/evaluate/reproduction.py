@@ -16,6 +16,7 @@ from bowstore.evaluate.results import (
     Result,
     aligned,
     column_of,
+    markdown_table,
     paper_figures,
     paper_tables,
 )
@@ -163,10 +164,7 @@ def markdown(value: Mapping[str, Any]) -> str:
     """The table for docs/results."""
     lines = [f"# {_title(value)[0]}", "", _title(value)[1]]
     for heading, grid in _sections(value):
-        lines += ["", heading, ""]
-        for number, row in enumerate(grid):
-            lines += [f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in row)} |"]
-            lines += ["|" + "---|" * len(row)] if number == 0 else []
+        lines += ["", heading, "", markdown_table(grid)]
     return "\n".join([*lines, "", *(f"- {line}" for line in _remarks(value))])
 
 

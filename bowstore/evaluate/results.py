@@ -5,7 +5,7 @@ A protocol's version grows whenever the numbers it gives for the same weights an
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -192,13 +192,35 @@ def result_table(result: Result, name: str = "this run") -> str:
     halves = {metric: f" ± {_percent(half)}" for metric, half in result.details.get(INTERVAL, {}).items()}
     found = [_percent(share) + halves.get(metric, "") for metric, share in result.metrics.items()]
     rows = [["percent", *metrics, ""], [name, *found, result.device]]
+    for system, known, source in papers_beside(result):
+        figures = [_figure(known.get(metric), halves.get(metric, "")) for metric in metrics]
+        rows.append([f"paper: {system}", *figures, source])
+    return f"{result.protocol} v{result.protocol_version}\n{aligned(rows, left=(0, len(metrics) + 1))}"
+
+
+def papers_beside(result: Result) -> Iterator[tuple[str, dict[str, float | None], str]]:
+    """The paper's rows that compare with a result: system, percent by metric, and their source."""
     for paper in paper_figures():
         if paper.dataset == result.inputs.get("dataset") and fnmatchcase(result.protocol, paper.protocol):
             for system, percent in paper.percent.items():
-                known = dict(zip(paper.metrics, percent, strict=True))
-                figures = [_figure(known.get(metric), halves.get(metric, "")) for metric in metrics]
-                rows.append([f"paper: {system}", *figures, paper.source])
-    return f"{result.protocol} v{result.protocol_version}\n{aligned(rows, left=(0, len(metrics) + 1))}"
+                yield system, dict(zip(paper.metrics, percent, strict=True)), paper.source
+
+
+def by_column(results: Mapping[str, Sequence[Result]]) -> dict[Column, dict[str, Result]]:
+    """The results of several runs, by the run's name, in columns: each holds one result of a run.
+
+    Raises:
+        DataError: a run has two results that belong into the same cell.
+    """
+    columns: dict[Column, dict[str, Result]] = {}
+    for run, measured in results.items():
+        for result in measured:
+            cells = columns.setdefault(column_of(result), {})
+            if run in cells:
+                protocol, version, tested_on = column_of(result)
+                raise DataError(f"run {run} has two results of {protocol} v{version} on {tested_on}; give one")
+            cells[run] = result
+    return columns
 
 
 def comparison_table(results: Mapping[str, Sequence[Result]]) -> str:
@@ -208,26 +230,25 @@ def comparison_table(results: Mapping[str, Sequence[Result]]) -> str:
         results: the results of each run, by the run's name.
 
     Raises:
-        DataError: a run has two results that belong into the same cell.
+        DataError: as `by_column`.
     """
-    columns: dict[Column, dict[str, str]] = {}
-    for run, measured in results.items():
-        for result in measured:
-            cells = columns.setdefault(column_of(result), {})
-            if run in cells:
-                protocol, version, tested_on = column_of(result)
-                raise DataError(f"run {run} has two results of {protocol} v{version} on {tested_on}; give one")
-            cells[run] = _percent(result.metrics[_headline(result)])
+    columns = by_column(results)
     keys = sorted(columns)
+
+    def cell(column: Column, run: str) -> str:
+        result = columns[column].get(run)
+        return _percent(result.metrics[headline(result)]) if result else "-"
+
     rows = [
         ["protocol", *(f"{protocol} v{version}" for protocol, version, _ in keys)],
         ["test images", *(tested_on for _, _, tested_on in keys)],
-        *([run, *(columns[key].get(run, "-") for key in keys)] for run in results),
+        *([run, *(cell(key, run) for key in keys)] for run in results),
     ]
     return aligned(rows)
 
 
-def _headline(result: Result) -> str:
+def headline(result: Result) -> str:
+    """The metric that stands for a result in a comparison."""
     named = result.headline or _OLD_HEADLINE
     return named if named in result.metrics else next(iter(result.metrics))
 
@@ -251,3 +272,9 @@ def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str
         ).rstrip()
         for row in rows
     )
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, whose first row is its head."""
+    lines = [f"| {' | '.join(cell.strip().replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -24,16 +24,16 @@ def score(features: Features, _settings: RetrievalSettings) -> Scores:
     train, test = features["train"], features["test"]
     classes = check_classes(train.labels, test.labels, len(train.classes) or None)
     first_M, precision_M = rankings(
-        train["pooled"], train.labels, test["pooled"], test.labels, device=torch.device(features.device)
+        train.taps["pooled"], train.labels, test.taps["pooled"], test.labels, device=torch.device(features.device)
     )
     metrics = {f"recall@{k}": float((first_M < k).mean()) for k in RECALLS}
     return Scores(metrics={**metrics, "map": float(precision_M.mean())}, settings={"classes": classes})
 
 
 def rankings(
-    train_Nd: NDArray[np.float32],
+    train_Nd: NDArray[np.floating],
     train_labels_N: NDArray[np.integer],
-    test_Md: NDArray[np.float32],
+    test_Md: NDArray[np.floating],
     test_labels_M: NDArray[np.integer],
     *,
     device: torch.device,
@@ -59,7 +59,7 @@ def rankings(
     train = blocks(
         lambda part: unit(train_Nd[part], device),
         *(len(train_Nd), TRAIN_BLOCK),
-        size_bytes=train_Nd.nbytes,
+        size_bytes=4 * train_Nd.size,
         device=device,
     )
     first, precision = [], []

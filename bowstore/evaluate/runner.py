@@ -4,13 +4,14 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bowstore.config import Strict, Workspace, dump
+from bowstore.config import Strict, ViewConfig, Workspace, dump
 from bowstore.data.views import CleanView, clean_view
 from bowstore.environment import choose_device, device_name, library_versions
 from bowstore.errors import UsageError
@@ -19,19 +20,22 @@ from bowstore.evaluate.features import Extraction
 from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.protocol import DataSets, Features, Kind, Network, Protocol, Scores
 from bowstore.evaluate.results import Result, made_result, write_result
+from bowstore.models.arch import built_in
 from bowstore.models.backbone import Backbone
-from bowstore.models.saved import load_backbone
+from bowstore.models.opened import OpenedNetwork, open_network, resized
+from bowstore.models.record import NetworkRecord
 from bowstore.models.weights import weights_sha256
-from bowstore.runs import results_folder, unfinished_folder
+from bowstore.progress import say
+from bowstore.runs import network_folder, results_folder, unfinished_folder
 from bowstore.torchrun import ranks
 from bowstore.train.distributed import World, joined
-from bowstore.workspace import find_run, newest_run
+from bowstore.workspace import newest_run, resolve_network
 
 
 def evaluate(
     kind: Kind, settings: Strict, config: EvalConfig, workspace: Workspace, *, kept: FeatureSets | None = None
 ) -> Result:
-    """Evaluate a run, checkpoint or exported network; write `eval/<protocol>.json` beside it.
+    """Evaluate a network; write `eval/<protocol>.json` into its run, beside its file, or into a folder of networks.
 
     Args:
         kind: the protocol, of `PROTOCOLS`.
@@ -45,18 +49,12 @@ def evaluate(
         MismatchError, DataError: data or features that the protocol cannot use; a metric that is no number.
         UsageError: settings that do not go together.
     """
-    path = find_run(workspace, config.run) if config.run else newest_run(workspace)
+    named = _named(config, workspace)
     settings = kind.ask("resolve", kind.settings, settings, workspace)
     protocol, data = kind.ask("describe", Protocol, settings), kind.ask("data", DataSets, settings, workspace)
-    loaded = load_backbone(path)
-    saved = loaded.saved
-    folder = results_folder(path, random_init=config.random)
-    unfinished = unfinished_folder(folder, protocol.id)
-    network = Network(
-        backbone=saved.fresh().eval() if config.random else loaded.backbone,
-        view=saved.view,
-        folder=unfinished,
-    )
+    subject = _subject(named, kind, settings, config, data, workspace)
+    opened, unfinished = subject.opened, unfinished_folder(subject.folder, protocol.id)
+    network = Network(backbone=opened.backbone, view=subject.view, folder=unfinished)
     weights = weights_sha256(network.backbone.state_dict())  # before anything is trained
     start = time.monotonic()
     with _world(kind, config) as world:
@@ -67,20 +65,22 @@ def evaluate(
         else:
             view = replace(clean_view(network.view), **data.view)
             # Strides, and what is drawn, are in no weights.
-            identity = repr((weights, saved.model, saved.seed))
+            identity = repr((weights, opened.model, opened.seed))
             how = extraction(kind, settings, network.backbone, view, data, config, world.device, identity=identity)
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)
             first = next(iter(features.splits.values()))
             taken = {name: {"of": str(tap), "dims": first[name].shape[1]} for name, tap in how.taps.items()}
-            ran = {"view": view.recorded(), "trunk": trunk, "batch": how.batch, "taps": taken}
+            ran = {
+                "view": view.recorded(), "trunk": trunk, "batch": how.batch, "dtype": config.dtype, "taps": taken
+            }  # fmt: skip
         result = made_result(
             protocol=protocol.id,
             protocol_version=protocol.version,
             headline=protocol.headline,
             metrics=scores.metrics,
             settings={
-                "arch": saved.model.arch,
+                "arch": opened.model.arch,
                 **ran,
                 "images": {name: len(split) for name, split in data.splits.items()},
                 "options": dump(settings),
@@ -89,7 +89,10 @@ def evaluate(
             inputs={
                 **data.inputs,
                 "weights_sha256": weights,
-                "run": f"{saved.name} (random)" if config.random else saved.name,
+                "run": subject.name,
+                "arch": opened.model.arch,
+                "weights_file": opened.origin.weights_file,
+                "weights_layout": opened.origin.weights_layout,
                 "dataset": data.dataset,
             },
             details=scores.details,
@@ -99,7 +102,9 @@ def evaluate(
             seconds=round(time.monotonic() - start, 3),
         )
         if world.first:
-            write_result(folder, result)
+            written = write_result(subject.folder, result)
+            if opened.place is None:
+                say(f"the result lies in {written}")
             shutil.rmtree(unfinished, ignore_errors=True)
     return result
 
@@ -127,6 +132,71 @@ def extraction(
         taps=kind.ask("taps", Mapping, backbone, settings, view.size),  # type: ignore[type-abstract]
         device=device,
         **{name: getattr(config, name) for name in OF_FEATURES} | _batch(data, config),
+    )
+
+
+def _named(config: EvalConfig, workspace: Workspace) -> str | Path | NetworkRecord:
+    """The network that a command names, or the newest finished run."""
+    if config.arch:
+        built_in(config.arch)  # refuses a name that nobody knows
+        return config.arch
+    return resolve_network(workspace, config.run, seed=config.seed) if config.run else newest_run(workspace)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The network of an evaluation.
+
+    Attributes:
+        opened: the network.
+        view: the images that it takes, at the size that was asked for.
+        name: what tables call it.
+        folder: takes its results.
+    """
+
+    opened: OpenedNetwork
+    view: ViewConfig
+    name: str
+    folder: Path
+
+
+def _subject(
+    named: str | Path | NetworkRecord,
+    kind: Kind,
+    settings: Strict,
+    config: EvalConfig,
+    data: DataSets,
+    workspace: Workspace,
+) -> _Subject:
+    """Load the network, at the size that the command or the protocol says.
+
+    Raises:
+        UsageError: a size beside the protocol's, or a seed where nothing is drawn.
+        BowstoreError: as `open_network`.
+    """
+    fixed = data.view.get("size")
+    if config.size and fixed and config.size != fixed:
+        raise UsageError(f"eval {kind.name} has a size of its own, {fixed} pixels; leave --size {config.size} out")
+    asked = None if fixed else config.size
+    seed = config.seed if config.seed is not None else getattr(settings, "seed", 0)  # one --seed a command
+    opened = open_network(named, weights=config.weights, size=fixed or asked, seed=seed, random=config.random)
+    if config.seed is not None and (opened.place or config.weights):
+        raise UsageError(
+            f"--seed {config.seed} is of random weights of --arch, and {opened.origin.name} has others; leave it out"
+        )
+    view, origin = resized(opened.view, asked, what=f"eval {kind.name}"), opened.origin
+    other = asked if view.size != opened.view.size else None
+    if opened.place:
+        name, folder = origin.name + (" (random)" if config.random else ""), opened.place
+    else:
+        name = f"{origin.name} ({origin.weights_file or origin.weights_layout})"
+        label = named.name if isinstance(named, NetworkRecord) else str(named)
+        folder = network_folder(workspace.networks, label, weights=config.weights, seed=opened.seed)
+    return _Subject(
+        opened,
+        view,
+        name + (f" at {other} px" if other else ""),
+        results_folder(folder, random_init=config.random, size=other),
     )
 
 

@@ -140,7 +140,7 @@ def resolve_trained(settings: S, workspace: Workspace, images: Callable[[S, Work
 
 
 def check_batch(settings: TrainedSettings, data: DataSets) -> DataSets:
-    """The data, once a batch can be filled and shared out.
+    """The data, at the published size or the network's, once a batch can be filled and shared out.
 
     Raises:
         DataError: fewer images than the smallest batch.
@@ -159,7 +159,7 @@ def check_batch(settings: TrainedSettings, data: DataSets) -> DataSets:
             f"batch {batch} must be a multiple of {shares} (processes x {MIX_GROUP}); give another --batch, or start "
             "fewer processes"
         )
-    return data
+    return data if settings.own_images else replace(data, view=_PUBLISHED)
 
 
 def _batch_of(images: int) -> int:

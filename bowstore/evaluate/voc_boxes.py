@@ -91,7 +91,7 @@ def data(settings: DetectionSettings, _workspace: Workspace) -> DataSets:
             what = "objects that are not difficult" if part == "test" else "objects"
             raise DataError(f"{settings.voc}: class {name} has 0 {what} in {part}; need at least 1 of each class")
     shape = len(train), len(test), len(classes)
-    return DataSets(splits={"train": train, "test": test}, dataset=_SHAPES.get(shape))
+    return DataSets(splits={"train": train, "test": test}, view={"size": plan.test_side}, dataset=_SHAPES.get(shape))
 
 
 def class_names(voc: Path) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ def of_files(
     Raises:
         OSError: a file is not there.
     """
-    found = [path.stat().st_mtime_ns for path in paths]
+    # Times of writing can be set back; those of change cannot, and a file that is moved there has a new one, too.
+    found = [(stat.st_mtime_ns, stat.st_ctime_ns) for stat in (path.stat() for path in paths)]
     return LabelledSplit(
         open=lambda: FileReader(paths),
         rows=np.arange(len(paths)),

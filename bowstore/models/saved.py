@@ -336,6 +336,6 @@ def _foreign(path: Path, is_not: str, metadata: Mapping[str, Any]) -> str:
     if network := recorded_network(metadata, path):
         return (
             f"{path} is the network of run {network.name} as `bowstore export` wrote it for other code; give the run, "
-            f"or as a teacher: --teacher {network.model.arch} --weights {path}"
+            f"or architecture and file: --arch {network.model.arch} --weights {path}"
         )
-    return f"{path} {is_not}; weights of other codebases go with an architecture: --teacher timm:NAME --weights {path}"
+    return f"{path} {is_not}; weights of other codebases go with an architecture: --arch timm:NAME --weights {path}"

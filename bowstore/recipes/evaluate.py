@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from bowstore import runs
 from bowstore.config import Listed, Strict, Text, dump, validate
 from bowstore.errors import BowstoreError, MissingError, UsageError
-from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.config import OF_NETWORK, EvalConfig
 from bowstore.evaluate.protocol import Kind
 from bowstore.evaluate.protocols import asked
 from bowstore.files import read_json
@@ -18,7 +18,7 @@ from bowstore.plugins import called
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint
 
-_HOW = EvalConfig.model_fields.keys() - {"run", "random"}  # what settings may say of how an evaluation runs
+_HOW = EvalConfig.model_fields.keys() - OF_NETWORK  # what settings may say of how an evaluation runs
 
 
 RANDOM = "random network"  # the row of the network before training
@@ -65,6 +65,8 @@ class Cell:
         except (MissingError, KeyError, TypeError, AttributeError):
             return False
         if version != self.kind.describe(self.settings).version:
+            return False
+        if settings.get("dtype", self.config.dtype) != self.config.dtype:  # of frozen features, since 0.2
             return False
         for name, value in dump(self.settings).items():
             there, here = recorded.get(name, value), value

@@ -6,28 +6,22 @@ Legend: B batch, C channels, H W pixels, c channels of a layer, h w word grid.
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import floor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from bowstore.config import Compile, ModelConfig, ViewConfig, validate
+from bowstore.config import Compile
 from bowstore.data.views import CleanView, clean_view
-from bowstore.errors import MismatchError, UsageError
+from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
-from bowstore.models.arch import V1, is_arch
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
-from bowstore.models.layouts import load_foreign, read_weights
-from bowstore.models.library import library_view
 from bowstore.models.memory import FROZEN_FORMAT
+from bowstore.models.opened import Origin, open_network, resized
 from bowstore.models.record import NetworkRecord
-from bowstore.models.registry import build_backbone
-from bowstore.models.saved import SavedNetwork, load_backbone
 from bowstore.models.weights import finite_weights, weights_sha256
-from bowstore.runs import read_lineage, run_of
 
 Precision = Literal["float32", "bfloat16"]
 _ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}  # what two ways of computing may differ by, of the largest value
@@ -46,23 +40,6 @@ class TeacherLayer:
     name: str
     channels: int
     grid: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a network comes from, as word stores record it.
-
-    Attributes:
-        name: the run it comes from, the architecture, or the configuration that it was not trained by.
-        weights_file: name of the file that holds the weights; None for random ones.
-        weights_layout: how that file was read, or how random weights were drawn.
-        lineage: what its run was made of (`bowstore.runs.read_lineage`); None without a run, or where that is unknown.
-    """
-
-    name: str
-    weights_file: str | None
-    weights_layout: str
-    lineage: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,70 +163,10 @@ def load_teacher(
     """
     if not layers:
         raise UsageError("the teacher has no layer to look at; name one, for example --layer conv4")
-    if isinstance(spec, NetworkRecord):
-        backbone, view, origin = _initial(spec, weights)
-    elif Path(spec).exists() or not is_arch(str(spec)):
-        backbone, view, origin = _open_run(Path(spec), weights)
-    else:
-        backbone, view, origin = _open_arch(str(spec), weights, size, seed)
-    teacher = _freeze(backbone, origin, layers, device, _overridden(view, size, resize))
+    opened = open_network(spec, weights=weights, size=size, seed=seed)
+    view = clean_view(resized(opened.view, size, resize, what="the teacher's view"))
+    teacher = _freeze(opened.backbone, opened.origin, layers, device, view)
     return replace(teacher, precision=precision)
-
-
-def _initial(network: NetworkRecord, weights: Path | None) -> tuple[Backbone, ViewConfig, Origin]:
-    _refuse_weights(weights, f"configuration {network.name}")
-    backbone = SavedNetwork(**dict(network)).fresh()
-    return backbone, network.view, Origin(network.name, None, _drawn(network.seed))
-
-
-def _open_run(path: Path, weights: Path | None) -> tuple[Backbone, ViewConfig, Origin]:
-    _refuse_weights(weights, str(path))
-    loaded = load_backbone(path)
-    origin = Origin(loaded.saved.name, path.name, "bowstore run", read_lineage(run_of(path)))
-    return loaded.backbone, loaded.saved.view, origin
-
-
-def _refuse_weights(weights: Path | None, what: str) -> None:
-    if weights:
-        raise UsageError(f"weights {weights} go with an architecture (timm:NAME, torchvision:NAME), not with {what}")
-
-
-def _drawn(seed: int) -> str:
-    """How random weights were drawn, as word stores record it."""
-    return f"random, seed {seed}"
-
-
-def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> tuple[Backbone, ViewConfig, Origin]:
-    model, view = ModelConfig(arch=arch), library_view(arch) if ":" in arch else ViewConfig()
-    file = read_weights(weights) if weights else None
-    if file and file.network:  # what no tensor says: strides, and the images that it takes
-        _check_strides(arch, file.network.model.arch, file.path)
-        model, view = model.model_copy(update={"strides": file.network.model.strides}), file.network.view
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = build_backbone(model, size)
-    if file is None:
-        return backbone, view, Origin(backbone.arch, None, _drawn(seed))
-    understood = load_foreign(backbone, file)
-    return backbone, view, Origin(backbone.arch, understood.file, understood.text())
-
-
-def _check_strides(arch: str, theirs: str, path: Path) -> None:
-    """Refuse weights of a network that has the same tensors and its strides elsewhere."""
-    ours, its = (name.rpartition(":")[2] for name in (arch, theirs))
-    if ours != its and ours.removesuffix(V1) == its.removesuffix(V1):
-        raise MismatchError(
-            f"{path} is of {theirs}, which has its strides elsewhere than {arch}; name {theirs} with these weights"
-        )
-
-
-def _overridden(view: ViewConfig, size: int | None, resize: int | None) -> CleanView:
-    """The clean view, of another size where one is given."""
-    values = view.model_dump()
-    if size and view.resize:
-        values["resize"] = floor(size * view.resize / view.size)
-    values |= {name: value for name, value in (("size", size), ("resize", resize)) if value}
-    return clean_view(validate(ViewConfig, values, "the teacher's view"))
 
 
 @torch.no_grad()

@@ -216,6 +216,18 @@ def test_nan_names_the_image(backbone: Backbone) -> None:
         collect(backbone, batches(images, 6), rows(6), POOLED, name_of="image-{}".format)
 
 
+def test_float16_rounds_and_refuses_what_it_cannot_hold(backbone: Backbone) -> None:
+    images = torch.randn(4, 3, 16, 16)
+    full = collect(backbone, batches(images, 2), rows(4), POOLED)["pooled"]
+    half = how(backbone, POOLED, dtype="float16").collect(batches(images, 2), rows(4))["pooled"]
+    assert half.dtype == np.float16
+    assert np.array_equal(half, full.astype(np.float16))
+    bright = images * torch.tensor([1, 1e7, 1, 1])[:, None, None, None]
+    message = r"pooled output: \S+ for row 1 and 0 more of the 2 images .*; float16 ends at 65504: leave --dtype out"
+    with pytest.raises(DataError, match=message):
+        how(backbone, POOLED, dtype="float16").collect(batches(bright, 2), rows(4))
+
+
 @pytest.mark.parametrize("level", [0.0, 3e-4, 1.0, 1e30])
 def test_features_that_are_the_same_for_all_images_are_warned_of(
     backbone: Backbone, capsys: pytest.CaptureFixture[str], level: float

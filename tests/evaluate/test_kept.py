@@ -78,7 +78,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         features = dict(into or {})
         for tap, width in {"pooled": 3, "all": 12}.items():
             values = np.stack([np.random.default_rng(row).random(width) for row in split.rows]).astype(np.float32)
-            features.setdefault(tap, np.empty_like(values))[:] = values
+            features.setdefault(tap, np.empty_like(values, dtype=_how.dtype))[:] = values
         return features
 
     monkeypatch.setattr(Extraction, "features", take)
@@ -123,6 +123,7 @@ def test_a_command_takes_a_set_once_and_writes_no_small_one(tmp_path: Path, take
         ({"view": CleanView(size=8, resize=9, squash=False, mean=(0, 0, 0), std=(1, 1, 1))}, {}),
         ({"taps": {**POOLED, "all": Tap("all", GridPool(4, 1))}}, {}),
         ({"batch": 3}, {}),
+        ({"dtype": "float16"}, {}),
         ({}, {"fingerprint": "h"}),
         ({}, {"content": "other"}),
         ({}, {"rows": np.arange(5)[::-1]}),
@@ -158,6 +159,25 @@ def test_a_large_set_is_mapped_from_the_cache_by_other_commands(storage: Storage
         assert torch.from_numpy(found["train"]["pooled"]).sum() > 0  # no warning of an array that cannot be written
     FeatureSets(storage).take(how(identity="v"), DATA)
     assert len(files(storage)) == 8
+
+
+def test_float16_is_kept_as_such_in_half_the_bytes_and_read_as_float32(
+    storage: StorageConfig, taken: list[str]
+) -> None:
+    whole, _ = FeatureSets(storage).take(how(), DATA)
+    sizes = [path.stat().st_size for path in files(storage)]
+    half, _ = FeatureSets(storage).take(how(dtype="float16"), DATA)
+    again, _ = FeatureSets(storage).take(how(dtype="float16"), DATA)
+    in_memory, _ = FeatureSets(StorageConfig(cache=Path("/dev/null"))).take(how(dtype="float16"), DATA)
+    assert taken == ["train", "test"] * 3
+    added = sum(path.stat().st_size for path in files(storage)) - sum(sizes)
+    assert added == sum(sizes) - 2 * (5 + 4) * (3 + 12)  # headers stay
+    for found in (half, again, in_memory):
+        assert found["train"].taps["all"].dtype == np.float16
+        assert found["train"]["all"].dtype == np.float32
+        assert np.array_equal(found["train"]["all"], whole["train"]["all"].astype(np.float16).astype(np.float32))
+    assert not np.array_equal(half["train"]["all"], whole["train"]["all"])
+    assert isinstance(again["train"].taps["all"], np.memmap)
 
 
 def _flip(path: Path) -> None:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,17 @@ def test_fingerprint_sees_labels(voc: Path) -> None:
     path = main(voc, "red_test.txt")
     path.write_text(path.read_text().replace("-1", " 0", 1))
     assert read_split(voc, "test").fingerprint != before
+
+
+def test_an_image_that_was_changed_is_another_one_for_kept_features(voc: Path) -> None:
+    image, before = voc / "JPEGImages/000025.jpg", read_split(voc, "test")
+    data, times = bytearray(image.read_bytes()), image.stat()
+    assert read_split(voc, "test").key == before.key
+    data[-3] ^= 1
+    image.write_bytes(data)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))  # as copies keep them
+    after = read_split(voc, "test")
+    assert (after.fingerprint, after.key == before.key) == (before.fingerprint, False)
 
 
 def test_the_id_says_layers_that_were_chosen() -> None:

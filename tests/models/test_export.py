@@ -228,8 +228,8 @@ def test_an_export_that_is_given_as_a_run_is_named_for_what_it_is(
     exported("timm:test_resnet", form, out)
     with pytest.raises(
         MismatchError,
-        match=rf"^{out} is the network of run first as `bowstore export` wrote it for other code; give the run, or as "
-        rf"a teacher: --teacher timm:test_resnet --weights {out}$",
+        match=rf"^{out} is the network of run first as `bowstore export` wrote it for other code; give the run, or "
+        rf"architecture and file: --arch timm:test_resnet --weights {out}$",
     ):
         load_backbone(Path(out))
 

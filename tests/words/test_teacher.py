@@ -198,7 +198,7 @@ def test_teachers_that_cannot_be_loaded(teacher_file: Path, tmp_path: Path) -> N
         load_teacher(teacher_file, ("block3",), CPU, weights=teacher_file)
     torch.save({"state_dict": {"conv1.weight": torch.ones(2)}}, tmp_path / "w.pth")
     with pytest.raises(
-        MismatchError, match=r"w\.pth is no checkpoint of bowstore; .* --teacher timm:NAME --weights .*w\.pth"
+        MismatchError, match=r"w\.pth is no checkpoint of bowstore; .* --arch timm:NAME --weights .*w\.pth"
     ):
         load_teacher(tmp_path / "w.pth", ("block3",), CPU)
     save_file({"conv1.weight": torch.ones(2)}, tmp_path / "w.safetensors")

@@ -170,7 +170,7 @@ def score(features: Features, settings: FewShotSettings) -> Scores:
         images_C, ways=settings.ways, images=settings.images, episodes=settings.episodes, seed=settings.seed
     )
     rows_EWI = first_C[classes_EW][..., None] + places_EWI
-    accuracy = episode_accuracy(split["pooled"], rows_EWI, queries=settings.queries, shots=settings.shots)
+    accuracy = episode_accuracy(split.taps["pooled"], rows_EWI, queries=settings.queries, shots=settings.shots)
     found = {_metric(shots): mean_and_interval(each_E) for shots, each_E in zip(settings.shots, accuracy, strict=True)}
     return Scores(
         metrics={metric: mean for metric, (mean, _) in found.items()},
