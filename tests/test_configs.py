@@ -35,7 +35,7 @@ SMALL = [path for path in CONFIGS if path.stem.endswith("_small") or path.stem.s
 LINES = ("# Paper's row:", "# Command:", "# Hardware:", "# Expected:")
 ALONE = World(0, 1, torch.device("cpu"))
 MILLIONS = {  # weights of the backbones, without a classifier
-    "wrn-10-1": 0.0773, "wrn-28-4": 5.84, "wrn-28-10": 36.48, "resnet18": 11.18, "resnet50": 23.51,
+    "wrn-10-1": 0.0773, "wrn-16-2": 0.690, "wrn-28-4": 5.84, "wrn-28-10": 36.48, "resnet18": 11.18, "resnet50": 23.51,
 }  # fmt: skip
 OVER = ["optim.epochs=2", "optim.steps_per_epoch=1", "optim.milestones=[]", "optim.warmup_epochs=0", "optim.batch=4"]
 

@@ -85,10 +85,11 @@ def _open(config: TrainConfig, asked: list[Asked], workspace: Workspace, device:
         if protocol.id in opened:
             raise UsageError(f"{PROBE}: {protocol.id} is asked for twice; leave one of them out")
         opened[protocol.id] = _Protocol(kind, settings, protocol, data, taken)
-    every = config.runtime.probe.every_epochs if config.runtime.probe else 0
+    epochs = config.runtime.probe.every_epochs if config.runtime.probe else 0
+    every = "every epoch" if epochs == 1 else f"every {epochs} epochs"
     for name, one in opened.items():
         images = " and ".join(f"{len(split)} {role}" for role, split in one.data.splits.items())
-        say(f"the network is measured by {name}, of {images} images, every {every} epochs")
+        say(f"the network is measured by {name}, of {images} images, {every}")
     record = {
         name: {"version": one.protocol.version, "options": dump(one.settings), "inputs": one.data.inputs}
         for name, one in opened.items()

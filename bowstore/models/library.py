@@ -6,12 +6,13 @@ Legend: B batch, C channels, H W pixels, h w feature map.
 import re
 from collections.abc import Mapping, Sequence
 from math import floor
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from bowstore.config import ViewConfig, validate
-from bowstore.errors import UsageError, is_machine_error
+from bowstore.errors import MissingError, UsageError, is_machine_error
 from bowstore.models.arch import unknown_arch
 from bowstore.models.backbone import Backbone, LayerInfo
 from bowstore.models.residual import resnet_spellings, torchvision_models
@@ -146,6 +147,26 @@ def library_view(arch: str) -> ViewConfig:
     resize = None if config.crop_mode == "squash" else floor(size / (config.crop_pct or _PLAIN_CROP))
     values = {"size": size, "resize": resize, "mean": config.mean, "std": config.std}
     return validate(ViewConfig, values, f"view of {arch}")
+
+
+def missing_weights(arch: str, path: Path) -> MissingError:
+    """The error of a weights file that is not there: it says where the library publishes a network's weights.
+
+    Raises:
+        UsageError: an unknown network of a library.
+    """
+    published = f" (published: {where})" if ":" in arch and (where := _published(arch)) else ""
+    return MissingError(f"no weights file {path} for {arch}{published}; put it there, or name another file")
+
+
+def _published(arch: str) -> str | None:
+    """Where a library's weights lie, as the library records it; nothing is fetched."""
+    library, _, name = arch.partition(":")
+    _check_name(arch)
+    if library == "torchvision":
+        return str(torchvision_models().get_model_weights(name).DEFAULT.url)
+    config = _timm().get_pretrained_cfg(name)
+    return f"model.safetensors of https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
 
 
 def _check_name(arch: str) -> None:

@@ -80,10 +80,11 @@ class EncodeStage(Stage):
 
     @property
     def reads(self) -> tuple[Path | str, ...]:
-        """The teacher and the images."""
+        """The teacher, its weights where they lie in a file of their own, and the images."""
         if self.teacher:
             return self._trained, self.shards
-        return str(self.given["teacher"]), self.shards
+        weights = self.config.weights
+        return str(self.given["teacher"]), *([str(weights)] if weights else []), self.shards
 
     @property
     def _trained(self) -> Path:
@@ -170,6 +171,8 @@ class EncodeStage(Stage):
             return
         if not self.teacher:
             resolve_teacher(self._here.workspace, self.given["teacher"])
+            if (weights := self.config.weights) and not weights.exists():
+                raise called("bowstore.models.library:missing_weights")(str(self.given["teacher"]), weights)
         images = images_in(self.shards)
         if images is None or self.config.vocabulary:
             return

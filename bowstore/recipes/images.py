@@ -37,10 +37,10 @@ class ImagesStage(Stage):
 
     @property
     def needed(self) -> bool:
-        """Whether there are shards to be made of them, or nobody makes any."""
+        """Whether there are shards to be made of them, or the recipe makes none at all."""
         shards = [stage for stage in self._here.stages.values() if isinstance(stage, ShardsStage)]
         states = [stage.state() for stage in shards if stage.source in self.writes]
-        return not states or any(state.so_far != "done" for state in states)
+        return not shards or any(state.so_far != "done" for state in states)
 
 
 _Images = Annotated[int, Field(ge=10, le=10**6)]  # one a class; files are numbered with six digits

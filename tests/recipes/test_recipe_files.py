@@ -364,3 +364,31 @@ def test_too_few_images_are_refused_before_any_work(make_shard_set: ShardMaker) 
         plan_of(few).stages["c"].check()
     assert len(index) == 40
     assert not Path("runs").exists()
+
+
+def test_images_that_no_shards_are_made_of_are_not_needed() -> None:
+    """As in a recipe that is based on another, and has shards of other images."""
+    own, other = "data:   {shards: {}, images: images}", "data:   {shards: {src: IMAGES}}"
+    for text, state in ((own, "to do"), (other, "not needed")):
+        assert plan_of(SMALL.replace(own, text)).overview()[0]["state"] == state
+
+
+def test_a_teachers_weights_that_are_not_there_are_told_where_to_be_had() -> None:
+    """By the library's own record; nothing is fetched."""
+    plan = make_plan(load_recipe(Path("any_teacher")), Workspace(), seed=0)
+    (words,) = plan.overview("words")
+    assert words["problem"] == (
+        "no weights file data/tf_efficientnet_lite0.safetensors for timm:tf_efficientnet_lite0 (published: "
+        "model.safetensors of https://huggingface.co/timm/tf_efficientnet_lite0.in1k); put it there, or name another "
+        "file"
+    )
+    assert words["reads"] == [
+        "timm:tf_efficientnet_lite0", "data/tf_efficientnet_lite0.safetensors", "any_teacher/data/imagenette/train"
+    ]  # fmt: skip
+    Path("mine.safetensors").write_bytes(b"weights")
+    named = ["stages.words.encode.weights=mine.safetensors"]
+    (words,) = make_plan(load_recipe(Path("any_teacher"), named), Workspace()).overview("words")
+    assert words["problem"] == ""
+    Path("r.yaml").write_text("base: any_teacher.yaml\nstages: {words: {encode: {teacher: 'torchvision:resnet50'}}}")
+    (words,) = make_plan(load_recipe(Path("r.yaml")), Workspace()).overview("words")
+    assert "for torchvision:resnet50 (published: https://download.pytorch.org/models/resnet50-" in words["problem"]
