@@ -15,7 +15,7 @@ from bowstore.errors import MismatchError, UsageError
 from bowstore.models.arch import V1, is_arch
 from bowstore.models.backbone import Backbone
 from bowstore.models.layouts import load_foreign, read_weights
-from bowstore.models.library import library_view
+from bowstore.models.library import library_view, missing_weights
 from bowstore.models.record import NetworkRecord
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import SavedNetwork, load_backbone
@@ -141,6 +141,8 @@ def _drawn(seed: int) -> str:
 
 def _open_arch(arch: str, weights: Path | None, size: int | None, seed: int) -> OpenedNetwork:
     model, view = ModelConfig(arch=arch), library_view(arch) if ":" in arch else ViewConfig()
+    if weights and not weights.exists():
+        raise missing_weights(arch, weights)
     file = read_weights(weights) if weights else None
     if file and file.network:  # what no tensor says: strides, and the images that it takes
         _check_strides(arch, file.network.model.arch, file.path)
