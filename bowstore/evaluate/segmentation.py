@@ -116,12 +116,12 @@ def taps(backbone: Backbone, settings: SegmentationSettings, size: int) -> Mappi
     """
     layer = backbone.resolve(settings.layer or backbone.layers[-1])
     rows, columns = backbone.layer_table(size)[layer].grid
-    if (side := map_side(settings)) != rows or side != columns:
-        stride = -(-size // rows)
-        remedy = f"give --stride {stride}" if -(-size // stride) == rows == columns else "give another --size"
+    stride = -(-size // rows)  # one number for one map, so that no two ids mean the same
+    whole = -(-size // stride) == rows == columns
+    if settings.stride != stride or not whole:
         raise UsageError(
-            f"{layer} of {backbone.arch} has a map of {rows} x {columns} places of images of {size} pixels, and stride "
-            f"{settings.stride} (in the protocol id) makes {side} x {side}; {remedy}"
+            f"{layer} of {backbone.arch} has a map of {rows} x {columns} places of images of {size} pixels, and the "
+            f"protocol id says stride {settings.stride}; give {f'--stride {stride}' if whole else 'another --size'}"
         )
     return {_MAP: Tap(layer)}
 

@@ -1,6 +1,8 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -172,12 +174,24 @@ def test_the_id_says_what_changes_the_number() -> None:
     )
 
 
+class Grid(NamedTuple):
+    grid: tuple[int, int]
+
+
 def test_a_map_of_another_stride_is_refused() -> None:
     backbone = NETWORK.fresh()
     assert str(taps(backbone, SegmentationSettings(stride=4), 448)["map"]) == "block3 map"
     assert str(taps(backbone, SegmentationSettings(stride=2, layer="block2"), 448)["map"]) == "block2 map"
-    with pytest.raises(UsageError, match=r"block3 of wrn-10-1 has a map of 112 x 112 .* 14 x 14; give --stride 4$"):
+    with pytest.raises(
+        UsageError, match=r"block3 of wrn-10-1 has a map of 112 x 112 .* says stride 32; give --stride 4$"
+    ):
         taps(backbone, SegmentationSettings(), 448)
+    assert taps(backbone, SegmentationSettings(stride=4, size=61), 61)
+    with pytest.raises(UsageError, match=r"of 13 x 13 places .* says stride 5; give --stride 4$"):
+        taps(backbone, SegmentationSettings(stride=5, size=49), 49)  # which would make 10 x 10
+    odd = SimpleNamespace(arch="odd", layers=["last"], resolve=str, layer_table=lambda _: {"last": Grid((100, 100))})
+    with pytest.raises(UsageError, match=r"last of odd has a map of 100 x 100 .* says stride 5; give another --size$"):
+        taps(odd, SegmentationSettings(stride=5), 448)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="conv9"):
         taps(backbone, SegmentationSettings(layer="conv9"), 448)
 
