@@ -83,13 +83,16 @@ def data(settings: DetectionSettings, _workspace: Workspace) -> DataSets:
             f"{folders[0]}: {len(shared)} images are in both trainval and test (first: {min(shared)}); {_AGAIN}"
         )
     train = read_boxes(lists, classes, role="train")
-    test = read_boxes([(folders[0], tested[: plan.test_images])], classes, role="test")
+    test = read_boxes([(folders[0], tested)], classes, role="test")
     for split, part in ((train, "trainval"), (test, "test")):
         counts = _counted(split, easy=part == "test")
         if not counts.all():
             name = classes[int(counts.argmin())]
             what = "objects that are not difficult" if part == "test" else "objects"
             raise DataError(f"{settings.voc}: class {name} has 0 {what} in {part}; need at least 1 of each class")
+    if plan.test_images:
+        few = [tested[row] for row in _few(test, plan.test_images)]
+        test = read_boxes([(folders[0], few)], classes, role="test")
     shape = len(train), len(test), len(classes)
     return DataSets(splits={"train": train, "test": test}, view={"size": plan.test_side}, dataset=_SHAPES.get(shape))
 
@@ -254,5 +257,16 @@ def _number(element: ElementTree.Element, name: str, where: str, missing: float 
 
 def _counted(split: BoxedSplit, *, easy: bool) -> NDArray[np.int64]:
     """Objects of each class, (K,); without the difficult ones if only easy ones count."""
-    labels = [each.labels[~each.difficult] if easy else each.labels for each in split.objects]
+    labels = [_labels(each, easy=easy) for each in split.objects]
     return np.bincount(np.concatenate(labels), minlength=len(split.classes))
+
+
+def _few(split: BoxedSplit, count: int) -> list[int]:
+    """The first rows, so many, and for each class the first row with an object of it that is not difficult."""
+    easy = [_labels(each, easy=True) for each in split.objects]
+    firsts = {next(row for row, labels in enumerate(easy) if k in labels) for k in range(len(split.classes))}
+    return sorted(firsts | set(range(min(count, len(split)))))
+
+
+def _labels(objects: Objects, *, easy: bool) -> NDArray[np.int64]:
+    return objects.labels[~objects.difficult] if easy else objects.labels

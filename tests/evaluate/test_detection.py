@@ -437,8 +437,9 @@ def test_the_command(tiny: Schedule, workspace: Path, uninterrupted: Scores) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_what_it_was_trained_on_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small schedule, from a random network: a minute and a half of one core."""
+    """The small schedule, from a random network: a minute of one core."""
     devkit = write_boxed_devkit(tmp_path, trainval=20, test=10)
     network = network_of({"name": "r", "task": "words", "model": {"arch": "resnet18"}}, "test")
     save_backbone(tmp_path / "net.safetensors", network.fresh(), network)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from voc_devkit import annotation, write_boxed_devkit
 from bowstore.config import Workspace
 from bowstore.errors import DataError, MismatchError, MissingError
 from bowstore.evaluate.protocol import DataSets
+from bowstore.evaluate.protocols import voc0712_detection
 from bowstore.evaluate.protocols.voc0712_detection import DetectionSettings
-from bowstore.evaluate.voc_boxes import BoxedSplit, data, read_annotation
+from bowstore.evaluate.voc_boxes import BoxedSplit, Objects, data, read_annotation
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,21 @@ def test_both_years_are_trained_on_and_2007_is_tested_on(both: Path) -> None:
     assert train.labels[0].tolist() == [0, 1, 1]
     assert len(split(opened(both, schedule="voc07"), "train")) == 6
     assert len(split(opened(both, small=True), "train")) == 6
+
+
+def test_a_small_test_has_every_class(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image 5001 has green and red, 5002 red and a difficult blue, 5003 blue and green."""
+    monkeypatch.setattr(voc0712_detection, "SMALL", replace(voc0712_detection.SMALL, test_images=1))
+    names = {path.stem: set(objects.labels[~objects.difficult]) for path, objects in _test_objects(opened(both))}
+    assert names == {"005001": {1, 2}, "005002": {2}, "005003": {0, 1}, "005004": {1}}
+    small = opened(both, small=True)
+    assert [path.stem for path, _ in _test_objects(small)] == ["005001", "005003"]
+    assert small.inputs["test"] != opened(both).inputs["test"]
+
+
+def _test_objects(sets: DataSets) -> list[tuple[Path, Objects]]:
+    test = split(sets, "test")
+    return list(zip(test.paths, test.objects, strict=True))
 
 
 def test_boxes_are_edges_counted_from_0(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Schedule:
         kept_in_training: proposals of an image before and after their suppression.
         kept_in_test: the same.
         precise: train batches over which the statistics of batch norm are taken before the test.
-        test_images: how many of the test images are looked at, from the first on; None for all.
+        test_images: how many of the test images are looked at, from the first on, beside one of each class; None: all.
     """
 
     id: str
@@ -95,7 +95,7 @@ SMALL = Schedule(
     longest=213,
     anchors=(16, 32, 64, 128),
     pooled=7,
-    samples=16,
+    samples=8,
     kept_in_training=(500, 50),
     kept_in_test=(500, 30),
     precise=10,
