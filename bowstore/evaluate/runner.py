@@ -70,7 +70,7 @@ def evaluate(
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)
             first = next(iter(features.splits.values()))
-            taken = {name: {"of": str(tap), "dims": first[name].shape[1]} for name, tap in how.taps.items()}
+            taken = {name: {"of": str(tap), "dims": first.taps[name].shape[1]} for name, tap in how.taps.items()}
             ran = {
                 "view": view.recorded(), "trunk": trunk, "batch": how.batch, "dtype": config.dtype, "taps": taken
             }  # fmt: skip

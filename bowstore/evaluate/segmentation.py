@@ -134,7 +134,7 @@ def score(features: Features, settings: SegmentationSettings) -> Scores:
     """
     start = time.monotonic()
     device, side, config = torch.device(features.device), map_side(settings), HeadConfig(seed=settings.seed)
-    train_Nd, val_Nd = (resident(torch.from_numpy(features[name][_MAP]), device) for name in ("train", "val"))
+    train_Nd, val_Nd = (resident(torch.from_numpy(features[name].taps[_MAP]), device) for name in ("train", "val"))
     train_Nchw, val_Nchw = (maps_Nd.view(len(maps_Nd), -1, side, side) for maps_Nd in (train_Nd, val_Nd))
     learned, compared = _listed(settings)
     size = settings.masks or settings.size
@@ -165,7 +165,7 @@ def train_head(
     """The classifier, in eval mode, and the mean loss of each epoch, nats a pixel.
 
     Args:
-        maps_Nchw: float32, finite; in memory, mapped, or on the device.
+        maps_Nchw: float32 or float16, finite; in memory, mapped, or on the device.
         masks: all of one size.
         config: how it is trained.
         device: where.
@@ -190,7 +190,7 @@ def train_head(
             total = torch.zeros((), device=device)
             for step, rows_B in enumerate(torch.split(order_N, config.batch), epoch * of_epoch):
                 optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config)
-                maps_Bchw = maps_Nchw[rows_B.to(maps_Nchw.device)].to(device)
+                maps_Bchw = maps_Nchw[rows_B.to(maps_Nchw.device)].to(device).float()
                 logits_BKhw = head(maps_Bchw)
                 class_BHW = torch.from_numpy(np.stack([masks[row] for row in rows_B.tolist()])).to(device).long()
                 loss, gradient_BKhw = pixel_loss(logits_BKhw.detach(), class_BHW)
@@ -265,7 +265,7 @@ def compare(head: nn.Module, maps_Nchw: Tensor, masks: Masks, *, device: torch.d
     with Progress("segmentation", len(maps_Nchw)) as progress:
         for row in range(len(maps_Nchw)):
             class_HW = torch.from_numpy(masks[row]).to(device).long()
-            (logits_KHW,) = upsampled(head(maps_Nchw[row : row + 1].to(device)), class_HW.shape)
+            (logits_KHW,) = upsampled(head(maps_Nchw[row : row + 1].to(device).float()), class_HW.shape)
             both = (classes * class_HW + logits_KHW.argmax(0))[class_HW != VOID]
             counts += torch.bincount(both, minlength=classes**2)
             progress.advance()

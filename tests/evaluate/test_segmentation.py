@@ -293,7 +293,7 @@ def test_the_augmented_list_has_masks_of_its_own(voc: Path) -> None:
 
 
 class TestWhole:
-    def evaluate(self, voc: Path, out: Path, how: dict[str, int] | None = None, **options: object) -> Result:
+    def evaluate(self, voc: Path, out: Path, how: dict[str, object] | None = None, **options: object) -> Result:
         save_backbone(out / "net.safetensors", NETWORK.fresh(), NETWORK)
         config = EvalConfig.model_validate({"run": str(out / "net.safetensors")} | (how or {}))
         settings = SegmentationSettings.model_validate({"size": 32, "stride": 4} | options)
@@ -312,7 +312,8 @@ class TestWhole:
         assert (again.metrics, again.settings["batch"]) == (result.metrics, 8)
 
     def test_masks_of_their_own_size(self, voc: Path, tmp_path: Path) -> None:
-        result = self.evaluate(voc, tmp_path, masks=16, original=True)
+        result = self.evaluate(voc, tmp_path, {"dtype": "float16"}, masks=16, original=True)
+        assert result.settings["dtype"] == "float16"
         assert result.protocol == "segmentation/voc12/squash32-stride4/masks16-original"
         assert result.metrics["miou"] > 0.9
         masks = read_masks(read_listed(voc, "val"), None, "masks")
