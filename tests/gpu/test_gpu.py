@@ -1,5 +1,7 @@
-"""What needs an NVIDIA GPU and no images: words on tensor cores, and k-means. What decodes is in processes of its own
-(test_gpu_sections.py)."""
+"""What needs an NVIDIA GPU and no images: words on tensor cores, k-means, evaluations. What decodes is in processes of
+its own (test_gpu_sections.py)."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from bowstore.clustering import assign_triton
 from bowstore.clustering.assign import assign, assign_reference, prepare_words
 from bowstore.clustering.assign_triton import HOPPER, OTHER, Tiles, nearest, prepare_fast
 from bowstore.clustering.kmeans import default_backend, kmeans
+from bowstore.evaluate.logreg import logistic_regression
+from bowstore.evaluate.retrieval import rankings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,3 +118,17 @@ def test_kmeans_on_a_gpu_settles_where_faiss_does() -> None:
     assert np.array_equal(found[0].centroids_Kp, found[1].centroids_Kp)
     assert found[0].inertia == pytest.approx(found[2].inertia, rel=0.05)
     assert (found[0].counts_K > 0).all()
+
+
+def test_retrieval_and_logistic_regression_are_those_of_a_cpu() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(600) % 6
+    features = (rng.standard_normal((6, 24))[labels] + rng.standard_normal((600, 24))).astype(np.float32)
+    train, test = (features[:400], labels[:400]), (features[400:], labels[400:])
+    ours, theirs = (rankings(*train, *test, device=device) for device in (GPU, CPU))
+    assert (ours[0] == theirs[0]).mean() > 0.99  # cosines may be rounded to another order
+    np.testing.assert_allclose(ours[1], theirs[1], atol=0.01)
+    how: dict[str, Any] = {"classes": 6, "standardise": False}
+    fits = [logistic_regression(*train, np.arange(400) < 40, *test, **how, device=device) for device in (GPU, CPU)]
+    assert fits[0].metrics == pytest.approx(fits[1].metrics, abs=0.01)
+    assert fits[0].details["train_loss"] == pytest.approx(fits[1].details["train_loss"], rel=0.01)
