@@ -270,9 +270,13 @@ def test_too_few_images(make_shard_set: ShardMaker, tmp_path: Path) -> None:
     settings = ImageNetSettings(train=tmp_path / "few", test=tmp_path / "test", own_images=True)
     with pytest.raises(DataError, match="3 train images are fewer than the 4 of the smallest batch; use more images"):
         imagenet_linear.data(settings, Workspace())
-    monkey = settings.model_copy(update={"train": tmp_path / "test", "test": tmp_path / "few", "batch": 8})
+    other = settings.model_copy(update={"train": tmp_path / "test", "test": tmp_path / "few", "batch": 8})
     with pytest.raises(UsageError, match="batch 8 is more than the 4 train images; give --batch 4 or less"):
-        imagenet_linear.data(monkey, Workspace())
+        imagenet_linear.data(other, Workspace())
+    other = other.model_copy(update={"batch": 4})
+    assert imagenet_linear.data(other, Workspace()).view == {}  # the network's own, or --size
+    published = other.model_copy(update={"own_images": False})
+    assert imagenet_linear.data(published, Workspace()).view == {"size": 224, "resize": 256}
 
 
 class TestPerturbation:
