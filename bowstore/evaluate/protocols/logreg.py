@@ -34,7 +34,11 @@ def data(settings: LogregSettings, workspace: Workspace) -> DataSets:
     """
     found = open_train_test(settings, workspace)
     left = " beside the test images, which are held out, too" if settings.held_out else ""
-    check_tenth(found["train"].labels, f"{settings.train}{left}", "logreg chooses C on a tenth of each train class")
+    check_tenth(
+        found["train"].labels,
+        f"{settings.train}{left}",
+        "logreg chooses C on a tenth of each train class, so give --train more",
+    )
     return found
 
 
