@@ -273,7 +273,10 @@ def compare(head: nn.Module, maps_Nchw: Tensor, masks: Masks, *, device: torch.d
 
 
 def intersection_over_union(confusion_KK: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of each class (K,): pixels that are it and were given it, over those of either; NaN where there are none."""
-    either_K = confusion_KK.sum(0) + confusion_KK.sum(1) - confusion_KK.diagonal()
+    """Of each class (K,): pixels that are it and were given it, over those of either; NaN of classes in no mask.
+
+    A few pixels that are given a class that is not there would else be a zero as heavy as any class.
+    """
+    true_K, given_K, both_K = confusion_KK.sum(1), confusion_KK.sum(0), confusion_KK.diagonal()
     with np.errstate(invalid="ignore"):
-        return np.asarray(confusion_KK.diagonal() / either_K, np.float64)
+        return np.where(true_K > 0, both_K / (true_K + given_K - both_K), np.nan)

@@ -99,15 +99,16 @@ def test_loss_and_gradient_are_those_of_torch(at_once: int, monkeypatch: pytest.
 
 
 def test_intersection_over_union_by_hand(tmp_path: Path) -> None:
-    """Of all images together, not a mean over images; void pixels count nowhere, absent classes are no zeros."""
+    """Of all images together, not a mean over images; void pixels count nowhere, nor does a class in no mask."""
     masks = masks_of([[0, 0, 1], [1, 2, VOID]], [[0, 0, 0], [0, 0, VOID]], tmp_path=tmp_path)
-    given_NHW = torch.tensor([[[0, 1, 1], [1, 0, 2]], [[0, 0, 0], [0, 1, 7]]])
+    given_NHW = torch.tensor([[[0, 1, 1], [1, 0, 2]], [[0, 0, 0], [7, 1, 7]]])
     logits_NKhw = F.one_hot(given_NHW, 21).permute(0, 3, 1, 2).float()
     confusion_KK = compare(torch.nn.Identity(), logits_NKhw, masks, device=CPU)
-    assert confusion_KK[:3, :3].tolist() == [[5, 2, 0], [0, 2, 0], [1, 0, 0]]
+    assert confusion_KK[:3, :3].tolist() == [[4, 2, 0], [0, 2, 0], [1, 0, 0]]
+    assert confusion_KK[0, 7] == 1
     assert confusion_KK.sum() == 10
     iou_K = intersection_over_union(confusion_KK)
-    assert iou_K[:3].tolist() == [5 / 8, 2 / 4, 0]  # true and given, over true or given
+    assert iou_K[:3].tolist() == [4 / 8, 2 / 4, 0]  # true and given, over true or given
     assert np.isnan(iou_K[3:]).all()
 
 
