@@ -44,15 +44,14 @@ def run(
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import load_workspace
     from bowstore.errors import MissingError
-    from bowstore.recipes.file import load_recipe
-    from bowstore.recipes.plan import make_plan
+    from bowstore.recipes.datasets import placed
     from bowstore.torchrun import ranks
 
     workspace = load_workspace()
     named = recipe or workspace.recipe
     if named is None:
         raise MissingError("no recipe was named; `bowstore run RECIPE`, or `recipe: RECIPE` in bowstore.yaml")
-    plan = make_plan(load_recipe(named, overrides), workspace, seed=seed, folder=out)
+    plan = placed(named, workspace, overrides, seed=seed, folder=out)
     if dry_run:
         emit(plan.overview(stage), plan.text(stage), as_json)
         return

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from bowstore.config import StorageConfig
+from bowstore.config import StorageConfig, Workspace
 from bowstore.data.downloads import BY_HAND, DOWNLOADS
 from bowstore.data.index import open_index
 from bowstore.data.records import read_manifest
 from bowstore.data.table import INDEX_FILE
 from bowstore.errors import BowstoreError, MissingError, UsageError, nearest
 from bowstore.evaluate.splits import has_classes_of
+from bowstore.recipes.file import load_recipe
 from bowstore.recipes.images import DownloadStage, ShardsStage
-from bowstore.recipes.plan import Plan
+from bowstore.recipes.plan import Plan, make_plan
 from bowstore.recipes.stage import DONE, fingerprint
 from bowstore.remote import RemoteFolder, is_remote, url_of
 
@@ -25,6 +26,33 @@ class Supply(NamedTuple):
 
     overrides: tuple[str, ...] = ()
     absent: str = ""
+
+
+def placed(
+    recipe: Path,
+    workspace: Workspace,
+    overrides: Sequence[str] = (),
+    *,
+    seed: int | None = None,
+    folder: Path | None = None,
+) -> Plan:
+    """A recipe in a workspace, with images of a data set that are there in place of their download (`supply`).
+
+    So that a recipe and `reproduce`, whose runs lie in the same places, take the same images. Of shards that have no
+    data set's name, as `data/shards`, nobody can tell that they are the same: they are made as the recipe says.
+
+    Raises:
+        MissingError, UsageError: as `load_recipe` and `make_plan`.
+    """
+    plan = make_plan(load_recipe(recipe, overrides), workspace, seed=seed, folder=folder)
+    found: list[str] = []
+    for name, stage in shard_stages(plan).items():
+        images = plan.stages.get(str(cast(ShardsStage, plan.stages[stage]).images))
+        if name in DOWNLOADS and isinstance(images, DownloadStage) and images.state() != DONE:
+            found += supply(plan, name, stage, None, fetch=False).overrides
+    if not found:
+        return plan
+    return make_plan(load_recipe(recipe, [*overrides, *found]), workspace, seed=seed, folder=folder)
 
 
 def shard_stages(plan: Plan) -> dict[str, str]:

@@ -8,9 +8,9 @@ from bowstore import runs
 from bowstore.config import WORKSPACE_FILE, Workspace
 from bowstore.errors import MissingError
 from bowstore.progress import say
+from bowstore.recipes.datasets import placed
 from bowstore.recipes.encode import EncodeStage, complete_layer
-from bowstore.recipes.file import load_recipe
-from bowstore.recipes.plan import Plan, make_plan
+from bowstore.recipes.plan import Plan
 from bowstore.recipes.stage import fingerprint
 from bowstore.recipes.train import TrainStage
 from bowstore.remote import is_remote
@@ -57,7 +57,7 @@ def workspace_plan(workspace: Workspace, flag: str) -> Plan:
             f"the workspace names no recipe to say what comes next; give {flag}, or write `recipe: NAME` into "
             f"{WORKSPACE_FILE} (`bowstore init --recipe NAME` does)"
         )
-    return make_plan(load_recipe(workspace.recipe), workspace)
+    return placed(workspace.recipe, workspace)
 
 
 def next_training(plan: Plan, given: Collection[str] = ()) -> TrainStage:

@@ -283,10 +283,17 @@ def _offline(fetch: Any) -> dict[str, Any]:
 
 
 def test_data_are_found_where_they_lie(workspace: Path) -> None:
-    def source(*arguments: str) -> tuple[str, str]:
-        (stages,) = json.loads(invoke("--rows", "RotNet", "--dry-run", "--json", *arguments).stdout).values()
+    def shards_stage(stages: list[dict[str, Any]]) -> tuple[str, str]:
         data = next(stage for stage in stages if stage["stage"] == "cifar10")
         return data["reads"][0], data["writes"][0]
+
+    def source(*arguments: str) -> tuple[str, str]:
+        (stages,) = json.loads(invoke("--rows", "RotNet", "--dry-run", "--json", *arguments).stdout).values()
+        found = shards_stage(stages)
+        if not arguments:  # the recipe alone, whose runs lie in the same places, takes the same images
+            run = CliRunner().invoke(main, ["run", "table1_small", "--dry-run", "--json"])
+            assert shards_stage(json.loads(run.stdout)) == found
+        return found
 
     images, shards = str(workspace / "data/cifar10"), "reproduce/data/cifar10"
     assert source() == (images, shards)
@@ -300,6 +307,9 @@ def test_data_are_found_where_they_lie(workspace: Path) -> None:
     assert source()[1] == source("--data", "data/shards")[1] == source("--data", "data/shards/train")[1] == ours
     shutil.move("data/shards", "data/cifar10")
     assert source()[1] == images
+    set_here = ["--set", "stages.cifar10.images=null", "--set", "stages.cifar10.shards.src=else where"]
+    run = CliRunner().invoke(main, ["run", "table1_small", "--dry-run", "--json", *set_here])
+    assert shards_stage(json.loads(run.stdout)) == ("else where", shards)
 
 
 def test_shards_behind_a_url_are_taken_as_they_are(workspace: Path) -> None:
