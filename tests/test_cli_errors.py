@@ -105,7 +105,7 @@ def test_messages_of_libraries_are_not_passed_on(tmp_path: Path) -> None:
         (["train", "--shards", ""], "'--shards': '' is empty (is a shell variable not set?)"),
         (["verify", ""], "'PATH': '' is empty"),
         (["eval", "linear", "--run", ""], "'--run': '' is empty"),
-        (["encode", "--teacher", ""], "'--teacher': '' is empty"),
+        (["encode", "--teacher", ""], "'--teacher' / '--arch': '' is empty"),
         (["demo", "--out", "~/demo"], "'--out': '~/demo' begins with ~, which only a shell expands"),
         (["train", "--shards", "caf\udce9"], r"'--shards': 'caf\udce9' is not UTF-8 text; rename what it names"),
         (["train", "--set", "name=\udce9"], r"'--set': 'name=\udce9' is not UTF-8 text"),

@@ -267,8 +267,8 @@ class TestWhole:
 def test_scores_are_those_of_the_episodes_drawn() -> None:
     features = np.random.default_rng(0).standard_normal((24, 5)).astype(np.float32)
     images = np.array([9, 7, 8])
-    split = SimpleNamespace(labels=np.repeat([0, 1, 2], images), classes=("a", "b", "c"))
-    split = type("Split", (SimpleNamespace,), {"__getitem__": lambda self, tap: features})(**vars(split))
+    labels = np.repeat([0, 1, 2], images)
+    split = SimpleNamespace(taps={"pooled": features}, labels=labels, classes=("a", "b", "c"))
     settings = FewShotSettings(ways=2, shots=(1, 2), queries=3, episodes=20, seed=4)
     scores = fewshot.score({"test": split}, settings)  # type: ignore[arg-type]
     classes, places = draw_episodes(images, ways=2, images=5, episodes=20, seed=4)
