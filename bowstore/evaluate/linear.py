@@ -92,12 +92,8 @@ def linear_probe(
         DataError: a loss that diverges.
     """
     start = time.monotonic()
-    train_X, test_X = (resident(torch.from_numpy(features), device) for features in (train_Nd, test_Md))
-    if config.standardise:
-        train_X, test_X = standardised(train_X, test_X)
-    train_y, test_y = (
-        torch.from_numpy(labels.astype(np.int64)).to(device) for labels in (train_labels_N, test_labels_M)
-    )
+    train_X, test_X = placed(train_Nd, test_Md, device, standardise=config.standardise)
+    train_y, test_y = (placed_labels(labels, device) for labels in (train_labels_N, test_labels_M))
     layer, losses = _train(train_X, train_y, classes, config)
     metrics, train_top1 = accuracy(layer, classes, test_X, test_y), accuracy(layer, classes, train_X, train_y)["top1"]
     seconds = round(time.monotonic() - start, 3)
@@ -138,6 +134,19 @@ def of_layers(scores: Mapping[str, Scores], settings: ProbeSettings, fixed: Mapp
     best = max(found.metrics["top1"] for found in scores.values())
     details = {tap: found.details for tap, found in scores.items()}
     return Scores(metrics={**metrics, "top1_best": best}, details=details, settings=fixed)
+
+
+def placed(
+    train_Nd: NDArray[np.float32], test_Md: NDArray[np.float32], device: torch.device, *, standardise: bool
+) -> tuple[Tensor, Tensor]:
+    """Features of both splits, on the device where they fit, standardised by the train split if that is asked for."""
+    train_X, test_X = (resident(torch.from_numpy(features), device) for features in (train_Nd, test_Md))
+    return standardised(train_X, test_X) if standardise else (train_X, test_X)
+
+
+def placed_labels(labels_N: NDArray[np.integer], device: torch.device) -> Tensor:
+    """Labels (N,), int64, on the device."""
+    return torch.from_numpy(labels_N.astype(np.int64)).to(device)
 
 
 def standardised(train_Nd: Tensor, test_Md: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,10 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from bowstore.evaluate.blocks import blocks
-from bowstore.evaluate.linear import accuracy, of_layers, standardised
+from bowstore.evaluate.linear import accuracy, of_layers, placed, placed_labels
 from bowstore.evaluate.protocol import Features, Scores
 from bowstore.evaluate.protocols.logreg import COSTS, LogregSettings
 from bowstore.evaluate.splits import a_tenth
-from bowstore.gpu import resident
 from bowstore.progress import Progress, say
 
 MAX_ITERATIONS = 1000
@@ -104,12 +103,8 @@ def logistic_regression(
         device: where the loss is computed.
         what: name of the step in the progress line.
     """
-    train_X, test_X = (resident(torch.from_numpy(values), device) for values in (train_Nd, test_Md))
-    if standardise:
-        train_X, test_X = standardised(train_X, test_X)
-    train_y, test_y = (
-        torch.from_numpy(labels.astype(np.int64)).to(device) for labels in (train_labels_N, test_labels_M)
-    )
+    train_X, test_X = placed(train_Nd, test_Md, device, standardise=standardise)
+    train_y, test_y = (placed_labels(labels, device) for labels in (train_labels_N, test_labels_M))
     held, rest = (torch.from_numpy(np.flatnonzero(rows)).to(train_X.device) for rows in (held_N, ~held_N))
     held_X, held_y = train_X[held], train_y[held.to(device)]
     problem = _Problem(train_X, train_y, rest, classes)
