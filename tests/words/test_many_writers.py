@@ -110,9 +110,9 @@ def test_killed_at_thirty_random_moments_it_ends_with_the_same_words(
     """Each death strikes what the ones before left; a store that gets finished is compared, and begun anew."""
     store, written, finished = values["store"], dict[Path, int](), 0
     scale, draw, deaths = 1.0, random.Random(0), 0  # seconds
-    while deaths < 30 or not store.exists():
+    while deaths < 30:
         assert deaths + finished < 150
-        process = start(values, None, draw.uniform(0, scale) if deaths < 30 else None)
+        process = start(values, None, draw.uniform(0, scale))
         process.join(300)
         assert process.exitcode is not None
         committed = {path: path.stat().st_mtime_ns for path in store.glob("*/chunk_digest/c/[0-9]*")}
