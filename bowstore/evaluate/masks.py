@@ -5,7 +5,6 @@ Legend: N images, H W pixels of an image, K classes.
 
 import io
 import zlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,8 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from bowstore.data.image_header import UnusableImage, image_size
-from bowstore.data.sources.listing import read_list
 from bowstore.errors import DataError, MissingError, is_machine_error
-from bowstore.evaluate.voc_layout import IMAGES
+from bowstore.evaluate.voc_layout import IMAGES, extract, header_size, read_ids, refuse_missing
 from bowstore.progress import Progress
 
 CLASSES = (
@@ -42,8 +39,6 @@ _FOLDERS: Mapping[Split, str] = {"trainaug": "SegmentationClassAug"}
 _REMEDIES: Mapping[Split, str] = {
     "trainaug": "put the augmented list there and its masks into SegmentationClassAug, or leave --trainaug out"
 }
-_EXTRACT = "extract VOCtrainval_11-May-2012.tar into the same devkit"
-_ALLOWED = np.isin(np.arange(256), (*range(len(CLASSES)), VOID))
 
 
 @dataclass(frozen=True)
@@ -93,25 +88,19 @@ def read_listed(voc: Path, split: Split) -> Listed:
 
     Raises:
         MissingError: no such folder or list; an image or a mask is not there.
-        DataError: an image is listed twice; as `listing.read_list`.
+        DataError: as `voc_layout.read_ids`.
     """
     if not (voc / IMAGES).is_dir():
         raise MissingError(f"no folder {voc / IMAGES}; name the devkit (VOCdevkit) or its folder VOCdevkit/VOC2012")
-    remedy = _REMEDIES.get(split, _EXTRACT)
+    remedy = _REMEDIES.get(split, extract(2012, "trainval"))
     source = next((voc / name for name in _LISTS[split] if (voc / name).is_file()), None)
     if source is None:
         raise MissingError(f"no list {voc / _LISTS[split][0]}; {remedy}")
-    ids = [Path(entry.path).stem for entry in read_list(source)]  # a line may name the files of both, too
-    (first, times), *_ = Counter(ids).most_common(1)
-    if times > 1:
-        raise DataError(f"{source}: image {first} is listed {times} times; name each image once")
+    ids = read_ids(source)
     images = tuple(voc / IMAGES / f"{name}.jpg" for name in ids)
     masks = tuple(voc / _FOLDERS.get(split, "SegmentationClass") / f"{name}.png" for name in ids)
     for what, paths in (("image", images), ("mask", masks)):
-        if absent := [path for path in paths if not path.is_file()]:
-            raise MissingError(
-                f"{source}: no {what} {absent[0]} ({len(absent)} of {len(ids)} images lack theirs); {remedy}"
-            )
+        refuse_missing(source, what, paths, remedy)
     return Listed(source, images, masks)
 
 
@@ -133,13 +122,16 @@ def read_masks(listed: Listed, side: int | None, what: str) -> Masks:
     digest = xxhash.xxh3_128(" ".join(path.stem for path in listed.images).encode())
     with Progress(what, len(listed)) as progress:
         for row, (image, path) in enumerate(zip(listed.images, listed.masks, strict=True)):
-            data, pixels = path.read_bytes(), image.read_bytes()
+            data = path.read_bytes()
             digest.update(data)
-            digest.update(str(len(pixels)).encode())
-            mask_HW = _read_mask(data, path)
-            _check_size(mask_HW, path, pixels, image)
-            found = np.unique(mask_HW)
-            present_NK[row, found[found != VOID]] = 1
+            digest.update(str(image.stat().st_size).encode())
+            mask_HW, present_NK[row] = _read_mask(data, path)
+            height, width = header_size(image)
+            if mask_HW.shape != (height, width):
+                raise DataError(
+                    f"mask {path} has {mask_HW.shape[0]} x {mask_HW.shape[1]} pixels, and its image {height} x "
+                    f"{width}; they must be of one size: extract the devkit again"
+                )
             if side is not None:
                 mask_HW = np.asarray(Image.fromarray(mask_HW).resize((side, side), Image.Resampling.NEAREST))
             packed.append((mask_HW.shape, zlib.compress(mask_HW.tobytes(), 1)))
@@ -147,7 +139,8 @@ def read_masks(listed: Listed, side: int | None, what: str) -> Masks:
     return Masks(tuple(packed), present_NK, digest.hexdigest())
 
 
-def _read_mask(data: bytes, path: Path) -> NDArray[np.uint8]:
+def _read_mask(data: bytes, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The pixels (H, W), and which classes are among them (K,)."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             mode, mask_HW = image.mode, np.asarray(image)
@@ -159,22 +152,11 @@ def _read_mask(data: bytes, path: Path) -> NDArray[np.uint8]:
         raise DataError(
             f"mask {path} has pixels of mode {mode}; masks are palette or grey PNG of 8 bits, a class a pixel"
         )
-    if (wrong := ~_ALLOWED[mask_HW]).any():
+    counts = np.bincount(mask_HW.ravel(), minlength=VOID + 1)
+    known, others = counts[: len(CLASSES)], counts[len(CLASSES) : VOID]
+    if others.any():
         raise DataError(
-            f"mask {path} has {np.count_nonzero(wrong)} pixels of other values than 0 to {len(CLASSES) - 1} and {VOID} "
-            f"(the first is {mask_HW[wrong][0]}); masks of VOC12 hold those of its 21 classes and void"
+            f"mask {path} has {others.sum()} pixels of other values than 0 to {len(CLASSES) - 1} and {VOID} (the least "
+            f"is {len(CLASSES) + np.flatnonzero(others)[0]}); masks of VOC12 hold those of its 21 classes and void"
         )
-    return mask_HW
-
-
-def _check_size(mask_HW: NDArray[np.uint8], path: Path, data: bytes, image: Path) -> None:
-    try:
-        size = image_size(data)
-    except UnusableImage as error:
-        raise DataError(f"image {image} cannot be decoded ({error}); extract the devkit again") from error
-    if mask_HW.shape != tuple(size):
-        height, width = mask_HW.shape
-        raise DataError(
-            f"mask {path} has {height} x {width} pixels, and its image {size.height} x {size.width}; they must be of "
-            "one size: extract the devkit again"
-        )
+    return mask_HW, known > 0

@@ -81,7 +81,7 @@ def _open(config: TrainConfig, asked: list[Asked], workspace: Workspace, device:
         with _explained(kind):
             settings = kind.ask("resolve", kind.settings, given, workspace)
             protocol, data = kind.ask("describe", Protocol, settings), kind.ask("data", DataSets, settings, workspace)
-            taken = extraction(kind, settings, backbone, replace(view, **data.view), data, how, device)
+            taken = extraction(kind, settings, backbone, replace(view, **data.view), how, device)
         if protocol.id in opened:
             raise UsageError(f"{PROBE}: {protocol.id} is asked for twice; leave one of them out")
         opened[protocol.id] = _Protocol(kind, settings, protocol, data, taken)

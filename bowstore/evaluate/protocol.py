@@ -112,13 +112,11 @@ class DataSets:
         view: fields of `CleanView` that the protocol fixes whatever the network was trained at, for example `size`; of
             one that trains no more than its size, which it sees to itself.
         dataset: name of the paper's data set, where it can only be that: its figures are shown beside.
-        batch: images of a forward pass where the user says nothing, if they are larger than others'.
     """
 
     splits: Mapping[str, LabelledSplit]
     view: Mapping[str, Any] = field(default_factory=dict)
     dataset: str | None = None
-    batch: int | None = None
 
     def __getitem__(self, split: str) -> LabelledSplit:
         return self.splits[split]

@@ -66,7 +66,7 @@ def evaluate(
             view = replace(clean_view(network.view), **data.view)
             # Strides, and what is drawn, are in no weights.
             identity = repr((weights, opened.model, opened.seed))
-            how = extraction(kind, settings, network.backbone, view, data, config, world.device, identity=identity)
+            how = extraction(kind, settings, network.backbone, view, config, world.device, identity=identity)
             features, trunk = (kept or FeatureSets(workspace.storage)).take(how, data)
             scores = _scored(kind, features, settings)
             first = next(iter(features.splits.values()))
@@ -114,13 +114,12 @@ def extraction(
     settings: Strict,
     backbone: Backbone,
     view: CleanView,
-    data: DataSets,
     config: EvalConfig,
     device: torch.device,
     *,
     identity: str = "",
 ) -> Extraction:
-    """How a protocol on features takes them of a network that sees images by a view.
+    """How a protocol on features takes them of a network that sees images by a view; its own settings come first.
 
     Raises:
         UsageError: a layer that the network does not have.
@@ -131,7 +130,7 @@ def extraction(
         view=view,
         taps=kind.ask("taps", Mapping, backbone, settings, view.size),  # type: ignore[type-abstract]
         device=device,
-        **{name: getattr(config, name) for name in OF_FEATURES} | _batch(data, config),
+        **{name: getattr(settings, name, getattr(config, name)) for name in OF_FEATURES},
     )
 
 
@@ -214,11 +213,6 @@ def _world(kind: Kind, config: EvalConfig) -> Iterator[World]:
         raise UsageError(f"eval {kind.name} is for one process, and torchrun started {size}; start it without torchrun")
     else:
         yield World(0, 1, choose_device(config.device))
-
-
-def _batch(data: DataSets, config: EvalConfig) -> dict[str, int]:
-    """The protocol's batch, if it has one and the user has said none."""
-    return {"batch": data.batch} if data.batch and "batch" not in config.model_fields_set else {}
 
 
 def _scored(kind: Kind, features: Features, settings: Strict) -> Scores:

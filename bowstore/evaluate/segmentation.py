@@ -3,9 +3,9 @@
 Images are squashed to a square and seen without augmentation, so that each map is computed once. The logits of the
 map's places are upsampled to the masks. An upsampled logit is a weighted mean of logits, first over rows, then over
 columns: two products of matrices, which unlike torch's own upsampling give the same digits every time on a GPU, too.
-The loss and its gradient are made of a few images at a time, as 21 logits a pixel of a batch would take a gigabyte.
+The loss and its gradient are made of one image at a time, as 21 logits a pixel of a batch would take a gigabyte.
 
-Legend: N images, B batch, c channels, h w places of the map, H W pixels of a mask, K classes, b at a time, P places.
+Legend: N images, B batch, c channels, h w places of the map, H W pixels of a mask, K classes, P places.
 """
 
 import time
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bowstore.config import Workspace
-from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.errors import DataError, UsageError
 from bowstore.evaluate.masks import CLASSES, VOID, Listed, Masks, read_listed, read_masks
-from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
+from bowstore.evaluate.protocol import DataSets, Features, Scores
 from bowstore.evaluate.protocols.segmentation import SegmentationSettings
-from bowstore.evaluate.voc_layout import of_files
+from bowstore.evaluate.voc_layout import FileSplit, of_files, refuse_shared
 from bowstore.exact import exact_float32
 from bowstore.gpu import resident
 from bowstore.models.backbone import Backbone
@@ -32,8 +32,6 @@ from bowstore.models.pooling import Tap
 from bowstore.progress import Progress
 
 _MAP = "map"
-_PIXELS_AT_ONCE = 1 << 18  # 21 logits each: one mask of 448 x 448
-_IMAGES_A_PASS = 16  # of 448 pixels a side: as many values as 64 of 224
 _VOC12 = {False: (1464, 1449), True: (10582, 1449)}  # images in train or trainaug, and val
 
 
@@ -78,16 +76,12 @@ def data(settings: SegmentationSettings, _workspace: Workspace) -> DataSets:
     train, val = _listed(settings)
     if len(train) < (batch := HeadConfig().batch):
         raise DataError(f"{train.source} lists {len(train)} images, and a batch has {batch}; list at least {batch}")
-    if shared := set(train.images) & set(val.images):
-        raise MismatchError(
-            f"{len(shared)} images of {val.source} are in {train.source}, too (first: {min(shared).stem}); take them "
-            "out of one of the lists"
-        )
+    splits = {"train": _split(train, "train"), "val": _split(val, "test")}
+    refuse_shared(splits["train"], splits["val"], str(val.source.parent))
     return DataSets(
-        splits={"train": _split(train, "train"), "val": _split(val, "test")},
+        splits=splits,
         view={"size": settings.size, "resize": None, "squash": False},
         dataset="voc12" if (len(train), len(val)) == _VOC12[settings.trainaug] else None,
-        batch=_IMAGES_A_PASS,
     )
 
 
@@ -96,7 +90,7 @@ def _listed(settings: SegmentationSettings) -> tuple[Listed, Listed]:
     return read_listed(settings.voc, "trainaug" if settings.trainaug else "train"), read_listed(settings.voc, "val")
 
 
-def _split(listed: Listed, role: str) -> LabelledSplit:
+def _split(listed: Listed, role: str) -> FileSplit:
     masks = read_masks(listed, None, f"{listed.source.stem} masks")
     if not masks.present_NK.any():
         raise DataError(f"{listed.source}: its masks hold nothing but {VOID} (void); list images with objects")
@@ -218,43 +212,31 @@ def interpolation(places: int, pixels: int) -> Tensor:
     return F.interpolate(places_11PP, size=(pixels, places), mode="bilinear")[0, 0]
 
 
-def _both_ways(logits_BKhw: Tensor, pixels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Weights (H, h) of rows and (W, w) of columns."""
-    rows_Hh, columns_Ww = map(interpolation, logits_BKhw.shape[2:], pixels)
-    return rows_Hh.to(logits_BKhw), columns_Ww.to(logits_BKhw)
-
-
 def upsampled(logits_BKhw: Tensor, pixels: Sequence[int]) -> Tensor:
     """Logits (B, K, H, W) of so many pixels (H, W), bilinear."""
-    rows_Hh, columns_Ww = _both_ways(logits_BKhw, pixels)
+    rows_Hh, columns_Ww = (each.to(logits_BKhw) for each in map(interpolation, logits_BKhw.shape[2:], pixels))
     return rows_Hh @ logits_BKhw @ columns_Ww.T
 
 
 def pixel_loss(logits_BKhw: Tensor, class_BHW: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the upsampled logits, nats, mean over pixels that are not void, and its gradient (B, K, h, w).
 
-    By hand, as autograd would hold several copies of 21 logits a pixel: the gradient of a pixel is its probabilities
-    minus one for its class; that of a place is the sum of its pixels' by the weights that upsampled it.
+    Of one image after the other: what autograd holds is several copies of 21 logits a pixel.
 
     Args:
         logits_BKhw: of the map's places, detached.
         class_BHW: int64, the masks.
     """
-    rows_Hh, columns_Ww = _both_ways(logits_BKhw, class_BHW.shape[1:])
-    counted_B1HW = (class_BHW != VOID)[:, None]
-    class_B1HW = torch.where(counted_B1HW, class_BHW[:, None], 0)
-    share = 1 / counted_B1HW.sum().clamp(min=1).to(logits_BKhw)
-    loss, gradients = logits_BKhw.new_zeros(()), []
-    images = max(1, _PIXELS_AT_ONCE // class_BHW[0].numel())
-    parts = (torch.split(tensor, images) for tensor in (logits_BKhw, class_B1HW, counted_B1HW))
-    for part_bKhw, class_b1HW, counted_b1HW in zip(*parts, strict=True):
-        log_bKHW = (rows_Hh @ part_bKhw @ columns_Ww.T).log_softmax(1)
-        loss -= share * (log_bKHW.gather(1, class_b1HW) * counted_b1HW).sum()
-        pixel_bKHW = log_bKHW.exp_()
-        pixel_bKHW.scatter_add_(1, class_b1HW, torch.full_like(pixel_bKHW[:, :1], -1.0))
-        pixel_bKHW *= counted_b1HW * share
-        gradients.append(rows_Hh.T @ pixel_bKHW @ columns_Ww)
-    return loss, torch.cat(gradients)
+    share = 1 / (class_BHW != VOID).sum().clamp(min=1).to(logits_BKhw)
+    total, leaf_BKhw = logits_BKhw.new_zeros(()), logits_BKhw.requires_grad_()
+    for logits_1Khw, class_1HW in zip(torch.split(leaf_BKhw, 1), torch.split(class_BHW, 1), strict=True):
+        pixels_1KHW = upsampled(logits_1Khw, class_1HW.shape[1:])
+        # Summed apart from the loss, whose own sum has other digits every time on a GPU.
+        loss = share * F.cross_entropy(pixels_1KHW, class_1HW, ignore_index=VOID, reduction="none").sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    assert leaf_BKhw.grad is not None
+    return total, leaf_BKhw.grad
 
 
 @torch.no_grad()

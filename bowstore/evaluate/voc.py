@@ -15,11 +15,12 @@ import numpy as np
 import xxhash
 
 from bowstore.config import Workspace
-from bowstore.errors import DataError, MismatchError, MissingError
-from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, Scores
+from bowstore.data.sources.listing import read_list
+from bowstore.errors import DataError, MismatchError
+from bowstore.evaluate.protocol import DataSets, Features, Scores
 from bowstore.evaluate.protocols.voc07 import COSTS, Voc07Settings, VocSvmSettings
 from bowstore.evaluate.svm import ABSENT, IGNORED, NORM_EPSILON, PRESENT, SEED, SvmScores, check_problem, evaluate_svms
-from bowstore.evaluate.voc_layout import IMAGES, of_files
+from bowstore.evaluate.voc_layout import IMAGES, FileSplit, class_lists, of_files, refuse_missing, refuse_shared
 from bowstore.models.backbone import Backbone
 from bowstore.models.pooling import Tap, layer_taps
 
@@ -31,7 +32,7 @@ _VOC07_SHAPE = (5011, 4952, 20)  # images in trainval and test, classes
 _VIEW = {"size": 224, "resize": 256, "squash": True}  # pixels (protocols 3.1), whatever the network was trained at
 
 
-def read_split(voc: Path, split: Split) -> LabelledSplit:
+def read_split(voc: Path, split: Split) -> FileSplit:
     """Read `ImageSets/Main/<class>_<split>.txt` of all classes of a devkit.
 
     A line is an image id and 1 (present), -1 (absent) or 0 (only difficult objects). All classes list the same ids.
@@ -43,11 +44,11 @@ def read_split(voc: Path, split: Split) -> LabelledSplit:
         split: "trainval" or "test".
 
     Raises:
-        MissingError: a folder, the lists or an image is not there; an image is named with its line.
+        MissingError: a folder, the lists or an image is not there.
         DataError: a malformed line, an id listed twice, lists of other ids, or a class without a positive
             image; named by file and line.
     """
-    lists = _class_lists(voc, split)
+    lists = class_lists(voc, split)
     labels = {name: _read_list(path) for name, path in lists.items()}
     first, *others = labels
     for name in others:
@@ -60,12 +61,7 @@ def read_split(voc: Path, split: Split) -> LabelledSplit:
             )
     ids = tuple(sorted(labels[first]))
     paths = tuple(voc / IMAGES / f"{image}.jpg" for image in ids)
-    if absent := [path for path in paths if not path.is_file()]:
-        line = list(labels[first]).index(absent[0].stem) + 1
-        raise MissingError(
-            f"{lists[first]}:{line}: no image {absent[0]} ({len(absent)} of {len(ids)} are missing); "
-            "extract the devkit again"
-        )
+    refuse_missing(lists[first], "image", paths)
     labels_NK = np.array([[labels[name][image] for name in labels] for image in ids], np.int8)
     for name, label_N in zip(labels, labels_NK.T, strict=True):
         if not (label_N == PRESENT).any():
@@ -76,36 +72,16 @@ def read_split(voc: Path, split: Split) -> LabelledSplit:
     return of_files(paths, labels=labels_NK, classes=tuple(labels), fingerprint=digest.hexdigest(), role=role)
 
 
-def _class_lists(voc: Path, split: Split) -> dict[str, Path]:
-    """The list file of each class, by the class's name, sorted by file name."""
-    for folder in (voc / IMAGES, voc / "ImageSets" / "Main"):
-        if not folder.is_dir():
-            raise MissingError(f"no folder {folder}; name the devkit (VOCdevkit) or its folder VOCdevkit/VOC2007")
-    paths = sorted((voc / "ImageSets" / "Main").glob(f"[!.]*_{split}.txt"))
-    if not paths:
-        archive = "VOCtrainval_06-Nov-2007.tar" if split == "trainval" else "VOCtest_06-Nov-2007.tar"
-        raise MissingError(
-            f"no <class>_{split}.txt in {voc / 'ImageSets' / 'Main'}; extract {archive} into the same devkit"
-        )
-    return {path.name.removesuffix(f"_{split}.txt"): path for path in paths}
-
-
 def _read_list(path: Path) -> dict[str, int]:
     """Labels by image id, in the order of the lines."""
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not ASCII; extract the devkit again") from error
     labels: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if len(words) != 2 or words[1] not in _LABELS:
-            raise DataError(f"{path}:{number}: expected an image id and 1, 0 or -1, got {line!r}")
-        if words[0] in labels:
-            raise DataError(f"{path}:{number}: image {words[0]} is listed twice")
-        labels[words[0]] = _LABELS[words[1]]
-    if not labels:
-        raise DataError(f"{path} lists no images; extract the devkit again")
+    for entry in read_list(path):
+        image, line = entry.path, entry.whole or entry.path
+        if len(line.split()) != 2 or entry.label not in _LABELS:
+            raise DataError(f"{path}:{entry.number}: expected an image id and 1, 0 or -1, got {line!r}")
+        if image in labels:
+            raise DataError(f"{path}:{entry.number}: image {image} is listed twice")
+        labels[image] = _LABELS[entry.label]
     return labels
 
 
@@ -136,23 +112,13 @@ def open_voc(settings: VocSvmSettings) -> DataSets:
             f"{voc}: {len(train.classes)} classes in trainval and {len(test.classes)} in test (first that "
             f"differs: {different[0]}); extract both archives of one year into the same devkit"
         )
-    if shared := _names(train) & _names(test):
-        raise MismatchError(
-            f"{voc}: {len(shared)} images are in both trainval and test (first: {min(shared)}); "
-            "extract the devkit again"
-        )
+    refuse_shared(train, test, str(voc))
     shape = len(train), len(test), len(train.classes)
     return DataSets(
         splits={"trainval": train, "test": test},
         view=_VIEW | ({"antialias": False} if settings.resize == "opencv" else {}),
         dataset="voc07" if shape == _VOC07_SHAPE else None,  # the real one can be told by its numbers
     )
-
-
-def _names(split: LabelledSplit) -> set[str]:
-    """Ids of the images."""
-    images = split.open()
-    return {Path(images.name(row)).stem for row in split.rows.tolist()}
 
 
 def taps(backbone: Backbone, settings: VocSvmSettings, size: int) -> Mapping[str, Tap]:

@@ -3,7 +3,7 @@
 Legend: N images, M objects of an image, K classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,25 +12,29 @@ from xml.etree import ElementTree
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from PIL import Image
 
 from bowstore.config import Workspace
-from bowstore.data.file_reader import FileReader
-from bowstore.data.images import FORMATS
-from bowstore.errors import DataError, MismatchError, MissingError, is_machine_error, nearest
-from bowstore.evaluate.protocol import DataSets, LabelledSplit
+from bowstore.errors import DataError, MissingError, nearest
+from bowstore.evaluate.protocol import DataSets
 from bowstore.evaluate.protocols.voc0712_detection import DetectionSettings
-from bowstore.evaluate.voc_layout import IMAGES, find_devkit
+from bowstore.evaluate.voc_layout import (
+    AGAIN,
+    IMAGES,
+    MAIN,
+    FileSplit,
+    class_lists,
+    extract,
+    find_devkit,
+    header_size,
+    of_files,
+    read_ids,
+    refuse_missing,
+    refuse_shared,
+)
 
 Part = Literal["trainval", "test"]
-_ARCHIVES: Mapping[tuple[int, Part], str] = {
-    (2007, "trainval"): "VOCtrainval_06-Nov-2007.tar",
-    (2007, "test"): "VOCtest_06-Nov-2007.tar",
-    (2012, "trainval"): "VOCtrainval_11-May-2012.tar",
-}
 _SHAPES = {(16_551, 4952, 20): "voc0712", (5011, 4952, 20): "voc07"}  # images in train and test, classes
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
-_AGAIN = "correct it, or extract the devkit again"
 
 
 class Objects(NamedTuple):
@@ -48,16 +52,14 @@ class Objects(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoxedSplit(LabelledSplit):
+class BoxedSplit(FileSplit):
     """Images with their objects; labels are int8 (N, K): 1 where a class is present.
 
     Attributes:
-        paths: of the images, in the order of the rows.
         sizes: int64 (N, 2), height and width, pixels.
         objects: of each image.
     """
 
-    paths: tuple[Path, ...]
     sizes: NDArray[np.int64]
     objects: tuple[Objects, ...]
 
@@ -72,18 +74,15 @@ def data(settings: DetectionSettings, _workspace: Workspace) -> DataSets:
     """
     assert settings.voc is not None, "resolved"
     plan = settings.plan
-    classes = class_names(find_devkit(settings.voc, 2007))
+    classes = tuple(class_lists(find_devkit(settings.voc, 2007), "trainval"))
     folders = [find_devkit(settings.voc, year) for year in plan.years]
     if len(set(folders)) < len(folders):
         raise MissingError(f"{settings.voc} is the folder of one year; name VOCdevkit, with VOC2007 and VOC2012 in it")
     lists = [(folder, _listed(folder, year, "trainval")) for folder, year in zip(folders, plan.years, strict=True)]
     tested = _listed(folders[0], 2007, "test")
-    if shared := set(lists[0][1]) & set(tested):
-        raise MismatchError(
-            f"{folders[0]}: {len(shared)} images are in both trainval and test (first: {min(shared)}); {_AGAIN}"
-        )
     train = read_boxes(lists, classes, role="train")
     test = read_boxes([(folders[0], tested)], classes, role="test")
+    refuse_shared(train, test, str(settings.voc))
     for split, part in ((train, "trainval"), (test, "test")):
         counts = _counted(split, easy=part == "test")
         if not counts.all():
@@ -97,41 +96,17 @@ def data(settings: DetectionSettings, _workspace: Workspace) -> DataSets:
     return DataSets(splits={"train": train, "test": test}, view={"size": plan.test_side}, dataset=_SHAPES.get(shape))
 
 
-def class_names(voc: Path) -> tuple[str, ...]:
-    """The classes of a devkit, sorted: those that have a list of images each.
-
-    Raises:
-        MissingError: there is none.
-    """
-    main = voc / "ImageSets" / "Main"
-    names = sorted(path.name.removesuffix("_trainval.txt") for path in main.glob("[!.]*_trainval.txt"))
-    if not names:
-        archive = _ARCHIVES[2007, "trainval"]
-        raise MissingError(
-            f"no <class>_trainval.txt in {main}; --voc names VOCdevkit, into which {archive} is extracted"
-        )
-    return tuple(names)
-
-
 def _listed(voc: Path, year: int, part: Part) -> tuple[str, ...]:
-    """The images of a part, sorted."""
-    path = voc / "ImageSets" / "Main" / f"{part}.txt"
-    for place in (voc / IMAGES, voc / "Annotations", path):
+    """The images of a part, sorted; all of them and their annotations are there."""
+    source = voc / MAIN / f"{part}.txt"
+    for place in (voc / IMAGES, voc / "Annotations", source):
         if not place.exists():
             alone = "" if year == 2007 else ", or --schedule voc07 trains on VOC2007 alone (another protocol id)"
-            raise MissingError(f"no {place}; extract {_ARCHIVES[year, part]} into the same devkit{alone}")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    seen: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        name = line.strip()
-        if len(name.split()) != 1 or "/" in name:
-            raise DataError(f"{path}:{number}: expected an image id, got {line!r}; {_AGAIN}")
-        if name in seen:
-            raise DataError(f"{path}:{number}: image {name} is listed twice; {_AGAIN}")
-        seen.add(name)
-    if not seen:
-        raise DataError(f"{path} lists no images; {_AGAIN}")
-    return tuple(sorted(seen))
+            raise MissingError(f"no {place}; {extract(year, part)}{alone}")
+    ids = tuple(sorted(read_ids(source)))
+    refuse_missing(source, "image", [voc / IMAGES / f"{name}.jpg" for name in ids])
+    refuse_missing(source, "annotation", [voc / "Annotations" / f"{name}.xml" for name in ids])
+    return ids
 
 
 def read_boxes(lists: Sequence[tuple[Path, Sequence[str]]], classes: tuple[str, ...], *, role: str) -> BoxedSplit:
@@ -145,7 +120,6 @@ def read_boxes(lists: Sequence[tuple[Path, Sequence[str]]], classes: tuple[str, 
         role: "train" or "test".
 
     Raises:
-        MissingError: an image or an annotation is not there.
         DataError: as `read_annotation`; an image that cannot be opened.
     """
     paths, sizes, objects = [], [], []
@@ -153,7 +127,7 @@ def read_boxes(lists: Sequence[tuple[Path, Sequence[str]]], classes: tuple[str, 
     for folder, ids in lists:
         for name in ids:
             path = folder / IMAGES / f"{name}.jpg"
-            size = _image_size(path)
+            size = header_size(path)
             found = read_annotation(folder / "Annotations" / f"{name}.xml", classes, size)
             digest.update(f"{name} {path.stat().st_size}".encode())
             for array in found:
@@ -164,30 +138,8 @@ def read_boxes(lists: Sequence[tuple[Path, Sequence[str]]], classes: tuple[str, 
     present_NK = np.zeros((len(paths), len(classes)), np.int8)
     for row, each in enumerate(objects):
         present_NK[row, each.labels] = 1
-    return BoxedSplit(
-        open=lambda: FileReader(paths),
-        rows=np.arange(len(paths)),
-        labels=present_NK,
-        classes=classes,
-        fingerprint=digest.hexdigest(),
-        role=role,
-        paths=tuple(paths),
-        sizes=np.array(sizes, np.int64),
-        objects=tuple(objects),
-    )
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Height and width from the header: as it lies in the file, without EXIF rotation."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.height, image.width
-    except FileNotFoundError as error:
-        raise MissingError(f"no image {path}; extract the devkit again") from error
-    except Exception as error:  # damaged headers end in errors of any kind
-        if is_machine_error(error):
-            raise
-        raise DataError(f"image {path} cannot be opened ({' '.join(str(error).split())}); {_AGAIN}") from error
+    split = of_files(paths, labels=present_NK, classes=classes, fingerprint=digest.hexdigest(), role=role)
+    return BoxedSplit(**vars(split), sizes=np.array(sizes, np.int64), objects=tuple(objects))
 
 
 def read_annotation(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Objects:
@@ -201,21 +153,16 @@ def read_annotation(path: Path, classes: Sequence[str], size: tuple[int, int]) -
         size: height and width of the image, pixels.
 
     Raises:
-        MissingError: no such file.
-        DataError: another size than the image's, an unknown class, a box without area or that reaches outside of the
-            image, a value that is no number; named by file, object and value.
+        DataError: no XML, another size than the image's, an unknown class, a box without area or that reaches outside
+            of the image, a value that is no number; named by file, object and value.
     """
     try:
         root = ElementTree.parse(path).getroot()
-    except FileNotFoundError as error:
-        raise MissingError(f"no annotation {path}; extract the devkit again") from error
     except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{path} is no XML ({error}); {_AGAIN}") from error
+        raise DataError(f"{path} is no XML ({error}); {AGAIN}") from error
     height, width = (_number(root, f"size/{side}", str(path)) for side in ("height", "width"))
     if [height, width] != list(size):
-        raise DataError(
-            f"{path}: size {width:g} x {height:g}, but its image has {size[1]} x {size[0]} pixels; {_AGAIN}"
-        )
+        raise DataError(f"{path}: size {width:g} x {height:g}, but its image has {size[1]} x {size[0]} pixels; {AGAIN}")
     boxes, labels, difficult = [], [], []
     for number, each in enumerate(root.findall("object"), start=1):
         name = (each.findtext("name") or "").strip()
@@ -227,11 +174,11 @@ def read_annotation(path: Path, classes: Sequence[str], size: tuple[int, int]) -
         left, top, right, bottom = box
         shown = " ".join(f"{value:g}" for value in box)
         if right < left or bottom < top:
-            raise DataError(f"{where}: box {shown} ({' '.join(_SIDES)}) has no area; {_AGAIN}")
+            raise DataError(f"{where}: box {shown} ({' '.join(_SIDES)}) has no area; {AGAIN}")
         if min(left, top) < 1 or right > width or bottom > height:
             raise DataError(
                 f"{where}: box {shown} ({' '.join(_SIDES)}) reaches outside of its image, pixels 1 to {width:g} and 1 "
-                f"to {height:g}; {_AGAIN}"
+                f"to {height:g}; {AGAIN}"
             )
         boxes.append((left - 1, top - 1, right, bottom))
         labels.append(classes.index(name))
@@ -251,7 +198,7 @@ def _number(element: ElementTree.Element, name: str, where: str, missing: float 
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise DataError(f"{where}: {name} is {'not there' if text is None else repr(text)}, not a number; {_AGAIN}")
+        raise DataError(f"{where}: {name} is {'not there' if text is None else repr(text)}, not a number; {AGAIN}")
     return value
 
 

@@ -20,7 +20,7 @@ V1 = (
 RESNET_STAGES = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
 LIBRARIES = ("torchvision:", "timm:")
 _OWN_NAMES = {theirs: ours for ours, theirs in RESNET_STAGES.items()} | {"maxpool": "pool1"}
-_OF_BASIC_BLOCKS = ("resnet18", "resnet34")
+OF_BASIC_BLOCKS = ("resnet18", "resnet34")
 _STRIDES = {"conv1": 2, "pool1": 2, "conv2": 1, "conv3": 2, "conv4": 2, "conv5": 2}  # of residual networks
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 
@@ -83,7 +83,7 @@ def stage_shapes(model: ModelConfig, size: int) -> dict[str, StageShape] | None:
         widths = {"conv1": 16, **{f"block{n + 1}": 16 * sizes[1] << n for n in range(3)}}
         strides = dict(zip(widths, (1, *model.strides), strict=True))
     else:
-        last = 512 if name in _OF_BASIC_BLOCKS else 2048
+        last = 512 if name in OF_BASIC_BLOCKS else 2048
         widths = {"conv1": 64, "pool1": 64, **{f"conv{n}": last >> (5 - n) for n in (2, 3, 4, 5)}}
         strides = _STRIDES
     shapes = {}

@@ -10,9 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bowstore.config import ViewConfig
-from bowstore.models.arch import V1
-
-_OF_BASIC_BLOCKS = (18, 34)
+from bowstore.models.arch import OF_BASIC_BLOCKS, V1
 
 
 def detectron2_name(name: str) -> str:
@@ -45,9 +43,9 @@ def detectron2_lines(arch: str, view: ViewConfig, out: str) -> tuple[str, ...]:
         view: says how images were normalised.
         out: the file.
     """
-    depth = int(next(iter(re.findall(r"\d+", arch))))
+    depth = int(re.findall(r"\d+", arch)[0])
     resnets: dict[str, Any] = {"DEPTH": depth, "STRIDE_IN_1X1": arch.endswith(V1)}
-    if depth in _OF_BASIC_BLOCKS:
+    if arch in OF_BASIC_BLOCKS:
         resnets["RES2_OUT_CHANNELS"] = 64
     if groups := re.search(r"_(\d+)x(\d+)d", arch):
         resnets |= {"NUM_GROUPS": int(groups[1]), "WIDTH_PER_GROUP": int(groups[2])}

@@ -1,3 +1,4 @@
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 from voc_devkit import SIZES, write_masked_devkit
 
+from bowstore.cli import main
 from bowstore.config import ViewConfig, Workspace, dump
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.evaluate.config import EvalConfig
@@ -80,9 +83,7 @@ def test_upsampling_is_that_of_torch(pixels: tuple[int, int]) -> None:
     assert torch.allclose(upsampled(logits_BKhw, pixels), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_loss_and_gradient_are_those_of_torch(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bowstore.evaluate.segmentation._PIXELS_AT_ONCE", at_once * 120)
+def test_loss_and_gradient_are_those_of_all_images_together() -> None:
     generator = torch.Generator().manual_seed(0)
     logits_BKhw = torch.randn(3, 21, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     class_BHW = torch.randint(0, 21, (3, 10, 12), generator=generator)
@@ -175,6 +176,19 @@ def test_the_id_says_what_changes_the_number() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("segmentation", r"--batch .* learns 16 at a time\.  ?\[default: 16\]"),
+        ("voc0712-detection", r"of 16 images an iteration .* 4 images of 128 px an iteration"),
+    ],
+)
+def test_help_says_how_many_images_a_batch_has(name: str, said: str) -> None:
+    text = " ".join(CliRunner().invoke(main, ["eval", name, "--help"]).output.split())
+    assert re.search(said, text)
+    assert "[default: 128]" not in text
+
+
 class Grid(NamedTuple):
     grid: tuple[int, int]
 
@@ -218,11 +232,11 @@ def save(path: Path, value: int = 0, size: tuple[int, int] = (44, 60), mode: str
         (lambda voc: shutil.rmtree(voc), MissingError, r"no folder .*2012/JPEGImages; name the devkit \(VOCdevkit\)"),
         (lambda voc: list_of(voc, "val.txt").unlink(), MissingError, r"Segmentation/val.txt; extract VOCtrainval_11"),
         (lambda voc: list_of(voc, "val.txt").write_text("\n"), DataError, r"val.txt names no image"),
-        (lambda voc: mask(voc).unlink(), MissingError, r"val.txt: no mask .*val_01.png \(1 of 4 images lack theirs\)"),
+        (lambda voc: mask(voc).unlink(), MissingError, r"val.txt: no mask .*val_01.png \(1 of 4 are missing\)"),
         (
             lambda voc: (voc / "JPEGImages/2007_val_00.jpg").unlink(),
             MissingError,
-            r"val.txt: no image .*val_00.jpg \(1 of 4 images lack theirs\); extract VOCtrainval",
+            r"val.txt: no image .*val_00.jpg \(1 of 4 are missing\); extract VOCtrainval",
         ),
         (
             lambda voc: list_of(voc, "val.txt").write_text("2007_val_00\n2007_val_00\n"),
@@ -232,7 +246,7 @@ def save(path: Path, value: int = 0, size: tuple[int, int] = (44, 60), mode: str
         (
             lambda voc: list_of(voc, "val.txt").write_text("2007_train_00\n"),
             MismatchError,
-            r"1 images of .*val.txt are in .*train.txt, too \(first: 2007_train_00\)",
+            r"Segmentation: 1 images are in the lists of both train and test \(first: 2007_train_00\)",
         ),
         (
             lambda voc: list_of(voc, "train.txt").write_text("2007_train_00\n"),
@@ -247,15 +261,15 @@ def save(path: Path, value: int = 0, size: tuple[int, int] = (44, 60), mode: str
         (
             lambda voc: save(mask(voc), value=21),
             DataError,
-            r"val_01.png has 2640 pixels of other values than 0 to 20 and 255 \(the first is 21\)",
+            r"val_01.png has 2640 pixels of other values than 0 to 20 and 255 \(the least is 21\)",
         ),
-        (lambda voc: save(mask(voc), value=254, mode="P"), DataError, r"\(the first is 254\); masks of VOC12 hold"),
+        (lambda voc: save(mask(voc), value=254, mode="P"), DataError, r"\(the least is 254\); masks of VOC12 hold"),
         (lambda voc: save(mask(voc), mode="RGB"), DataError, r"val_01.png has pixels of mode RGB; masks are"),
         (lambda voc: mask(voc).write_bytes(b"\x89PNG"), DataError, r"val_01.png is no PNG that can be decoded"),
         (
             lambda voc: (voc / "JPEGImages/2007_val_01.jpg").write_bytes(b"nothing"),
             DataError,
-            r"image .*val_01.jpg cannot be decoded \(no JPEG",
+            r"image .*val_01.jpg cannot be opened \(cannot identify image file",
         ),
         (
             lambda voc: [save(path, 255, SIZES[n % 3]) for n, path in enumerate(read_listed(voc, "val").masks)],
@@ -282,7 +296,9 @@ def test_the_augmented_list_has_masks_of_its_own(voc: Path) -> None:
     ids = list_of(voc, "train.txt").read_text().split()
     lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in ids]
     (folder / "train_aug.txt").write_text("".join(lines))
-    with pytest.raises(MissingError, match=r"no mask .*ClassAug/2007_train_00.png \(16 of 16 .*leave --trainaug out"):
+    with pytest.raises(
+        MissingError, match=r"no mask .*ClassAug/2007_train_00.png \(16 of 16 are missing\); .*leave --trainaug out"
+    ):
         data(settings, WORKSPACE)
     shutil.copytree(voc / "SegmentationClass", voc / "SegmentationClassAug")
     for path in (voc / "SegmentationClassAug").iterdir():  # as they are distributed
@@ -309,7 +325,7 @@ class TestWhole:
         assert (result.settings["batch"], result.settings["images"]) == (16, {"train": 16, "val": 4})
         assert result.settings["taps"] == {"map": {"of": "block3 map", "dims": 64 * 8 * 8}}
         assert (result.settings["view"]["size"], result.settings["view"]["resize"]) == (32, None)
-        again = self.evaluate(voc, tmp_path, {"batch": 8})
+        again = self.evaluate(voc, tmp_path, batch=8)
         assert (again.metrics, again.settings["batch"]) == (result.metrics, 8)
 
     def test_masks_of_their_own_size(self, voc: Path, tmp_path: Path) -> None:

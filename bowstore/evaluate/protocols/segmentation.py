@@ -2,13 +2,13 @@
 
 from pydantic import Field
 
-from bowstore.config import Count, Place, Seed, Side, Strict, Text, Workspace
+from bowstore.config import Batch, Count, Place, Seed, Side, Strict, Text, Workspace
 from bowstore.evaluate.protocol import Kind, Protocol
 from bowstore.evaluate.voc_layout import find_devkit
 
 
 class SegmentationSettings(Strict):
-    """What a user sets of linear segmentation; all but the folder and the seed are in the protocol id."""
+    """What a user sets of linear segmentation; all but the folder, the batch and the seed are in the protocol id."""
 
     voc: Place | None = Field(None, description="VOC devkit, or its folder VOC2012; null: the workspace's")
     trainaug: bool = Field(False, description="train on the augmented list, trainaug.txt and SegmentationClassAug")
@@ -17,6 +17,7 @@ class SegmentationSettings(Strict):
     masks: Side | None = Field(None, description="side of the masks, squashed, pixels; null: that of the images")
     original: bool = Field(False, description="compare with the val masks as they are, not squashed")
     layer: Text | None = Field(None, description="layer whose map is taken; null: the last stage")
+    batch: Batch = Field(16, description="images a forward pass of the network; the classifier learns 16 at a time")
     seed: Seed = Field(0, description="of the classifier's weights and the order of training")
 
 

@@ -107,8 +107,13 @@ class DetectionSettings(Strict):
     """What a user sets of detection."""
 
     voc: Place | None = Field(None, description="VOCdevkit with VOC2007 and VOC2012; null: the workspace's")
-    schedule: Name = Field("bownet", description="whose schedule (another protocol id each); voc07 needs no VOC2012")
-    small: bool = Field(False, description="128 px, VOC2007 alone, minutes on a CPU (another protocol id)")
+    schedule: Name = Field(
+        "bownet",
+        description="whose schedule, of 16 images an iteration (another protocol id each); voc07 needs no VOC2012",
+    )
+    small: bool = Field(
+        False, description="4 images of 128 px an iteration, VOC2007 alone, minutes on a CPU (another protocol id)"
+    )
     seed: Seed = Field(0, description="of new layers, order, sizes and sampled proposals")
     workers: Annotated[int, Field(ge=0, le=MAX_THREADS)] | None = Field(
         None, description="processes that decode; null: one a core, with small none beside the main one"
@@ -140,8 +145,12 @@ def describe(settings: DetectionSettings) -> Protocol:
 
 
 def resolve(settings: DetectionSettings, workspace: Workspace) -> DetectionSettings:
-    """The workspace's devkit where none is named, and in it the folder of the last year that is needed."""
-    return settings.model_copy(update={"voc": find_devkit(settings.voc or workspace.voc, settings.plan.years[-1])})
+    """The workspace's devkit where none is named, and in it the folder of a year, by which the others are found.
+
+    One that is not there before those that are: what looks at the images of a protocol before they are needed sees it.
+    """
+    folders = [find_devkit(settings.voc or workspace.voc, year) for year in settings.plan.years]
+    return settings.model_copy(update={"voc": next((path for path in folders if not path.is_dir()), folders[-1])})
 
 
 KIND = Kind(
