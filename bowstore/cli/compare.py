@@ -25,10 +25,10 @@ def compare(runs: tuple[str, ...], shown: str | None) -> None:
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import load_workspace
     from bowstore.evaluate import comparison
-    from bowstore.evaluate.results import read_result
+    from bowstore.evaluate.results import results_of
     from bowstore.workspace import find_results
 
     found = find_results(load_workspace(), runs)
-    value = comparison.side_by_side({name: [read_result(path) for path in paths] for name, paths in found.items()})
+    value = comparison.side_by_side({name: results_of(paths) for name, paths in found.items()})
     show = {"csv": comparison.as_csv, "markdown": comparison.markdown}.get(str(shown), comparison.text)
     emit(value, show(value), shown == "json")

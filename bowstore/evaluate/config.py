@@ -42,6 +42,8 @@ class EvalConfig(Computing):
     def _one_network(self) -> Self:
         if self.run and self.arch:
             raise ValueError(f"run {self.run} and arch {self.arch} are two networks; leave one of them out")
+        if self.weights and not (self.run or self.arch):
+            raise ValueError(f"weights {self.weights} do not say of which network they are; give --arch, too")
         return self
 
 

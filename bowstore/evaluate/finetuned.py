@@ -13,7 +13,7 @@ from bowstore.config import dump
 from bowstore.data.views import clean_view
 from bowstore.evaluate.augmented import augmented
 from bowstore.evaluate.fitting import check_features, count_hits, fit, shares
-from bowstore.evaluate.protocol import DataSets, Network, Scores
+from bowstore.evaluate.protocol import DataSets, Network, Scores, num_classes
 from bowstore.evaluate.protocols.semisup import SCHEDULES, SemisupSettings
 from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone
@@ -34,7 +34,7 @@ def run(network: Network, data: DataSets, settings: SemisupSettings, world: Worl
     """
     train, test, seen = data["train"], data["test"], settings.train_view(network.view)
     clean = clean_view(seen)
-    classes = len(train.classes) or int(train.labels.max()) + 1
+    classes = num_classes(train)
     optim = SCHEDULES[settings.percent].optim(settings, len(train), lr=1.0, weight_decay=0.0, nesterov=False)
     torch.manual_seed(settings.seed)
     # Its weights begin as those of a layer's classifier do, N(0, 0.01): as obow's.
@@ -61,7 +61,7 @@ def run(network: Network, data: DataSets, settings: SemisupSettings, world: Worl
         )  # fmt: skip
     images_K = np.bincount(train.labels, minlength=classes)
     return Scores(
-        metrics=shares(hits_T, len(test)),
+        metrics=shares(hits_T, len(test), classes),
         details={"losses": passes[:, 0].tolist()},
         settings={
             "view": dump(seen),

@@ -151,8 +151,14 @@ def count_hits(
     return found.cpu().numpy()
 
 
-def shares(hits_T: NDArray[np.int64], images: int, name: str = "") -> dict[str, float]:
-    """Shares of images: top1 and, with more than five classes, top5; a head's name stands behind."""
+def shares(hits_T: NDArray[np.int64], images: int, classes: int, name: str = "") -> dict[str, float]:
+    """Shares of images: top1 and, with more than five classes, top5; a head's name stands behind.
+
+    Args:
+        hits_T: images whose class is among the first places, cumulated, as many places as needed.
+        images: how many there are.
+        classes: K.
+        name: of the head.
+    """
     behind = f"_{name}" if name else ""
-    found = {f"top1{behind}": float(hits_T[0] / images)}
-    return found | ({f"top5{behind}": float(hits_T[TOP - 1] / images)} if len(hits_T) >= TOP else {})
+    return {f"top{top}{behind}": float(hits_T[top - 1] / images) for top in (1, TOP) if top < classes}

@@ -21,7 +21,7 @@ from bowstore.config import dump, validate
 from bowstore.data.views import clean_view
 from bowstore.evaluate.augmented import augmented
 from bowstore.evaluate.fitting import check_features, count_hits, fit, shares, wait_for_images
-from bowstore.evaluate.protocol import DataSets, Network, Scores
+from bowstore.evaluate.protocol import DataSets, Network, Scores, num_classes
 from bowstore.evaluate.protocols.imagenet_linear import LayerHeadsSettings
 from bowstore.exact import exact_float32
 from bowstore.models.pooling import Tap, named_taps, pooled_shapes
@@ -50,7 +50,7 @@ def run(network: Network, data: DataSets, settings: LayerHeadsSettings, world: W
     clean = clean_view(seen)
     how = validate(LinearSettings, {"layers": settings.chosen or None, "norm": _NORM}, "eval")
     taps = named_taps(network.backbone, how.layers, size=seen.size)
-    classes = len(train.classes) or int(train.labels.max()) + 1
+    classes = num_classes(train)
     optim = recipe.schedule.optim(
         settings, len(train), lr=_LR, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
     )
@@ -77,7 +77,7 @@ def run(network: Network, data: DataSets, settings: LayerHeadsSettings, world: W
     probe = dump(optim) | {"norm": _NORM, "square_crop": recipe.square_crop, "lighting": recipe.lighting}
     dims = [channels * cells for channels, cells in pooled_shapes(network.backbone, taps, seen.size)]
     return Scores(
-        metrics=_metrics(hits_HT, taps, len(test)),
+        metrics=_metrics(hits_HT, taps, len(test), classes),
         details={name: {"losses": losses} for name, losses in zip(taps, passes.T.tolist(), strict=True)},
         settings={
             "view": dump(seen),
@@ -89,11 +89,11 @@ def run(network: Network, data: DataSets, settings: LayerHeadsSettings, world: W
     )
 
 
-def _metrics(hits_HT: NDArray[np.int64], taps: Mapping[str, Tap], images: int) -> dict[str, float]:
+def _metrics(hits_HT: NDArray[np.int64], taps: Mapping[str, Tap], images: int, classes: int) -> dict[str, float]:
     """Those of each layer, and the best of the maps: the paper's conv* is without its pool5."""
     found: dict[str, float] = {}
     for name, hits_T in zip(taps, hits_HT, strict=True):
-        found |= shares(hits_T, images, name)
+        found |= shares(hits_T, images, classes, name)
     metrics = dict(sorted(found.items(), key=lambda item: item[0][: len("top1")]))  # all of top1 first
     if maps := [metrics[f"top1_{name}"] for name, tap in taps.items() if tap.layer]:
         return {"top1_best": max(maps), **metrics}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bowstore.errors import DataError
-from bowstore.evaluate.protocol import Features, Scores
+from bowstore.evaluate.fitting import TOP, shares
+from bowstore.evaluate.protocol import Features, Scores, num_classes
 from bowstore.evaluate.protocols.linear import LinearSettings
 from bowstore.evaluate.train_test import ProbeSettings
 from bowstore.gpu import resident
@@ -24,7 +25,6 @@ from bowstore.models.backbone import Backbone
 from bowstore.models.pooling import POOLED, Tap, layer_taps
 from bowstore.progress import Progress
 
-_TOP = 5
 _SLICE = 8192
 _THREADED_MULTIPLICATIONS = 1 << 25  # of a step, from which more than one CPU thread pays
 
@@ -117,10 +117,9 @@ def score(features: Features, settings: LinearSettings) -> Scores:
     """
     train, test, device = features["train"], features["test"], torch.device(features.device)
     config = LinearConfig(seed=settings.seed, standardise=settings.standardise)
-    classes = len(train.classes) or int(train.labels.max()) + 1
-    how: dict[str, Any] = {"classes": classes, "config": config, "device": device}
+    how: dict[str, Any] = {"classes": num_classes(train), "config": config, "device": device}
     scores = {tap: linear_probe(train[tap], train.labels, test[tap], test.labels, **how) for tap in train.taps}
-    return of_layers(scores, settings, {"probe": asdict(config), "classes": classes})
+    return of_layers(scores, settings, {"probe": asdict(config), "classes": num_classes(train)})
 
 
 def of_layers(scores: Mapping[str, Scores], settings: ProbeSettings, fixed: Mapping[str, Any]) -> Scores:
@@ -234,10 +233,9 @@ def accuracy(logits: Callable[[Tensor], Tensor], classes: int, X: Tensor, y: Ten
         X: features (N, d).
         y: labels (N,).
     """
-    top = min(_TOP, classes)
-    hits = torch.zeros(top, dtype=torch.int64, device=y.device)
+    top = min(TOP, classes)
+    hits_T = torch.zeros(top, dtype=torch.int64, device=y.device)
     for X_Bd, y_B in zip(torch.split(X, _SLICE), torch.split(y, _SLICE), strict=True):
         ranked_BT = logits(X_Bd.to(y.device)).topk(top, dim=1).indices
-        hits += (ranked_BT == y_B[:, None]).sum(dim=0)
-    shares = (hits.cumsum(0).double() / len(y)).tolist()
-    return {"top1": shares[0]} | ({"top5": shares[-1]} if classes > _TOP else {})
+        hits_T += (ranked_BT == y_B[:, None]).sum(dim=0)
+    return shares(hits_T.cumsum(0).cpu().numpy(), len(y), classes)

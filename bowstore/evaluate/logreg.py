@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bowstore.evaluate.blocks import blocks
 from bowstore.evaluate.linear import accuracy, of_layers, placed, placed_labels
-from bowstore.evaluate.protocol import Features, Scores
+from bowstore.evaluate.protocol import Features, Scores, num_classes
 from bowstore.evaluate.protocols.logreg import COSTS, LogregSettings
 from bowstore.evaluate.splits import a_tenth
 from bowstore.progress import Progress, say
@@ -63,7 +63,7 @@ def score(features: Features, settings: LogregSettings) -> Scores:
     assert train.key_hash is not None, "the images lie in shards"
     held_N = a_tenth(train.labels, train.key_hash)
     how: dict[str, Any] = {
-        "classes": len(train.classes) or int(train.labels.max()) + 1,
+        "classes": num_classes(train),
         "standardise": settings.standardise,
         "device": device,
     }

@@ -10,21 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bowstore.evaluate.blocks import slices
-from bowstore.evaluate.protocol import Features, Scores
+from bowstore.evaluate.fitting import TOP, shares
+from bowstore.evaluate.protocol import Features, Scores, num_classes
 from bowstore.evaluate.protocols.knn import KnnSettings
-from bowstore.evaluate.splits import check_classes
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 
 TRAIN_BLOCK = 16_384  # from 64 k on, topk keeps a heap and takes two thirds of the time
 _TEST_BLOCK = 1024
-_TOP = 5
 
 
 def score(features: Features, settings: KnnSettings) -> Scores:
     """The votes of the split "train" on the split "test"."""
     train, test = features["train"], features["test"]
-    classes = check_classes(train.labels, test.labels, len(train.classes) or None)
     metrics = knn_accuracy(
         train.taps["pooled"],
         train.labels,
@@ -32,10 +30,10 @@ def score(features: Features, settings: KnnSettings) -> Scores:
         test.labels,
         k=settings.k,
         temperature=settings.temperature,
-        classes=classes,
+        classes=num_classes(train),
         device=torch.device(features.device),
     )
-    return Scores(metrics=metrics, settings={"classes": classes})
+    return Scores(metrics=metrics, settings={"classes": num_classes(train)})
 
 
 def knn_accuracy(
@@ -74,8 +72,8 @@ def knn_accuracy(
             for at in slices(len(test_Md), _TEST_BLOCK)
         ]
     )
-    tops = (1, _TOP) if classes > _TOP else (1,)
-    return {f"top{top}": float((ranks_M < top).mean()) for top in tops}
+    hits_T = (ranks_M[:, None] <= np.arange(TOP)).sum(axis=0)
+    return shares(hits_T, len(ranks_M), classes)
 
 
 def nearest(

@@ -156,6 +156,11 @@ class SplitFeatures:
         return len(self.labels)
 
 
+def num_classes(train: LabelledSplit | SplitFeatures) -> int:
+    """K, of images of each class, as train images are."""
+    return len(train.classes) or int(train.labels.max()) + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Features:
     """What a `score` function is given: `features[split][tap]`, labels and classes with each split.

@@ -18,7 +18,7 @@ from bowstore.config import Listed, Strict, dump, validate
 from bowstore.errors import CorruptError, DataError, MissingError
 from bowstore.files import make_folder, read_json, write_json
 from bowstore.progress import say
-from bowstore.runs import result_path
+from bowstore.runs import result_path, weights_sha256
 from bowstore.yaml_file import read_yaml
 
 INTERVAL = "interval95"  # in details: by metric, half the width of its 95 % interval, where there is one
@@ -106,7 +106,8 @@ def paper_figures() -> tuple[PaperFigures, ...]:
 def write_result(run: Path, result: Result) -> Path:
     """Write `result` into its place in a run directory, atomically; return the place.
 
-    One of other test images or of another version, which it does not replace, is kept beside it with a line.
+    One of other test images or of another version, which it does not replace, is kept beside it with a line; one of
+    the same that was kept so is replaced.
     """
     path = result_path(run, result.protocol)
     make_folder(path.parent)
@@ -116,11 +117,17 @@ def write_result(run: Path, result: Result) -> Path:
         before = result
     if column_of(before) != column_of(result):
         _, version, tested_on = column_of(before)
-        kept = path.with_name(f"{path.stem}-v{version}-{tested_on}.json")
+        kept = _kept_beside(path, before)
         path.replace(kept)
         say(f"{path.name} was of other test images or another version ({tested_on}, v{version}): kept as {kept.name}")
     write_json(path, dump(result))
+    _kept_beside(path, result).unlink(missing_ok=True)
     return path
+
+
+def _kept_beside(path: Path, result: Result) -> Path:
+    _, version, tested_on = column_of(result)
+    return path.with_name(f"{path.stem}-v{version}-{tested_on}.json")
 
 
 class Column(NamedTuple):
@@ -149,6 +156,17 @@ def read_result(path: Path) -> Result:
         return Result.model_validate(value)
     except ValidationError as error:
         raise CorruptError(f"{path} is not a result file ({_problem(error)}); remove it and evaluate again") from error
+
+
+def results_of(paths: Sequence[Path]) -> list[Result]:
+    """The results of one network, from `runs.result_paths`; a warning names those of other weights than it has now."""
+    results = [read_result(path) for path in paths]
+    run = paths[0].parents[1]
+    now = weights_sha256(run)  # of a finished run
+    for path, result in zip(paths, results, strict=True):
+        if now and result.inputs.get("weights_sha256", now) != now:
+            say(f"warning: {path} is of other weights than {run} has now; evaluate it again, or move the file away")
+    return results
 
 
 def made_result(**values: Any) -> Result:
@@ -218,7 +236,9 @@ def by_column(results: Mapping[str, Sequence[Result]]) -> dict[Column, dict[str,
             cells = columns.setdefault(column_of(result), {})
             if run in cells:
                 protocol, version, tested_on = column_of(result)
-                raise DataError(f"run {run} has two results of {protocol} v{version} on {tested_on}; give one")
+                raise DataError(
+                    f"run {run} has two results of {protocol} v{version} on {tested_on}; move one of the two files away"
+                )
             cells[run] = result
     return columns
 

@@ -22,7 +22,7 @@ _SAMPLE = 3  # the stream of Philox that a sample is drawn from, behind those of
 def listed(split: LabelledSplit, path: Path, where: str) -> LabelledSplit:
     """The images of a split that a file names, a file name a line, in the order of the split.
 
-    A name is that of the image's file; with folders before it, as many as it takes, where classes have files of one
+    A name is that of the image's file; with folders before it, as many as one likes, where classes have files of one
     name.
 
     Args:
@@ -36,10 +36,6 @@ def listed(split: LabelledSplit, path: Path, where: str) -> LabelledSplit:
     names = read_lines(path, f"an image's name, as in {_EXAMPLE},")
     if not names:
         raise DataError(f"{path} lists no image; name a file with an image's name a line, as in {_EXAMPLE}")
-    if twice := len(names) - len(set(names)):
-        seen: set[str] = set()
-        first = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise DataError(f"{path} lists {twice} of {len(names)} images twice (first: {first}); list each once")
     assert split.index is not None, "the images lie in shards"
     places = _places(split.index, split.rows, names)
     if absent := [name for name in names if not places[name]]:
@@ -53,20 +49,25 @@ def listed(split: LabelledSplit, path: Path, where: str) -> LabelledSplit:
             f"{path}: {len(double)} of {len(names)} names are those of several images of {where} (first: {double[0]}, "
             f"of {keys}); write their folders before them"
         )
-    return _part(split, np.sort([place for name in names for place in places[name]]))
+    place_N, first_N = np.unique([places[name][0] for name in names], return_index=True)
+    if twice := sorted(set(range(len(names))) - set(first_N.tolist())):  # by the image: it may have several spellings
+        raise DataError(
+            f"{path} lists {len(twice)} of {len(names)} images twice (first: {names[twice[0]]}); list each once"
+        )
+    return _part(split, place_N)
 
 
 def _places(index: Index, rows: NDArray[np.int64], names: tuple[str, ...]) -> dict[str, list[int]]:
     """Where in the rows the images of each name are."""
     wanted: dict[str, list[tuple[str, str]]] = {}  # by the last part of a key
-    for name in names:
+    for name in dict.fromkeys(names):
         for key in {name.removesuffix(PurePosixPath(name).suffix), make_keys([name])[0]}:
             wanted.setdefault(key.rpartition("/")[2], []).append((key, name))
     places: dict[str, list[int]] = {name: [] for name in names}
     for place, row in enumerate(rows.tolist()):
         own = index.key(row)
         for key, name in wanted.get(own.rpartition("/")[2], ()):
-            if own == key or own.endswith(f"/{key}"):
+            if f"/{own}".endswith(f"/{key}") or key.endswith(f"/{own}"):
                 places[name].append(place)
     return places
 

@@ -6,7 +6,7 @@ from typing import Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Count, Listed, Place, StorageConfig, Strict, Text, Workspace
+from bowstore.config import Count, Listed, Place, Strict, Text, Workspace
 from bowstore.data.index import open_index
 from bowstore.errors import MissingError
 from bowstore.evaluate.protocol import DataSets, Protocol
@@ -64,18 +64,14 @@ def resolve_train_test(settings: S, workspace: Workspace) -> S:
             )
             test = None
     resolved = settings.model_copy(update={"train": train, "test": test, "held_out": test is None})
-    if _images(resolved) and not _leaves_out(resolved, workspace.storage):
-        return resolved.model_copy(update={"images": None})
-    return resolved
+    if not (images := _images(resolved)):
+        return resolved
+    of_all = resolved.model_copy(update={"images": None})
+    return of_all if max(map(len, open_train_test(of_all, workspace).splits.values())) <= images else resolved
 
 
 def _images(settings: TrainTestSettings) -> int | None:
     return settings.images if isinstance(settings, SampleSettings) else None
-
-
-def _leaves_out(settings: TrainTestSettings, storage: StorageConfig) -> bool:
-    paths = [path for path in (settings.train, settings.test) if path]
-    return max(len(open_index(path, storage)) for path in paths) > (_images(settings) or 0)
 
 
 def _shards_to_test_on(workspace: Workspace) -> Path:

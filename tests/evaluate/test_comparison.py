@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 from bowstore.cli import main
 from bowstore.evaluate import results
 from bowstore.evaluate.comparison import NO_INTERVAL, as_csv, difference, estimate, markdown, side_by_side, text
+from bowstore.models.saved import network_of, save_backbone
+from bowstore.models.weights import weights_sha256
 
 
 def measured(protocol: str = "knn/k200", headline: str = "top1", version: int = 1, **changed: Any) -> results.Result:
@@ -157,6 +159,18 @@ def test_runs_and_networks_go_by_name_and_path_and_all_by_none(workspace: Path) 
     assert call("a", "b", "--csv").stdout.startswith("protocol,version,test_images,metric,run,percent,")
 
 
+def test_results_of_other_weights_than_the_run_has_now_are_named(workspace: Path) -> None:
+    saved = network_of({"name": "b", "task": "words", "model": {"arch": "wrn-10-1"}}, "test")
+    save_backbone(workspace / "runs/b/backbone.safetensors", network := saved.fresh(), saved)
+    inputs = {"test": "b" * 32, "weights_sha256": weights_sha256(network.state_dict())}
+    results.write_result(workspace / "runs/b", measured("linear/x", inputs=inputs))
+    results.write_result(workspace / "runs/b", measured(inputs=inputs | {"weights_sha256": "of step 1000"}))
+    assert call("a", "b").stderr == (
+        "warning: runs/b/eval/knn-k200.json is of other weights than runs/b has now; evaluate it again, or move the "
+        "file away\n"
+    )
+
+
 def test_what_cannot_be_compared_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, code, message in (
         (["nobody"], 1, "no run, network or file 'nobody'; evaluated in this workspace: a, b, timm-x-seed-0"),
@@ -166,7 +180,7 @@ def test_what_cannot_be_compared_is_one_line(workspace: Path, monkeypatch: pytes
         done = call(*arguments)
         assert (done.exit_code, done.stderr) == (code, f"Error: {message}\n")
     (workspace / "runs/a/eval/copy.json").write_bytes((workspace / "runs/a/eval/knn-k200.json").read_bytes())
-    assert "Error: run a has two results of knn/k200 v1 on bbbbbbbb; give one" in call("a").stderr
+    assert "Error: run a has two results of knn/k200 v1 on bbbbbbbb; move one of the two files away" in call("a").stderr
     (workspace / "new").mkdir()
     monkeypatch.chdir(workspace / "new")
     assert call().stderr == "Error: nothing was evaluated in runs or networks; `bowstore eval PROTOCOL` does\n"

@@ -194,7 +194,7 @@ def test_which_images_does_not_depend_on_their_order(lay_out: Any) -> None:
         ({"classes": ["a,b,c,d,e"]}, "^class b has 40 images in data/shards/test, and 50 shots with 15 queries need "
          "65; take --shots up to 25, other --classes or other shards by --test$"),
         ({}, "class f has 30 images .* take --shots up to 15, other"),
-        ({"shots": [1], "queries": 30}, "class f has 30 .* need 31; take fewer --queries than 30, other --classes"),
+        ({"shots": [1], "queries": 30}, "class f has 30 .* need 31; take fewer --queries and --shots, other --classes"),
         ({"classes": ["a", "bed"]}, "lacks 1 of 2 classes: bed; --classes takes names of its classes, a file or"),
         ({"classes": ["cifar-fs"]}, r"lacks 1 of 1 .*: cifar-fs; .* \(all, cifar-fs-test, miniimagenet-test\), and"),
     ],

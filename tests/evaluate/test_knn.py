@@ -68,6 +68,9 @@ def test_from_shards_to_result_file(tmp_path: Path, make_shard_set: ShardMaker) 
     fewer = knn(tmp_path, train=train, test=test, k=30, images=40)
     assert (fewer.protocol, fewer.settings["images"]) == ("knn/k30-t0.1-40-images", {"train": 40, "test": 20})
     assert knn(tmp_path, train=train, test=test, k=60, images=60).protocol == "knn/k60-t0.1"  # which are all
+    for images, protocol_id in ((56, "knn/k30-t0.1-held-out"), (55, "knn/k30-t0.1-held-out-55-images")):
+        held_out = KIND.ask("resolve", KnnSettings, KnnSettings(train=train, held_out=True, images=images), Workspace())
+        assert describe(held_out.model_copy(update={"k": 30})).id == protocol_id  # of 60 images, 4 are held out
     with pytest.raises(UsageError, match=r"^k 41 is more than the 40 train images of .*train; give --k 40 or fewer$"):
         knn(tmp_path, train=train, test=test, k=41, images=40)
     with pytest.raises(UsageError, match=r"^k 61 is more than the 60 train images of .*train; give --k 60 or fewer$"):

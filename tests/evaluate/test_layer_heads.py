@@ -23,6 +23,7 @@ from bowstore.errors import DataError, MissingError, UsageError
 from bowstore.evaluate import layer_heads
 from bowstore.evaluate.augmented import augmented, light, square_windows
 from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.fitting import shares
 from bowstore.evaluate.protocol import Network
 from bowstore.evaluate.protocols import imagenet_linear, places205_linear
 from bowstore.evaluate.protocols.imagenet_linear import ImageNetSettings
@@ -225,6 +226,12 @@ def test_two_ranks_give_what_one_gives(workspace: Path) -> None:
     assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-9)
     for name in ("block2", "pooled"):
         assert two["details"][name]["losses"] == pytest.approx(one["details"][name]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(4, [0.1]), (5, [0.1]), (6, [0.1, 0.5])])
+def test_top5_is_of_more_than_five_classes(classes: int, expected: list[float]) -> None:
+    found = shares(np.array([1, 2, 3, 4, 5][:classes]), 10, classes, "conv5")
+    assert found == dict(zip(("top1_conv5", "top5_conv5"), expected, strict=False))
 
 
 def test_what_is_interrupted_or_broken_leaves_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,5 +171,7 @@ class TestWhole:
         train, test = make_shard_set(7, folder="train").root, make_shard_set(20, folder="test", first=60).root
         with pytest.raises(DataError, match=r"train: class 3 has 1 image, so that none of it can be held out \(1 such"):
             self.evaluate(tmp_path, train=train, test=test)
-        with pytest.raises(DataError, match="logreg chooses C on a tenth of each train class"):
+        with pytest.raises(DataError, match=r"train class, so give it more images by --train$"):
             self.evaluate(tmp_path, train=make_shard_set(8, folder="few").root, held_out=True)
+        with pytest.raises(DataError, match=r"class 0 has 1 image.* so give it more images by --images$"):
+            self.evaluate(tmp_path, train=test, test=make_shard_set(4, folder="four", first=80).root, images=4)

@@ -240,6 +240,7 @@ def test_a_protocol_may_fix_the_size(workspace: Path) -> None:
         (["--arch", NET, "--weights", "none.pth"], 1, "no weights file none.pth"),
         (["--arch", "resnet18", "--weights", "theirs.pth"], 1, "theirs.pth does not fit resnet18: "),
         (["--run", "net.safetensors", "--weights", "theirs.pth"], 2, "weights theirs.pth go with an architecture"),
+        (["--weights", "theirs.pth"], 2, "weights theirs.pth do not say of which network they are; give --arch, too"),
         (["--run", "theirs.pth"], 1, "go with an architecture: --arch timm:NAME --weights theirs.pth"),
         (["--run", "net.safetensors", "--seed", "1"], 2, "--seed 1 is of random weights of --arch, and r has others"),
         (["--arch", NET, "--weights", "theirs.pth", "--seed", "1"], 2, "--seed 1 is of random weights of --arch, and "),

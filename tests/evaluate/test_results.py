@@ -78,6 +78,17 @@ def test_a_result_of_other_test_images_is_kept(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
+def test_a_result_that_was_kept_is_replaced_by_one_of_the_same_images(tmp_path: Path) -> None:
+    one, other = (a_result().model_copy(update={"inputs": {"test": digit * 32}}) for digit in "ab")
+    again = one.model_copy(update={"seconds": 2.5})
+    for result in (one, other, again):
+        write_result(tmp_path, result)
+    found = [read_result(path) for path in result_paths(tmp_path)]
+    assert sorted(result.inputs["test"] or "" for result in found) == ["a" * 32, "b" * 32]
+    assert again in found
+    assert comparison_table({"run": found})
+
+
 def test_versions_name_every_library() -> None:
     versions = a_result().versions
     decoders = {"dali", "nvimgcodec", "nvjpeg"}

@@ -80,7 +80,7 @@ class TestList:
 
     def test_names_in_any_order(self, split: LabelledSplit, tmp_path: Path) -> None:
         path = self.write(
-            tmp_path, "# a remark", "n02_1.JPEG", "", "n01_10.JPEG", "n02/same.png", "train/n01/n01_2.JPEG"[6:]
+            tmp_path, "# a remark", "n02_1.JPEG", "", "n01_10.JPEG", "n02/same.png", "imagenet/train/n01/n01_2.JPEG"
         )
         part = listed(split, path, "train")
         assert sorted(keys_of(part)) == ["n01/n01_10", "n01/n01_2", "n02/n02_1", "n02/same"]
@@ -106,6 +106,10 @@ class TestList:
             (
                 ["n01_2.JPEG", "n02_1.JPEG", "n01_2.JPEG"],
                 r"lists 1 of 3 images twice \(first: n01_2.JPEG\); list each once",
+            ),
+            (
+                ["n01_2.JPEG", "n01/n01_2.jpg", "n02_1", "n01_2.JPEG"],
+                r"lists 2 of 4 images twice \(first: n01/n01_2.jpg",
             ),
             (["# nothing"], r"list.txt lists no image; name a file with an image's name a line, as in n01440764_10026"),
         ],

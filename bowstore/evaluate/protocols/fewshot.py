@@ -156,8 +156,8 @@ def _check_sizes(settings: FewShotSettings, names: Sequence[str], images_C: NDAr
         raise UsageError(
             f"class {names[least]} has {images} images in {settings.test}, and {settings.shots[-1]} shots with "
             f"{settings.queries} queries need {settings.images}; take "
-            + (f"--shots up to {spare}, " if spare > 0 else f"fewer --queries than {images}, " * (images > 1))
-            + "other --classes or other shards by --test"
+            f"{f'--shots up to {spare}' if spare > 0 else 'fewer --queries and --shots'}, other --classes or other "
+            "shards by --test"
         )
 
 

@@ -37,7 +37,8 @@ def data(settings: LogregSettings, workspace: Workspace) -> DataSets:
     check_tenth(
         found["train"].labels,
         f"{settings.train}{left}",
-        "logreg chooses C on a tenth of each train class, so give --train more",
+        "logreg chooses C on a tenth of each train class, so give it more images by "
+        + ("--images" if settings.images else "--train"),
     )
     return found
 
