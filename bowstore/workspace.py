@@ -89,20 +89,22 @@ def find_results(workspace: Workspace, names: Sequence[str]) -> dict[str, list[P
         UsageError: the same one twice.
     """
     places = (workspace.runs, workspace.networks)
-    folders = (path.parent for place in places for path in sorted(place.glob(f"[!.]*/{runs.EVAL_FOLDER}")))
+    folders = (it for place in places for it in sorted(p.parent for p in place.glob(f"[!.]*/**/{runs.EVAL_FOLDER}")))
     evaluated = [folder for folder in folders if runs.result_paths(folder)]
     found: dict[Path, list[Path]] = {}
     for name in names or evaluated:
         path = next((path for path in (Path(name), *(place / name for place in places)) if path.exists()), None)
         if path is None:
-            there = ", ".join(folder.name for folder in evaluated) or "none"
+            there = ", ".join(_below(folder, places) for folder in evaluated) or "none"
             raise MissingError(f"no run, network or file {str(name)!r}; evaluated in this workspace: {there}")
         folder = runs.results_folder(path)
         if folder in found:
             raise UsageError(f"{name} is named twice; name each once")
         found[folder] = runs.result_paths(folder)
         if not found[folder]:
-            raise MissingError(f"{folder} holds no results; `bowstore eval PROTOCOL --run {path}` makes some")
+            inside = " or ".join(str(other) for other in evaluated if other.is_relative_to(folder))
+            remedy = f"name {inside}" if inside else f"`bowstore eval PROTOCOL --run {path}` makes some"
+            raise MissingError(f"{folder} holds no results; {remedy}")
     if not found:
         raise MissingError(f"nothing was evaluated in {' or '.join(map(str, places))}; `bowstore eval PROTOCOL` does")
     short = {folder: _below(folder, places) for folder in found}

@@ -197,7 +197,7 @@ def _train(train_X: Tensor, train_y: Tensor, classes: int, config: LinearConfig)
                 raise DataError(
                     f"the probe's loss is {loss} in epoch {epoch + 1} of {config.epochs} at lr {config.lr}: "
                     f"features up to {train_X.abs().max().item():.3g} are too large for it; "
-                    "use linear/standardised or a lower lr"
+                    "take linear/standardised (--standardise)"
                 )
             losses.append(loss)
             progress.advance(note=f"loss {loss:.3f}")

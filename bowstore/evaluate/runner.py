@@ -4,14 +4,14 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bowstore.config import Strict, ViewConfig, Workspace, dump
+from bowstore.config import Strict, Workspace, dump
 from bowstore.data.views import CleanView, clean_view
 from bowstore.environment import choose_device, device_name, library_versions
 from bowstore.errors import UsageError
@@ -52,9 +52,9 @@ def evaluate(
     named = _named(config, workspace)
     settings = kind.ask("resolve", kind.settings, settings, workspace)
     protocol, data = kind.ask("describe", Protocol, settings), kind.ask("data", DataSets, settings, workspace)
-    subject = _subject(named, kind, settings, config, data, workspace)
-    opened, unfinished = subject.opened, unfinished_folder(subject.folder, protocol.id)
-    network = Network(backbone=opened.backbone, view=subject.view, folder=unfinished)
+    opened, name, folder = _opened(named, kind, settings, config, data, workspace)
+    unfinished = unfinished_folder(folder, protocol.id)
+    network = Network(backbone=opened.backbone, view=opened.view, folder=unfinished)
     weights = weights_sha256(network.backbone.state_dict())  # before anything is trained
     start = time.monotonic()
     with _world(kind, config) as world:
@@ -89,7 +89,7 @@ def evaluate(
             inputs={
                 **data.inputs,
                 "weights_sha256": weights,
-                "run": subject.name,
+                "run": name,
                 "arch": opened.model.arch,
                 "weights_file": opened.origin.weights_file,
                 "weights_layout": opened.origin.weights_layout,
@@ -102,7 +102,7 @@ def evaluate(
             seconds=round(time.monotonic() - start, 3),
         )
         if world.first:
-            written = write_result(subject.folder, result)
+            written = write_result(folder, result)
             if opened.place is None:
                 say(f"the result lies in {written}")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -142,32 +142,15 @@ def _named(config: EvalConfig, workspace: Workspace) -> str | Path | NetworkReco
     return resolve_network(workspace, config.run, seed=config.seed) if config.run else newest_run(workspace)
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """The network of an evaluation.
-
-    Attributes:
-        opened: the network.
-        view: the images that it takes, at the size that was asked for.
-        name: what tables call it.
-        folder: takes its results.
-    """
-
-    opened: OpenedNetwork
-    view: ViewConfig
-    name: str
-    folder: Path
-
-
-def _subject(
+def _opened(
     named: str | Path | NetworkRecord,
     kind: Kind,
     settings: Strict,
     config: EvalConfig,
     data: DataSets,
     workspace: Workspace,
-) -> _Subject:
-    """Load the network, at the size that the command or the protocol says.
+) -> tuple[OpenedNetwork, str, Path]:
+    """The network, at the size that the command or the protocol says; what tables call it; the folder of its results.
 
     Raises:
         UsageError: a size beside the protocol's, or a seed where nothing is drawn.
@@ -191,12 +174,8 @@ def _subject(
         name = f"{origin.name} ({origin.weights_file or origin.weights_layout})"
         label = named.name if isinstance(named, NetworkRecord) else str(named)
         folder = network_folder(workspace.networks, label, weights=config.weights, seed=opened.seed)
-    return _Subject(
-        opened,
-        view,
-        name + (f" at {other} px" if other else ""),
-        results_folder(folder, random_init=config.random, size=other),
-    )
+    name += f" at {other} px" if other else ""
+    return replace(opened, view=view), name, results_folder(folder, random_init=config.random, size=other)
 
 
 @contextmanager

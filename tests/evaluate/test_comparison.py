@@ -149,7 +149,7 @@ def test_runs_and_networks_go_by_name_and_path_and_all_by_none(workspace: Path) 
     assert rows("a/random", str(workspace / "runs/a"), "timm-x-seed-0") == {
         "a/random": 25, "a": 50, "timm-x-seed-0": 60
     }  # fmt: skip
-    assert rows() == {"a": 50, "b": 75, "timm-x-seed-0": 60}
+    assert rows() == {"a": 50, "a/random": 25, "b": 75, "timm-x-seed-0": 60}
     results.write_result(workspace / "elsewhere/a", measured())
     results.write_result(workspace / "other/a", measured())
     assert list(rows("elsewhere/a", "other/a")) == ["elsewhere/a", "other/a"]
@@ -173,12 +173,14 @@ def test_results_of_other_weights_than_the_run_has_now_are_named(workspace: Path
 
 def test_what_cannot_be_compared_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, code, message in (
-        (["nobody"], 1, "no run, network or file 'nobody'; evaluated in this workspace: a, b, timm-x-seed-0"),
+        (["nobody"], 1, "no run, network or file 'nobody'; evaluated in this workspace: a, a/random, b, timm-x-seed-0"),
         (["a", "runs/empty"], 1, "runs/empty holds no results; `bowstore eval PROTOCOL --run runs/empty` makes some"),
         (["a", "runs/a"], 2, "runs/a is named twice; name each once"),
     ):
         done = call(*arguments)
         assert (done.exit_code, done.stderr) == (code, f"Error: {message}\n")
+    results.write_result(workspace / "networks/y/96px", measured())
+    assert call("networks/y").stderr == "Error: networks/y holds no results; name networks/y/96px\n"
     (workspace / "runs/a/eval/copy.json").write_bytes((workspace / "runs/a/eval/knn-k200.json").read_bytes())
     assert "Error: run a has two results of knn/k200 v1 on bbbbbbbb; move one of the two files away" in call("a").stderr
     (workspace / "new").mkdir()
