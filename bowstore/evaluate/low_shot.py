@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from bowstore.config import Workspace
 from bowstore.errors import DataError
 from bowstore.evaluate.exact_svm import optima
-from bowstore.evaluate.protocol import DataSets, Features, Scores, SplitFeatures
+from bowstore.evaluate.protocol import DataSets, Features, Scores
 from bowstore.evaluate.protocols.voc07 import COSTS
 from bowstore.evaluate.protocols.voc07_lowshot import SAMPLES, LowShotSettings, metric
 from bowstore.evaluate.results import INTERVAL
@@ -87,7 +87,15 @@ def score(features: Features, settings: LowShotSettings) -> Scores:
         DataError: as `svm.average_precision`.
     """
     train, test = features["trainval"], features["test"]
-    details = {layer: _of_layer(train, test, layer, settings) for layer in train.taps}
+    costs = COSTS[settings.costs]
+    details: dict[str, dict[str, Any]] = {}
+    how: dict[str, Any] = {"shots": settings.shots, "costs": costs, "seed": settings.seed, "jobs": settings.jobs}
+    for layer in train.taps:
+        precision, short = low_shot_precision(
+            train[layer], train.labels, test[layer], test.labels, what=f"svm {layer}", **how
+        )
+        details[layer] = {metric(shots): _summary(map_SC, costs) for shots, map_SC in precision.items()}
+        details[layer]["unconverged_fits"] = short
     best = {
         name: max((found[name] for found in details.values()), key=lambda one: one["mean"])
         for name in map(metric, settings.shots)
@@ -96,25 +104,8 @@ def score(features: Features, settings: LowShotSettings) -> Scores:
     return Scores(
         metrics={name: one["mean"] for name, one in best.items()},
         details={**details, INTERVAL: {name: half * np.std(one["samples"], ddof=1) for name, one in best.items()}},
-        settings={"norm_epsilon": NORM_EPSILON, "costs": list(COSTS[settings.costs]), "samples": SAMPLES},
+        settings={"norm_epsilon": NORM_EPSILON, "costs": list(costs), "samples": SAMPLES},
     )
-
-
-def _of_layer(train: SplitFeatures, test: SplitFeatures, layer: str, settings: LowShotSettings) -> dict[str, Any]:
-    costs = COSTS[settings.costs]
-    precision, short = low_shot_precision(
-        train[layer],
-        train.labels,
-        test[layer],
-        test.labels,
-        shots=settings.shots,
-        costs=costs,
-        seed=settings.seed,
-        jobs=settings.jobs,
-        what=f"svm {layer}",
-    )
-    found = {metric(shots): _summary(map_SC, costs) for shots, map_SC in precision.items()}
-    return {**found, "unconverged_fits": short}
 
 
 def _summary(map_SC: NDArray[np.float64], costs: Sequence[float]) -> dict[str, Any]:
@@ -134,7 +125,6 @@ def low_shot_precision(
     shots: Sequence[int],
     costs: Sequence[float],
     seed: int,
-    samples: int = SAMPLES,
     jobs: int | None = None,
     what: str = "svm",
 ) -> tuple[Mapping[int, NDArray[np.float64]], int]:
@@ -153,7 +143,6 @@ def low_shot_precision(
         shots: ascending.
         costs: above 0.
         seed: of the samples.
-        samples: S.
         jobs: processes; None for one a core.
         what: name of the step in the progress line.
 
@@ -163,8 +152,8 @@ def low_shot_precision(
     """
     jobs, classes = jobs or joblib.cpu_count(), train_labels_NK.shape[1]
     # Many shots take longest: first in line, so that no process is left alone with one at the end.
-    order = [(k, s, c) for k in reversed(shots) for s in range(samples) for c in range(classes)]
-    precision, short = {k: np.empty((samples, classes, len(costs))) for k in shots}, 0
+    order = [(k, s, c) for k in reversed(shots) for s in range(SAMPLES) for c in range(classes)]
+    precision, short = {k: np.empty((SAMPLES, classes, len(costs))) for k in shots}, 0
     with Progress(what, len(order) * len(costs), "fits") as progress:
         train, test = normalise_rows(train_Nd), normalise_rows(test_Md)
         shared = kernel(train, train, jobs), kernel(train, test, jobs)

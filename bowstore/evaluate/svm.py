@@ -118,7 +118,6 @@ def evaluate_svms(
     test_Md: NDArray[np.floating],
     test_labels_MK: NDArray[np.integer],
     *,
-    classes: Sequence[str],
     costs: Sequence[float],
     solver: Solver = "exact",
     jobs: int | None = None,
@@ -140,7 +139,6 @@ def evaluate_svms(
         train_labels_NK: int8, 1 present, 0 absent, -1 only difficult objects; as `check_problem` wants them.
         test_Md: features, not normalised.
         test_labels_MK: int8, as for training.
-        classes: names of the K classes.
         costs: tried in this order; of equally good ones the first is taken.
         solver: "exact" finds the optima (`bowstore.evaluate.exact_svm`), "liblinear" stops where the public codes do.
         jobs: processes; None for one a core.
@@ -150,14 +148,14 @@ def evaluate_svms(
         DataError: as `average_precision`.
         BowstoreError: a worker process was killed.
     """
-    targets_NK = train_targets(train_labels_NK)
+    targets_NK, classes = train_targets(train_labels_NK), train_labels_NK.shape[1]
     train, test = normalise_rows(train_Nd), normalise_rows(test_Md)
-    fits = len(classes) * (len(costs) * FOLDS + 1)
+    fits = classes * (len(costs) * FOLDS + 1)
     with Progress(what, fits, "fits") as progress:
         solved_by = (_Exact if solver == "exact" else _Liblinear)(train, targets_NK, jobs or joblib.cpu_count())
         validation_KC, short = solved_by.validation(costs, progress)
         cost_K = np.array([costs[c] for c in validation_KC.argmax(axis=1)])
-        precision_K = np.empty(len(classes))
+        precision_K = np.empty(classes)
         for k, (scores_M, stopped) in enumerate(solved_by.refitted(cost_K, test)):
             precision_K[k] = average_precision(scores_M, test_labels_MK[:, k])
             short += stopped

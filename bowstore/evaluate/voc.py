@@ -139,7 +139,7 @@ def score(features: Features, settings: Voc07Settings) -> Scores:
         DataError: as `svm.evaluate_svms`.
     """
     train, test, costs = features["trainval"], features["test"], COSTS[settings.costs]
-    how: dict[str, Any] = {"classes": train.classes, "costs": costs, "solver": settings.solver, "jobs": settings.jobs}
+    how: dict[str, Any] = {"costs": costs, "solver": settings.solver, "jobs": settings.jobs}
     scores = {
         layer: evaluate_svms(train[layer], train.labels, test[layer], test.labels, what=f"svm {layer}", **how)
         for layer in train.taps

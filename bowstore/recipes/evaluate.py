@@ -19,7 +19,7 @@ from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint
 
 _HOW = EvalConfig.model_fields.keys() - OF_NETWORK  # what settings may say of how an evaluation runs
-
+_HOW_IT_RUNS = ("jobs", "workers", "checkpoint_every")  # a protocol's own settings of that kind
 
 RANDOM = "random network"  # the row of the network before training
 
@@ -72,7 +72,7 @@ class Cell:
             there, here = recorded.get(name, value), value
             if name in self.data and (known := fingerprint(self.data[name])):
                 there, here = inputs.get(name), known  # the images, wherever they lie
-            if there != here:
+            if there != here and name not in _HOW_IT_RUNS:
                 return False
         if self.config.random:  # of the run's own seed and network, unless its configuration was written since
             return self.result.stat().st_mtime >= (self.run / runs.CONFIG_FILE).stat().st_mtime

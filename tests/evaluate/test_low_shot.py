@@ -52,14 +52,12 @@ def test_samples_are_drawn_by_themselves() -> None:
 def test_as_scikit_learn_gives() -> None:
     train, labels, test, test_labels = problem()
     costs = (0.01, 1.0, 30.0)
-    found, short = low_shot_precision(
-        train, labels, test, test_labels, shots=(2, 5), costs=costs, seed=7, samples=3, jobs=1
-    )
+    found, short = low_shot_precision(train, labels, test, test_labels, shots=(2, 5), costs=costs, seed=7, jobs=1)
     assert short == 0
     X, Y = normalise_rows(train), normalise_rows(test)
     for shots, map_SC in found.items():
-        assert map_SC.shape == (3, 3)
-        for s in range(3):
+        assert map_SC.shape == (5, 3)
+        for s in range(5):
             for c, cost in enumerate(costs):
                 precisions = []
                 for k in range(3):

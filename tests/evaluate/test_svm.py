@@ -112,7 +112,7 @@ def test_rows_are_normalised_in_float64() -> None:
 
 
 def run(data: Problem, **options: object) -> svm.SvmScores:
-    settings = {"classes": ("a", "b"), "costs": (0.01, 1.0, 100.0), "jobs": 1} | options
+    settings = {"costs": (0.01, 1.0, 100.0), "jobs": 1} | options
     return evaluate_svms(*data, **settings)  # type: ignore[arg-type]
 
 

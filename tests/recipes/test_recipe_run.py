@@ -7,8 +7,11 @@ import pytest
 from click.testing import CliRunner
 
 from bowstore.cli import main
-from bowstore.config import Workspace
+from bowstore.config import Workspace, dump
 from bowstore.errors import BowstoreError
+from bowstore.evaluate.config import EvalConfig
+from bowstore.evaluate.protocols.voc0712_detection import KIND, DetectionSettings
+from bowstore.recipes.evaluate import Cell
 from bowstore.recipes.file import load_recipe
 from bowstore.recipes.plan import make_plan
 from bowstore.recipes.run import run_recipe
@@ -90,3 +93,19 @@ def test_processes_are_started_by_torchrun_with_the_same_plan(tmp_path: Path, mo
         run_recipe(make_plan(recipe, Workspace(), seed=4, folder=Path("out")), processes=8)
     command = "-m torch.distributed.run --standalone --nproc-per-node 8 -m bowstore run r.yaml --stage rotnet --out out"
     assert started == [[*command.split(), "--seed", "4", "--set", "stages.rotnet.set.optim.epochs=2"]]
+
+
+def test_how_an_evaluation_ran_does_not_undo_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector that many processes trained by hand is not trained again for its workers."""
+    monkeypatch.setattr("bowstore.runs.weights_sha256", lambda _: "w")
+
+    def cell(**settings: object) -> Cell:
+        asked = DetectionSettings.model_validate({"voc": tmp_path, **settings})
+        return Cell("BoWNet", KIND, asked, EvalConfig(run=str(tmp_path / "run")))
+
+    ran = cell(workers=8, checkpoint_every=100)
+    result = {"protocol_version": 1, "inputs": {"weights_sha256": "w"}, "settings": {"options": dump(ran.settings)}}
+    ran.result.parent.mkdir(parents=True)
+    ran.result.write_text(json.dumps(result))
+    assert cell().is_done()
+    assert not cell(seed=1).is_done()

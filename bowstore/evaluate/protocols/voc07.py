@@ -28,7 +28,7 @@ class VocSvmSettings(Strict):
     voc: Place | None = Field(None, description="VOC devkit, or its folder VOC2007; null: the workspace's")
     costs: CostList = Field("fair", description="cost list, by the code that uses it (another protocol id each)")
     layers: Listed[Text] = Field(
-        (), description="layer of the network, more than once for several (another protocol id); null: last two"
+        (), description="layer, more than once for several (another protocol id); null: last two, of obow the last"
     )
     resize: Resize = Field(
         "antialiased", description="opencv: without antialias, as FAIR's code resizes (another protocol id)"
