@@ -78,66 +78,68 @@ def data(settings: DetectionSettings, _workspace: Workspace) -> DataSets:
     folders = [find_devkit(settings.voc, year) for year in plan.years]
     if len(set(folders)) < len(folders):
         raise MissingError(f"{settings.voc} is the folder of one year; name VOCdevkit, with VOC2007 and VOC2012 in it")
-    lists = [(folder, _listed(folder, year, "trainval")) for folder, year in zip(folders, plan.years, strict=True)]
+    years = zip(folders, plan.years, strict=True)
+    learned = [path for folder, year in years for path in _listed(folder, year, "trainval")]
     tested = _listed(folders[0], 2007, "test")
-    train = read_boxes(lists, classes, role="train")
-    test = read_boxes([(folders[0], tested)], classes, role="test")
+    train, test = read_boxes(learned, classes, role="train"), read_boxes(tested, classes, role="test")
     refuse_shared(train, test, str(settings.voc))
-    for split, part in ((train, "trainval"), (test, "test")):
-        counts = _counted(split, easy=part == "test")
-        if not counts.all():
-            name = classes[int(counts.argmin())]
-            what = "objects that are not difficult" if part == "test" else "objects"
-            raise DataError(f"{settings.voc}: class {name} has 0 {what} in {part}; need at least 1 of each class")
+    easy_NK = np.zeros_like(test.labels)
+    for row, objects in enumerate(test.objects):
+        easy_NK[row, objects.labels[~objects.difficult]] = 1
+    for part, what, present_NK in (
+        ("trainval", "objects", train.labels),
+        ("test", "objects that are not difficult", easy_NK),
+    ):
+        for name, present_N in zip(classes, present_NK.T, strict=True):
+            if not present_N.any():
+                raise DataError(f"{settings.voc}: class {name} has 0 {what} in {part}; need at least 1 of each class")
     if plan.test_images:
-        few = [tested[row] for row in _few(test, plan.test_images)]
-        test = read_boxes([(folders[0], few)], classes, role="test")
+        few = {*range(min(plan.test_images, len(test))), *easy_NK.argmax(axis=0).tolist()}  # and each class's first
+        test = read_boxes([tested[row] for row in sorted(few)], classes, role="test")
     shape = len(train), len(test), len(classes)
     return DataSets(splits={"train": train, "test": test}, view={"size": plan.test_side}, dataset=_SHAPES.get(shape))
 
 
-def _listed(voc: Path, year: int, part: Part) -> tuple[str, ...]:
+def _listed(voc: Path, year: int, part: Part) -> list[Path]:
     """The images of a part, sorted; all of them and their annotations are there."""
     source = voc / MAIN / f"{part}.txt"
     for place in (voc / IMAGES, voc / "Annotations", source):
         if not place.exists():
             alone = "" if year == 2007 else ", or --schedule voc07 trains on VOC2007 alone (another protocol id)"
             raise MissingError(f"no {place}; {extract(year, part)}{alone}")
-    ids = tuple(sorted(read_ids(source)))
-    refuse_missing(source, "image", [voc / IMAGES / f"{name}.jpg" for name in ids])
-    refuse_missing(source, "annotation", [voc / "Annotations" / f"{name}.xml" for name in ids])
-    return ids
+    images = [voc / IMAGES / f"{name}.jpg" for name in sorted(read_ids(source))]
+    refuse_missing(source, "image", images)
+    refuse_missing(source, "annotation", [_annotation(path) for path in images])
+    return images
 
 
-def read_boxes(lists: Sequence[tuple[Path, Sequence[str]]], classes: tuple[str, ...], *, role: str) -> BoxedSplit:
+def _annotation(image: Path) -> Path:
+    return image.parents[1] / "Annotations" / f"{image.stem}.xml"
+
+
+def read_boxes(paths: Sequence[Path], classes: tuple[str, ...], *, role: str) -> BoxedSplit:
     """Images with their annotations.
 
     The fingerprint is over classes, ids, objects and the images' sizes in bytes.
 
     Args:
-        lists: folder of a year, and ids in it.
+        paths: of the images.
         classes: names.
         role: "train" or "test".
 
     Raises:
         DataError: as `read_annotation`; an image that cannot be opened.
     """
-    paths, sizes, objects = [], [], []
-    digest = xxhash.xxh3_128(" ".join(classes).encode())
-    for folder, ids in lists:
-        for name in ids:
-            path = folder / IMAGES / f"{name}.jpg"
-            size = header_size(path)
-            found = read_annotation(folder / "Annotations" / f"{name}.xml", classes, size)
-            digest.update(f"{name} {path.stat().st_size}".encode())
-            for array in found:
-                digest.update(array.tobytes())
-            paths.append(path)
-            sizes.append(size)
-            objects.append(found)
+    sizes, objects = [], []
     present_NK = np.zeros((len(paths), len(classes)), np.int8)
-    for row, each in enumerate(objects):
-        present_NK[row, each.labels] = 1
+    digest = xxhash.xxh3_128(" ".join(classes).encode())
+    for row, path in enumerate(paths):
+        sizes.append(header_size(path))
+        objects.append(read_annotation(_annotation(path), classes, sizes[row]))
+        present_NK[row, objects[row].labels] = 1
+        digest.update(f"{path.stem} {path.stat().st_size}".encode())
+        for array in objects[row]:
+            digest.update(array.tobytes())
     split = of_files(paths, labels=present_NK, classes=classes, fingerprint=digest.hexdigest(), role=role)
     return BoxedSplit(**vars(split), sizes=np.array(sizes, np.int64), objects=tuple(objects))
 
@@ -200,20 +202,3 @@ def _number(element: ElementTree.Element, name: str, where: str, missing: float 
     if not np.isfinite(value):
         raise DataError(f"{where}: {name} is {'not there' if text is None else repr(text)}, not a number; {AGAIN}")
     return value
-
-
-def _counted(split: BoxedSplit, *, easy: bool) -> NDArray[np.int64]:
-    """Objects of each class, (K,); without the difficult ones if only easy ones count."""
-    labels = [_labels(each, easy=easy) for each in split.objects]
-    return np.bincount(np.concatenate(labels), minlength=len(split.classes))
-
-
-def _few(split: BoxedSplit, count: int) -> list[int]:
-    """The first rows, so many, and for each class the first row with an object of it that is not difficult."""
-    easy = [_labels(each, easy=True) for each in split.objects]
-    firsts = {next(row for row, labels in enumerate(easy) if k in labels) for k in range(len(split.classes))}
-    return sorted(firsts | set(range(min(count, len(split)))))
-
-
-def _labels(objects: Objects, *, easy: bool) -> NDArray[np.int64]:
-    return objects.labels[~objects.difficult] if easy else objects.labels
