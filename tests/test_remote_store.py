@@ -71,6 +71,15 @@ def test_remote_store_has_the_same_files(server: FolderServer, tmp_path: Path) -
     assert {name.rpartition("/")[2] for name, _ in server.gets[requests:]} == {"zarr.json"}
 
 
+def test_remote_store_that_was_half_uploaded(server: FolderServer, tmp_path: Path) -> None:
+    group = server.root / "words.zarr" / "zarr.json"
+    value = json.loads(group.read_text())
+    value["attributes"] |= {"layers": [], "uploading": "node7"}
+    group.write_text(json.dumps(value))
+    with pytest.raises(MismatchError, match=r"^word store http.* was half uploaded by an earlier .* node7 has it"):
+        fetch(server, tmp_path)
+
+
 def test_remote_local_store_stays_where_it_is(tmp_path: Path) -> None:
     assert fetch_store(tmp_path / "words.zarr") == tmp_path / "words.zarr"
 

@@ -17,7 +17,7 @@ from bowstore.cli.options import command, fields
     otherwise={"teacher": "the newest finished run of a teacher's task, as rotation is"},
 )
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
-@click.option("--store", type=PATH, help="Word store to write, or its URL.  [default: the workspace's]")
+@click.option("--store", type=PATH, help="Word store to write.  [default: the workspace's]")
 @click.option("--append", is_flag=True, help="Add the images that the store lacks, under its own words.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
 def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, append: bool, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from bowstore.plugins import called
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint, images_in
 from bowstore.remote import is_remote
-from bowstore.words.config import EncodeConfig, check_sample
+from bowstore.words.config import EncodeConfig, check_place, check_sample
 from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
 from bowstore.words.store import Store
 from bowstore.workspace import initial_network, is_configuration, resolve_teacher
@@ -167,6 +167,7 @@ class EncodeStage(Stage):
     def check(self) -> None:
         """As of every stage; and that the teacher is there, and vectors enough, where that is known."""
         super().check()
+        check_place(self.place)
         if self.state() == DONE:
             return
         if not self.teacher:

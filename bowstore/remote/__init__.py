@@ -1,15 +1,13 @@
 """Shards and word stores on other machines: fetched through fsspec into a local cache, whole and checked.
 
 `is_remote` and `url_of` know a URL in a path; `RemoteFolder` fetches files of a folder; `fetch_store` fetches a word
-store; `writable_store` is where a store is written that a URL gets; `local_only` refuses URLs; `hold` keeps a copy that
-is open from being removed.
+store; `local_only` refuses URLs; `hold` keeps a copy that is open from being removed.
 """
 
 from bowstore.remote.cache import hold
 from bowstore.remote.folder import RemoteFolder
 from bowstore.remote.store import fetch_store
 from bowstore.remote.urls import is_remote, local_only, url_of
-from bowstore.remote.writing import reserve_room, writable_store
 
 __all__ = [
     "RemoteFolder",
@@ -17,7 +15,5 @@ __all__ = [
     "hold",
     "is_remote",
     "local_only",
-    "reserve_room",
     "url_of",
-    "writable_store",
 ]

@@ -11,7 +11,6 @@
     <root>/words/.<file>.json                              their record
     <root>/features/<file>                                 features of a network, taken again where they are missing
     <root>/features/.<file>.json                           their record
-    <root>/writing/<folder's name and hash>/               a word store that is written and not uploaded yet
 
 The root may be a folder in which people keep other things. Nothing is removed that has no record, or is no longer as
 the record says, or holds a file that the record does not name; none of that counts towards the bound either.
@@ -39,7 +38,7 @@ from bowstore.files import (
     write_json,
 )
 
-_REMOTE, _WORDS, _FEATURES, _WRITING = "remote", "words", "features", "writing"
+_REMOTE, _WORDS, _FEATURES = "remote", "words", "features"
 STORE_SUFFIX, PART_SUFFIX = ".zarr", ".zarr.part"
 _REMEDY = "raise storage.cache_gb, or name a folder on a larger disk in storage.cache"
 
@@ -63,11 +62,6 @@ def cache_root(storage: StorageConfig) -> Path:
 def copies_folder(storage: StorageConfig) -> Path:
     """The folder below the cache that holds the copies of remote folders."""
     return cache_root(storage) / _REMOTE
-
-
-def writing_folder(storage: StorageConfig) -> Path:
-    """The folder below the cache that holds the word stores that are written and not uploaded yet."""
-    return cache_root(storage) / _WRITING
 
 
 def features_folder(storage: StorageConfig) -> Path:
@@ -128,18 +122,16 @@ def make_room(needed: int, what: str, storage: StorageConfig, *, keep: Collectio
         for _, copy in sorted(_copies(root)):
             if copy in keep:
                 continue
-            freed = _freed_by(copy)
+            freed = _size_of(copy)
             if _remove(copy):
                 total, free = total - freed, free + freed
             if total + needed <= bound and needed <= free:
                 return
     if total + needed <= bound:
         return  # that the disk is full of other things is told by whoever writes
-    written = _size_of([writing_folder(storage)])
-    of_them = f" ({_size(written)} by stores in {root / _WRITING} that are not uploaded yet)" if written else ""
     raise BowstoreError(
         f"{what} needs {_size(needed)}, and {_size(total)} of the {storage.cache_gb:g} GB that the cache {root} may "
-        f"hold are in use{of_them}; wait for the other runs to end, or {_REMEDY}"
+        f"hold are in use; wait for the other runs to end, or {_REMEDY}"
     )
 
 
@@ -233,26 +225,20 @@ def _files(path: Path) -> Iterator[os.stat_result]:
             yield path.lstat()
 
 
-def _size_of(places: Iterable[Path]) -> int:
-    """Bytes of all files at or below some places; a file that has several names counts once."""
-    found = (stat for place in places for stat in _files(place))
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())
+def _size_of(place: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(stat.st_size for stat in _files(place))
 
 
 def _taken(root: Path) -> int:
     """Bytes that the bound is about: what bowstore keeps below the root."""
-    return _size_of((root / _WRITING, *(path for path in _entries(root) if _is_kept(path))))
+    return sum(_size_of(path) for path in _entries(root) if _is_kept(path))
 
 
 def _is_kept(path: Path) -> bool:
     with suppress(FileNotFoundError):
         return _is_ours(path)
     return False
-
-
-def _freed_by(copy: Path) -> int:
-    """Bytes that go with a copy; files that it shares (with a store that is written, or an older copy) stay."""
-    return sum(stat.st_size for stat in _files(copy) if stat.st_nlink == 1)
 
 
 def _entries(root: Path) -> Iterator[Path]:

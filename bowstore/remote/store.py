@@ -8,8 +8,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ ROOT_ARRAYS = ("key_hash", "image_digest")
 LAYER_ARRAYS = ("words", "vocabulary", "document_frequency", "nearest", "nearest_distance", "chunk_digest")
 PROJECTION_ARRAYS = ("projection", "projection_offset")
 METADATA = "zarr.json"
-UPLOADING = "uploading"  # attribute of a group whose files are being changed: the machine that does it
+_UPLOADING = "uploading"  # attribute that versions before `bowstore push` left in a store that they half uploaded
 _MAX_FILES = 10**6  # that metadata may ask for; ImageNet's conv4 words are a thousand
 _HELD: dict[Path, int] = {}  # descriptors that keep this process's copies in the cache
 
@@ -56,46 +55,29 @@ def fetch_store(path: Path, storage: StorageConfig | None = None, *, display: bo
     folder = RemoteFolder(path, storage)
     have_copy = any(folder.folder.glob(f"*{cache.STORE_SUFFIX}"))
     try:
-        metadata = store_metadata(folder, retries=0 if have_copy else None)
+        metadata = _metadata(folder, retries=0 if have_copy else None)
     except TransferError as error:
         whole = sorted(folder.folder.glob(f"*{cache.STORE_SUFFIX}"), key=lambda p: (p / METADATA).stat().st_atime_ns)
         if not whole:
             raise
         tell_once(f"{str(error).split(';')[0]}: using the copy {whole[-1]}", about=folder.url)
         return _use(whole[-1])
-    check_settled(metadata, shown(folder.url))
-    with whole_copy(folder, metadata, display=display) as copy:
-        return _use(copy)
-
-
-def check_settled(metadata: dict[str, bytes], url: str) -> None:
-    """Refuse a store whose files are being changed, or were when an upload was cut off.
-
-    Raises:
-        MismatchError: its group says so.
-    """
-    if machine := attributes_of(metadata[METADATA], url).get(UPLOADING):
+    url = shown(folder.url)
+    if machine := _attributes(metadata[METADATA], url).get(_UPLOADING):
         raise MismatchError(
-            f"word store {url} is half uploaded by machine {machine}; wait for the end of `bowstore encode` there, or "
-            f"give the same command there again"
+            f"word store {url} was half uploaded by an earlier version; machine {machine} has it whole below writing/ "
+            f"in its cache: `bowstore push` it to another URL from there"
         )
-
-
-@contextmanager
-def whole_copy(folder: RemoteFolder, metadata: dict[str, bytes], *, display: bool = True) -> Iterator[Path]:
-    """The copy of a store with this metadata, brought here if it is not; it stays for the length of the block."""
-    copy = copy_place(folder, metadata)
+    copy = _copy_place(folder, metadata)
     with waiting_lock(cache.lock_file(copy), "", shown=False):
         if not copy.exists():
             _build(folder, copy, metadata, display=display)
-        elif not cache.read_record(copy):  # a copy of before there were records, or a store that was written here
-            cache.write_store_record(copy, (*metadata, *chunk_files(metadata, shown(folder.url))))
-        with open(copy / METADATA, "rb") as handle:
-            cache.hold(handle.fileno())
-            yield copy
+        elif not cache.read_record(copy):  # a copy of before there were records
+            cache.write_store_record(copy, (*metadata, *_chunk_files(metadata, url)))
+        return _use(copy)
 
 
-def copy_place(folder: RemoteFolder, metadata: dict[str, bytes]) -> Path:
+def _copy_place(folder: RemoteFolder, metadata: dict[str, bytes]) -> Path:
     """Where the copy of a store with this metadata lies, or would."""
     version = xxhash.xxh3_64_hexdigest(
         b"".join(f"{name} {len(text)};".encode() + text for name, text in sorted(metadata.items()))
@@ -113,7 +95,7 @@ def _use(copy: Path) -> Path:
     return copy
 
 
-def store_metadata(folder: RemoteFolder, *, retries: int | None = None) -> dict[str, bytes]:
+def _metadata(folder: RemoteFolder, *, retries: int | None = None) -> dict[str, bytes]:
     """All metadata files of a remote store, by their names in it.
 
     Args:
@@ -137,55 +119,29 @@ def store_metadata(folder: RemoteFolder, *, retries: int | None = None) -> dict[
         folder.parallel([partial(_read, folder, name) for name in names], found.append)
         return dict(found)
 
-    return metadata_below(root, read, url)
-
-
-def metadata_below(root: bytes, read: Callable[[list[str]], dict[str, bytes]], url: str) -> dict[str, bytes]:
-    """All metadata files of a store, by that of its group.
-
-    Args:
-        root: the group's metadata.
-        read: gives the content of files by their names in the store.
-        url: of the store, for messages.
-
-    Raises:
-        MismatchError: the group is no word store.
-        CorruptError: metadata that cannot be understood.
-    """
-    layers = layer_names(root, url)
-    arrays = ROOT_ARRAYS[:1] if attributes_of(root, url).get("format_version") == 2 else ROOT_ARRAYS
+    layers = _attributes(root, url).get("layers")
+    if not isinstance(layers, list) or not all(_plain_name(name) for name in layers):
+        raise MismatchError(f"{url} is a Zarr group but not a bowstore word store; name another URL")
+    arrays = ROOT_ARRAYS[:1] if _attributes(root, url).get("format_version") == 2 else ROOT_ARRAYS
     found = {METADATA: root, **read([f"{name}/{METADATA}" for name in (*arrays, *layers)])}
     below_layers = [f"{layer}/{a}" for layer in layers for a in _arrays(found[f"{layer}/{METADATA}"], f"{url}/{layer}")]
     return {**found, **read([f"{name}/{METADATA}" for name in below_layers])}
 
 
-def layer_names(root: bytes, url: str) -> list[str]:
-    """Names of the layers, by the metadata of a store's group.
-
-    Raises:
-        MismatchError: the group is no word store.
-        CorruptError: the metadata cannot be understood.
-    """
-    layers = attributes_of(root, url).get("layers")
-    if not isinstance(layers, list) or not all(_plain_name(name) for name in layers):
-        raise MismatchError(f"{url} is a Zarr group but not a bowstore word store; name another URL")
-    return layers
-
-
-def attributes_of(text: bytes, what: str) -> dict[str, Any]:
+def _attributes(text: bytes, what: str) -> dict[str, Any]:
     """The attributes in a metadata file.
 
     Raises:
         CorruptError: it cannot be understood.
     """
-    attributes = parsed(text, what).get("attributes", {})
+    attributes = _parsed(text, what).get("attributes", {})
     return attributes if isinstance(attributes, dict) else {}
 
 
 def _arrays(layer: bytes, url: str) -> tuple[str, ...]:
     """Names of a layer's arrays, by its metadata; metadata that is damaged is refused where chunks are worked out."""
     try:
-        projected = attributes_of(layer, url).get("projection") is not None
+        projected = _attributes(layer, url).get("projection") is not None
     except CorruptError:
         projected = False
     return LAYER_ARRAYS + (PROJECTION_ARRAYS if projected else ())
@@ -198,7 +154,7 @@ def _read(folder: RemoteFolder, name: str) -> tuple[str, bytes]:
 def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, display: bool) -> None:
     """Bring all files of a store, going on from those that are here; the metadata is written last."""
     part, url = copy.with_name(f".{copy.name}.part"), shown(folder.url)
-    names = list(chunk_files(metadata, url))
+    names = list(_chunk_files(metadata, url))
     sizes: dict[str, int] = {}
     with Progress("word store: look", len(names), "files", shown=display) as progress:
 
@@ -213,7 +169,7 @@ def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, disp
     cache.reserve(needed, f"word store {url}", folder.storage, keep={part})
     with Progress("word store: fetch", len(names), "files", done=len(names) - len(missing), shown=display) as progress:
         folder.bring([partial(_fetch, folder, part, name, size) for name, size in missing.items()], needed, progress)
-    if store_metadata(folder) != metadata:
+    if _metadata(folder) != metadata:
         raise MismatchError(f"word store {url} changed while it was read; run the command again")
     for name, text in metadata.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -246,13 +202,13 @@ def _fetch(folder: RemoteFolder, part: Path, name: str, size_bytes: int) -> int:
     return size_bytes
 
 
-def chunk_files(metadata: dict[str, bytes], url: str) -> Iterator[str]:
+def _chunk_files(metadata: dict[str, bytes], url: str) -> Iterator[str]:
     """Names of all chunks of the arrays that are whole: those of the group, and those of complete layers.
 
     Raises:
         CorruptError: metadata that cannot be understood.
     """
-    values = {name: parsed(text, f"{url}/{name}") for name, text in metadata.items()}
+    values = {name: _parsed(text, f"{url}/{name}") for name, text in metadata.items()}
     files = 0
     for name, value in values.items():
         layer, slash, array = name.removesuffix(METADATA).rstrip("/").partition("/")
@@ -283,7 +239,7 @@ def _chunk_counts(array: dict[str, Any]) -> tuple[list[int], str]:
     return [math.ceil(length / side) for length, side in zip(shape, sides, strict=True)], separator
 
 
-def parsed(text: bytes, what: str) -> dict[str, Any]:
+def _parsed(text: bytes, what: str) -> dict[str, Any]:
     """A metadata file's content.
 
     Raises:

@@ -10,7 +10,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
 from bowstore.files import file_digest, fsync_path, open_end
 from bowstore.remote.answers import Answer, Body, Problem
-from bowstore.remote.urls import WEB, below, protocol, shown
+from bowstore.remote.urls import WEB, protocol, shown
 
 # What a broken connection loses, and what is held in memory; long enough that its round trip does not count.
 BLOCK_BYTES = 8 << 20
@@ -33,7 +33,6 @@ _PART_BYTES = 5 << 20
 _SENT_IN_PARTS = {"s3fs": {"chunksize": _PART_BYTES, "max_concurrency": 1}, "gcsfs": {"chunksize": _PART_BYTES}}
 # What S3 answers with status 400, by the status that it stands for.
 _CODES = {"RequestTimeout": 408, "ExpiredToken": 401, "InvalidToken": 401, "TokenRefreshRequired": 401}
-_PROBE = ".bowstore-probe"
 # Keys by which protocols say which version of a file this is, in small letters alone.
 _VERSION_KEYS = ("etag", "lastmodified", "mtime", "modified", "created", "updated", "generation", "contentmd5")
 
@@ -134,34 +133,6 @@ class Remote:
                 return
             except NotImplementedError as error:
                 raise UsageError(f"{protocol(url)}:// cannot be written; s3:// and gs:// can") from error
-            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
-                tries.failed(error)
-
-    def check_writable(self, folder_url: str) -> None:
-        """Write an empty file into a folder and remove it.
-
-        Raises:
-            MissingError: no such bucket.
-            TransferError: no access, or no answer.
-        """
-        url = below(folder_url, _PROBE)
-        self.upload(url, b"")
-        with suppress(Exception):  # who may write need not be allowed to remove
-            self._fs.rm_file(url)
-
-    def sizes(self, folder_url: str) -> dict[str, int]:
-        """Lengths of all files below a folder, by their names in it; of none where it is not there.
-
-        Raises:
-            MissingError: no such bucket.
-            TransferError: no access, or no answer.
-        """
-        tries = _Tries(folder_url, self._storage, self.stop)
-        start = len(self._fs._strip_protocol(folder_url).rstrip("/")) + 1
-        while True:
-            try:
-                found = self._fs.find(folder_url, detail=True)
-                return {name[start:]: int(info["size"]) for name, info in found.items()}
             except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
                 tries.failed(error)
 

@@ -13,6 +13,7 @@ from bowstore.config import Batch, Computing, Count, Listed, Place, Seed, ShortS
 from bowstore.errors import UsageError
 from bowstore.limits import MAX_COUNT, MAX_WORDS
 from bowstore.models.record import NetworkRecord
+from bowstore.remote import local_only
 
 BATCH = {"cpu": 16, "cuda": 256}  # on a CPU what a core's cache holds: 16 images run as fast as 8, and 32 slower
 NumWords = Annotated[int, Field(ge=1, le=MAX_WORDS)]
@@ -92,6 +93,15 @@ class EncodeConfig(Computing):
             raise UsageError(
                 f"--pca {self.pca} is more than the {channels} channels of layer {layer!r}; choose at most {channels}"
             )
+
+
+def check_place(store: Path) -> None:
+    """Refuse to make words on another machine.
+
+    Raises:
+        UsageError: the store is a URL.
+    """
+    local_only(store, "encode into a --store on this machine and copy it there by `bowstore push STORE URL`")
 
 
 def check_sample(num_words: int, images: int, positions: int) -> None:

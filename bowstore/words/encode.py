@@ -25,12 +25,12 @@ from bowstore.environment import choose_device
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import stagings
 from bowstore.progress import Progress, say, timed
-from bowstore.remote import fetch_store, is_remote, url_of, writable_store
+from bowstore.remote import fetch_store
 from bowstore.torchrun import ranks
 from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
 from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name
 from bowstore.words.claims import Board
-from bowstore.words.config import EncodeConfig, check_sample
+from bowstore.words.config import EncodeConfig, check_place, check_sample
 from bowstore.words.encode_report import EncodeReport, report_layer
 from bowstore.words.job import Job, plan_layers
 from bowstore.words.nearest import NearestSearch, load_nearest, save_nearest
@@ -58,30 +58,18 @@ def encode(
     Args:
         config: teacher, layers, vocabulary.
         shards: folder of indexed shards.
-        store: where the word store is or will be; a URL gets it when all these layers are complete.
+        store: where the word store is or will be.
         append: add the images that the store does not hold yet, under its vocabularies, for all its layers.
         storage: how shards are read, and where copies of remote ones lie; None for the defaults.
 
     Raises:
         MissingError: no teacher, shards, index, or vocabulary.
-        UsageError: no such layer, a K that does not fit the data set, or a URL that cannot be written.
+        UsageError: no such layer, a K that does not fit the data set, or a store on another machine.
         MismatchError: the store holds another data set, or a layer with other settings.
         DataError: images that do not decode, features that are not finite or too few distinct ones.
-        TransferError: the store's URL cannot be reached; the same call continues.
         BowstoreError: the disk is full; the same call continues once there is room.
     """
-    with writable_store(store, storage) as place:
-        report = _encode(config, shards, place, append, storage)
-    return replace(report, store=url_of(store)) if is_remote(store) else report
-
-
-def _encode(
-    config: EncodeConfig,
-    shards: Path,
-    store: Path,
-    append: bool,
-    storage: StorageConfig | None,
-) -> EncodeReport:
+    check_place(store)
     if not store.name:
         raise UsageError(f"--store {store} has no name of its own; name a folder in it, {store / 'words.zarr'}")
     device = choose_device(config.device, ranks().local_rank)

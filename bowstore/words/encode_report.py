@@ -63,7 +63,7 @@ class EncodeReport:
     """What was encoded.
 
     Attributes:
-        store: the word store; a URL as a string.
+        store: the word store.
         images: N.
         images_added: by --append.
         images_here: that this process encoded in this run.
@@ -74,7 +74,7 @@ class EncodeReport:
         first: whether this process is the one that reports.
     """
 
-    store: Path | str
+    store: Path
     images: int
     images_added: int
     images_here: int

@@ -20,7 +20,6 @@ import bowstore
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import fsync_path, leftovers, temporary_path
 from bowstore.limits import KEPT_IMAGES
-from bowstore.remote import reserve_room
 from bowstore.words.arrays import (
     array,
     array_digest,
@@ -234,12 +233,11 @@ def create_store(
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Refuse to begin what would fill the disk of a store, which need not be there, or the cache where it lies.
+    """Refuse to begin what would fill the disk of a store, which need not be there.
 
     Raises:
         BowstoreError: there is less room.
     """
-    reserve_room(path, needed)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise BowstoreError(

@@ -373,6 +373,15 @@ def test_images_that_no_shards_are_made_of_are_not_needed() -> None:
         assert plan_of(SMALL.replace(own, text)).overview()[0]["state"] == state
 
 
+def test_words_are_made_on_this_machine() -> None:
+    recipe = load_recipe(Path("any_teacher"), ["stages.words.store=s3://bucket/words.zarr"])
+    (words,) = make_plan(recipe, Workspace()).overview("words")
+    assert words["problem"] == (
+        "s3://bucket/words.zarr is on another machine; encode into a --store on this machine and copy it there by "
+        "`bowstore push STORE URL`"
+    )
+
+
 def test_a_teachers_weights_that_are_not_there_are_told_where_to_be_had() -> None:
     """By the library's own record; nothing is fetched."""
     plan = make_plan(load_recipe(Path("any_teacher")), Workspace(), seed=0)
