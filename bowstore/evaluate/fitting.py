@@ -152,13 +152,6 @@ def count_hits(
 
 
 def shares(hits_T: NDArray[np.int64], images: int, classes: int, name: str = "") -> dict[str, float]:
-    """Shares of images: top1 and, with more than five classes, top5; a head's name stands behind.
-
-    Args:
-        hits_T: images whose class is among the first places, cumulated, as many places as needed.
-        images: how many there are.
-        classes: K.
-        name: of the head.
-    """
+    """Shares of images, of cumulated hits: top1 and, with more than five classes, top5; a head's name stands behind."""
     behind = f"_{name}" if name else ""
     return {f"top{top}{behind}": float(hits_T[top - 1] / images) for top in (1, TOP) if top < classes}

@@ -75,18 +75,10 @@ def linear_probe(
 ) -> Scores:
     """Train one linear layer with bias by softmax cross-entropy on the train features and test it once.
 
-    The same inputs, seed and device give the same result. On a GPU the features are moved there once when
-    they fit, and batch by batch otherwise. The metrics are top1 and, with more than five classes, top5; the details
-    hold the accuracy on the train images and the mean loss of each epoch, nats, measured while training.
-
-    Args:
-        train_Nd: float32 features, finite.
-        train_labels_N: integer labels, 0 to K - 1, each of them.
-        test_Md: float32 features, finite.
-        test_labels_M: integer labels, 0 to K - 1.
-        classes: K.
-        config: the probe.
-        device: where to train.
+    Features are finite, labels 0 to K - 1, each of them among the train images. The same inputs, seed and device give
+    the same result. On a GPU the features are moved there once when they fit, and batch by batch otherwise. The metrics
+    are top1 and, with more than five classes, top5; the details hold the accuracy on the train images and the mean loss
+    of each epoch, nats, measured while training.
 
     Raises:
         DataError: a loss that diverges.
@@ -225,14 +217,7 @@ def _epoch(
 
 @torch.no_grad()
 def accuracy(logits: Callable[[Tensor], Tensor], classes: int, X: Tensor, y: Tensor) -> dict[str, float]:
-    """Shares of images: top1 and, with more than five classes, top5.
-
-    Args:
-        logits: (n, K) of features (n, d) on the labels' device.
-        classes: K.
-        X: features (N, d).
-        y: labels (N,).
-    """
+    """`shares` of images with features X (N, d) and labels y (N,); `logits` (n, K) are of features on y's device."""
     top = min(TOP, classes)
     hits_T = torch.zeros(top, dtype=torch.int64, device=y.device)
     for X_Bd, y_B in zip(torch.split(X, _SLICE), torch.split(y, _SLICE), strict=True):

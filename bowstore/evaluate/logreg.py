@@ -20,8 +20,9 @@ from torch import Tensor
 from bowstore.evaluate.blocks import blocks
 from bowstore.evaluate.linear import accuracy, of_layers, placed, placed_labels
 from bowstore.evaluate.protocol import Features, Scores, num_classes
-from bowstore.evaluate.protocols.logreg import COSTS, LogregSettings
+from bowstore.evaluate.protocols.logreg import COSTS
 from bowstore.evaluate.splits import a_tenth
+from bowstore.evaluate.train_test import ProbeSettings
 from bowstore.progress import Progress, say
 
 MAX_ITERATIONS = 1000
@@ -57,7 +58,7 @@ class Fit:
         return features_nd.double() @ self.weights_Ke[:, :-1].T + self.weights_Ke[:, -1]
 
 
-def score(features: Features, settings: LogregSettings) -> Scores:
+def score(features: Features, settings: ProbeSettings) -> Scores:
     """Logistic regression of the protocol `logreg`, trained on the split "train" and tested once on "test"."""
     train, test, device = features["train"], features["test"], torch.device(features.device)
     assert train.key_hash is not None, "the images lie in shards"

@@ -53,17 +53,8 @@ def knn_accuracy(
     Of equal cosines the lower rows count, of equal votes the lower classes; a class without a neighbour is no answer.
 
     Memory: blocks of 16,384 train images and 12 bytes for each of M * k neighbours. Features are read block by block,
-    train features once: they may be memory-mapped.
-
-    Args:
-        train_Nd: finite features, N at least k.
-        train_labels_N: 0 to K - 1.
-        test_Md: finite features.
-        test_labels_M: 0 to K - 1.
-        k: neighbours.
-        temperature: above 0.
-        classes: K.
-        device: where the cosines are computed, in full float32.
+    train features once: they may be memory-mapped. Features are finite, k at most N, labels 0 to K - 1; cosines are
+    computed on `device` in full float32.
     """
     cosine_Mk, rows_Mk = nearest(train_Nd, test_Md, k, device)
     ranks_M = np.concatenate(

@@ -11,14 +11,15 @@ from torch import Tensor
 from bowstore.evaluate.blocks import blocks, slices
 from bowstore.evaluate.neighbours import TRAIN_BLOCK, unit
 from bowstore.evaluate.protocol import Features, Scores, num_classes
-from bowstore.evaluate.protocols.retrieval import RECALLS, RetrievalSettings
+from bowstore.evaluate.protocols.retrieval import RECALLS
+from bowstore.evaluate.train_test import SampleSettings
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 
 _CELLS = 1 << 24  # of the table of cosines at a time, and of those made of it: 29 bytes a cell
 
 
-def score(features: Features, _settings: RetrievalSettings) -> Scores:
+def score(features: Features, _settings: SampleSettings) -> Scores:
     """The split "test" queries the split "train"."""
     train, test = features["train"], features["test"]
     first_M, precision_M = rankings(
@@ -43,14 +44,7 @@ def rankings(
 
     Memory: some 0.5 GB for the rankings of as many test images as that allows; beside them blocks of 16,384 train
     images, or all of them where that takes a gigabyte at most (of a GPU: what it holds). Else train features are read
-    anew for each such group: they may be memory-mapped.
-
-    Args:
-        train_Nd: finite features.
-        train_labels_N: integers.
-        test_Md: finite features.
-        test_labels_M: integers, each of them among the train labels.
-        device: where the cosines are computed, in full float32, and sorted.
+    anew for each such group: they may be memory-mapped. Cosines are computed on `device` in full float32.
     """
     train_N = torch.from_numpy(train_labels_N.astype(np.int64)).to(device)
     test_M = torch.from_numpy(test_labels_M.astype(np.int64)).to(device)

@@ -50,7 +50,7 @@ class TrainedSettings(TrainTestSettings):
         description="any images, at the size that the network was trained at (another id); null: those of other data "
         "sets",
     )
-    seed: Seed = Field(0, description="of weights, order and augmentation")
+    seed: Seed = Field(0, description="of all that is drawn: weights, order, augmentation, a sample of labels")
 
     def train_view(self, view: ViewConfig, **changes: Any) -> ViewConfig:
         """How images are seen in training, and without its perturbations in the test.

@@ -15,10 +15,11 @@ from bowstore.errors import DataError
 from bowstore.evaluate import logreg
 from bowstore.evaluate.config import EvalConfig
 from bowstore.evaluate.logreg import logistic_regression
-from bowstore.evaluate.protocols.logreg import COSTS, KIND, LogregSettings, describe
+from bowstore.evaluate.protocols.logreg import COSTS, KIND, describe
 from bowstore.evaluate.results import Result, read_result
 from bowstore.evaluate.runner import evaluate
 from bowstore.evaluate.splits import a_tenth, open_splits
+from bowstore.evaluate.train_test import ProbeSettings
 from bowstore.models.saved import network_of, save_backbone
 
 Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -133,7 +134,7 @@ def test_fits_that_stop_early_are_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     ],
 )
 def test_the_id_says_features_and_test_images(settings: dict[str, Any], protocol_id: str) -> None:
-    protocol = describe(validate(LogregSettings, settings, "eval logreg"))
+    protocol = describe(validate(ProbeSettings, settings, "eval logreg"))
     assert (protocol.id, protocol.version) == (protocol_id, 1)
     assert protocol.headline == ("top1_best" if "layers" in settings else "top1")
 
@@ -144,7 +145,7 @@ class TestWhole:
         of_run = {"name": "r", "task": "words", "view": dump(view), "model": {"arch": "wrn-10-1"}}
         network, path = network_of(of_run, "test"), tmp_path / "run.safetensors"
         save_backbone(path, network.fresh(), network)
-        asked = validate(LogregSettings, settings, "eval logreg")
+        asked = validate(ProbeSettings, settings, "eval logreg")
         return evaluate(KIND, asked, EvalConfig(run=str(path), batch=16), Workspace())
 
     def test_from_shards_to_result_file(self, tmp_path: Path, make_shard_set: ShardMaker) -> None:

@@ -13,10 +13,11 @@ from bowstore.config import ViewConfig, Workspace, dump, validate
 from bowstore.errors import UsageError
 from bowstore.evaluate import neighbours, retrieval
 from bowstore.evaluate.config import EvalConfig
-from bowstore.evaluate.protocols.retrieval import KIND, RetrievalSettings, describe
+from bowstore.evaluate.protocols.retrieval import KIND, describe
 from bowstore.evaluate.results import Result, read_result
 from bowstore.evaluate.retrieval import rankings
 from bowstore.evaluate.runner import evaluate
+from bowstore.evaluate.train_test import SampleSettings
 from bowstore.models.saved import network_of, save_backbone
 
 Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -68,7 +69,7 @@ def test_as_scikit_learn_gives_whatever_the_blocks(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_id_says_whether_the_test_images_were_held_out(held_out: bool) -> None:
-    protocol = describe(RetrievalSettings(held_out=held_out))
+    protocol = describe(SampleSettings(held_out=held_out))
     assert protocol.id == "retrieval/cosine" + "-held-out" * held_out
     assert (protocol.version, protocol.headline) == (1, "map")
 
@@ -78,7 +79,7 @@ def retrieve(tmp_path: Path, **settings: object) -> Result:
     of_run = {"name": "r", "task": "words", "view": dump(view), "model": {"arch": "wrn-10-1"}}
     network, path = network_of(of_run, "test"), tmp_path / "run.safetensors"
     save_backbone(path, network.fresh(), network)
-    asked = validate(RetrievalSettings, settings, "eval retrieval")
+    asked = validate(SampleSettings, settings, "eval retrieval")
     return evaluate(KIND, asked, EvalConfig(run=str(path), batch=16), Workspace())
 
 

@@ -8,11 +8,7 @@ from bowstore.evaluate.train_test import ProbeSettings, open_train_test, own_pro
 COSTS = tuple(10.0**power for power in range(-6, 6))
 
 
-class LogregSettings(ProbeSettings):
-    """Which images, and which features of them; all else is the protocol's."""
-
-
-def describe(settings: LogregSettings) -> Protocol:
+def describe(settings: ProbeSettings) -> Protocol:
     """Standardised features are another protocol; so are those of layers, a held-out test split, and fewer images."""
     layers = f"{layers_in_id(settings.layers)}/" if settings.layers else ""
     what = "standardised by the train split" if settings.standardise else "as they are"
@@ -26,7 +22,7 @@ def describe(settings: LogregSettings) -> Protocol:
     return own_protocol(protocol, settings)
 
 
-def data(settings: LogregSettings, workspace: Workspace) -> DataSets:
+def data(settings: ProbeSettings, workspace: Workspace) -> DataSets:
     """Labelled train and test images of the same classes, with two train images of each at least.
 
     Raises:
@@ -46,7 +42,7 @@ def data(settings: LogregSettings, workspace: Workspace) -> DataSets:
 KIND = Kind(
     name="logreg",
     help="L2 logistic regression on frozen pooled features, its strength chosen on a tenth of the train images.",
-    settings=LogregSettings,
+    settings=ProbeSettings,
     describe=describe,
     flags={"layers": "--layer"},
     resolve=resolve_train_test,

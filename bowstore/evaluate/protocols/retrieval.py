@@ -8,11 +8,7 @@ from bowstore.evaluate.train_test import SampleSettings, open_train_test, own_pr
 RECALLS = (1, 5, 10)
 
 
-class RetrievalSettings(SampleSettings):
-    """Which images; all else is the protocol's."""
-
-
-def describe(settings: RetrievalSettings) -> Protocol:
+def describe(settings: SampleSettings) -> Protocol:
     """The id says whether the test split was held out, and how many images there are at most."""
     protocol = Protocol(
         id="retrieval/cosine",
@@ -23,7 +19,7 @@ def describe(settings: RetrievalSettings) -> Protocol:
     return own_protocol(protocol, settings)
 
 
-def data(settings: RetrievalSettings, workspace: Workspace) -> DataSets:
+def data(settings: SampleSettings, workspace: Workspace) -> DataSets:
     """Labelled train and test images of the same classes, with as many train images as the widest recall looks at.
 
     Raises:
@@ -41,7 +37,7 @@ def data(settings: RetrievalSettings, workspace: Workspace) -> DataSets:
 KIND = Kind(
     name="retrieval",
     help="Test images query train images by cosine on frozen pooled features: recall at 1, 5, 10 and mAP.",
-    settings=RetrievalSettings,
+    settings=SampleSettings,
     describe=describe,
     resolve=resolve_train_test,
     data=data,
