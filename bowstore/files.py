@@ -30,7 +30,6 @@ import xxhash
 from bowstore.errors import BowstoreError, BusyError, CorruptError, MissingError, UsageError
 from bowstore.progress import say
 
-STAGING_DIGITS = 12  # of the fingerprint that names a word store which is to take another one's place
 TEMPORARY_MARK = ".tmp-"
 _TEMPORARY = re.compile(
     rf"(?P<signed>\.(?P<stem>.+){TEMPORARY_MARK}(?P<machine>[0-9a-f]{{8}})-(?P<pid>[0-9]+)-(?P<started>[0-9]+)-[0-9a-f]{{8}})"
@@ -389,8 +388,3 @@ def waiting_lock(path: Path, what: str, *, shown: bool = True) -> Iterator[None]
                 shown = False
                 time.sleep(0.2)
         yield
-
-
-def stagings(store: Path) -> list[Path]:
-    """Grown word stores beside a store that are to take its place: appends under way, or left unfinished."""
-    return sorted(store.parent.glob(f".{glob.escape(store.name)}.append-{'[0-9a-f]' * STAGING_DIGITS}"))

@@ -10,7 +10,7 @@ from bowstore.config import StorageConfig
 from bowstore.data.shard_check import Problem
 from bowstore.data.sources.names import is_system
 from bowstore.data.verify import FolderReport, is_shards_folder, verify_folder, verify_remote
-from bowstore.errors import BowstoreError, MissingError, UsageError
+from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
 from bowstore.evaluate.results import read_result
 from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
 from bowstore.runs import all_result_paths, is_network, is_run
@@ -146,6 +146,8 @@ def _verify_store(
     if repair and report.damaged:
         try:
             count = verify.discard_damaged(path, report)
+        except MismatchError as error:
+            problems.append(Problem(str(error), "store"))
         except OSError as error:
             if isinstance(error, BowstoreError):
                 raise

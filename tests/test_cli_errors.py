@@ -127,6 +127,16 @@ def test_flags_reach_the_configuration_as_they_are(tmp_path: Path, monkeypatch: 
         assert problem == f"Error: no folder {' '.join(f'images/{name}'.split())}; name the one that holds the shards"
 
 
+def test_append_names_the_way_that_took_its_place() -> None:
+    result = CliRunner().invoke(main, ["encode", "--append", "--shards", "more"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: stores do not grow by --append any more; give the new images a store of their own, under the same "
+        "words: bowstore encode --vocabulary OLD --shards MORE --store NEW\n"
+    )
+    assert "--append" not in CliRunner().invoke(main, ["encode", "--help"]).stdout
+
+
 def test_a_store_is_no_input_of_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["train", "--config", "cifar10_rotnet_small", "--store", "words.zarr"])

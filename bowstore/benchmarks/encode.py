@@ -5,8 +5,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from bowstore.data.feed import PREFETCH
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader, fetched
+from bowstore.data.table import COLUMNS
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
 from bowstore.exact import cpu_threads, exact_float32
 from bowstore.words.assign_pass import AssignPass
 from bowstore.words.claims import Board
 from bowstore.words.config import EncodeConfig
-from bowstore.words.job import Job, Rows, plan_layers, view_values
+from bowstore.words.job import Job, plan_layers, view_values
 from bowstore.words.lanes import compute_workers, workers
 from bowstore.words.layer import LayerSpec
 from bowstore.words.prepare import in_new_way
@@ -42,25 +44,21 @@ class _Bench:
     """What is timed.
 
     Attributes:
-        job: a plain encode of the first images.
+        job: an encode.
+        images: of one round.
         vocabularies: float32 (K, c) by layer, vectors of the teacher's own maps.
         images_BCHW: a batch of the clean view.
     """
 
     job: Job
+    images: int
     vocabularies: dict[str, NDArray[np.float32]]
     images_BCHW: Tensor
-
-    @property
-    def images(self) -> int:
-        """Of one round."""
-        assert self.job.rows.index_rows is not None, "the bench says which rows"
-        return len(self.job.rows.index_rows)
 
     def view(self) -> Iterator[int]:
         """Endless batches of the clean view, in the order of the rows; the number of images in each."""
         job = self.job
-        rows = self.job.rows.in_index(np.arange(self.images))
+        rows = np.arange(self.images)
         cut = [rows[start : start + job.batch] for start in range(0, self.images, job.batch)]
         endless = itertools.cycle(cut)
         for rows_B, _ in clean_batches(
@@ -183,7 +181,7 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
         seed=config.seed, precision=config.precision,
     )  # fmt: skip
     plans = plan_layers(config, teacher.layers, [None] * len(teacher.layers))
-    job = in_new_way(Job(config, index, teacher, Path(), plans, device, rows=Rows(0, np.arange(images) % len(index))))
+    job = in_new_way(Job(config, _repeated(index, images), teacher, Path(), plans, device))
     teacher = job.teacher
     found: dict[str, list[NDArray[np.float32]]] = {plan.name: [] for plan in plans}
     kept: Tensor | None = None
@@ -203,4 +201,20 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
                 f"fewer than K = {plan.num_words}; lower --K, or name more images"
             )
     assert kept is not None, "there is at least one image"
-    return _Bench(job, {plan.name: vectors[plan.name][: plan.num_words] for plan in plans}, kept)
+    return _Bench(job, images, {plan.name: vectors[plan.name][: plan.num_words] for plan in plans}, kept)
+
+
+def _repeated(index: Index, images: int) -> Index:
+    """An index of at least so many rows: those of the given one, as often as it takes."""
+    times = -(-images // len(index))
+    rows: dict[str, Any] = {
+        name: np.tile(getattr(index, name), times) for name in COLUMNS if not name.startswith("key_")
+    }
+    starts = [index.key_start[:-1] + number * len(index.key_bytes) for number in range(times)]
+    return replace(
+        index,
+        **rows,
+        key_hash=np.tile(index.key_hash, times),
+        key_start=np.concatenate([*starts, [times * len(index.key_bytes)]]),
+        key_bytes=np.tile(index.key_bytes, times),
+    )

@@ -18,7 +18,7 @@ from bowstore.cli.options import command, fields
 )
 @click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
 @click.option("--store", type=PATH, help="Word store to write.  [default: the workspace's]")
-@click.option("--append", is_flag=True, help="Add the images that the store lacks, under its own words.")
+@click.option("--append", is_flag=True, hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
 def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, append: bool, as_json: bool) -> None:
     """Quantize the teacher's feature maps of every image over k-means vocabularies, into a word store.
@@ -27,22 +27,28 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     bowstore encode                                         the next words of the workspace's recipe
     bowstore encode --layer conv4 --K 20000                 the newest teacher's words
     bowstore encode --layer conv4 --layer conv5 --K 20000   two layers in one pass
-    bowstore encode --append --shards MORE                  images that came later
+    bowstore encode --vocabulary OLD --shards MORE --store NEW   images that came later, under the same words
     torchrun --nproc-per-node 8 -m bowstore encode ...      or the same command on machines that share the folder
 
     Vocabularies by k-means over sampled vectors, then one pass over all images. Run again, it continues.
     `bowstore layers ARCH` lists the layers of a teacher.
     """  # noqa: D301 - click reads the backspace as "do not wrap"
     from bowstore.config import load_workspace, validate
+    from bowstore.errors import UsageError
     from bowstore.recipes.next import next_encoding, workspace_plan
     from bowstore.train.distributed import beside_others
     from bowstore.words.config import EncodeConfig
     from bowstore.words.encode import encode as run_encode
     from bowstore.workspace import resolve_teacher
 
+    if append:
+        raise UsageError(
+            "stores do not grow by --append any more; give the new images a store of their own, under the same words: "
+            "bowstore encode --vocabulary OLD --shards MORE --store NEW"
+        )
     interrupt_on_sigterm()
     workspace = load_workspace()
-    if workspace.recipe and not append and not given.get("layers"):
+    if workspace.recipe and not (given.get("layers") or given.get("vocabulary")):
         stage = next_encoding(workspace_plan(workspace, "--layer LAYER"))
         shards_dir, store = shards_dir or stage.shards, store or stage.place
         given = {**stage.given, **given}
@@ -53,7 +59,6 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
             config,
             shards=shards_dir or workspace.shards,
             store=store or workspace.store,
-            append=append,
             storage=workspace.storage,
         )
     if report.first:

@@ -115,7 +115,7 @@ def write_words_page(
     index = open_index(shards, storage)
     layers = collect(opened, index, wish)
     # Another split may use the same keys for other images: the reader has to know how images were found.
-    other_shards = index.fingerprint not in {opened.fingerprint, *(part["fingerprint"] for part in opened.parts)}
+    other_shards = index.fingerprint != opened.fingerprint
     places = _place(store), _place(shards)
     html = render(
         layers,

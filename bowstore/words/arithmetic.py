@@ -1,7 +1,7 @@
 """How words are computed: a layer records it, and an unfinished layer is continued in the same way.
 
-Words computed in two ways differ only where two centroids are almost equally near, so complete layers, vocabularies and
-grown stores are equally good whichever way they were made. But what a layer holds must not depend on who was
+Words computed in two ways differ only where two centroids are almost equally near, so complete layers and
+vocabularies are equally good whichever way they were made. But what a layer holds must not depend on who was
 interrupted when.
 """
 

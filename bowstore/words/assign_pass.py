@@ -11,7 +11,6 @@ import math
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,16 +98,9 @@ class AssignPass:
         self._chunks: dict[tuple[str, int], _Chunk] = {}
         self._left: dict[int, int] = {}  # chunks of a claimed unit that are not committed yet
         self._wanted: dict[int, list[slice]] = {}  # their rows
-        self._ahead: deque[NDArray[np.int64]] = deque()  # store rows of the batches in flight
         self._lock = threading.Lock()
         self.images = 0
         self.clock = Clock(compute_workers(job.device))
-
-    def rows_left(self) -> Iterator[NDArray[np.int64]]:
-        """Rows of the store that nobody has encoded yet, batch by batch."""
-        for unit in self._open:
-            if missing := self._missing(unit):
-                yield from self._cut(self._units[unit], [layer.rows(chunk) for layer, chunk in missing])
 
     def run(self) -> None:
         """Encode until every chunk of every layer is committed, by whichever process.
@@ -137,31 +129,17 @@ class AssignPass:
     def _encode(self, first: int) -> None:
         """Encode a unit, and as many others as can be claimed on the way."""
         units = chain([first], iter(self._next_unit, None))
-        batches = (self._to_index(rows_B) for unit in units for rows_B in self._batches(unit))
+        batches = (rows_B for unit in units for rows_B in self._batches(unit))
         self._writes = _Writes(self.clock)
         found = forward(self._job, batches, self._quantize, clock=self.clock, stage="assign")
         with self._writes:
-            for encoded_B, words in found:
-                rows_B = self._store_rows(len(encoded_B))
+            for rows_B, words in found:
                 self._keep(rows_B, words)
                 self.images += len(rows_B)
                 self._count(len(rows_B))
 
-    def _to_index(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        self._ahead.append(rows_B)
-        return self._job.rows.in_index(rows_B)
-
-    def _store_rows(self, count: int) -> NDArray[np.int64]:
-        """The next rows of the store; batches of very large images come back in parts."""
-        rows_B = self._ahead.popleft()
-        if len(rows_B) > count:
-            self._ahead.appendleft(rows_B[count:])
-        return rows_B[:count]
-
     def _next_unit(self) -> int | None:
         """Claim the next unfinished unit; None if none is left, or others hold the rest."""
-        if not self._writer.path.exists():  # the store of an append, which another process has ended
-            self._open.clear()
         for unit in list(self._open):
             if not self._missing(unit):
                 self._open.remove(unit)
@@ -169,7 +147,7 @@ class AssignPass:
             elif self._board.claim(self._name(unit)):
                 self._open.remove(unit)
                 missing = self._missing(unit)  # again: its last owner may have ended just now
-                if missing and self._writer.path.exists():
+                if missing:
                     self._begin(unit, missing)
                     return unit
                 self._board.release(self._name(unit))
@@ -189,29 +167,20 @@ class AssignPass:
         ]
 
     def _begin(self, unit: int, missing: list[tuple[Layer, int]]) -> None:
-        base, first = self._job.base, self._job.rows.first
         self._left[unit], self._wanted[unit] = len(missing), [layer.rows(chunk) for layer, chunk in missing]
         for layer, chunk in missing:
-            filling = _Chunk(layer, chunk, unit)
-            rows = layer.rows(chunk)
-            if base and rows.start < first:  # the last chunk of a store that is appended to
-                old = base.layer(layer.name)
-                filling.put(rows.start, old.read_chunk(chunk, old.chunk_digest(chunk)))
-            self._chunks[layer.name, chunk] = filling
+            self._chunks[layer.name, chunk] = _Chunk(layer, chunk, unit)
 
     def _batches(self, unit: int) -> Iterator[NDArray[np.int64]]:
         """Rows of the store in batches; those of chunks that are all committed are left out."""
         rows, wanted = self._units[unit], self._wanted.pop(unit)
-        skipped = rows.stop - rows.start
-        for rows_B in self._cut(rows, wanted):
-            skipped -= len(rows_B)
-            yield rows_B
+        skipped, batch = rows.stop - rows.start, self._job.batch
+        for start in range(rows.start, rows.stop, batch):
+            stop = min(start + batch, rows.stop)
+            if any(some.start < stop and start < some.stop for some in wanted):
+                skipped -= stop - start
+                yield np.arange(start, stop)
         self._count(skipped)
-
-    def _cut(self, rows: slice, wanted: list[slice]) -> Iterator[NDArray[np.int64]]:
-        for part in self._job.rows.batches(rows, self._job.batch):
-            if any(some.start < part.stop and part.start < some.stop for some in wanted):
-                yield np.arange(part.start, part.stop)
 
     def _count(self, images: int) -> None:
         """Images that are done, by this process or by others."""
@@ -241,7 +210,7 @@ class AssignPass:
             # First the nearest images, then the chunk: the images of a committed chunk have been counted.
             save_nearest(self._board.folder / f"{nearest_name(self._writer, layer)}{self._mine}.npz", nearest)
             self._writer.write_chunk(layer.name, chunk.number, chunk.words)
-        elif layer.chunk_digest(chunk.number) == 0 and self._writer.path.exists():
+        elif layer.chunk_digest(chunk.number) == 0:
             # This process was silent too long and another one has the unit: make sure that it gets done.
             if chunk.unit not in self._open:
                 self._open.append(chunk.unit)
@@ -257,7 +226,7 @@ _Found = tuple[NDArray[np.uint16], NDArray[np.float32]]
 
 
 def claim_prefix(job: Job, writer: StoreWriter) -> str:
-    """Prefix of claims on parts of a job: a store may be refilled and grown at the same time."""
+    """Prefix of claims on parts of a job: other layers of the store may be encoded at the same time."""
     return f"{job.part}.{writer.fingerprint[:16]}@"
 
 

@@ -10,7 +10,6 @@ Legend: N images, h w word grid, K words, c channels.
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +22,9 @@ from bowstore.data.index import Index, open_index
 from bowstore.data.reader import fetched
 from bowstore.environment import choose_device
 from bowstore.errors import BowstoreError, UsageError
-from bowstore.files import stagings
 from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store
 from bowstore.torchrun import ranks
-from bowstore.words.append import begin_append, check_held, end_append, recover_append, refill
 from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name
 from bowstore.words.claims import Board
 from bowstore.words.config import EncodeConfig, check_place, check_sample
@@ -46,7 +43,6 @@ def encode(
     *,
     shards: Path,
     store: Path,
-    append: bool = False,
     storage: StorageConfig | None = None,
 ) -> EncodeReport:
     """Write the words of all images of `shards` at some layers of a teacher into a store (paper, Eq. 1 and 2).
@@ -59,7 +55,6 @@ def encode(
         config: teacher, layers, vocabulary.
         shards: folder of indexed shards.
         store: where the word store is or will be.
-        append: add the images that the store does not hold yet, under its vocabularies, for all its layers.
         storage: how shards are read, and where copies of remote ones lie; None for the defaults.
 
     Raises:
@@ -75,47 +70,23 @@ def encode(
     device = choose_device(config.device, ranks().local_rank)
     index = fetched(open_index(shards, storage))
     with _disk_errors(store), Board(store) as board:
-        with board.lead("looks for an interrupted --append"):
-            recover_append(store)
-        job = _resolve(config, index, store, append, device, storage)
-        works, before = [], {}
-        if append:
-            job = in_one_way(job)
-            if again := refill(job):
-                before = _committed(again)
-                works.append(_encode_rows(again, store, board))
-            job = begin_append(job, board)
-            if not job.store.exists():  # another process has ended the same append just now
-                job = replace(job, store=store)
-        else:
-            job = in_one_way(job if has_layers(job) else prepare_layers(job, board))
-        before = before if before and job.store == store else _committed(job)
-        works.append(_encode_rows(job, store, board))
-        if append:
-            end_append(job, store, board)
-    return _report(job, store, before, works)
-
-
-def _encode_rows(job: Job, store: Path, board: Board) -> AssignPass:
-    """Encode what is missing of the job's rows, together with any other processes, and finish their layers."""
-    work = AssignPass(job, StoreWriter(job.store), board, shown=ranks().first)
-    if job.rows.ends:
-        check_held(job, work.rows_left())
-    with timed(job.seconds, "assign"):
-        work.run()
-    with timed(job.seconds, "finish"):
-        _finish(job, store, board)
-    return work
+        job = _resolve(config, index, store, device, storage)
+        job = in_one_way(job if has_layers(job) else prepare_layers(job, board))
+        before = _committed(job)
+        work = AssignPass(job, StoreWriter(store), board, shown=ranks().first)
+        with timed(job.seconds, "assign"):
+            work.run()
+        with timed(job.seconds, "finish"):
+            _finish(job, board)
+    return _report(job, before, work)
 
 
 def _resolve(
-    config: EncodeConfig, index: Index, store: Path, append: bool, device: torch.device, storage: StorageConfig | None
+    config: EncodeConfig, index: Index, store: Path, device: torch.device, storage: StorageConfig | None
 ) -> Job:
     """Load what a call names; refuse what does not fit together."""
-    base = Store(store) if append else None
-    if base and config.vocabulary:
-        raise UsageError("--vocabulary does not go with --append: images are added under the store's own vocabularies")
-    names = config.layers or (tuple(layer.name for layer in base.every_layer()) if base else ())
+    source = Store(fetch_store(config.vocabulary, storage)) if config.vocabulary else None
+    names = config.layers or (tuple(layer.name for layer in source.every_layer()) if source else ())
     if not names:
         raise UsageError(
             "no layer was named; give --layer, for example --layer conv4; `bowstore layers ARCH` lists them"
@@ -132,21 +103,17 @@ def _resolve(
             precision=config.precision,
         )
     except UsageError as error:
-        if base is None:
+        if source is None or config.layers:
             raise
-        arch = base.every_layer()[0].attributes["teacher"]["arch"]
-        raise UsageError(f"{error} (--append needs the teacher of word store {store}, {arch})") from error
-    source = Store(fetch_store(config.vocabulary, storage)) if config.vocabulary else None
-    known = {layer.name: layer.num_words for layer in base.every_layer()} if base else {}
-    words = [
-        source.vocabulary_layer(layer.name).num_words if source else known.get(layer.name) for layer in teacher.layers
-    ]
+        arch = source.every_layer()[0].attributes["teacher"]["arch"]
+        raise UsageError(f"{error} (--vocabulary needs the teacher of word store {source.path}, {arch})") from error
+    words = [source.vocabulary_layer(layer.name).num_words if source else None for layer in teacher.layers]
     plans = plan_layers(config, teacher.layers, words)
-    job = Job(config, index, teacher, store, plans, device, base=base, source=source)
+    job = Job(config, index, teacher, store, plans, device, source=source)
     for plan in plans:
         if source:
             job.check_settings(source.vocabulary_layer(plan.name))
-        elif base is None:
+        else:
             config.check_components(plan.name, plan.channels)
             check_sample(plan.num_words, len(index), plan.grid[0] * plan.grid[1])
     return job
@@ -158,11 +125,9 @@ def _committed(job: Job) -> dict[str, int]:
     return {name: int(writer.committed_chunks(name).sum()) for name in job.names}
 
 
-def _finish(job: Job, store: Path, board: Board) -> None:
+def _finish(job: Job, board: Board) -> None:
     """Record statistics and nearest images of layers whose chunks are all written, unless another process has."""
     with board.lead("counts the words"):
-        if not job.store.exists():  # an append that another process has ended
-            return
         writer = StoreWriter(job.store)
         for name in job.names:
             layer = writer.layer(name)
@@ -179,16 +144,9 @@ def _finish(job: Job, store: Path, board: Board) -> None:
             writer.mark_complete(name, statistics, nearest.result())
         if not board.others():
             sweep_leftovers(job.store)
-        board.clear(partial(_is_done, claim_prefix(job, writer), tuple(_in_work(job, store))))
-
-
-def _in_work(job: Job, store: Path) -> Iterator[str]:
-    """Name prefixes of the files of nearest images that unfinished layers need, in the store and in an append to it."""
-    for path in (store, job.store, *stagings(store)):
-        if path.exists():
-            writer = StoreWriter(path)
-            layers = [writer.layer(name) for name in writer.layers]
-            yield from (nearest_name(writer, layer) for layer in layers if not layer.complete)
+        layers = [writer.layer(name) for name in writer.layers]
+        needed = tuple(nearest_name(writer, layer) for layer in layers if not layer.complete)
+        board.clear(partial(_is_done, claim_prefix(job, writer), needed))
 
 
 def _is_done(prefix: str, needed: tuple[str, ...], name: str) -> bool:
@@ -202,14 +160,13 @@ def _counted(progress: Progress, parts: Iterator[NDArray[np.uint16]]) -> Iterato
         progress.advance(len(part))
 
 
-def _report(job: Job, store: Path, before: dict[str, int], works: list[AssignPass]) -> EncodeReport:
-    opened, work = Store(store), max(works, key=lambda work: work.images)
+def _report(job: Job, before: dict[str, int], work: AssignPass) -> EncodeReport:
+    opened = Store(job.store)
     layers = tuple(report_layer(opened.layer(name), before[name]) for name in job.names)
     report = EncodeReport(
-        store=store,
+        store=job.store,
         images=len(opened),
-        images_added=0 if job.base is None else len(opened) - job.rows.first,
-        images_here=sum(work.images for work in works),
+        images_here=work.images,
         layers=layers,
         seconds=job.seconds,
         stages=work.clock.shares(),

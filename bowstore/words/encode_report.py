@@ -65,7 +65,6 @@ class EncodeReport:
     Attributes:
         store: the word store.
         images: N.
-        images_added: by --append.
         images_here: that this process encoded in this run.
         layers: a report of each layer that was asked for.
         seconds: wall-clock time by stage: sample, k-means, assign, finish.
@@ -76,7 +75,6 @@ class EncodeReport:
 
     store: Path
     images: int
-    images_added: int
     images_here: int
     layers: tuple[LayerReport, ...]
     seconds: dict[str, float]
@@ -103,8 +101,7 @@ class EncodeReport:
     def text(self) -> str:
         """A few lines for people."""
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        added = f", {self.images_added} of them new" if self.images_added else ""
-        head = f"{self.store}: {self.images} images{added}" + (f" ({stages})" if stages else "")
+        head = f"{self.store}: {self.images} images" + (f" ({stages})" if stages else "")
         here = ""
         if self.images_here:
             here = f"\n  {self.images_here} images here, {self.images_per_second:.1f} images/s, {self.binds} binds"

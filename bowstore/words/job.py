@@ -3,16 +3,13 @@
 Legend: N images, h w word grid, K words, c channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 
 from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index
@@ -43,31 +40,6 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which images are encoded, and which rows of the store they fill.
-
-    Attributes:
-        first: store row of the first of them; earlier rows are already written.
-        index_rows: int64, the index row of each store row, -1 for none; None for the identity.
-        ends: ascending, for a store that has grown: where each set of images ends; no batch crosses an end.
-    """
-
-    first: int = 0
-    index_rows: NDArray[np.int64] | None = None
-    ends: tuple[int, ...] = ()
-
-    def in_index(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Index rows of some store rows."""
-        return rows_B if self.index_rows is None else self.index_rows[rows_B - self.first]
-
-    def batches(self, rows: slice, batch: int) -> Iterator[slice]:
-        """Cut store rows into batches, leaving out those already written."""
-        edges = [max(rows.start, self.first), *(end for end in self.ends if rows.start < end < rows.stop), rows.stop]
-        for begin, end in pairwise(edges):
-            yield from (slice(start, min(start + batch, end)) for start in range(begin, end, batch))
-
-
-@dataclass(frozen=True)
 class Job:
     """What one process does for a store.
 
@@ -75,11 +47,9 @@ class Job:
         config: the settings.
         index: of the shards.
         teacher: frozen, with the layers.
-        store: the store that is written: the user's, or the one that an append prepares beside it.
+        store: the store that is written; its rows are those of the index.
         layers: what is encoded, in one pass.
         device: where the teacher runs.
-        rows: which images.
-        base: the store that is appended to; None for a plain encode.
         source: the store whose vocabulary is used; None to make one.
         seconds: wall-clock time by stage.
     """
@@ -90,8 +60,6 @@ class Job:
     store: Path
     layers: tuple[LayerPlan, ...]
     device: torch.device
-    rows: Rows = field(default_factory=Rows)
-    base: Store | None = None
     source: Store | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -124,10 +92,10 @@ class Job:
         config, vocabulary = self.config, {}
         if self.source:
             vocabulary["vocabulary"] = self.source.vocabulary_layer(plan.name).attributes["vocabulary_digest"]
-        elif self.base is None:
+        else:
             vocabulary = {name: getattr(config, name) for name in VOCABULARY_SETTINGS}
             vocabulary["vocabulary taken from"] = None
-        if (self.source or self.base) and config.pca is not None:
+        if self.source and config.pca is not None:
             vocabulary |= {"pca": config.pca, "whiten": config.whiten}
         return {
             "teacher architecture": self.teacher.backbone.arch,
@@ -149,9 +117,8 @@ class Job:
         plan = next(plan for plan in self.layers if plan.name == layer.name)
         have = layer.made_with()
         remedy = "use the same value, or encode into a new store"
-        if self.base or (self.source and layer.path == self.source.path):
-            flag = "--append" if self.base else "--vocabulary"
-            remedy = f"{flag} needs the teacher and the settings that the store was made with"
+        if self.source and layer.path == self.source.path:
+            remedy = "--vocabulary needs the teacher and the settings that the store was made with"
         for name, want in self.settings(plan).items():
             if have[name] != want:
                 if name == "map" and layer.name == "conv1":

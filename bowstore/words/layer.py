@@ -14,12 +14,11 @@ import xxhash
 import zarr
 from numpy.typing import NDArray
 
-from bowstore.errors import CorruptError, MismatchError, is_machine_error
+from bowstore.errors import CorruptError, is_machine_error
 from bowstore.words.arrays import (
     READ_ERRORS,
     array,
     array_digest,
-    open_group,
     read,
     read_checked,
     reading,
@@ -141,12 +140,10 @@ class Layer:
 
         Raises:
             CorruptError: the chunks' digests cannot be read.
-            MismatchError: another store has taken its place since it was opened.
         """
         recorded = self.attributes.get("content_digest")
         if (recorded is None and self._root.attrs.asdict()["format_version"] == 2) or recorded == self.content_digest():
             return None
-        self._check_same_store()
         return (
             f"layer {self.name!r} of word store {self.path} is not as it was when it was completed: some of its files "
             f"are from another state of the store (a copy that was cut short, a roll-back) or were changed; copy the "
@@ -208,7 +205,6 @@ class Layer:
 
         Raises:
             CorruptError: missing, undecodable, or not what was committed; names the chunk and its rows.
-            MismatchError: another store has taken its place since it was opened.
         """
         what = f"chunk {self.place(chunk)} of word store {self.path}"
         try:
@@ -217,14 +213,8 @@ class Layer:
             if problem := self._chunk_problem(words, digest):
                 raise CorruptError(f"{what} {problem}")
         except CorruptError as error:
-            self._check_same_store()
             raise CorruptError(f"{error}; {repair_of(self.path)}") from error
         return words
-
-    def _check_same_store(self) -> None:
-        now = open_group(self.path, writable=False).attrs.asdict().get("dataset")
-        if now != self._root.attrs.asdict().get("dataset"):
-            raise MismatchError(f"word store {self.path} was grown by --append since it was opened; open it again")
 
     def read_words(self) -> NDArray[np.uint16]:
         """All words, uint16 (N, h, w), every chunk checked against its recorded digest.

@@ -45,11 +45,11 @@ def has_layers(job: Job) -> bool:
     if not job.store.exists():
         return False
     writer, index = StoreWriter(job.store), job.index
-    if job.base is None and (writer.fingerprint != index.fingerprint or writer.images != len(index)):
+    if writer.fingerprint != index.fingerprint or writer.images != len(index):
         raise MismatchError(
             f"word store {writer.path} was made of data set {writer.fingerprint} ({writer.images} images), but "
-            f"{index.root} is {index.fingerprint} ({len(index)} images); "
-            + ("it has grown by --append: go on with that" if writer.grown else "encode into a new store")
+            f"{index.root} is {index.fingerprint} ({len(index)} images); encode into a new --store, under the same "
+            f"words with --vocabulary {writer.path}"
         )
     for name in job.names:
         if name in writer.layers:
@@ -66,7 +66,7 @@ def in_one_way(job: Job) -> Job:
         MismatchError: an unfinished layer was begun in a way that is not asked for, or not possible here.
         UsageError: compiling was asked for, and is not possible.
     """
-    writer = StoreWriter(job.store) if job.store.exists() and job.base is None else None
+    writer = StoreWriter(job.store) if job.store.exists() else None
     layers = [writer.layer(name) for name in job.names if name in writer.layers] if writer else []
     begun = [layer for layer in layers if not layer.complete]
     if len(layers) == len(job.layers) and not begun:
@@ -121,9 +121,9 @@ def _begun_way(job: Job, begun: Sequence[Layer]) -> str:
 
 
 def _new_way(job: Job) -> str:
-    """How the teacher runs for new layers; added images follow those that are there."""
-    if job.base and job.config.compile == "auto":
-        return recorded(job.base.every_layer()[0])["trunk"]
+    """How the teacher runs for new layers; under another store's words as it ran there: the two may be joined."""
+    if job.source and job.config.compile == "auto":
+        return recorded(job.source.vocabulary_layer(job.names[0]))["trunk"]
     return job.teacher.way_of(job.config.compile, len(job.index))
 
 

@@ -65,7 +65,7 @@ class Store:
         path: the store.
         fingerprint: of the data set.
         layers: names of its complete layers.
-        parts: fingerprint and images of the data set it was made of, then of each that was appended.
+        grown: whether images were appended to it, as earlier versions could; its fingerprint is no index's then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,8 +78,7 @@ class Store:
             self.fingerprint = str(self._attributes["dataset"]["fingerprint"])
             self._images = int(self._attributes["dataset"]["images"])
             self._all = {name: Layer(path, self._group, name, self._images) for name in self._attributes["layers"]}
-            dataset = {"fingerprint": self.fingerprint, "images": self._images}
-            self.parts: list[dict[str, Any]] = self._attributes["dataset"].get("parts", [dataset])
+            self.grown = "parts" in self._attributes["dataset"]
         self.layers = tuple(name for name, layer in self._all.items() if layer.complete)
 
     def __len__(self) -> int:
@@ -121,8 +120,8 @@ class Store:
     @property
     def remedy(self) -> str:
         """The command that writes missing chunks, for messages."""
-        if len(self.parts) > 1:
-            return "run `bowstore encode --append` with shards that hold their images"
+        if self.grown:
+            return f"it has grown by --append, which is gone: encode its images anew, with --vocabulary {self.path}"
         return "run `bowstore encode` again with the same settings"
 
     def every_layer(self) -> tuple[Layer, ...]:
@@ -355,8 +354,8 @@ def rows_of(wanted: NDArray[np.uint64], have: NDArray[np.uint64]) -> NDArray[np.
 def open_root(path: Path, *, writable: bool) -> tuple[zarr.Group, dict[str, Any]]:
     """Group and attributes of a store, once its format is known to be this one."""
     if not path.exists():
-        if path.with_name(f".{path.name}.old").exists():
-            raise MissingError(f"no word store {path}: an --append was interrupted as it took the name; run it again")
+        if (old := path.with_name(f".{path.name}.old")).exists():
+            raise MissingError(f"no word store {path}, but {old}, from an --append that was interrupted; rename it")
         raise MissingError(f"no word store {path}; `bowstore encode --layer LAYER --K WORDS` makes one")
     group = open_group(path, writable=writable)
     attributes: dict[str, Any] = group.attrs.asdict()

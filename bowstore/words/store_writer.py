@@ -47,7 +47,6 @@ class StoreWriter:
         path: the store.
         fingerprint: of the data set.
         images: N.
-        grown: whether images were added by --append.
         layers: names of its layers, complete or not.
     """
 
@@ -57,7 +56,6 @@ class StoreWriter:
         with reading(f"word store {path}"):
             self.fingerprint = str(attributes["dataset"]["fingerprint"])
             self.images = int(attributes["dataset"]["images"])
-            self.grown = "parts" in attributes["dataset"]
             self.layers = tuple(attributes["layers"])
 
     def layer(self, name: str) -> Layer:
@@ -156,7 +154,7 @@ class StoreWriter:
         group.update_attributes({**digests, "content_digest": content, "complete": True})
 
     def nearest(self, layer: str) -> NearestImages:
-        """What an earlier run, or the store that is appended to, recorded of the nearest images; empty if none did.
+        """What an earlier run recorded of the nearest images; empty if none did.
 
         Raises:
             CorruptError: it is not what was recorded.
@@ -191,7 +189,6 @@ def create_store(
     fingerprint: str,
     key_hash_N: NDArray[np.uint64],
     image_digest_N: NDArray[np.uint64],
-    **dataset: Any,
 ) -> StoreWriter:
     """Make a store without layers, whole or not at all; for the process that leads.
 
@@ -200,7 +197,6 @@ def create_store(
         fingerprint: of the data set.
         key_hash_N: uint64 (N,), hashes of its keys.
         image_digest_N: uint64 (N,), digests of its images' bytes.
-        dataset: what else to record of the data set.
 
     Raises:
         UsageError: something of that name is there already.
@@ -216,7 +212,7 @@ def create_store(
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "bowstore_version": bowstore.__version__,
-            "dataset": {"fingerprint": fingerprint, "images": images, **dataset},
+            "dataset": {"fingerprint": fingerprint, "images": images},
             "key_hash_digest": hex_digest(key_hash_N),
             "image_digest_digest": hex_digest(image_digest_N),
             "layers": [],

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
-from bowstore.progress import Progress, say
+from bowstore.progress import Progress
 from bowstore.runs import descent_of_words
-from bowstore.words.append import drop_append
 from bowstore.words.arithmetic import recorded
 from bowstore.words.claims import Board
 from bowstore.words.layer import FOUND, Layer
@@ -36,7 +35,6 @@ class VerifyReport:
         layers: names of all its layers.
         chunks: words chunks that were read.
         problems: one line each; empty means sound.
-        fingerprint: of the store's data set.
         damaged: the committed chunks to encode again, by layer; none for a layer that only needs counting.
         lost: layers whose vocabulary or projection is damaged.
         unseen: layers whose nearest images are damaged.
@@ -47,7 +45,6 @@ class VerifyReport:
 
     path: Path
     images: int = 0
-    fingerprint: str = ""
     layers: tuple[str, ...] = ()
     chunks: int = 0
     problems: list[str] = field(default_factory=list)
@@ -79,29 +76,13 @@ def verify(
         MissingError: no shards of that name (what is wrong with the store itself is reported, not raised).
     """
     index = open_index(shards, storage) if shards else None
-    while True:
-        report = _verify(path, index, reencoded=reencoded)
-        if report.sound or not _was_replaced(report):
-            return report
-        say(f"word store {path} was grown by --append while it was read; reading it again")
-
-
-def _was_replaced(report: VerifyReport) -> bool:
-    """Whether another store lies at the report's path now."""
-    try:
-        return bool(report.fingerprint) and Store(report.path).fingerprint != report.fingerprint
-    except BowstoreError:
-        return False
-
-
-def _verify(path: Path, index: Index | None, *, reencoded: bool) -> VerifyReport:
     report = VerifyReport(path)
     try:
         store = Store(path)
     except BowstoreError as error:
         report.problems.append(str(error))
         return report
-    layers, report.remedy, report.fingerprint = store.every_layer(), store.remedy, store.fingerprint
+    layers, report.remedy = store.every_layer(), store.remedy
     report.images, report.layers = len(store), tuple(layer.name for layer in layers)
     report.arithmetic = {layer.name: dict(recorded(layer)) for layer in layers}
     report.descent = {layer.name: descent_of_words(layer.lineage) for layer in layers}
@@ -131,16 +112,14 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
 
     Raises:
         BusyError: another process writes the store.
-        MismatchError: another store has its place now.
+        MismatchError: it has grown by --append: nothing could write them again.
     """
+    if Store(path).grown:
+        raise MismatchError(f"nothing was taken back from word store {path}: {report.remedy}")
     with Board(path) as board, board.lead("repairs it", wait=False):
         board.wait_for_the_dead()
-        if _was_replaced(report):
-            raise MismatchError(f"word store {path} changed after it was read (an --append ended); run the same again")
         writer = StoreWriter(path)
         sweep_leftovers(path)
-        if report.damaged:
-            drop_append(path)
         for layer, chunks in report.damaged.items():
             writer.discard_chunks(layer, chunks, nearest=layer in report.unseen)
     return sum(len(chunks) for chunks in report.damaged.values())
@@ -234,7 +213,7 @@ def _chunk_digest(layer: Layer, chunk: int) -> int | str:
 def _chunk_problem(layer: Layer, chunk: int, digest_value: int) -> str | None:
     try:
         words = layer.read_chunk(chunk, digest_value)
-    except (CorruptError, MismatchError) as error:
+    except CorruptError as error:
         return str(error)
     if (high := int(words.max())) >= layer.num_words:
         return f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.num_words}"
@@ -244,7 +223,7 @@ def _chunk_problem(layer: Layer, chunk: int, digest_value: int) -> str | None:
 def _content_problem(layer: Layer) -> str | None:
     try:
         return layer.content_problem()
-    except (CorruptError, MismatchError) as error:
+    except CorruptError as error:
         return str(error)
 
 

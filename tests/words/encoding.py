@@ -23,9 +23,8 @@ ROWS = 20  # of a chunk
 
 def run_encode(**values: Any) -> EncodeReport:
     """Encode with SETTINGS and changes to them; paths and flags go to `encode`, all else is configuration."""
-    paths = {name: values.pop(name) for name in ("shards", "store", "append") if name in values}
-    own = {"layers": (), "num_words": ()} if paths.get("append") else {}  # the store knows
-    return encode(EncodeConfig(**{**SETTINGS, **own, **values}), **paths)
+    paths = {name: values.pop(name) for name in ("shards", "store") if name in values}
+    return encode(EncodeConfig(**{**SETTINGS, **values}), **paths)
 
 
 def encode_in_process(values: dict[str, Any], renames: int | None = None, seconds: float | None = None) -> None:

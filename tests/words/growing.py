@@ -1,19 +1,16 @@
-"""Stores that grow, and what goes wrong with them on the way."""
+"""Stores of two layers, those of earlier versions among them."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from encoding import run_encode
+import zarr
 
-from bowstore.data.index import build_index
 from bowstore.words import layer as layer_module
-from bowstore.words.store_writer import StoreWriter
+from bowstore.words.layer import Layer
 from bowstore.words.teacher import Teacher
-from bowstore.words.verify import discard_damaged, verify
 
 LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "num_words": (12, 24)}
 NEW = 50
@@ -41,37 +38,13 @@ def older_provenance() -> Iterator[None]:
         yield
 
 
-def interrupted_append(store: Path, teacher_file: Path, shards: Path, *, chunks: int = 0) -> None:
-    """An append that ends like Ctrl-C when so many chunks are written."""
-    plain, written = StoreWriter.write_chunk, []
-
-    def failing(self: StoreWriter, layer: str, chunk: int, words: Any) -> None:
-        if len(written) == chunks:
-            raise KeyboardInterrupt
-        written.append((layer, chunk))
-        plain(self, layer, chunk, words)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StoreWriter, "write_chunk", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run_encode(teacher=teacher_file, shards=shards, store=store, append=True)
-
-
-def damage(store: Path, layer: str, chunk: int) -> None:
-    """Damage a chunk and take it back."""
-    (store / f"{layer}/words/c/{chunk}/0/0").write_bytes(b"")
-    assert discard_damaged(store, verify(store)) == 1
-
-
-def joined(first: Path, second: Path, folder: Path) -> Path:
-    """Shards of two sets in one folder."""
-    folder.mkdir()
-    for part in (first, second):
-        for tar in part.glob("*.tar"):
-            shutil.copy(tar, folder / f"{part.parent.name}-{tar.name}")
-    build_index(folder)
-    return folder
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def as_grown(store: Path) -> Path:
+    """A store as earlier versions left it that could append images to one."""
+    group = zarr.open_group(store, mode="r+")
+    dataset = group.attrs["dataset"]
+    part = {"fingerprint": dataset["fingerprint"], "images": dataset["images"] // 2}
+    group.update_attributes({"dataset": {**dataset, "fingerprint": "0" * 32, "parts": [part, part]}})
+    for name in group.attrs["layers"]:
+        digest = Layer(store, zarr.open_group(store, mode="r"), name, dataset["images"]).content_digest()
+        group[name].update_attributes({"content_digest": digest})
+    return store

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from encoding import encode_in_process, run_encode
-from growing import LAYERS, interrupted_append
+from growing import LAYERS
 from served import SERVER
 
 from bowstore.errors import MismatchError, UsageError
@@ -79,7 +79,7 @@ def test_an_unfinished_layer_of_another_arithmetic_gives_its_words_to_a_new_stor
 
 
 def test_complete_layers_of_another_arithmetic_are_used_and_told_of(
-    run: Any, tmp_path: Path, more: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    run: Any, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(Teacher, "trunk", "another way")
     assert all(layer.already_complete for layer in run().layers)
@@ -89,24 +89,6 @@ def test_complete_layers_of_another_arithmetic_are_used_and_told_of(
     )
     assert told in capsys.readouterr().err
     assert verify(new).arithmetic == {name: OTHER for name in LAYERS["layers"]}
-    run(shards=more, append=True, layers=(), num_words=())
-    assert told in capsys.readouterr().err
-    assert [part.get("arithmetic") for part in open_store(store).parts] == [None, OTHER]
-
-
-def test_an_append_is_gone_on_with_by_the_same_arithmetic(
-    run: Any, store: Path, teacher_file: Path, more: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted_append(store, teacher_file, more)
-    with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "trunk", "another way")
-        with pytest.raises(
-            MismatchError,
-            match="is an unfinished --append with trunk eager, decoder CPU, resize torch, now it would be trunk an",
-        ):
-            run(shards=more, append=True, layers=(), num_words=())
-    run(shards=more, append=True, layers=(), num_words=())
-    assert verify(store).sound
 
 
 @pytest.fixture
@@ -190,14 +172,15 @@ def test_compiling_that_is_asked_for_and_cannot_be_had(
     assert verify(path).arithmetic["block3"]["trunk"] == "eager"
 
 
-def test_images_that_are_added_go_the_way_of_those_that_are_there(
-    run: Any, store: Path, more: Path, tmp_path: Path, traced_only: list[int], capsys: Any
+def test_images_under_the_words_of_another_store_go_the_way_of_those_there(
+    run: Any, more: Path, tmp_path: Path, traced_only: list[int], capsys: Any
 ) -> None:
     path = run(store=tmp_path / "new.zarr", compile=True).store
-    run(store=path, shards=more, append=True, layers=(), num_words=())
+    second = run(store=tmp_path / "second.zarr", shards=more, vocabulary=path, layers=(), num_words=()).store
     assert len(traced_only) == 2
     assert "words differ" not in capsys.readouterr().err
-    assert open_store(path).parts[1]["arithmetic"]["trunk"] == "inductor freezing"
+    assert open_store(second).layers == LAYERS["layers"]
+    assert verify(second).arithmetic["block3"]["trunk"] == "inductor freezing"
 
 
 @pytest.mark.slow
