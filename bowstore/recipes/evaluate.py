@@ -11,7 +11,7 @@ from bowstore import runs
 from bowstore.config import Listed, Strict, Text, dump, validate
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.evaluate.config import OF_NETWORK, EvalConfig
-from bowstore.evaluate.protocol import Kind
+from bowstore.evaluate.protocol import DataSets, Kind
 from bowstore.evaluate.protocols import asked
 from bowstore.files import read_json
 from bowstore.plugins import called
@@ -157,6 +157,17 @@ class EvalStage(Stage):
         """By the result files."""
         done = sum(cell.is_done() for cell in self.cells)
         return DONE if done == len(self.cells) else BEGUN if done else TO_DO
+
+    def check(self) -> None:
+        """As of every stage; and devkits, which no stage makes, are read: before the networks are trained, not after.
+
+        Raises:
+            BowstoreError: as the protocol, of what is wrong with its images.
+        """
+        super().check()
+        reading = {cell.kind.name: cell for cell in self.cells if "voc" in cell.data}
+        for cell in reading.values() if self.state() != DONE else ():
+            cell.kind.ask("data", DataSets, cell.settings, self._here.workspace)
 
     def make(self) -> list[str]:
         """Evaluate what was not; each feature set is taken once."""

@@ -56,6 +56,9 @@ def test_inputs_that_nobody_makes_are_asked_for_before_anything_runs(
             f"refused: {asked.partition(': ')[2]} is not"
             in CliRunner().invoke(main, ["run", "r.yaml", "--dry-run"]).stdout
         )
+    Path("VOC2007").mkdir()
+    result = CliRunner().invoke(main, ["run", "r.yaml"])
+    assert result.stderr.startswith("Error: r.yaml: stage 'voc': no folder VOC2007/JPEGImages; name the devkit")
     assert not Path("data").exists()
 
 
