@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bowstore.words.store import Store
+    from bowstore.words.store.store import Store
 
 # Before torch loads its OpenMP runtime: a waiting thread spins briefly, then sleeps. The default spins for
 # milliseconds, on cores that DALI's decoding threads and other processes need (docs/results/threads.md).
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def open_store(path: str | Path, layer: str | None = None) -> "Store":
-    """Open a word store: words and bag of a key, vocabulary, iteration (`bowstore.words.store.Store`).
+    """Open a word store: words and bag of a key, vocabulary, iteration (`bowstore.words.store.store.Store`).
 
     Args:
         path: a folder, or a URL (`s3://`, `gs://`, `https://`...), of which a copy is fetched into the cache.
@@ -28,6 +28,6 @@ def open_store(path: str | Path, layer: str | None = None) -> "Store":
     """
     from bowstore.config import load_workspace  # `import bowstore` alone loads nothing
     from bowstore.remote import fetch_store
-    from bowstore.words.store import open_store as open_local
+    from bowstore.words.store.store import open_store as open_local
 
     return open_local(fetch_store(Path(path), load_workspace().storage), layer)

@@ -316,7 +316,7 @@ def descent(lineage: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def descent_of_words(layer: Mapping[str, Any]) -> tuple[str, ...]:
-    """The same of words, of what `bowstore.words.layer.Layer.lineage` says of them."""
+    """The same of words, of what `bowstore.words.store.layer.Layer.lineage` says of them."""
     return *_descent_of_network(layer.get("teacher")), f"{layer.get('num_words')} words of {layer.get('layer')}"
 
 

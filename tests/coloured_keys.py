@@ -18,8 +18,8 @@ from shard_sets import encode_jpeg, fill_layer
 
 from bowstore.config import ViewConfig, validate
 from bowstore.train.config import TrainConfig
-from bowstore.words.layer import LayerSpec
-from bowstore.words.store_writer import create_store
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.writer import create_store
 
 LEVELS, CHANNELS = 16, 3
 WORDS = LEVELS * CHANNELS

@@ -6,7 +6,7 @@ SERVER = get_context("forkserver")
 # The server takes the list of whoever asks first, so there is only one.
 SERVER.set_forkserver_preload([
     "bowstore.train.loop",
-    "bowstore.words.encode",
+    "bowstore.words.encode.encode",
     "bowstore.models.saved",
     "coloured_keys",
     "torch._dynamo",

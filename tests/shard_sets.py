@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from bowstore.data.index import Index
-from bowstore.words.layer import LayerSpec
-from bowstore.words.nearest import NearestSearch
-from bowstore.words.statistics import word_statistics
-from bowstore.words.store_writer import StoreWriter, create_store
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.nearest import NearestSearch
+from bowstore.words.store.statistics import word_statistics
+from bowstore.words.store.writer import StoreWriter, create_store
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

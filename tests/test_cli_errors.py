@@ -18,8 +18,8 @@ from bowstore.data.dali_errors import undecodable
 from bowstore.errors import CorruptError
 from bowstore.models.layouts import load_foreign, read_weights
 from bowstore.progress import reader_is_gone
-from bowstore.words import verify as words_verify
-from bowstore.words.verify import VerifyReport
+from bowstore.words.store import verify as words_verify
+from bowstore.words.store.verify import VerifyReport
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from bowstore.train.config import TrainConfig, load_train_config
 from bowstore.train.distributed import World
 from bowstore.train.schedule import learning_rate, total_steps
 from bowstore.train.tasks.task import build_task
-from bowstore.words.layer import LayerSpec
-from bowstore.words.store_writer import StoreWriter
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.writer import StoreWriter
 from bowstore.yaml_file import read_yaml, write_yaml
 
 CONFIGS = sorted(bundled_configs().glob("*.yaml"))

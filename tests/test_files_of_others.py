@@ -19,8 +19,8 @@ from bowstore.data.shards import make_shards
 from bowstore.data.verify import _free_name, verify_folder
 from bowstore.errors import BowstoreError, CorruptError, DataError, UsageError
 from bowstore.files import check_free
-from bowstore.words.layer import LayerSpec
-from bowstore.words.store_writer import create_store
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.writer import create_store
 
 PRECIOUS = b"three years of work"
 HASHES = {name: np.arange(4, dtype=np.uint64) for name in ("key_hash_N", "image_digest_N")}

@@ -22,8 +22,8 @@ from bowstore.errors import BusyError, DataError, MissingError, UsageError, is_m
 from bowstore.models import layouts, library
 from bowstore.models.registry import build_backbone
 from bowstore.verify import verify_path
-from bowstore.words.nearest import load_nearest
-from bowstore.words.store import open_store
+from bowstore.words.store.nearest import load_nearest
+from bowstore.words.store.store import open_store
 
 NO_ACCESS = PermissionError(errno.EACCES, "Permission denied")
 BAD_DISK = OSError(errno.EIO, "Input/output error")

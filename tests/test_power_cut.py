@@ -20,12 +20,12 @@ from bowstore.data.shards import make_shards
 from bowstore.files import atomic_file, file_digest, write_json
 from bowstore.remote import RemoteFolder, fetch_store
 from bowstore.train.checkpoint import save_checkpoint
-from bowstore.words.flat import open_flat
-from bowstore.words.layer import LayerSpec
-from bowstore.words.nearest import NearestSearch
-from bowstore.words.statistics import word_statistics
-from bowstore.words.store import open_store
-from bowstore.words.store_writer import StoreWriter, create_store
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.nearest import NearestSearch
+from bowstore.words.store.statistics import word_statistics
+from bowstore.words.store.store import open_store
+from bowstore.words.store.writer import StoreWriter, create_store
+from bowstore.words.targets.flat import open_flat
 
 
 def hashes(count: int) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
 from bowstore.remote import fetch_store, transfer
 from bowstore.remote import store as remote_store
-from bowstore.words import layer as store_layer
-from bowstore.words.layer import LayerSpec
-from bowstore.words.store import open_store
-from bowstore.words.store_writer import StoreWriter
-from bowstore.words.verify import verify
+from bowstore.words.store import layer as store_layer
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.store import open_store
+from bowstore.words.store.verify import verify
+from bowstore.words.store.writer import StoreWriter
 
 
 @pytest.fixture(autouse=True)

@@ -38,9 +38,9 @@ from zarr.storage import LocalStore
 from bowstore.environment import cores, library_versions
 from bowstore.errors import BowstoreError
 from bowstore.progress import Progress
-from bowstore.words.arrays import READ_ERRORS, stored_bytes
-from bowstore.words.layer import NOT_WRITTEN, Layer
-from bowstore.words.store import open_store
+from bowstore.words.store.arrays import READ_ERRORS, stored_bytes
+from bowstore.words.store.layer import NOT_WRITTEN, Layer
+from bowstore.words.store.store import open_store
 
 BASE = "zstd1"  # the ratios are over this one
 CHOSEN = "blosc_lz4_bitshuffle"

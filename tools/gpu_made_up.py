@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from bowstore.data.index import Index, build_index
-from bowstore.words.layer import LayerSpec
-from bowstore.words.nearest import NearestSearch
-from bowstore.words.statistics import word_statistics
-from bowstore.words.store_writer import create_store
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.nearest import NearestSearch
+from bowstore.words.store.statistics import word_statistics
+from bowstore.words.store.writer import create_store
 
 LAYER = "conv4"
 

@@ -19,9 +19,9 @@ from gpu_words import SHAPES, TOY_SHAPES, excess, rectified
 
 from bowstore import gpu
 from bowstore.benchmarks.rounds import seconds_of
-from bowstore.clustering.assign import assign as assign_words
-from bowstore.clustering.assign import assign_reference, prepare_words
 from bowstore.exact import exact_float32
+from bowstore.words.assign.assign import assign as assign_words
+from bowstore.words.assign.assign import assign_reference, prepare_words
 
 _GIB = 1 << 30
 
@@ -91,7 +91,7 @@ _OLD_INTERPRETER = "InterpreterError: TypeError('only 0-dimensional arrays can b
 _COMPILE = """
 import sys, torch
 from gpu_words import rectified
-from bowstore.clustering.assign_triton import HOPPER, OTHER, fits, nearest, prepare_fast
+from bowstore.words.assign.assign_triton import HOPPER, OTHER, fits, nearest, prepare_fast
 device = torch.device(sys.argv[1])
 tiles, half = {"hopper": HOPPER, "other": OTHER}[sys.argv[2]], getattr(torch, sys.argv[3])
 if device.type == "cuda" and not fits(tiles, device):
@@ -138,7 +138,7 @@ def words(check: Check) -> None:
             # The bound of assign_reference's docstring, for half squared distances.
             found = excess(features, vocabulary, assign_words(features, prepared), share=2 * (d + 2) * 2.0**-24)
         else:
-            from bowstore.clustering.assign_triton import nearest
+            from bowstore.words.assign.assign_triton import nearest
 
             proven = nearest(features, prepared.fast)
             found = excess(features, vocabulary, proven.ids_N, proven.open_U)
@@ -336,7 +336,7 @@ def targets(check: Check) -> None:
 def head(check: Check) -> None:
     """The loss against its dense form, logits in float32; then head, bag and optimiser alone."""
     from bowstore.models.heads import CosineHead
-    from bowstore.words.bags import bow_cross_entropy, count_bag, mix_bags
+    from bowstore.words.targets.bags import bow_cross_entropy, count_bag, mix_bags
 
     device, (batch, features, k, slots) = (
         check.device,

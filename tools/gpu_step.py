@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
-from bowstore.clustering.assign import assign, prepare_words
 from bowstore.config import validate
 from bowstore.data.index import open_index
 from bowstore.data.plan import plans
@@ -30,7 +29,8 @@ from bowstore.train.loop import data_schedule, placed_network
 from bowstore.train.step import build_objective, build_optimizer, train_step, tuned
 from bowstore.train.tasks.settings import WordsSettings
 from bowstore.train.tasks.task import Task, build_task
-from bowstore.words.teacher import load_teacher
+from bowstore.words.assign.assign import assign, prepare_words
+from bowstore.words.encode.teacher import load_teacher
 
 
 @dataclass(frozen=True)

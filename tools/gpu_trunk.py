@@ -9,7 +9,7 @@ from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
 from bowstore.environment import cores, device_name
 from bowstore.models.compiled import CannotCompileError
-from bowstore.words.teacher import Precision, load_teacher
+from bowstore.words.encode.teacher import Precision, load_teacher
 
 
 def bench_trunk(

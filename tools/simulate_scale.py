@@ -38,7 +38,7 @@ from bowstore.data.plan import Schedule, epoch_order
 from bowstore.data.table import COLUMNS, INDEX_FILE, read_header, write_table
 from bowstore.environment import available_memory, cores, library_versions
 from bowstore.progress import say
-from bowstore.words.store import join_rows
+from bowstore.words.store.join import join_rows
 
 BATCH = 256
 BATCHES = 20

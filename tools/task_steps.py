@@ -47,7 +47,8 @@ from bowstore.train.loop import data_schedule, placed_network
 from bowstore.train.step import build_objective, build_optimizer, train_step, tuned
 from bowstore.train.tasks.location import corners
 from bowstore.train.tasks.task import Network, Task, build_task
-from bowstore.words.store import join_rows, open_store
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.store import open_store
 
 _BATCHES = 4  # in memory, taken in turn
 _RATE = 1e-4  # so low that both stay where they are: what is timed does not depend on it

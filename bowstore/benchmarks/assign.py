@@ -15,14 +15,14 @@ from torch import Tensor
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
-from bowstore.clustering.assign import PreparedWords, assign, assign_reference, prepare_words
 from bowstore.environment import cores, device_name
 from bowstore.exact import cpu_threads, exact_float32
 from bowstore.progress import say
-from bowstore.words.lanes import compute_workers, workers
+from bowstore.words.assign.assign import PreparedWords, assign, assign_reference, prepare_words
+from bowstore.words.encode.lanes import compute_workers, workers
 
 if TYPE_CHECKING:
-    from bowstore.clustering.assign_triton import FastWords, Tiles
+    from bowstore.words.assign.assign_triton import FastWords, Tiles
 
 # What bounds it, by what the ratio over each is called.
 _BOUNDS = {"matrix product": "matmul", "float16 product": "half_matmul", "FAISS": "faiss"}
@@ -154,7 +154,7 @@ def _other_searches(features_ND: Tensor, prepared: PreparedWords, fast: "FastWor
 
     Each further tiling is compiled anew, which takes longer than all rounds.
     """
-    from bowstore.clustering.assign_triton import HOPPER, OTHER, fits, nearest  # Triton
+    from bowstore.words.assign.assign_triton import HOPPER, OTHER, fits, nearest  # Triton
 
     tilings = [HOPPER, HOPPER._replace(rows=128), OTHER]
     return {
@@ -175,7 +175,7 @@ def _agreement(features_ND: Tensor, prepared: PreparedWords) -> dict[str, float]
     """Shares of vectors whose word differs from the float32 reference's, and of those searched again."""
     if not prepared.fast:
         return {}
-    from bowstore.clustering.assign_triton import nearest  # Triton
+    from bowstore.words.assign.assign_triton import nearest  # Triton
 
     some = features_ND[: 1 << 15]
     unlike = assign(some, prepared).int() != assign_reference(some, prepared).int()

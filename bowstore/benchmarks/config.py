@@ -6,7 +6,7 @@ from pydantic import Field
 
 from bowstore.config import Batch, Count, Listed, OnDevice, Side, Strict, Text, Threads, Unit
 from bowstore.limits import MAX_BATCH, MAX_COUNT
-from bowstore.words.config import EncodeConfig, NumWords
+from bowstore.words.encode.config import EncodeConfig, NumWords
 
 _StepBatch = Annotated[int, Field(ge=4, le=MAX_BATCH)]
 

@@ -26,15 +26,15 @@ from bowstore.data.table import COLUMNS
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
 from bowstore.exact import cpu_threads, exact_float32
-from bowstore.words.assign_pass import AssignPass
-from bowstore.words.claims import Board
-from bowstore.words.config import EncodeConfig
-from bowstore.words.job import Job, plan_layers, view_values
-from bowstore.words.lanes import compute_workers, workers
-from bowstore.words.layer import LayerSpec
-from bowstore.words.prepare import in_new_way
-from bowstore.words.store_writer import StoreWriter, create_store
-from bowstore.words.teacher import load_teacher
+from bowstore.words.encode.assign_pass import AssignPass
+from bowstore.words.encode.claims import Board
+from bowstore.words.encode.config import EncodeConfig
+from bowstore.words.encode.job import Job, plan_layers, view_values
+from bowstore.words.encode.lanes import compute_workers, workers
+from bowstore.words.encode.prepare import in_new_way
+from bowstore.words.encode.teacher import load_teacher
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.writer import StoreWriter, create_store
 
 _WAYS = ("clean view alone", "teacher alone", "encode")
 

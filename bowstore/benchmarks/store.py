@@ -12,8 +12,9 @@ from bowstore.config import StorageConfig
 from bowstore.data.index import open_index
 from bowstore.environment import cores
 from bowstore.remote import fetch_store
-from bowstore.words.arrays import stored_bytes
-from bowstore.words.store import join_rows, open_store
+from bowstore.words.store.arrays import stored_bytes
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.store import open_store
 
 
 def bench_store(

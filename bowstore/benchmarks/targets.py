@@ -11,8 +11,9 @@ from bowstore.data.index import open_index
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.progress import Progress
 from bowstore.remote import fetch_store
-from bowstore.words.store import join_rows, open_store
-from bowstore.words.targets import TIERS, choose_tier, open_targets, time_batches, words_bytes
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.store import open_store
+from bowstore.words.targets.tiers import TIERS, choose_tier, open_targets, time_batches, words_bytes
 
 
 def bench_targets(

@@ -12,7 +12,7 @@ from bowstore.cli.options import command, fields
 @command()
 @fields(
     "given",
-    "bowstore.words.config:EncodeConfig",
+    "bowstore.words.encode.config:EncodeConfig",
     flags={"layers": "--layer", "num_words": "--K", "teacher": "--teacher --arch"},
     otherwise={"teacher": "the newest finished run of a teacher's task, as rotation is"},
 )
@@ -37,8 +37,8 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     from bowstore.errors import UsageError
     from bowstore.recipes.next import next_encoding, workspace_plan
     from bowstore.train.distributed import beside_others
-    from bowstore.words.config import EncodeConfig
-    from bowstore.words.encode import encode as run_encode
+    from bowstore.words.encode.config import EncodeConfig
+    from bowstore.words.encode.encode import encode as run_encode
     from bowstore.workspace import resolve_teacher
 
     if append:

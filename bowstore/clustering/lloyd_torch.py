@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bowstore.clustering.assign import PreparedWords, assign, assign_reference, prepare_words
 from bowstore.clustering.lloyd import Lloyd, far_vectors, first_vectors
 from bowstore.gpu import free_memory
+from bowstore.words.assign.assign import PreparedWords, assign, assign_reference, prepare_words
 
 _GPU_BLOCK = 1 << 28  # components processed together: launches stay a small part of the work
 _CPU_BLOCK = 1 << 24
@@ -109,7 +109,7 @@ class TorchLloyd(Lloyd):
         """The nearest word, int64 (B,), but without proof where there are tensor cores."""
         if words.fast is None:
             return assign_reference(part_Bp, words).long()
-        from bowstore.clustering.assign_triton import likely  # Triton
+        from bowstore.words.assign.assign_triton import likely  # Triton
 
         return likely(part_Bp, words.fast, largest=self._largest)
 

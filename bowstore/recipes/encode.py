@@ -17,9 +17,9 @@ from bowstore.plugins import called
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint, images_in
 from bowstore.remote import is_remote
-from bowstore.words.config import EncodeConfig, check_place, check_sample
-from bowstore.words.layer import VOCABULARY_SETTINGS, Layer
-from bowstore.words.store import Store
+from bowstore.words.encode.config import EncodeConfig, check_place, check_sample
+from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer
+from bowstore.words.store.store import Store
 from bowstore.workspace import initial_network, is_configuration, resolve_teacher
 
 
@@ -197,7 +197,7 @@ class EncodeStage(Stage):
 
     def make(self) -> list[str]:
         """Encode."""
-        encode, workspace = called("bowstore.words.encode:encode"), self._here.workspace
+        encode, workspace = called("bowstore.words.encode.encode:encode"), self._here.workspace
         teacher = resolve_teacher(workspace, self.given["teacher"], seed=self.given.get("seed"))
         config = self.config.model_copy(update={"teacher": teacher})
         with called("bowstore.train.distributed:beside_others")():

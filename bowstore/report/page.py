@@ -33,7 +33,7 @@ from bowstore.remote.urls import shown, url_of
 from bowstore.report import plots
 from bowstore.report.config import Wish
 from bowstore.report.words import MIN_COMMON_IMAGES, Example, LayerWords, Neighbour, Word, collect
-from bowstore.words.store import open_store
+from bowstore.words.store.store import open_store
 
 _PIXEL_ART = 64  # views up to this side are embedded whole, and enlarged without blur
 _SIDE, _SIDE_OF_NAMED, _SIDE_OF_PATCH = 112, 224, 56  # pixels that are embedded of a larger view

@@ -20,11 +20,12 @@ from bowstore.data.views import CleanView
 from bowstore.errors import MissingError, UsageError
 from bowstore.progress import Progress, say
 from bowstore.report.config import Wish
-from bowstore.words.arrays import reading
-from bowstore.words.layer import Layer
-from bowstore.words.nearest import NearestImages
-from bowstore.words.statistics import health_warnings
-from bowstore.words.store import Store, index_rows
+from bowstore.words.store.arrays import reading
+from bowstore.words.store.join import index_rows
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.nearest import NearestImages
+from bowstore.words.store.statistics import health_warnings
+from bowstore.words.store.store import Store
 
 NEIGHBOURS = 6
 MIN_COMMON_IMAGES = 3

@@ -17,11 +17,11 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bowstore.benchmarks.assign import bench_assign
-from bowstore.clustering import assign as assign_module
-from bowstore.clustering import assign_kernels, assign_triton
-from bowstore.clustering.assign import assign, assign_reference, prepare_words
-from bowstore.clustering.assign_triton import FastWords, Nearest, Tiles, likely, nearest, prepare_fast
 from bowstore.clustering.lloyd_torch import TorchLloyd
+from bowstore.words.assign import assign as assign_module
+from bowstore.words.assign import assign_kernels, assign_triton
+from bowstore.words.assign.assign import assign, assign_reference, prepare_words
+from bowstore.words.assign.assign_triton import FastWords, Nearest, Tiles, likely, nearest, prepare_fast
 
 HALVES = torch.float16, torch.bfloat16
 TILES = Tiles(rows=64, words=64, dims=32, warps=4, stages=2)
@@ -397,7 +397,7 @@ def test_nothing_is_compiled_after_the_warm_up(d: int, monkeypatch: pytest.Monke
 def test_bench_assign_says_its_figure_before_it_tries_three_tilings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bowstore.clustering.assign.runs_triton", lambda device: True)
+    monkeypatch.setattr("bowstore.words.assign.assign.runs_triton", lambda device: True)
     monkeypatch.setattr(assign_triton, "fits", lambda tiles, device: True)
     monkeypatch.setattr("bowstore.benchmarks.assign.compute_workers", lambda device: 1)  # as one stream of a GPU
     result = bench_assign(images=1, positions=5, dimensions=8, num_words=40, rounds=1, device=torch.device("cpu"))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bowstore.clustering.assign import assign, assign_reference, prepare_words
 from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
+from bowstore.words.assign.assign import assign, assign_reference, prepare_words
 
 
 def check_nearest(features_ND: Tensor, vocabulary_KD: Tensor, ids_N: Tensor) -> None:

@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from bowstore.clustering import assign_kernels as kernels
-from bowstore.clustering.assign_triton import HOPPER, OTHER, Tiles, prepare_fast, tiles_for
+from bowstore.words.assign import assign_kernels as kernels
+from bowstore.words.assign.assign_triton import HOPPER, OTHER, Tiles, prepare_fast, tiles_for
 
 
 def test_the_kernels_in_the_interpreter() -> None:

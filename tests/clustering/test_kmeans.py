@@ -16,7 +16,7 @@ from bowstore.clustering.kmeans import distinct_rows, kmeans
 from bowstore.clustering.lloyd_faiss import FaissLloyd, SuperLloyd
 from bowstore.clustering.lloyd_torch import TorchLloyd
 from bowstore.errors import UsageError
-from bowstore.words import prepare
+from bowstore.words.encode import prepare
 
 CPU = torch.device("cpu")
 

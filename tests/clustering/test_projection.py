@@ -5,7 +5,7 @@ from sklearn.decomposition import PCA
 
 from bowstore.clustering.projection import Projection, fit_projection, prepare_projection, project, project_sample
 from bowstore.errors import DataError, UsageError
-from bowstore.words.vocabulary import build_vocabulary
+from bowstore.words.encode.vocabulary import build_vocabulary
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.loop import data_schedule
 from bowstore.train.tasks.task import Task, build_task
-from bowstore.words.bags import Bag
+from bowstore.words.targets.bags import Bag
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

@@ -26,7 +26,7 @@ from bowstore.data.table import INDEX_FILE
 from bowstore.data.verify import verify_folder
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError
 from bowstore.files import check_plain_file, read_json
-from bowstore.words.verify import verify as verify_store
+from bowstore.words.store.verify import verify as verify_store
 
 PIXELS = textured_image(1, 20, 30)
 ZSTD = b"\x28\xb5\x2f\xfd\x04\x88" + bytes(600)

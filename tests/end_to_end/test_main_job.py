@@ -19,7 +19,7 @@ from bowstore.cli import main
 from bowstore.data.synthetic import write_images
 from bowstore.models.saved import newest_checkpoint
 from bowstore.runs import read_metrics
-from bowstore.words.store import open_store
+from bowstore.words.store.store import open_store
 
 QUICK = ["--set", "runtime.log_every_steps=1", "--set", "runtime.checkpoint_every_steps=4", "--set", "optim.batch=16"]
 SHORT = [*QUICK]
@@ -335,7 +335,7 @@ def test_a_store_joins_resharded_images_by_key(workspace: Path, images: Path) ->
     call(*BOWNET, "--shards", "other/train", "--name", "resharded")
     first, second = Path("data/shards/train"), Path("other/train")
     from bowstore.data.index import open_index
-    from bowstore.words.store import join_rows
+    from bowstore.words.store.join import join_rows
 
     store, old, new = open_store(Path("data/words.zarr")), open_index(first), open_index(second)
     assert old.fingerprint != new.fingerprint

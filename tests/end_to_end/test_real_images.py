@@ -29,9 +29,9 @@ from bowstore.models.saved import SavedNetwork, save_backbone
 from bowstore.runs import read_metrics
 from bowstore.train.config import TrainConfig
 from bowstore.train.loop import train
-from bowstore.words.config import EncodeConfig
-from bowstore.words.encode import encode
-from bowstore.words.store import open_store
+from bowstore.words.encode.config import EncodeConfig
+from bowstore.words.encode.encode import encode
+from bowstore.words.store.store import open_store
 
 CPU = torch.device("cpu")
 

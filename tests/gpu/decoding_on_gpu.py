@@ -24,10 +24,10 @@ from bowstore.data.views import CleanView, clean_view
 from bowstore.runs import read_metrics
 from bowstore.train.config import TrainConfig
 from bowstore.train.loop import train
-from bowstore.words.config import EncodeConfig
-from bowstore.words.encode import encode
-from bowstore.words.store import open_store
-from bowstore.words.verify import digest
+from bowstore.words.encode.config import EncodeConfig
+from bowstore.words.encode.encode import encode
+from bowstore.words.store.store import open_store
+from bowstore.words.store.verify import digest
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -9,12 +9,12 @@ import torch
 from gpu_words import SHAPES, exact_scores, excess
 from gpu_words import rectified as rectified_on
 
-from bowstore.clustering import assign_triton
-from bowstore.clustering.assign import assign, assign_reference, prepare_words
-from bowstore.clustering.assign_triton import HOPPER, OTHER, Tiles, nearest, prepare_fast
 from bowstore.clustering.kmeans import default_backend, kmeans
 from bowstore.evaluate.logreg import logistic_regression
 from bowstore.evaluate.retrieval import rankings
+from bowstore.words.assign import assign_triton
+from bowstore.words.assign.assign import assign, assign_reference, prepare_words
+from bowstore.words.assign.assign_triton import HOPPER, OTHER, Tiles, nearest, prepare_fast
 
 pytestmark = [
     pytest.mark.gpu,

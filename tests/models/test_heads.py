@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bowstore.config import ModelConfig
 from bowstore.models.heads import CosineHead, RotationHead
 from bowstore.models.registry import build_backbone
-from bowstore.words.bags import bow_cross_entropy, count_bag
+from bowstore.words.targets.bags import bow_cross_entropy, count_bag
 
 WORDS_BM = torch.randint(0, 300, (16, 9), generator=torch.Generator().manual_seed(1))
 

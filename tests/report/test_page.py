@@ -15,7 +15,7 @@ from bowstore.data.reader import ShardReader
 from bowstore.report import plots
 from bowstore.report.config import Wish
 from bowstore.report.page import Box, Geometry, WordsReport, write_words_page
-from bowstore.words.store import open_store
+from bowstore.words.store.store import open_store
 
 
 def test_the_page_is_whole_and_loads_nothing(page: Page, report: WordsReport) -> None:

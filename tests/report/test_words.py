@@ -22,9 +22,9 @@ from bowstore.errors import CorruptError, MismatchError, MissingError
 from bowstore.report.config import Wish
 from bowstore.report.page import WordsReport, write_words_page
 from bowstore.report.words import choose_words, collect, count_words, index_rows, strongest_neighbours
-from bowstore.words.layer import Layer
-from bowstore.words.store import open_store
-from bowstore.words.store_writer import StoreWriter
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.store import open_store
+from bowstore.words.store.writer import StoreWriter
 
 
 def invoke(*arguments: object) -> Result:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from shard_sets import fill_layer
 
-from bowstore.words import layer as layer_module
-from bowstore.words.config import EncodeConfig
-from bowstore.words.encode import encode
-from bowstore.words.layer import LayerSpec
-from bowstore.words.store import Store, open_store
-from bowstore.words.store_writer import StoreWriter
+from bowstore.words.encode.config import EncodeConfig
+from bowstore.words.encode.encode import encode
+from bowstore.words.store import layer as layer_module
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.store import Store, open_store
+from bowstore.words.store.writer import StoreWriter
 
 K = {"block1": 10, "block3": 24}
 

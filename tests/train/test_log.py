@@ -30,7 +30,7 @@ from bowstore.train.schedule import step_seed
 from bowstore.train.step import Measured
 from bowstore.train.tasks import task as task_module
 from bowstore.train.tasks import words as words_module
-from bowstore.words.store import open_store
+from bowstore.words.store.store import open_store
 
 Make = Callable[..., TrainConfig]
 RATES_AND_WAITS = ("images_per_second", "target_wait_ms")

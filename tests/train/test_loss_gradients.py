@@ -17,7 +17,8 @@ from torch import Tensor
 from bowstore.data.index import open_index
 from bowstore.data.views import Batch
 from bowstore.train.config import TrainConfig
-from bowstore.words.store import join_rows, open_store
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.store import open_store
 
 Make = Callable[..., TrainConfig]
 SIDE = 16

@@ -19,7 +19,7 @@ from bowstore.train.checkpoint import save_checkpoint
 from bowstore.train.config import TrainConfig
 from bowstore.train.rundir import check_run, check_start, read_run_config, write_config
 from bowstore.verify import verify_path
-from bowstore.words.teacher import load_teacher
+from bowstore.words.encode.teacher import load_teacher
 from bowstore.yaml_file import read_yaml
 
 

@@ -31,10 +31,11 @@ from bowstore.train.tasks import TASKS
 from bowstore.train.tasks.settings import LinearSettings, WordsSettings
 from bowstore.train.tasks.task import Task
 from bowstore.train.verify import verify_run
-from bowstore.words.bags import Bag
-from bowstore.words.layer import LayerSpec
-from bowstore.words.store import join_rows, open_store
-from bowstore.words.store_writer import StoreWriter
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.layer import LayerSpec
+from bowstore.words.store.store import open_store
+from bowstore.words.store.writer import StoreWriter
+from bowstore.words.targets.bags import Bag
 
 Make = Callable[..., TrainConfig]
 WORDS = 12

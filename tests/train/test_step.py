@@ -21,7 +21,7 @@ from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
 from bowstore.train.step import PaddedConv2d, build_objective, build_optimizer, pad_stem, train_step, tuned
 from bowstore.train.tasks.task import Task, build_task
-from bowstore.words.bags import unpacked
+from bowstore.words.targets.bags import unpacked
 
 Make = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"))

@@ -24,7 +24,7 @@ from bowstore.train.distributed import World
 from bowstore.train.schedule import learning_rate, total_steps
 from bowstore.train.step import Measured
 from bowstore.train.tasks.task import build_task
-from bowstore.words.store import open_store
+from bowstore.words.store.store import open_store
 
 Make = Callable[..., TrainConfig]
 
@@ -214,8 +214,8 @@ def test_changed_words_stop_a_resumed_run(make_config: Make, tmp_path: Path, mon
 @pytest.fixture
 def permuted_config(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Configurations whose store holds the rows in another order, in four chunks; the cache lies beside it."""
-    monkeypatch.setattr("bowstore.words.layer.MIN_CHUNK_BYTES", 1)
-    monkeypatch.setattr("bowstore.words.layer.CHUNK_STEP_ROWS", 20)
+    monkeypatch.setattr("bowstore.words.store.layer.MIN_CHUNK_BYTES", 1)
+    monkeypatch.setattr("bowstore.words.store.layer.CHUNK_STEP_ROWS", 20)
     config = make_config()
     assert config.task.store is not None
     store = open_store(config.task.store)

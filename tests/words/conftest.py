@@ -9,7 +9,7 @@ from encoding import run_encode
 from growing import LAYERS, NEW, small_chunks_patch
 from teacher_sets import IMAGES, write_shards, write_teacher
 
-from bowstore.words import layer
+from bowstore.words.store import layer
 
 
 @pytest.fixture(scope="module", autouse=True)

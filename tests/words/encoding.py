@@ -9,10 +9,10 @@ from typing import Any
 import faiss
 import torch
 
-from bowstore.words import layer as layer_module
-from bowstore.words.config import EncodeConfig
-from bowstore.words.encode import encode
-from bowstore.words.encode_report import EncodeReport
+from bowstore.words.encode.config import EncodeConfig
+from bowstore.words.encode.encode import encode
+from bowstore.words.encode.report import EncodeReport
+from bowstore.words.store import layer as layer_module
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {
@@ -55,7 +55,7 @@ def die_at_rename(number: int) -> None:
 
 def slow_down(seconds: float) -> None:
     """Make every batch of the teacher take longer, so that several processes find something to do."""
-    from bowstore.words.teacher import Teacher
+    from bowstore.words.encode.teacher import Teacher
 
     plain = Teacher.maps
 

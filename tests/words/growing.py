@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import zarr
 
-from bowstore.words import layer as layer_module
-from bowstore.words.layer import Layer
-from bowstore.words.teacher import Teacher
+from bowstore.words.encode.teacher import Teacher
+from bowstore.words.store import layer as layer_module
+from bowstore.words.store.layer import Layer
 
 LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "num_words": (12, 24)}
 NEW = 50

@@ -14,10 +14,10 @@ from served import SERVER
 from bowstore.errors import MismatchError, UsageError
 from bowstore.models import compiled
 from bowstore.verify import verify_path
-from bowstore.words.store import Store, open_store
-from bowstore.words.store_writer import StoreWriter
-from bowstore.words.teacher import Teacher
-from bowstore.words.verify import digest, verify
+from bowstore.words.encode.teacher import Teacher
+from bowstore.words.store.store import Store, open_store
+from bowstore.words.store.verify import digest, verify
+from bowstore.words.store.writer import StoreWriter
 
 EAGER = {"trunk": "eager", "decoder": "CPU", "resize": "torch"}
 OTHER = EAGER | {"trunk": "another way"}
@@ -188,8 +188,8 @@ def test_the_compiled_teacher_gives_the_same_words_to_any_number_of_processes(
     run: Any, tmp_path: Path, teacher_file: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("bowstore.words.prepare.compute_workers", lambda device, alone=False: 1)
-        patch.setattr("bowstore.words.assign_pass.compute_workers", lambda device: 1)
+        patch.setattr("bowstore.words.encode.prepare.compute_workers", lambda device, alone=False: 1)
+        patch.setattr("bowstore.words.encode.assign_pass.compute_workers", lambda device: 1)
         alone = run(store=tmp_path / "alone.zarr", compile=True).store
     assert verify(alone).arithmetic["block3"]["trunk"] == "inductor freezing"
     path = tmp_path / "shared.zarr"

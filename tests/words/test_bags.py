@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bowstore.words.bags import (
+from bowstore.words.targets.bags import (
     Bag,
     Form,
     MeanBag,

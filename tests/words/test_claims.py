@@ -11,8 +11,8 @@ import pytest
 from served import SERVER
 
 from bowstore.errors import BusyError
-from bowstore.words import claims
-from bowstore.words.claims import Board
+from bowstore.words.encode import claims
+from bowstore.words.encode.claims import Board
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from teacher_sets import IMAGES, write_shards
 from bowstore.data.index import open_index
 from bowstore.errors import CorruptError, MismatchError
 from bowstore.verify import verify_path
-from bowstore.words import store as store_module
-from bowstore.words.layer import Layer
-from bowstore.words.store import Store, join_rows, open_store
-from bowstore.words.targets import StorageConfig, open_targets
-from bowstore.words.verify import digest, discard_damaged, verify
+from bowstore.words.store import store as store_module
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.store import Store, open_store
+from bowstore.words.store.verify import digest, discard_damaged, verify
+from bowstore.words.targets.tiers import StorageConfig, open_targets
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,13 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.errors import BowstoreError, CorruptError, DataError, MismatchError, MissingError, UsageError
 from bowstore.models import residual
-from bowstore.words import layer as layer_module
-from bowstore.words.encode_report import EncodeReport
-from bowstore.words.store import Store, join_rows, open_store
-from bowstore.words.store_writer import StoreWriter
-from bowstore.words.teacher import load_teacher
-from bowstore.words.verify import digest, discard_damaged, verify
+from bowstore.words.encode.report import EncodeReport
+from bowstore.words.encode.teacher import load_teacher
+from bowstore.words.store import layer as layer_module
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.store import Store, open_store
+from bowstore.words.store.verify import digest, discard_damaged, verify
+from bowstore.words.store.writer import StoreWriter
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_usage_errors_leave_nothing_behind(run: Any, tmp_path: Path) -> None:
 
 
 def test_features_that_are_not_finite_name_the_image(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bowstore.words.teacher import Teacher
+    from bowstore.words.encode.teacher import Teacher
 
     plain, calls = Teacher.maps, []
 
@@ -198,14 +199,14 @@ def test_features_that_are_not_finite_name_the_image(run: Any, monkeypatch: pyte
         return {"block3": maps}
 
     monkeypatch.setattr(Teacher, "maps", broken)
-    monkeypatch.setattr("bowstore.words.prepare.compute_workers", lambda device, alone: 1)
+    monkeypatch.setattr("bowstore.words.encode.prepare.compute_workers", lambda device, alone: 1)
     message = r"layer 'block3' of the teacher gives NaN or infinity for 1 images of a batch, for example img0021; check"
     with pytest.raises(DataError, match=message):
         run()
 
 
 def test_an_untrained_flat_teacher_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bowstore.words.teacher import Teacher
+    from bowstore.words.encode.teacher import Teacher
 
     monkeypatch.setattr(Teacher, "maps", lambda self, images: {"block3": torch.ones(len(images), 64, 4, 4)})
     with pytest.raises(DataError, match="hold only 1 distinct ones, too few for K = 24"):
@@ -215,7 +216,7 @@ def test_an_untrained_flat_teacher_is_refused(run: Any, monkeypatch: pytest.Monk
 def test_a_collapsed_vocabulary_warns(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bowstore.words.teacher import Teacher
+    from bowstore.words.encode.teacher import Teacher
 
     def nearly_flat(self: Teacher, images: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = torch.zeros(len(images), 64, 4, 4)
@@ -428,7 +429,7 @@ def test_the_nearest_images_are_those_of_the_store(clean: Path, teacher_file: Pa
 
 
 def test_a_sample_larger_than_memory_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bowstore.words.prepare.available_memory", lambda: 100_000)
+    monkeypatch.setattr("bowstore.words.encode.prepare.available_memory", lambda: 100_000)
     with pytest.raises(UsageError, match=r"the samples of block3 take 0.0 GB of memory, .* lower --sample-per-word"):
         run()
 

@@ -18,10 +18,10 @@ from shard_sets import write_words
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError
-from bowstore.words import flat
-from bowstore.words.flat import FlatWords, flat_bytes, open_flat
-from bowstore.words.layer import Layer
-from bowstore.words.store import open_store
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.store import open_store
+from bowstore.words.targets import flat
+from bowstore.words.targets.flat import FlatWords, flat_bytes, open_flat
 
 ROWS, GRID, WORDS = 110, (3, 2), 12
 
@@ -163,9 +163,9 @@ def test_a_killed_unpacking_is_begun_again(store: Path, storage: StorageConfig) 
 import sys, time
 from pathlib import Path
 from bowstore.config import StorageConfig
-from bowstore.words.flat import open_flat
-from bowstore.words.layer import Layer
-from bowstore.words.store import open_store
+from bowstore.words.targets.flat import open_flat
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.store import open_store
 read_chunk = Layer.read_chunk
 def slow(self, chunk, digest):
     if chunk == 4:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from bowstore.errors import DataError
-from bowstore.words import forward as forward_module
-from bowstore.words import lanes
-from bowstore.words.forward import Clock, forward
-from bowstore.words.lanes import GPU_WORKERS, to_host
+from bowstore.words.encode import forward as forward_module
+from bowstore.words.encode import lanes
+from bowstore.words.encode.forward import Clock, forward
+from bowstore.words.encode.lanes import GPU_WORKERS, to_host
 
 GPU, BATCHES = torch.device("cuda", 0), 5
 Order = dict[Any, int]  # of each stream or thread, how much of it has happened

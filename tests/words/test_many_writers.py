@@ -15,9 +15,9 @@ from encoding import encode_in_process, encode_slowly, run_encode
 from served import SERVER
 from teacher_sets import IMAGES
 
-from bowstore.words import layer as layer_module
-from bowstore.words.store import open_store
-from bowstore.words.verify import digest, verify
+from bowstore.words.store import layer as layer_module
+from bowstore.words.store.store import open_store
+from bowstore.words.store.verify import digest, verify
 
 LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "num_words": (12, 24)}
 Start = Callable[..., BaseProcess]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bowstore.errors import CorruptError
-from bowstore.words.nearest import NearestImages, NearestSearch, load_nearest, save_nearest
+from bowstore.words.store.nearest import NearestImages, NearestSearch, load_nearest, save_nearest
 
 
 def plain(words: np.ndarray, distance: np.ndarray, k: int, kept: int) -> list[list[tuple[float, int, int]]]:

@@ -13,7 +13,7 @@ from teacher_sets import IMAGES
 import bowstore
 from bowstore.data.index import open_index
 from bowstore.errors import MissingError, UsageError
-from bowstore.words.store import key_hash
+from bowstore.words.store.store import key_hash
 
 PLAIN_READER = """
 import json, sys

@@ -2,7 +2,7 @@ import torch
 
 from bowstore.config import ModelConfig
 from bowstore.models.registry import build_backbone
-from bowstore.words.receptive import receptive_field
+from bowstore.words.encode.receptive import receptive_field
 
 
 def test_fields_of_a_residual_network_are_those_of_its_arithmetic() -> None:

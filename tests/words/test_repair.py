@@ -12,9 +12,10 @@ from teacher_sets import IMAGES
 from bowstore.data.index import open_index
 from bowstore.errors import MismatchError
 from bowstore.verify import verify_path
-from bowstore.words.store import join_rows, open_store
-from bowstore.words.store_writer import StoreWriter
-from bowstore.words.verify import digest, discard_damaged, verify
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.store import open_store
+from bowstore.words.store.verify import digest, discard_damaged, verify
+from bowstore.words.store.writer import StoreWriter
 
 
 def test_lost_nearest_images_are_found_again(store: Path, teacher_file: Path, shards: Path, tmp_path: Path) -> None:

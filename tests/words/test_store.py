@@ -14,14 +14,15 @@ from left_behind import left_behind
 from numpy.typing import NDArray
 
 from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, UsageError
-from bowstore.words.arrays import array_digest, remove
-from bowstore.words.claims import Board
-from bowstore.words.layer import LayerSpec, chunk_rows
-from bowstore.words.nearest import NearestSearch
-from bowstore.words.statistics import word_statistics
-from bowstore.words.store import Store, join_rows, open_store
-from bowstore.words.store_writer import StoreWriter, create_store, sweep_leftovers
-from bowstore.words.verify import digest, discard_damaged, verify
+from bowstore.words.encode.claims import Board
+from bowstore.words.store.arrays import array_digest, remove
+from bowstore.words.store.join import join_rows
+from bowstore.words.store.layer import LayerSpec, chunk_rows
+from bowstore.words.store.nearest import NearestSearch
+from bowstore.words.store.statistics import word_statistics
+from bowstore.words.store.store import Store, open_store
+from bowstore.words.store.verify import digest, discard_damaged, verify
+from bowstore.words.store.writer import StoreWriter, create_store, sweep_leftovers
 
 N, GRID, K, C = 70, (3, 2), 11, 4
 KEYS = [f"img{i:04d}" for i in range(N)]
@@ -87,8 +88,8 @@ def begin(path: Path, keys: Keys | None = None) -> StoreWriter:
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "words.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bowstore.words.layer.MIN_CHUNK_BYTES", 1)
-        patch.setattr("bowstore.words.layer.CHUNK_STEP_ROWS", 20)
+        patch.setattr("bowstore.words.store.layer.MIN_CHUNK_BYTES", 1)
+        patch.setattr("bowstore.words.store.layer.CHUNK_STEP_ROWS", 20)
         finish(begin(path), some_words())
     return path
 
@@ -350,7 +351,7 @@ def test_creation_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bowstore.words.store_writer.create", fail)
+        patch.setattr("bowstore.words.store.writer.create", fail)
         with pytest.raises(OSError, match="No space left"):
             begin(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
@@ -369,7 +370,7 @@ def test_repair_waits_for_no_one(path: Path) -> None:
 
 
 def test_digest_depends_on_words_not_on_chunks(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bowstore.words.layer.CHUNK_STEP_ROWS", 33)
+    monkeypatch.setattr("bowstore.words.store.layer.CHUNK_STEP_ROWS", 33)
     finish(begin(tmp_path / "other"), some_words())
     assert digest(tmp_path / "other") == digest(path)
     changed = some_words()
@@ -413,9 +414,11 @@ def test_verify_joins_with_the_shards(path: Path, monkeypatch: pytest.MonkeyPatc
         def __len__(self) -> int:
             return len(self.names)
 
-    monkeypatch.setattr("bowstore.words.verify.open_index", lambda shards, storage: Index(KEYS[::-1]))
+    monkeypatch.setattr("bowstore.words.store.verify.open_index", lambda shards, storage: Index(KEYS[::-1]))
     assert verify(path, tmp_path).sound
-    monkeypatch.setattr("bowstore.words.verify.open_index", lambda shards, storage: Index([*KEYS[7:], "new0", "new1"]))
+    monkeypatch.setattr(
+        "bowstore.words.store.verify.open_index", lambda shards, storage: Index([*KEYS[7:], "new0", "new1"])
+    )
     missing, extra = verify(path, tmp_path).problems
     assert "2 of 65 keys" in missing
     assert "new0, new1" in missing
@@ -425,7 +428,7 @@ def test_verify_joins_with_the_shards(path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_store_needs_neither_faiss_nor_networks() -> None:
     code = (
-        "import sys, bowstore.words.store; "
+        "import sys, bowstore.words.store.store; "
         "print([m for m in ('faiss', 'torch', 'nvidia.dali', 'bowstore.models') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

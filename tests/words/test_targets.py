@@ -19,12 +19,12 @@ from shard_sets import write_words
 from bowstore.config import StorageConfig
 from bowstore.errors import CorruptError, UsageError
 from bowstore.torchrun import Ranks
-from bowstore.words import targets
-from bowstore.words.bags import unpacked
-from bowstore.words.flat import FlatWords
-from bowstore.words.layer import Layer
-from bowstore.words.store import open_store
-from bowstore.words.targets import (
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.store import open_store
+from bowstore.words.targets import tiers as targets
+from bowstore.words.targets.bags import unpacked
+from bowstore.words.targets.flat import FlatWords
+from bowstore.words.targets.tiers import (
     TIERS,
     HostTargets,
     StreamedTargets,
@@ -54,8 +54,8 @@ Open = Callable[..., Targets]
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bowstore.words.layer.MIN_CHUNK_BYTES", 1)
-        patch.setattr("bowstore.words.layer.CHUNK_STEP_ROWS", 20)
+        patch.setattr("bowstore.words.store.layer.MIN_CHUNK_BYTES", 1)
+        patch.setattr("bowstore.words.store.layer.CHUNK_STEP_ROWS", 20)
         return write_words(tmp_path_factory.mktemp("store") / "words.zarr", MAPS, words=WORDS)
 
 
@@ -179,9 +179,9 @@ threading.stack_size(1 << 18)
 from pathlib import Path
 import numpy as np, torch
 from bowstore.config import StorageConfig
-from bowstore.words.bags import MeanBag
-from bowstore.words.store import open_store
-from bowstore.words.targets import open_targets, time_batches, words_digest
+from bowstore.words.targets.bags import MeanBag
+from bowstore.words.store.store import open_store
+from bowstore.words.targets.tiers import open_targets, time_batches, words_digest
 torch.set_num_threads(1)
 storage, cpu = StorageConfig(cache=Path(sys.argv[2])), torch.device("cpu")
 def layer(): return open_store(Path(sys.argv[1])).layer()

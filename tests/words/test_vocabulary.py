@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from bowstore.errors import DataError, UsageError
-from bowstore.words.config import check_sample
-from bowstore.words.statistics import health_warnings, perplexity, word_statistics
-from bowstore.words.vocabulary import Sample, SamplePlan, build_vocabulary, plan_sample
+from bowstore.words.encode.config import check_sample
+from bowstore.words.encode.vocabulary import Sample, SamplePlan, build_vocabulary, plan_sample
+from bowstore.words.store.statistics import health_warnings, perplexity, word_statistics
 
 CPU = torch.device("cpu")
 

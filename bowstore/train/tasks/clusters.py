@@ -33,7 +33,7 @@ from bowstore.train.tasks.rotation import ROTATIONS, four_rotations
 from bowstore.train.tasks.settings import ClustersSettings
 from bowstore.train.tasks.supervised import class_loss, make_classes
 from bowstore.train.tasks.task import Dead, Job, Logits, Network, Renewal, Task, mixing, placed, pooled
-from bowstore.words.bags import Bag
+from bowstore.words.targets.bags import Bag
 
 _BLOCK = 256  # rows that are looked at together: what a batch holds decides its rounding, so it is one for all ranks
 _LEAST_NORM = 1e-12

@@ -16,7 +16,7 @@ from bowstore.config import ViewConfig
 from bowstore.data.index import Index
 from bowstore.data.plan import Origin, Plan, plan_of
 from bowstore.data.shown import CleanGrid, shown
-from bowstore.words.bags import (
+from bowstore.words.targets.bags import (
     Bag,
     Form,
     MeanBag,

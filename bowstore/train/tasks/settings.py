@@ -173,7 +173,7 @@ class LinearSettings(StartedSettings):
 
 def _in_workspace(settings: WordsSettings, workspace: Workspace) -> WordsSettings:
     """With the workspace's store, where none is named, and the name of its only layer."""
-    from bowstore.words.store import open_store  # Zarr: only where a store is opened
+    from bowstore.words.store.store import open_store  # Zarr: only where a store is opened
 
     place = settings.store or workspace.store
     store = open_store(fetch_store(place, workspace.storage))

@@ -12,7 +12,7 @@ from bowstore.models.heads import CosineHead, LinearHead
 from bowstore.train.tasks.labels import read_labels
 from bowstore.train.tasks.settings import SupervisedSettings
 from bowstore.train.tasks.task import Dead, Job, Network, Task, mixing, pooled
-from bowstore.words.bags import Bag, bow_cross_entropy, count_bag, mix_bags, weight_at
+from bowstore.words.targets.bags import Bag, bow_cross_entropy, count_bag, mix_bags, weight_at
 
 
 def build(settings: SupervisedSettings, job: Job) -> Task:

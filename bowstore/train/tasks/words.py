@@ -20,8 +20,8 @@ from bowstore.train.schedule import images_in_use
 from bowstore.train.tasks.forms import BagForm, PyramidBags, ShownBag, WholeBag
 from bowstore.train.tasks.settings import WordsSettings
 from bowstore.train.tasks.task import Dead, Job, Logits, Network, Task, placed, pooled
-from bowstore.words.bags import Bag, bag_entropy, bow_cross_entropy, weight_at
-from bowstore.words.targets import (
+from bowstore.words.targets.bags import Bag, bag_entropy, bow_cross_entropy, weight_at
+from bowstore.words.targets.tiers import (
     TIERS,
     Targets,
     TierChoice,
@@ -33,7 +33,7 @@ from bowstore.words.targets import (
 )
 
 if TYPE_CHECKING:  # with Zarr
-    from bowstore.words.layer import Layer
+    from bowstore.words.store.layer import Layer
 
 Bags = Bag | list[Bag]
 
@@ -42,7 +42,7 @@ class Source(NamedTuple):
     """A layer whose words are learned.
 
     Attributes:
-        lineage: whose words they are (`bowstore.words.layer.Layer.lineage`).
+        lineage: whose words they are (`bowstore.words.store.layer.Layer.lineage`).
         targets: the words.
         form: the bags that are made of them.
     """
@@ -155,7 +155,8 @@ def _lineage(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _open(settings: WordsSettings, job: Job) -> list[Source]:
     """The layers whose words are learned, in the tier that has room for all of them."""
-    from bowstore.words.store import join_rows, open_store  # Zarr: only where a store is opened
+    from bowstore.words.store.join import join_rows  # Zarr: only where a store is opened
+    from bowstore.words.store.store import open_store
 
     assert settings.store is not None, "the command line resolves task.store"
     config, world = job.config, job.world

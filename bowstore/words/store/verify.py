@@ -16,11 +16,12 @@ from bowstore.data.index import Index, open_index
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.progress import Progress
 from bowstore.runs import descent_of_words
-from bowstore.words.arithmetic import recorded
-from bowstore.words.claims import Board
-from bowstore.words.layer import FOUND, Layer
-from bowstore.words.store import Store, check_images, open_store, rows_of
-from bowstore.words.store_writer import StoreWriter, sweep_leftovers
+from bowstore.words.encode.arithmetic import recorded
+from bowstore.words.encode.claims import Board
+from bowstore.words.store.join import check_images, rows_of
+from bowstore.words.store.layer import FOUND, Layer
+from bowstore.words.store.store import Store, open_store
+from bowstore.words.store.writer import StoreWriter, sweep_leftovers
 
 _EXAMPLES = 5
 

@@ -17,7 +17,7 @@ from bowstore.gpu import runs_triton
 from bowstore.limits import MAX_WORDS
 
 if TYPE_CHECKING:
-    from bowstore.clustering.assign_triton import FastWords
+    from bowstore.words.assign.assign_triton import FastWords
 
 
 # On a CPU a block of scores stays in cache between product and argmin; on a GPU it only has to fit in memory.
@@ -58,7 +58,7 @@ def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
     half_norm_K = (vocabulary_KD.double().square().sum(dim=1) / 2).float()
     fast = None
     if runs_triton(vocabulary_KD.device):
-        from bowstore.clustering.assign_triton import prepare_fast, warm_up  # Triton
+        from bowstore.words.assign.assign_triton import prepare_fast, warm_up  # Triton
 
         fast = prepare_fast(vocabulary_KD)
         warm_up(fast)
@@ -86,7 +86,7 @@ def assign(features_ND: Tensor, words: PreparedWords) -> Tensor:
     if words.fast is None:
         return assign_reference(features_ND, words)
     _check_fit(features_ND, words)
-    from bowstore.clustering.assign_triton import nearest  # Triton
+    from bowstore.words.assign.assign_triton import nearest  # Triton
 
     found = nearest(features_ND, words.fast)
     if len(found.open_U):

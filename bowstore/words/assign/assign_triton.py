@@ -52,7 +52,7 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
-from bowstore.clustering import assign_kernels as kernels
+from bowstore.words.assign import assign_kernels as kernels
 
 _NO_WORD = 65535
 _LONG_LIST = 128  # words that the second search can list for a vector, and all ranges of the first together

@@ -30,11 +30,11 @@ from bowstore.errors import UsageError
 from bowstore.gpu import free_memory
 from bowstore.progress import Progress
 from bowstore.torchrun import ranks
-from bowstore.words.bags import count_bag, unpacked
+from bowstore.words.targets.bags import count_bag, unpacked
 
 if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in memory train without it
-    from bowstore.words.flat import FlatWords
-    from bowstore.words.layer import Layer
+    from bowstore.words.store.layer import Layer
+    from bowstore.words.targets.flat import FlatWords
 
 Tier = Literal["resident", "host", "streamed"]
 TIERS: tuple[Tier, ...] = ("resident", "host", "streamed")  # by the room that they need, most first
@@ -277,7 +277,7 @@ def open_targets(
         BowstoreError: streamed, and no room on the disk.
     """
     if tier == "streamed":
-        from bowstore.words.flat import open_flat  # Zarr
+        from bowstore.words.targets.flat import open_flat  # Zarr
 
         return StreamedTargets(layer, store_row_N, device, open_flat(layer, storage, shown=shown))
     kind = ResidentTargets if tier == "resident" else HostTargets

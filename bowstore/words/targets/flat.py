@@ -26,8 +26,8 @@ from bowstore.errors import BowstoreError, CorruptError
 from bowstore.files import atomic_file, leftovers, waiting_lock
 from bowstore.progress import Progress, say
 from bowstore.remote.cache import cache_root, hold, is_as_recorded, lock_file, mark_used, reserve, write_record
-from bowstore.words.arrays import array_digest
-from bowstore.words.layer import Layer
+from bowstore.words.store.arrays import array_digest
+from bowstore.words.store.layer import Layer
 
 SUFFIX = ".u16"
 _HEADER_BYTES = 4096  # a page, so that rows and pages keep their relative places

@@ -11,7 +11,7 @@ from bowstore.errors import MismatchError
 from bowstore.models.compiled import EAGER
 from bowstore.progress import say
 from bowstore.torchrun import ranks
-from bowstore.words.layer import Layer
+from bowstore.words.store.layer import Layer
 
 Arithmetic = Mapping[str, str]
 # Of layers that were written before these were recorded.

@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.errors import CorruptError, is_machine_error
-from bowstore.words.arrays import (
+from bowstore.words.store.arrays import (
     READ_ERRORS,
     array,
     array_digest,
@@ -47,8 +47,8 @@ class LayerSpec:
         channels: c of the teacher's map.
         border: cells left out at each side of the map.
         projection: its kind, dimensions and whiten; None if there is none.
-        receptive_field: pixels of the clean view that a cell sees (`bowstore.words.receptive`).
-        arithmetic: how the words were computed (`bowstore.words.arithmetic`).
+        receptive_field: pixels of the clean view that a cell sees (`bowstore.words.encode.receptive`).
+        arithmetic: how the words were computed (`bowstore.words.encode.arithmetic`).
     """
 
     teacher: dict[str, Any]

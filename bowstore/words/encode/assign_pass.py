@@ -22,17 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bowstore.clustering.assign import PreparedWords, assign, prepare_words
 from bowstore.clustering.projection import PreparedProjection, Projection, prepare_projection, project
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress, say
-from bowstore.words.claims import POLL_SECONDS, Board
-from bowstore.words.forward import Clock, forward
-from bowstore.words.job import Job
-from bowstore.words.lanes import Maps, compute_workers, to_host
-from bowstore.words.layer import Layer
-from bowstore.words.nearest import NearestImages, NearestSearch, save_nearest
-from bowstore.words.store_writer import StoreWriter
+from bowstore.words.assign.assign import PreparedWords, assign, prepare_words
+from bowstore.words.encode.claims import POLL_SECONDS, Board
+from bowstore.words.encode.forward import Clock, forward
+from bowstore.words.encode.job import Job
+from bowstore.words.encode.lanes import Maps, compute_workers, to_host
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.nearest import NearestImages, NearestSearch, save_nearest
+from bowstore.words.store.writer import StoreWriter
 
 _WRITES_WAITING = 2  # chunks in memory beside those that are being filled
 

@@ -16,7 +16,7 @@ from bowstore.clustering.kmeans import distinct_rows, kmeans
 from bowstore.clustering.projection import Projection, fit_projection, project_sample
 from bowstore.environment import cores
 from bowstore.errors import DataError
-from bowstore.words.statistics import perplexity
+from bowstore.words.store.statistics import perplexity
 
 # An image gives at least this many vectors: fewer would mean a pass over all of a large set for no better words.
 _POSITIONS_PER_IMAGE = 16

@@ -17,16 +17,16 @@ from bowstore.errors import MismatchError, UsageError
 from bowstore.models.compiled import EAGER, FROZEN, CannotCompileError, tell_fallback
 from bowstore.progress import Progress, say, timed
 from bowstore.torchrun import ranks
-from bowstore.words.arithmetic import check_same, recorded, tell_difference
-from bowstore.words.assign_pass import without_border
-from bowstore.words.claims import Board
-from bowstore.words.forward import Clock, forward
-from bowstore.words.job import Job, LayerPlan, view_values
-from bowstore.words.lanes import Maps, compute_workers
-from bowstore.words.layer import Layer, LayerSpec, bytes_per_image
-from bowstore.words.receptive import receptive_field
-from bowstore.words.store_writer import StoreWriter, check_room, create_store, sweep_leftovers
-from bowstore.words.vocabulary import Sample, Vocabulary, build_vocabulary, plan_sample
+from bowstore.words.encode.arithmetic import check_same, recorded, tell_difference
+from bowstore.words.encode.assign_pass import without_border
+from bowstore.words.encode.claims import Board
+from bowstore.words.encode.forward import Clock, forward
+from bowstore.words.encode.job import Job, LayerPlan, view_values
+from bowstore.words.encode.lanes import Maps, compute_workers
+from bowstore.words.encode.receptive import receptive_field
+from bowstore.words.encode.vocabulary import Sample, Vocabulary, build_vocabulary, plan_sample
+from bowstore.words.store.layer import Layer, LayerSpec, bytes_per_image
+from bowstore.words.store.writer import StoreWriter, check_room, create_store, sweep_leftovers
 
 
 def prepare_layers(job: Job, board: Board) -> Job:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bowstore.words.arrays import stored_bytes
-from bowstore.words.layer import Layer
-from bowstore.words.statistics import health_warnings
+from bowstore.words.store.arrays import stored_bytes
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.statistics import health_warnings
 
 
 @dataclass(frozen=True)

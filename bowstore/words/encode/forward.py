@@ -24,8 +24,8 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.errors import DataError
 from bowstore.exact import cpu_threads, exact_float32
-from bowstore.words.job import Job
-from bowstore.words.lanes import GpuLanes, Maps, workers
+from bowstore.words.encode.job import Job
+from bowstore.words.encode.lanes import GpuLanes, Maps, workers
 
 T = TypeVar("T")
 

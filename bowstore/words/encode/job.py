@@ -15,11 +15,11 @@ from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index
 from bowstore.data.resize import resized_by
 from bowstore.errors import MismatchError
-from bowstore.words.arithmetic import Arithmetic
-from bowstore.words.config import BATCH, EncodeConfig
-from bowstore.words.layer import VOCABULARY_SETTINGS, Layer, map_text
-from bowstore.words.store import Store
-from bowstore.words.teacher import Teacher, TeacherLayer
+from bowstore.words.encode.arithmetic import Arithmetic
+from bowstore.words.encode.config import BATCH, EncodeConfig
+from bowstore.words.encode.teacher import Teacher, TeacherLayer
+from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer, map_text
+from bowstore.words.store.store import Store
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Making and filling word stores: every write is durable, and counts only once it is recorded.
 
 Chunks may be written by several processes, each chunk by the one that has claimed it; the schema is changed by the
-one process that leads (`bowstore.words.claims`).
+one process that leads (`bowstore.words.encode.claims`).
 
 Legend: N images, h w word grid, K words, c channels, p dimensions of a word, n images kept for each word.
 """
@@ -20,7 +20,7 @@ import bowstore
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import fsync_path, leftovers, temporary_path
 from bowstore.limits import KEPT_IMAGES
-from bowstore.words.arrays import (
+from bowstore.words.store.arrays import (
     array,
     array_digest,
     create,
@@ -32,10 +32,10 @@ from bowstore.words.arrays import (
     subgroup,
     sweep,
 )
-from bowstore.words.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
-from bowstore.words.nearest import NO_ROW, NearestImages, NearestSearch
-from bowstore.words.statistics import WordStatistics
-from bowstore.words.store import FORMAT, FORMAT_VERSION, open_root
+from bowstore.words.store.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
+from bowstore.words.store.nearest import NO_ROW, NearestImages, NearestSearch
+from bowstore.words.store.statistics import WordStatistics
+from bowstore.words.store.store import FORMAT, FORMAT_VERSION, open_root
 
 _KEY_ROWS = 1 << 20  # of a chunk of key hashes or image digests: 8 MiB
 

@@ -25,17 +25,17 @@ from bowstore.errors import BowstoreError, UsageError
 from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store
 from bowstore.torchrun import ranks
-from bowstore.words.assign_pass import AssignPass, claim_prefix, nearest_name
-from bowstore.words.claims import Board
-from bowstore.words.config import EncodeConfig, check_place, check_sample
-from bowstore.words.encode_report import EncodeReport, report_layer
-from bowstore.words.job import Job, plan_layers
-from bowstore.words.nearest import NearestSearch, load_nearest, save_nearest
-from bowstore.words.prepare import has_layers, in_one_way, prepare_layers
-from bowstore.words.statistics import word_statistics
-from bowstore.words.store import Store
-from bowstore.words.store_writer import StoreWriter, sweep_leftovers
-from bowstore.words.teacher import load_teacher
+from bowstore.words.encode.assign_pass import AssignPass, claim_prefix, nearest_name
+from bowstore.words.encode.claims import Board
+from bowstore.words.encode.config import EncodeConfig, check_place, check_sample
+from bowstore.words.encode.job import Job, plan_layers
+from bowstore.words.encode.prepare import has_layers, in_one_way, prepare_layers
+from bowstore.words.encode.report import EncodeReport, report_layer
+from bowstore.words.encode.teacher import load_teacher
+from bowstore.words.store.nearest import NearestSearch, load_nearest, save_nearest
+from bowstore.words.store.statistics import word_statistics
+from bowstore.words.store.store import Store
+from bowstore.words.store.writer import StoreWriter, sweep_leftovers
 
 
 def encode(
