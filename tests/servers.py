@@ -1,17 +1,20 @@
 """Servers on loopback that tests fetch from: a folder over HTTP, with faults on demand, and S3 in memory."""
 
+import base64
+import json
 import logging
 import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from types import MappingProxyType
+from urllib.parse import parse_qs, unquote
 
 import pytest
 
@@ -197,3 +200,116 @@ def upload(endpoint: str, folder: Path, prefix: str) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             client.upload_file(str(path), "bucket", f"{prefix}/{path.relative_to(folder).as_posix()}")
+
+
+class HubServer(ThreadingHTTPServer):
+    """Hugging Face's hub as far as its file system asks, with one data set `name/data` whose files are all small.
+
+    Attributes:
+        files: by their paths.
+        commits: the number of files that each wrote or removed.
+        refuse: a status that the next commit gets instead.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _HubHandler)
+        self.files: dict[str, bytes] = {}
+        self.commits: list[int] = []
+        self.refuse: int | None = None
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: HubServer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path, files = unquote(self.path.partition("?")[0]), self.server.files
+        place = "/datasets/name/data"
+        if path.startswith(f"{place}/resolve/main/"):
+            data = files.get(path.removeprefix(f"{place}/resolve/main/"))
+            if data is None:
+                self._answer(404, {}, error="EntryNotFound")
+                return
+            first, _, last = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
+            part = data[int(first) : int(last) + 1 if last else None]
+            self._send(206 if self.headers.get("Range") else 200, part)
+        elif path.startswith(f"/api{place}/tree/main"):
+            folder = path.removeprefix(f"/api{place}/tree/main").strip("/")
+            below = {name: data for name, data in files.items() if not folder or name.startswith(f"{folder}/")}
+            found = [self._entry(name) for name in below]
+            self._answer(200, found) if below else self._answer(404, {}, error="EntryNotFound")
+        elif path in (f"/api{place}", f"/api{place}/revision/main"):
+            self._answer(200, {"id": "name/data", "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
+        else:
+            self._answer(401, {}, error="RepoNotFound")
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length")
+        body = self.rfile.read(int(length)) if length else b"".join(self._chunks())
+        action, server = self.path.split("/")[5], self.server
+        if action == "preupload":
+            modes = [{**one, "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]
+            self._answer(200, {"files": modes})
+        elif action == "paths-info":
+            wanted = parse_qs(body.decode())["paths"] if body[:1] != b"{" else json.loads(body)["paths"]
+            self._answer(200, [self._entry(name) for name in wanted if name in server.files])
+        elif server.refuse:
+            status, server.refuse = server.refuse, None
+            self._answer(status, {"error": "no"})
+        else:
+            changes = [json.loads(line) for line in body.splitlines()][1:]
+            for change in changes:
+                name = change["value"]["path"]
+                if change["key"] == "file":
+                    server.files[name] = base64.b64decode(change["value"]["content"])
+                else:
+                    del server.files[name]
+            server.commits.append(len(changes))
+            self._answer(
+                200, {"commitUrl": f"{server.url}/datasets/name/data/commit/{'0' * 40}", "commitOid": "0" * 40}
+            )
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The body of a request whose length is not said."""
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _entry(self, name: str) -> dict[str, object]:
+        return {"type": "file", "path": name, "size": len(self.server.files[name]), "oid": "0" * 40}
+
+    def _answer(self, status: int, value: object, *, error: str = "") -> None:
+        self._send(status, json.dumps(value).encode(), {"X-Error-Code": error} if error else {})
+
+    def _send(self, status: int, data: bytes, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def serve_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The hub for the length of the block, for all `hf://` URLs."""
+    import fsspec
+
+    server = HubServer()
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": False})
+    transfer._file_system.cache_clear()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

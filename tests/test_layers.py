@@ -49,6 +49,7 @@ MODELS_FOR_RECIPES = {f"bowstore.models.{name}" for name in ("arch", "record")}
 HEAVY = {
     "faiss",
     "fsspec",
+    "huggingface_hub",
     "aiohttp",
     "importlib",
     "numba",

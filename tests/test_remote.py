@@ -25,7 +25,7 @@ from bowstore.errors import (
     UsageError,
 )
 from bowstore.files import file_digest
-from bowstore.remote import RemoteFolder, hold, is_remote, transfer, url_of
+from bowstore.remote import RemoteFolder, hold, is_remote, transfer, tries, url_of
 from bowstore.remote.transfer import Remote
 
 BLOCK = 4096
@@ -35,7 +35,7 @@ RANDOM = np.random.default_rng(0)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(transfer, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(tries, "_FIRST_WAIT_S", 0.001)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -250,7 +250,7 @@ def test_remote_damage_on_the_way_is_read_again(server: FolderServer, tmp_path: 
 
 
 def test_remote_waits_grow_and_have_a_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(transfer, "_FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(tries, "_FIRST_WAIT_S", 0.5)
     waits: list[float] = []
     remote = Remote("memory://x", storage(tmp_path, retries=9))
     monkeypatch.setattr(remote.stop, "wait", lambda seconds: waits.append(seconds))

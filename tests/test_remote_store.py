@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from shard_sets import ShardMaker, write_store
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
-from bowstore.remote import fetch_store, transfer
+from bowstore.remote import RemoteFolder, fetch_store, tries
 from bowstore.remote import store as remote_store
 from bowstore.words.store import layer as store_layer
 from bowstore.words.store.layer import LayerSpec
@@ -24,7 +25,7 @@ from bowstore.words.store.writer import StoreWriter
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(tries, "_FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(store_layer, "MIN_CHUNK_BYTES", 1)  # many chunks in small stores
     monkeypatch.setattr(store_layer, "CHUNK_STEP_ROWS", 16)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -129,14 +130,14 @@ def test_remote_store_survives_faults_and_is_whole_or_absent(server: FolderServe
 def test_remote_store_that_changes_while_it_is_read_is_refused(
     server: FolderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = remote_store._fetch
+    real = RemoteFolder.fetch_into
 
-    def change_then_fetch(*arguments: object) -> int:
+    def change_then_fetch(*arguments: Any, **values: Any) -> int:
         root = server.root / "words.zarr" / "block3" / "zarr.json"
         root.write_text(root.read_text() + " ")
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments, **values)
 
-    monkeypatch.setattr(remote_store, "_fetch", change_then_fetch)
+    monkeypatch.setattr(RemoteFolder, "fetch_into", change_then_fetch)
     with pytest.raises(MismatchError, match="changed while it was read; run the command again"):
         fetch(server, tmp_path)
 

@@ -10,6 +10,7 @@ from bowstore import __version__
 from bowstore.cli.bench import bench
 from bowstore.cli.common import Group
 from bowstore.cli.compare import compare
+from bowstore.cli.copies import pull, push
 from bowstore.cli.data import data_group, index, shards, verify
 from bowstore.cli.encoding import encode
 from bowstore.cli.evaluate import evaluate
@@ -37,6 +38,7 @@ def main(debug: bool) -> None:
     bowstore eval voc07                         how good the representation is
     bowstore compare runs/a runs/b              what was measured, side by side
     bowstore export net.pth --format timm       the network for other code
+    bowstore push data/words.zarr s3://...      a whole store, its shards, or a run, for others; `pull` fetches it
     bowstore run                                the whole of a recipe; interrupted, it goes on
     bowstore reproduce table1 --small           the paper's tables, and whether its claims hold here
 
@@ -45,8 +47,8 @@ def main(debug: bool) -> None:
 
 
 COMMANDS = (
-    init, data_group, shards, index, verify, layers, encode, words, train, evaluate, compare, export, run, reproduce,
-    demo, bench,
+    init, data_group, shards, index, verify, layers, encode, words, train, evaluate, compare, export, push, pull, run,
+    reproduce, demo, bench,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

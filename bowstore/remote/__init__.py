@@ -2,6 +2,7 @@
 
 `is_remote` and `url_of` know a URL in a path; `RemoteFolder` fetches files of a folder; `fetch_store` fetches a word
 store; `local_only` refuses URLs; `hold` keeps a copy that is open from being removed.
+The modules `push` and `pull` copy whole folders to and from a URL.
 """
 
 from bowstore.remote.cache import hold

@@ -138,6 +138,24 @@ class RemoteFolder:
 
         self.parallel(jobs, count)
 
+    def fetch_into(self, place: Path, name: str, size_bytes: int, *, digest: str | None = None) -> int:
+        """Bring a file to below a folder of this machine; its length, for `bring`.
+
+        It has a temporary name until it is whole; no other process writes there.
+
+        Args:
+            place: the folder.
+            name: of the file, as a/b/c.
+            size_bytes: its length.
+            digest: its xxh3-128 as hex, where it was recorded.
+        """
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        under_way = arriving(path, go_on=True)
+        self.remote.download(below(self.url, name), under_way, size_bytes=size_bytes, digest=digest)
+        under_way.replace(path)
+        return size_bytes
+
     def parallel(self, jobs: Iterable[Callable[[], T]], done: Callable[[T], None]) -> None:
         """Run transfers side by side and hand on each result; the first error ends them all."""
         pool, errors = ThreadPoolExecutor(PARALLEL, "fetch"), list[BaseException]()

@@ -20,7 +20,7 @@ from bowstore.errors import CorruptError, MismatchError, MissingError, TransferE
 from bowstore.files import atomic_file, fsync_path, waiting_lock
 from bowstore.progress import Progress
 from bowstore.remote import cache
-from bowstore.remote.folder import RemoteFolder, arriving, tell_once
+from bowstore.remote.folder import RemoteFolder, tell_once
 from bowstore.remote.urls import below, is_remote, shown
 
 ROOT_ARRAYS = ("key_hash", "image_digest")
@@ -168,7 +168,8 @@ def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, disp
     cache.write_store_record(copy, (*metadata, *names))
     cache.reserve(needed, f"word store {url}", folder.storage, keep={part})
     with Progress("word store: fetch", len(names), "files", done=len(names) - len(missing), shown=display) as progress:
-        folder.bring([partial(_fetch, folder, part, name, size) for name, size in missing.items()], needed, progress)
+        jobs = [partial(folder.fetch_into, part, name, size) for name, size in missing.items()]
+        folder.bring(jobs, needed, progress)
     if _metadata(folder) != metadata:
         raise MismatchError(f"word store {url} changed while it was read; run the command again")
     for name, text in metadata.items():
@@ -191,15 +192,6 @@ def _measure(folder: RemoteFolder, name: str) -> tuple[str, int]:
 
 def _is_there(path: Path, size_bytes: int) -> bool:
     return path.exists() and path.stat().st_size == size_bytes
-
-
-def _fetch(folder: RemoteFolder, part: Path, name: str, size_bytes: int) -> int:
-    path = part / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    under_way = arriving(path, go_on=True)
-    folder.remote.download(below(folder.url, name), under_way, size_bytes=size_bytes)
-    under_way.replace(path)
-    return size_bytes
 
 
 def _chunk_files(metadata: dict[str, bytes], url: str) -> Iterator[str]:

@@ -1,38 +1,35 @@
 """Bytes from and to another machine through fsspec, tried again until they are whole.
 
-The one place that knows fsspec's file systems, what its protocols raise, and which of that is worth another try.
+The one place that knows fsspec's file systems; what their errors mean is said in `tries`.
 """
 
 import functools
 import inspect
 import io
 import os
-import random
 import threading
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bowstore.config import StorageConfig
-from bowstore.errors import BowstoreError, CorruptError, MismatchError, MissingError, TransferError, UsageError
+from bowstore.errors import MismatchError, MissingError, TransferError, UsageError
 from bowstore.files import file_digest, fsync_path, open_end
 from bowstore.remote.answers import Answer, Body, Problem
+from bowstore.remote.hub import COMMIT_FILES, commit
+from bowstore.remote.tries import OTHER_BYTES, Tries, status_of
 from bowstore.remote.urls import WEB, protocol, shown
 
 # What a broken connection loses, and what is held in memory; long enough that its round trip does not count.
 BLOCK_BYTES = 8 << 20
 _SMALL_BYTES = 64 << 20  # of a file that is read into memory: metadata of a store
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-_NO_CONNECTION = {"ClientConnectorError", "EndpointConnectionError", "ConnectionRefusedError", "gaierror"}
-_OTHER_BYTES = "other bytes"
+_HUB = "huggingface_hub"
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": _HUB}
 # aiohttp's time-out for an answer runs while a part is sent, so parts are the smallest that S3 takes.
 _PART_BYTES = 5 << 20
 _SENT_IN_PARTS = {"s3fs": {"chunksize": _PART_BYTES, "max_concurrency": 1}, "gcsfs": {"chunksize": _PART_BYTES}}
-# What S3 answers with status 400, by the status that it stands for.
-_CODES = {"RequestTimeout": 408, "ExpiredToken": 401, "InvalidToken": 401, "TokenRefreshRequired": 401}
 # Keys by which protocols say which version of a file this is, in small letters alone.
 _VERSION_KEYS = ("etag", "lastmodified", "mtime", "modified", "created", "updated", "generation", "contentmd5")
 
@@ -61,11 +58,15 @@ class Remote:
 
     Attributes:
         stop: once set, transfers end at their next block.
+        at_once: files that `send` takes.
     """
 
     def __init__(self, url: str, storage: StorageConfig) -> None:
+        package = _PACKAGES.get(protocol(url), "")
         self._storage = storage
-        self._parts: dict[str, Any] = _SENT_IN_PARTS.get(_PACKAGES.get(protocol(url), ""), {})
+        self._parts: dict[str, Any] = _SENT_IN_PARTS.get(package, {})
+        self.at_once = COMMIT_FILES if package == _HUB else 1
+        self._commits = threading.Lock()  # of two commits to a branch at the same time the hub refuses one
         self._fs = _file_system(protocol(url), storage.timeout_s, os.getpid())
         self.stop = threading.Event()
 
@@ -76,7 +77,7 @@ class Remote:
             MissingError: it is not there.
             TransferError: no access, or no answer.
         """
-        tries = _Tries(url, self._storage, self.stop, retries)
+        tries = Tries(url, self._storage, self.stop, retries)
         while True:
             try:
                 info = self._fs.info(url)
@@ -88,16 +89,23 @@ class Remote:
             version = {key: str(value) for key, value in info.items() if _plain(key) in _VERSION_KEYS and value}
             return RemoteFile(info.get("size"), {"size": str(info.get("size")), **version})
 
-    def read(self, url: str, *, retries: int | None = None) -> bytes:
+    def read(self, url: str, *, retries: int | None = None, anew: bool = False) -> bytes:
         """All bytes of a small file.
+
+        Args:
+            url: the file.
+            retries: further tries; None for as many as any transfer has.
+            anew: whether others may have changed it since this process last looked.
 
         Raises:
             MissingError: it is not there.
             TransferError: no access, or no answer.
         """
-        tries = _Tries(url, self._storage, self.stop, retries)
+        tries = Tries(url, self._storage, self.stop, retries)
         while True:
             try:
+                if anew:
+                    self._fs.invalidate_cache()
                 data = self._read(url)
             except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
                 tries.failed(error)
@@ -116,23 +124,75 @@ class Remote:
         with closing(self._ask(url, 0, None)) as answer:
             return answer.read(_SMALL_BYTES + 1)
 
-    def upload(self, url: str, data: bytes) -> None:
-        """Write a file: whole, or not at all where the server is an object store.
+    def upload(self, url: str, data: bytes, *, new: bool = False) -> None:
+        """Write a small file: whole, or not at all where the server is an object store.
+
+        Args:
+            url: the file.
+            data: its content.
+            new: leave a file as it is that is there already; object stores see to it that only one writer is first.
 
         Raises:
             UsageError: a protocol that only reads.
             MissingError: no such bucket.
             TransferError: no access, no answer, or no end of broken transfers.
         """
-        tries = _Tries(url, self._storage, self.stop, writing=True)
+
+        def put() -> None:
+            with suppress(*[FileExistsError] if new else []):
+                self._fs.pipe_file(url, data, **self._parts, **{"mode": "create"} if new else {})
+
+        self._write(url, put)
+
+    def send(self, files: Mapping[str, Path]) -> None:
+        """Write files of this machine, `at_once` at most, each as `upload` does.
+
+        Args:
+            files: by the URLs that they get.
+
+        Raises:
+            BowstoreError: as `upload`.
+        """
+        url, path = next(iter(files.items()))
+        if self.at_once == 1:
+            self._write(url, lambda: self._fs.put_file(str(path), url, **self._parts))
+            return
+        with self._commits:
+            self._write(url, lambda: commit(self._fs, files))
+
+    def _write(self, url: str, put: Callable[[], object]) -> None:
+        tries = Tries(url, self._storage, self.stop, writing=True)
         while True:
             if self.stop.is_set():
                 raise TransferError(f"{shown(url)}: stopped, because another transfer failed")
             try:
-                self._fs.pipe_file(url, data, **self._parts)
+                put()
                 return
             except NotImplementedError as error:
-                raise UsageError(f"{protocol(url)}:// cannot be written; s3:// and gs:// can") from error
+                raise UsageError(f"{protocol(url)}:// cannot be written; s3://, gs:// and hf:// can") from error
+            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+                tries.failed(error)
+
+    def remove(self, url: str) -> None:
+        """Remove a file that nobody needs; who may write need not be allowed to, and then it stays."""
+        with suppress(Exception):
+            self._fs.rm_file(url)
+
+    def sizes(self, folder_url: str) -> dict[str, int]:
+        """Lengths of all files below a folder, by their names in it; of none where it is not there.
+
+        Raises:
+            TransferError: no access, or no answer.
+        """
+        tries = Tries(folder_url, self._storage, self.stop)
+        start = len(self._fs._strip_protocol(folder_url).rstrip("/")) + 1
+        while True:
+            try:
+                self._fs.invalidate_cache()
+                found = self._fs.find(folder_url, detail=True)
+                return {name[start:]: int(info["size"]) for name, info in found.items()}
+            except FileNotFoundError:  # whoever writes there says what is missing
+                return {}
             except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
                 tries.failed(error)
 
@@ -151,7 +211,7 @@ class Remote:
             CorruptError: other bytes than recorded, however often they are read.
             TransferError: no access, no answer, or no end of broken transfers.
         """
-        rounds, before = _Tries(url, self._storage, self.stop), None
+        rounds, before = Tries(url, self._storage, self.stop), None
         while True:
             with open_end(path) as file:
                 for block in self._blocks(url, file.tell(), size_bytes):
@@ -163,12 +223,12 @@ class Remote:
                 return
             path.unlink()
             # The same wrong bytes twice: that is what the server holds.
-            rounds.failed(Problem(_OTHER_BYTES, f"digest {found}, not {digest}", final=found == before))
+            rounds.failed(Problem(OTHER_BYTES, f"digest {found}, not {digest}", final=found == before))
             before = found
 
     def _blocks(self, url: str, done: int, size_bytes: int | None) -> Iterator[bytes]:
         """The bytes of a file from `done` on, at most a block at a time in memory."""
-        tries = _Tries(url, self._storage, self.stop)
+        tries = Tries(url, self._storage, self.stop)
         answer: Answer | None = None  # of a server that sends all at once, or does not say how much that is
         try:
             while size_bytes is None or done < size_bytes:
@@ -191,7 +251,7 @@ class Remote:
                     if size_bytes is None and len(block) < wanted:
                         return
                 else:
-                    if isinstance(problem, Problem) or _status(problem) == 416:
+                    if isinstance(problem, Problem) or status_of(problem) == 416:
                         self._check_length(url, size_bytes)
                     tries.failed(problem)
         finally:
@@ -226,101 +286,8 @@ class Remote:
             )
 
 
-class _Tries:
-    """Counts failures in a row, waits longer after each, and says at the end what was wrong."""
-
-    def __init__(
-        self,
-        url: str,
-        storage: StorageConfig,
-        stop: threading.Event,
-        retries: int | None = None,
-        *,
-        writing: bool = False,
-    ) -> None:
-        self._url, self._stop, self._timeout_s, self._writing = url, stop, storage.timeout_s, writing
-        self._retries = storage.retries if retries is None else retries
-        self._failures = 0
-
-    def succeeded(self) -> None:
-        """Forget the failures: the transfer got on."""
-        self._failures = 0
-
-    def failed(self, error: Exception) -> None:
-        """Wait, or raise what the user can meet."""
-        if isinstance(error, MemoryError):  # no other try has more
-            raise error
-        self._failures += 1
-        status = _status(error)
-        hopeless = status is not None and 400 <= status < 500 and status not in (408, 429)
-        if hopeless or self._failures > self._retries or (isinstance(error, Problem) and error.final):
-            raise self._final(error, status) from error
-        wait_s = min(_FIRST_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
-        # Jitter: ranks that failed together do not come back together.
-        if self._stop.wait(wait_s * random.uniform(0.5, 1.0)):
-            raise self._final(error, status) from error
-
-    def _final(self, error: Exception, status: int | None) -> BowstoreError:
-        url, tries = shown(self._url), "1 try" if self._failures == 1 else f"{self._failures} tries"
-        names = {type(cause).__name__ for cause in _causes(error)}
-        first = list(_causes(error))[-1]  # fsspec's own messages may hold the URL with its secrets
-        reason = " ".join(str(first).split()).replace(self._url, url)[:200] or type(first).__name__
-        if status == 404 and self._writing:
-            return MissingError(f"{url} cannot be written: there is no such bucket (404); make it, or check the URL")
-        if status == 404:
-            return MissingError(f"{url} is not there (404); check the URL, and that all files were copied there")
-        if status in (401, 403):
-            what = "written" if self._writing else "read"
-            return TransferError(f"{url} may not be {what} ({status}, {tries}); check the credentials and the policy")
-        if status is not None:
-            return TransferError(f"{url}: the server answers {status} ({tries}); try again later")
-        if isinstance(error, Problem) and error.what == _OTHER_BYTES:
-            return CorruptError(f"{url} is not the file that was recorded ({reason}; {tries}); copy it there again")
-        if isinstance(error, Problem):
-            return TransferError(f"{url}: the server sends {reason} ({tries}); check the server, or try again later")
-        if any("Timeout" in name for name in names):
-            missing = "answer" if self._writing else "byte"
-            return TransferError(
-                f"{url}: no {missing} for {self._timeout_s:g} s ({tries}); try again later, or raise storage.timeout_s"
-            )
-        if names & _NO_CONNECTION:
-            return TransferError(f"{url}: no connection ({reason}; {tries}); check the address and the network")
-        return TransferError(
-            f"{url}: the transfer broke off ({reason}; {tries}); run the command again to go on, or raise "
-            f"storage.retries"
-        )
-
-
 def _plain(key: str) -> str:
     return "".join(c for c in key.lower() if c.isalnum())
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _status(error: BaseException) -> int | None:
-    """HTTP status of an error, found the way each protocol says it; 404 and 403 also of plain Python errors."""
-    for cause in _causes(error):
-        response = getattr(cause, "response", None)
-        response = response if isinstance(response, dict) else {}
-        parts, code = response.get("ResponseMetadata", {}), response.get("Error", {}).get("Code")
-        if code in _CODES:
-            return _CODES[code]
-        # aiohttp calls its own complaints about a broken answer `code` 400; of gcsfs that is the server's.
-        code = getattr(cause, "code", None) if type(cause).__module__.startswith("gcsfs") else None
-        for value in (getattr(cause, "status", None), code, parts.get("HTTPStatusCode")):
-            if isinstance(value, int) and 400 <= value < 600:
-                return value
-    causes = list(_causes(error))
-    if any("Credentials" in type(cause).__name__ for cause in causes):
-        return 401
-    if isinstance(error, PermissionError):
-        return 403
-    # fsspec's http says "not found" of everything that goes wrong; the cause tells more.
-    return 404 if all(isinstance(cause, (FileNotFoundError, LookupError)) for cause in causes) else None
 
 
 @functools.lru_cache
