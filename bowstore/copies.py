@@ -92,7 +92,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def _check_complete(path: Path) -> None:
-    from bowstore.words.store import Store  # Zarr, for a store alone
+    from bowstore.words.store.store import Store  # Zarr, for a store alone
 
     layers = Store(path).every_layer()
     if unfinished := next((layer.name for layer in layers if not layer.complete), None):
