@@ -33,7 +33,7 @@ class EvalConfig(Computing):
     size: Side | None = Field(None, description="side of the clean view, pixels; null: the network's or protocol's")
     seed: Seed | None = Field(None, description="of random weights of arch; null: 0")
     random: bool = Field(False, description="the run's network at its random initialisation")
-    batch: Batch = Field(128, description="images a batch")
+    batch: Batch | None = Field(None, description="images a batch; null: 128, on a CPU fewer of large images")
     dtype: FeatureType = Field(
         "float32", description="of kept features; float16 halves their memory and disk, and rounds them"
     )

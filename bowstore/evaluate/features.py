@@ -29,6 +29,7 @@ from bowstore.models.pooling import POOLED, Tap, tapped
 from bowstore.progress import Progress, say
 
 COLLAPSED = 1e-3  # variation below which features tell no images apart; those of random networks vary by 0.05 and more
+_BATCH, _CPU_BATCH, _CPU_PIXELS = 128, 16, 1 << 20  # images, on a CPU the fewest, and about how many pixels together
 _SLICE, _SLICE_VALUES = 1024, 1 << 24  # images, and values, at a time at most: sums in float64 need little memory
 Feature = NDArray[np.float32] | NDArray[np.float16]  # (N, d)
 Arrays = Mapping[str, Feature]  # by tap
@@ -38,6 +39,21 @@ Batches = Iterable[tuple[NDArray[np.int64], Tensor]]
 def pooled_output(_backbone: Backbone, _settings: Any, _size: int) -> Mapping[str, Tap]:
     """The one tap of most protocols: "pooled", the network's output."""
     return POOLED
+
+
+def usual_batch(size: int, device: torch.device) -> int:
+    """Images a batch where nobody says: 128, on a CPU a power of two that is a megapixel.
+
+    On a CPU the maps of a large batch are new pages of memory each time, which the kernel has to clear first.
+
+    Args:
+        size: side of the images, pixels.
+        device: where the network runs.
+    """
+    if device.type != "cpu":
+        return _BATCH
+    fit = max(_CPU_PIXELS // size**2, _CPU_BATCH)
+    return min(1 << fit.bit_length() - 1, _BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""Feature sets, each taken once: in memory for the length of a command, or in the cache when they are large.
+"""Feature sets, each taken once: in memory for the length of a command; in the cache if they are large or took long.
 
 A feature set is the taps of one labelled split. Its key is made of all that its numbers depend on, to the last digit.
 
 Legend: N images, d feature width.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -15,7 +16,8 @@ from bowstore.evaluate.features import Arrays, Extraction, variation, warn_of_co
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit, SplitFeatures
 from bowstore.models.compiled import EAGER, FROZEN
 
-LARGE_BYTES = 64 << 20  # from which on a feature set goes to the disk
+LARGE_BYTES = 64 << 20  # from which on a feature set goes straight to the disk
+LONG_SECONDS = 10.0  # one that took longer to take is copied there
 _MEMORY_BYTES = 512 << 20  # of all that lie in memory: the oldest go first
 
 
@@ -23,7 +25,7 @@ class FeatureSets:
     """The feature sets of one command; hand the same to several evaluations, and what they share is taken once."""
 
     def __init__(self, storage: StorageConfig | None = None, *, files: bool = True) -> None:
-        """With the cache that `storage` names, for those that are large; without `files`, in memory alone."""
+        """With the cache that `storage` names; without `files`, in memory alone."""
         self._storage = storage or StorageConfig()
         self._files = files
         self._sets: dict[str, FeatureSet] = {}
@@ -67,7 +69,7 @@ class FeatureSets:
         found = {}
         for name, split in data.splits.items():
             key = how.key(split, trunk)
-            if key not in self._sets and self._is_large(size_bytes(_shapes(split, wide), how.dtype)):
+            if key not in self._sets and self._files:
                 if one := read_features(key, list(wide), self._storage):
                     self._sets[key] = one
             found[name] = self._sets.get(key)
@@ -75,21 +77,26 @@ class FeatureSets:
 
     def _new(self, key: str, shapes: Shapes, take: Callable[..., Arrays], what: str, dtype: FeatureType) -> FeatureSet:
         """Take the features of a key and keep them."""
-        size, one = size_bytes(shapes, dtype), None
-        if self._is_large(size):
-            one = write_features(key, shapes, self._storage, take, what=what, dtype=dtype)
+        keep = partial(write_features, key, shapes, self._storage, what=what, dtype=dtype)
+        size, begun = size_bytes(shapes, dtype), time.monotonic()
+        one = keep(take) if self._files and size >= LARGE_BYTES else None
         if one is None:
             arrays = take()
             one = FeatureSet(arrays, {tap: variation(values_Nd) for tap, values_Nd in arrays.items()})
             self._bytes[key] = size
+            if self._files and size < LARGE_BYTES and time.monotonic() - begun >= LONG_SECONDS:
+                keep(partial(_copied, arrays))
         self._sets[key] = one
         while sum(self._bytes.values()) > _MEMORY_BYTES and len(self._bytes) > 1:
             oldest = next(iter(self._bytes))
             del self._bytes[oldest], self._sets[oldest]
         return one
 
-    def _is_large(self, size_bytes: int) -> bool:
-        return self._files and size_bytes >= LARGE_BYTES
+
+def _copied(arrays: Arrays, *, into: Arrays) -> None:
+    """Fill new arrays with those that were taken."""
+    for tap, values_Nd in arrays.items():
+        into[tap][:] = values_Nd
 
 
 def _shapes(split: LabelledSplit, wide: Mapping[str, int]) -> Shapes:

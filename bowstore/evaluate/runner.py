@@ -16,7 +16,7 @@ from bowstore.data.views import CleanView, clean_view
 from bowstore.environment import choose_device, device_name, library_versions
 from bowstore.errors import UsageError
 from bowstore.evaluate.config import OF_FEATURES, EvalConfig
-from bowstore.evaluate.features import Extraction
+from bowstore.evaluate.features import Extraction, usual_batch
 from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.protocol import DataSets, Features, Kind, Network, Protocol, Scores
 from bowstore.evaluate.results import Result, made_result, write_result
@@ -124,13 +124,15 @@ def extraction(
     Raises:
         UsageError: a layer that the network does not have.
     """
+    taken = {name: getattr(settings, name, getattr(config, name)) for name in OF_FEATURES}
+    taken["batch"] = taken["batch"] or usual_batch(view.size, device)
     return Extraction(
         backbone=backbone,
         identity=identity,
         view=view,
         taps=kind.ask("taps", Mapping, backbone, settings, view.size),  # type: ignore[type-abstract]
         device=device,
-        **{name: getattr(settings, name, getattr(config, name)) for name in OF_FEATURES},
+        **taken,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bowstore.config import Compile, ModelConfig
 from bowstore.data.views import CleanView
 from bowstore.errors import DataError, MismatchError, UsageError
-from bowstore.evaluate.features import Batches, Extraction, variation, warn_of_collapse
+from bowstore.evaluate.features import Batches, Extraction, usual_batch, variation, warn_of_collapse
 from bowstore.evaluate.protocol import LabelledSplit
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, Compiled
@@ -370,3 +370,9 @@ def test_compiled_features_are_the_networks_own(
     assert "as it is, not compiled: inductor cannot compile wrn-10-1: C++ compile error" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"inductor cannot compile wrn-10-1: C\+\+ compile error; leave --compile"):
         ask(True)
+
+
+def test_large_images_come_in_small_batches_on_a_cpu() -> None:
+    sizes = (8, 32, 64, 84, 96, 112, 224, 448, 2048)
+    assert [usual_batch(size, CPU) for size in sizes] == [128, 128, 128, 128, 64, 64, 16, 16, 16]
+    assert usual_batch(224, torch.device("cuda")) == 128

@@ -161,6 +161,21 @@ def test_a_large_set_is_mapped_from_the_cache_by_other_commands(storage: Storage
     assert len(files(storage)) == 8
 
 
+def test_a_small_set_that_took_long_is_kept_for_other_commands(
+    tmp_path: Path, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "LONG_SECONDS", 0.01)
+    storage = StorageConfig(cache=tmp_path / "cache")
+    one, _ = FeatureSets(storage).take(how(), DATA)
+    assert not isinstance(one["train"]["pooled"], np.memmap)
+    two, _ = FeatureSets(storage).take(how(), DATA)
+    assert taken == ["train", "test"]
+    assert same(one, two)
+    assert len(files(storage)) == 4
+    FeatureSets(storage, files=False).take(how(), DATA)
+    assert len(taken) == 4
+
+
 def test_float16_is_kept_as_such_in_half_the_bytes_and_read_as_float32(
     storage: StorageConfig, taken: list[str]
 ) -> None:
