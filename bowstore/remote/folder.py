@@ -1,5 +1,6 @@
 """A remote folder and its local copy, file by file."""
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -10,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from bowstore.config import StorageConfig
 from bowstore.errors import DataError, MissingError, TransferError
-from bowstore.files import file_digest, fsync_path, leftovers, temporary_path, waiting_lock
+from bowstore.files import file_digest, fsync_path, leftovers, temporary_path, temporary_stem, waiting_lock
 from bowstore.progress import Progress, say
 from bowstore.remote import cache
 from bowstore.remote.transfer import Remote
@@ -236,6 +237,22 @@ class RemoteFolder:
 
     def _url(self, path: Path) -> str:
         return shown(below(self.url, path.name))
+
+
+def is_there(path: Path, size_bytes: int) -> bool:
+    """Whether a file has arrived, by its length: what `fetch_into` gives its name is whole."""
+    return path.is_file() and path.stat().st_size == size_bytes
+
+
+def settle(part: Path, path: Path) -> None:
+    """Give a folder whose files have all arrived its name; the files are on the disk, and now their names are."""
+    for parent, _, names in os.walk(part):
+        for left in (Path(parent, name) for name in names):
+            if temporary_stem(left):  # of a process of another machine, from which this one could not go on
+                left.unlink()
+        fsync_path(Path(parent))
+    part.rename(path)
+    fsync_path(path.parent)
 
 
 def tell_once(message: str, *, about: str) -> None:

@@ -3,17 +3,16 @@
 It arrives in `.NAME.part` beside its final name, manifest first, and gets that name once all its files are there.
 """
 
-import os
 import shutil
 from functools import partial
 from pathlib import Path
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
-from bowstore.files import atomic_file, exclusive_lock, fsync_path, make_folder, temporary_stem
+from bowstore.files import atomic_file, exclusive_lock, make_folder, temporary_stem
 from bowstore.progress import Progress
 from bowstore.remote.cache import lock_file
-from bowstore.remote.folder import RemoteFolder
+from bowstore.remote.folder import RemoteFolder, is_there, settle
 from bowstore.remote.manifest import MANIFEST_FILE, PUSHING_FILE, Manifest
 from bowstore.remote.push import manifest_at
 from bowstore.remote.urls import is_remote, local_only, shown
@@ -55,7 +54,7 @@ def pull(url: Path, path: Path, *, storage: StorageConfig | None = None) -> tupl
         _begin(part, manifest)
         missing = _missing(part, manifest)
         _fetch_all(far, part, manifest, missing)
-        _settle(part, path)
+        settle(part, path)
     return manifest, len(missing)
 
 
@@ -77,13 +76,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _missing(folder: Path, manifest: Manifest) -> list[str]:
-    """Files that are not there, or not with their length; what gets its name in a pull has been checked."""
-    states = {name: folder / name for name in manifest.files}
-    return [
-        name
-        for name, path in states.items()
-        if not path.is_file() or path.stat().st_size != manifest.files[name].size_bytes
-    ]
+    return [name for name, entry in manifest.files.items() if not is_there(folder / name, entry.size_bytes)]
 
 
 def _check_copy(path: Path, manifest: Manifest) -> None:
@@ -124,14 +117,3 @@ def _fetch_all(far: RemoteFolder, part: Path, manifest: Manifest, names: list[st
     with Progress("pull: fetch", len(files), "files", done=len(files) - len(names)) as progress:
         jobs = [partial(far.fetch_into, part, n, files[n].size_bytes, digest=files[n].digest) for n in names]
         far.bring(jobs, needed, progress)
-
-
-def _settle(part: Path, path: Path) -> None:
-    """Give a copy its name: its files are on the disk, and now their names are."""
-    for parent, _, names in os.walk(part):
-        for left in (Path(parent, name) for name in names):
-            if temporary_stem(left):  # of a pull on another machine, which this one could not go on with
-                left.unlink()
-        fsync_path(Path(parent))
-    part.rename(path)
-    fsync_path(path.parent)

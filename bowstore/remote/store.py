@@ -17,10 +17,10 @@ import xxhash
 
 from bowstore.config import StorageConfig
 from bowstore.errors import CorruptError, MismatchError, MissingError, TransferError
-from bowstore.files import atomic_file, fsync_path, waiting_lock
+from bowstore.files import atomic_file, waiting_lock
 from bowstore.progress import Progress
 from bowstore.remote import cache
-from bowstore.remote.folder import RemoteFolder, tell_once
+from bowstore.remote.folder import RemoteFolder, is_there, settle, tell_once
 from bowstore.remote.urls import below, is_remote, shown
 
 ROOT_ARRAYS = ("key_hash", "image_digest")
@@ -163,7 +163,7 @@ def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, disp
             progress.advance()
 
         folder.parallel([partial(_measure, folder, name) for name in names], lambda found: measured(*found))
-    missing = {name: size for name, size in sizes.items() if not _is_there(part / name, size)}
+    missing = {name: size for name, size in sizes.items() if not is_there(part / name, size)}
     needed = sum(missing.values()) + sum(map(len, metadata.values()))
     cache.write_store_record(copy, (*metadata, *names))
     cache.reserve(needed, f"word store {url}", folder.storage, keep={part})
@@ -176,10 +176,7 @@ def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, disp
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(part / name) as file:
             file.write(text)
-    for parent, _, _ in os.walk(part):  # the files themselves are on the disk; now so are their names
-        fsync_path(Path(parent))
-    part.rename(copy)
-    fsync_path(copy.parent)
+    settle(part, copy)
 
 
 def _measure(folder: RemoteFolder, name: str) -> tuple[str, int]:
@@ -188,10 +185,6 @@ def _measure(folder: RemoteFolder, name: str) -> tuple[str, int]:
     if found is None:
         raise TransferError(f"{shown(below(folder.url, name))}: the server does not say its length; use another server")
     return name, found
-
-
-def _is_there(path: Path, size_bytes: int) -> bool:
-    return path.exists() and path.stat().st_size == size_bytes
 
 
 def _chunk_files(metadata: dict[str, bytes], url: str) -> Iterator[str]:
