@@ -124,7 +124,7 @@ def refused(*arguments: object, code: int = 1) -> str:
 
 
 def test_push_and_pull_copy_every_file(watched: Watched, here: Path, tmp_path: Path) -> None:
-    write(here, {".lock": b"", "b/.c.bin.tmp-1": b"half", ".hidden/x": b"x"})
+    write(here, {PUSHING_FILE: b"", ".lock": b"", "b/.c.bin.tmp-1": b"half", ".hidden/x": b"x"})
     assert send(here) == len(FILES)
     manifest = json.loads(there(watched)[MANIFEST_FILE])
     assert there(watched) == {**FILES, MANIFEST_FILE: there(watched)[MANIFEST_FILE]}
@@ -371,7 +371,9 @@ def hostile(**values: Any) -> bytes:
     return json.dumps({**made, "files": dict.fromkeys(names, entry), **values}).encode()
 
 
-@pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", ".a", "a/.b", "a//b", "", "a/", "bowstore.json", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../a", "/a", "a/../../b", ".a", "a/.b", "a//b", "", "a/", "bowstore.json", "bowstore.json.part", "a\0b"]
+)
 def test_pull_of_names_that_lead_elsewhere(name: str) -> None:
     with pytest.raises(
         CorruptError, match=r"^there is no manifest that bowstore .* can read \(files: .* is no name of a"
@@ -469,6 +471,10 @@ def test_push_and_pull_of_stores_and_shards(shards: Path, tmp_path: Path, monkey
         assert (report["place"], report["kind"], report["licence"]) == ("copy.zarr", "store", "CC BY 4.0")
         opened = fetch_store(Path("s3://bucket/words.zarr"), StorageConfig(cache=tmp_path / "cache"))
         assert files(opened) == files(store)  # it opens where it is, as before
+        remote = Remote("s3://bucket", StorageConfig(retries=0))
+        remote.upload("s3://bucket/new", b"1", new=True)
+        remote.upload("s3://bucket/new", b"2", new=True)
+        assert remote.read("s3://bucket/new") == b"1"
         assert "no such bucket" in refused("push", store, "s3://nothing/words.zarr", *licence)
         result = invoke("push", shards.parent, "s3://bucket/shards", *licence)
         assert ": shards, " in result.stdout, result.output

@@ -22,6 +22,7 @@ from bowstore.progress import Progress
 
 MANIFEST_FILE = "bowstore.json"
 PUSHING_FILE = "bowstore.json.part"  # the same, of a push under way
+_OWN = (MANIFEST_FILE, PUSHING_FILE)  # never of what is copied
 Kind = Literal["store", "shards", "run"]
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
@@ -58,7 +59,7 @@ class Manifest(BaseModel):
     @classmethod
     def _stay_below(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:  # they come from the other side, and must not lead elsewhere
-            if text_problem(name) or name == MANIFEST_FILE or any(part[:1] in ("", ".") for part in name.split("/")):
+            if text_problem(name) or name in _OWN or any(part[:1] in ("", ".") for part in name.split("/")):
                 raise ValueError(f"{name!r} is no name of a file in a copy")
         return files
 
@@ -162,7 +163,7 @@ def _names_below(folder: Path) -> list[str]:
     copied = sorted(path.relative_to(folder).as_posix() for path in found)
     if problem := next((f"{name!r} {text_problem(name)}" for name in copied if text_problem(name)), None):
         raise UsageError(f"{folder} cannot be copied: the name {problem}")
-    return [name for name in copied if name != MANIFEST_FILE]
+    return [name for name in copied if name not in _OWN]
 
 
 def _state(path: Path) -> tuple[int, int]:
