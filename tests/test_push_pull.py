@@ -491,6 +491,22 @@ def test_push_and_pull_of_stores_and_shards(shards: Path, tmp_path: Path, monkey
         assert line == f"{server.url}/new cannot be written; push to an s3://, gs:// or hf:// URL"
 
 
+def test_push_and_pull_to_a_disk(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is mounted by all is a URL, too; one folder of shards, and a run."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs" / "teacher", {"config.yaml": b"x", "checkpoints/step-000000001.pt": b"y", ".lock": b""})
+    for place, what in ((shards, "shards"), (Path("runs/teacher"), "run")):
+        url = f"file://{tmp_path}/there/{what}"
+        result = invoke("push", place, url, "--licence", "MIT")
+        assert f": {what}, " in result.stdout, result.output
+        assert invoke("pull", url, f"copies/{what}").exit_code == 0
+        copied = files(Path("copies") / what)
+        assert copied.pop(MANIFEST_FILE)
+        assert copied == {name: data for name, data in files(place).items() if not name.startswith(".")}
+    result = invoke("verify", "copies/shards")
+    assert "no problem found" in result.stdout, result.output
+
+
 def test_push_of_what_is_not_whole(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     store, rest = shards.parents[1] / "words.zarr", ["memory://bucket/x", "--licence", "CC0"]
