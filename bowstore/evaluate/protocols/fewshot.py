@@ -153,11 +153,10 @@ def _check_sizes(settings: FewShotSettings, names: Sequence[str], images_C: NDAr
     least = int(images_C.argmin())
     if (images := int(images_C[least])) < settings.images:
         spare = images - settings.queries
+        fewer = f"--shots up to {spare}, " if spare > 0 else "fewer --queries and --shots, " if images > 1 else ""
         raise UsageError(
             f"class {names[least]} has {images} images in {settings.test}, and {settings.shots[-1]} shots with "
-            f"{settings.queries} queries need {settings.images}; take "
-            f"{f'--shots up to {spare}' if spare > 0 else 'fewer --queries and --shots'}, other --classes or other "
-            "shards by --test"
+            f"{settings.queries} queries need {settings.images}; take {fewer}other --classes or other shards by --test"
         )
 
 
