@@ -14,6 +14,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 from urllib.parse import parse_qs, unquote
 
 import pytest
@@ -43,6 +44,9 @@ class Fault:
     cut: int | None = None
     flip: int | None = None
     whole: bool = False
+
+
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
 class FolderServer(ThreadingHTTPServer):
@@ -156,7 +160,13 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(root: Path) -> Iterator[FolderServer]:
     """A folder over HTTP for the length of the block."""
-    server = FolderServer(root)
+    with _running(FolderServer(root)) as server:
+        yield server
+
+
+@contextmanager
+def _running(server: Server) -> Iterator[Server]:
+    """A server that answers for the length of the block."""
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
@@ -302,14 +312,7 @@ def serve_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The hub for the length of the block, for all `hf://` URLs."""
     import fsspec
 
-    server = HubServer()
-    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": False})
-    transfer._file_system.cache_clear()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with _running(HubServer()) as server:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": False})
+        transfer._file_system.cache_clear()
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
