@@ -12,6 +12,7 @@ import torch
 import bowstore
 from bowstore import gpu
 from bowstore.errors import UsageError
+from bowstore.nvjpeg import load_nvjpeg
 from bowstore.progress import say
 from bowstore.torchrun import ranks
 
@@ -46,6 +47,7 @@ def choose_device(setting: str, local_rank: int = 0) -> torch.device:
             f"rank {local_rank} of this machine needs GPU {local_rank}, and torch sees {torch.cuda.device_count()}; "
             f"lower --nproc-per-node"
         )
+    load_nvjpeg()
     device = torch.device("cuda", local_rank)
     if note := gpu.memory_note(device):
         _warn(note)

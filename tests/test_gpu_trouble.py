@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,23 @@ def test_a_gpu_without_a_usable_driver(
     assert capsys.readouterr().err == ""
     assert [choose_device("auto").type, choose_device("auto").type] == ["cpu", "cpu"]
     assert capsys.readouterr().err == f"warning: no GPU is used: {text}; continuing on the CPU\n"
+
+
+def test_a_process_that_takes_a_gpu_has_the_wheels_nvjpeg_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is loaded later under that name is the same library: a process has one of each name."""
+    text = """import ctypes
+from unittest.mock import patch
+from bowstore import environment, gpu
+with patch.object(gpu, "trouble", lambda rank: None), patch.object(gpu, "memory_note", lambda device: ""), \\
+     patch("torch.cuda.device_count", lambda: 1), patch("torch.cuda.get_device_name", lambda rank: "one"):
+    environment.choose_device("cuda")
+from bowstore.nvjpeg import nvjpeg_file
+name = nvjpeg_file().rpartition("/")[2]
+print(ctypes.CDLL(name)._handle == ctypes.CDLL(nvjpeg_file())._handle)
+"""
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_machine_without_a_gpu_is_told_nothing(

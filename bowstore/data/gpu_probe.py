@@ -16,8 +16,6 @@ import json
 import resource
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from PIL import Image
 
 from bowstore.data.dali_errors import words_of
 from bowstore.data.decode import Decoder
+from bowstore.nvjpeg import nvjpeg_file
 
 if TYPE_CHECKING:
     from bowstore.data.gpu_decode import Way
@@ -139,7 +138,7 @@ def hardware(device: int | None) -> dict[str, Any]:
     if device is None:
         return {"engines": 0, "lack": "there is no GPU"}
     try:
-        library = ctypes.CDLL(_nvjpeg())
+        library = ctypes.CDLL(nvjpeg_file())
         version = _version(library)
         ask = library.nvjpegGetHardwareDecoderInfo
     except (OSError, AttributeError) as error:
@@ -171,17 +170,6 @@ def _version(library: ctypes.CDLL) -> list[int]:
         library.nvjpegGetProperty(part, ctypes.byref(value))
         found.append(value.value)
     return found
-
-
-def _nvjpeg() -> str:
-    """The library that nvImageCodec loads: that of the wheel beside it, or the system's."""
-    spec = find_spec("nvidia")
-    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    for folder in folders:
-        for place in ("cu13/lib/libnvjpeg.so.13", "nvjpeg/lib/libnvjpeg.so.12"):
-            if (Path(folder) / place).exists():
-                return str(Path(folder) / place)
-    return "libnvjpeg.so.13"
 
 
 def _current(device: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from bowstore.data import gpu_decode, gpu_probe
 from bowstore.data.gpu_decode import Decoding, Ended, asked, gpu_decoding, judged, kept_or_tried, tried
 from bowstore.errors import BowstoreError
+from bowstore.nvjpeg import nvjpeg_file
 
 MACHINE = {
     "gpu": "NVIDIA H100 80GB HBM3", "driver": "580.65.06", "video": "there", "dali": "2.4.0", "nvimgcodec": "0.9.0",
@@ -129,7 +130,7 @@ def test_an_nvjpeg_that_leaves_windows_to_the_cpu_decodes_whole_images(nvjpeg: l
 
 
 def test_the_installed_nvjpeg_tells_its_version() -> None:
-    library = ctypes.CDLL(gpu_probe._nvjpeg())
+    library = ctypes.CDLL(nvjpeg_file())
     assert gpu_probe._version(library) >= list(gpu_decode._SMOOTH_WINDOWS)
 
 
