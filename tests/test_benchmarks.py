@@ -108,7 +108,7 @@ def test_bench_trunk_compares_what_is_compiled(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, images, options: graph)
     result = bench_trunk("wrn-10-1", "block2", **settings)
     names = [timing.name for timing in result.timings]
-    assert names == ["float32", "float32, contiguous", "bfloat16", "bfloat16, compiled"]
+    assert names == ["float32", "float32, contiguous", "bfloat16", "bfloat16, compiled", "float32, compiled"]
     assert 1e-5 < result.figures["error_bfloat16_compiled"] < 0.05
 
     def broken(_graph: Any, _images: Any, options: Any) -> Any:
@@ -117,7 +117,8 @@ def test_bench_trunk_compares_what_is_compiled(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch._inductor, "compile", broken)
     result = bench_trunk("wrn-10-1", "block2", **settings)
     assert len(result.timings) == 3  # the other ways are timed all the same
-    assert result.notes == ["bfloat16, compiled: inductor cannot compile wrn-10-1: no Triton"]
+    why = "inductor cannot compile wrn-10-1: no Triton"
+    assert result.notes == [f"bfloat16, compiled: {why}", f"float32, compiled: {why}"]
 
 
 def test_bench_encode_needs_enough_vectors(workspace: Path) -> None:

@@ -204,6 +204,8 @@ def _run(section: Section, scale: Scale, limit: float, options: argparse.Namespa
         finally:
             _end(process)
     status, why = _ending(code, limit, log)
+    if status == "hung" and limit < limit_seconds(section, scale):
+        status, why = "cut short", f"the time was over after {limit:.0f} s; what it found is above"
     seconds = time.monotonic() - begun
     results.section(section.name, status, why, seconds=seconds, scale=scale, log=log.name)
     _say(f"{section.name}: {status} in {seconds:.0f} s{', ' + why if why else ''}")

@@ -12,7 +12,7 @@ class Section(NamedTuple):
     Attributes:
         name: as on the command line; the function of that name in `room` is what runs.
         proves: in a line.
-        full: seconds that it takes on an H100, its start included; estimated, until one has run it.
+        full: seconds that it takes on an H100 that has compiled nothing before, its start included.
         short: the same with fewer rounds.
         needs: modules without which it is skipped.
         room: the module that holds its function.
@@ -43,24 +43,24 @@ _TRAIN = (*_LOADER, "zarr")
 
 # What was proven of DALI comes last: it has crashed processes, and much can be known without it.
 SECTIONS = (
-    Section("machine", "driver, memory, video library; copies, matrix products", 20, 15),
-    Section("kernels", "the kernels of the search compile, each in a process of its own", 35, 35, ("triton",)),
-    Section("words", "words are the nearest, over shapes, ties and far vectors", 40, 25),
-    Section("assign", "images/s of assignment against cuBLAS", 50, 35),
-    Section("kmeans", "an iteration at full size, equality in small", 40, 30, _CONFIG),
-    Section("step", "training steps on resident data: eager, compiled, tuned", 150, 100, _STORE),
-    Section("trunk", "the teacher's trunk in every precision and layout", 85, 70, _CONFIG),
-    Section("head", "head, bag and optimiser alone; the loss against the dense form", 20, 15, _CONFIG),
-    Section("targets", "look-up and mixing of bags, as a share of the step", 20, 15, _STORE),
-    Section("teacher", "training with the teacher in the loop, against words from a store", 60, 40, _STORE),
+    Section("machine", "driver, memory, video library; copies, matrix products", 10, 10),
+    Section("kernels", "the kernels of the search compile, each in a process of its own", 25, 25, ("triton",)),
+    Section("words", "words are the nearest, over shapes, ties and far vectors", 15, 15),
+    Section("assign", "images/s of assignment against cuBLAS", 20, 15),
+    Section("kmeans", "an iteration at full size, equality in small", 25, 15, _CONFIG),
+    Section("step", "training steps on resident data: eager, compiled, tuned", 160, 130, _STORE),
+    Section("trunk", "the teacher's trunk in every precision and layout", 90, 80, _CONFIG),
+    Section("head", "head, bag and optimiser alone; the loss against the dense form", 10, 10, _CONFIG),
+    Section("targets", "look-up and mixing of bags, as a share of the step", 30, 20, _STORE),
+    Section("teacher", "training with the teacher in the loop, against words from a store", 75, 65, _STORE),
     Section("faiss", "FAISS beside torch, on the GPU where it is built for one", 15, 15, ("faiss",)),
-    Section("decode", "JPEGs decoded on the GPU, against Pillow", 30, 20, _DALI, "gpu_images"),
+    Section("decode", "JPEGs decoded on the GPU, against Pillow", 20, 20, _DALI, "gpu_images"),
     Section("slice", "whether decoding of a window crashes", 25, 25, _DALI, "gpu_images"),
-    Section("graph", "the whole graph against the CPU's; outputs that are held stay", 40, 30, _LOADER, "gpu_images"),
-    Section("loader", "images/s of the loader alone, over shares of the decoder", 60, 40, _LOADER, "gpu_images"),
-    Section("train", "training with the loader over the same step on resident data", 100, 70, _TRAIN,
+    Section("graph", "the whole graph against the CPU's; outputs that are held stay", 50, 45, _LOADER, "gpu_images"),
+    Section("loader", "images/s of the loader alone, over shares of the decoder", 45, 30, _LOADER, "gpu_images"),
+    Section("train", "training with the loader over the same step on resident data", 110, 55, _TRAIN,
             "gpu_images"),
-    Section("encode", "encode over decoding, float32 and bfloat16", 120, 60, _TRAIN, "gpu_images"),
+    Section("encode", "encode over decoding, float32 and bfloat16", 150, 100, _TRAIN, "gpu_images"),
     Section("imagenette", "a RotNet, its words and a BoWNet, in short", 420, 200, _TRAIN, "gpu_images", on_data=True),
 )  # fmt: skip
 

@@ -85,7 +85,7 @@ class Results:
         self._line(kind="claim", section=section, figure=name, met=holds, note=note)
 
     def section(self, name: str, status: str, why: str = "", **more: Any) -> None:
-        """Add how a section ended: passed, failed, crashed, hung, skipped or dropped."""
+        """Add how a section ended: passed, failed, crashed, hung, cut short (the time was over), skipped or dropped."""
         self._line(kind="section", section=name, status=status, why=why, **more)
 
     def _is_h100(self) -> bool:

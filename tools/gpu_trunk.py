@@ -24,8 +24,8 @@ def bench_trunk(
         batch: images.
         rounds: interleaved, after one to warm up.
         device: where it runs.
-        compiled: whether to time compiled bfloat16, too, which takes up to a minute to compile; a failure becomes a
-            note.
+        compiled: whether to time both precisions compiled, too, which takes up to a minute each to compile; a failure
+            becomes a note.
     """
     images_BCHW = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
@@ -43,11 +43,11 @@ def bench_trunk(
     if device.type == "cuda":
         ways["TF32"] = lambda: _tf32(exact, images_BCHW, layer)
     notes = []
-    if compiled:
+    for name, plain in (("bfloat16", half), ("float32", exact)) if compiled else ():
         try:
-            ways["bfloat16, compiled"] = partial(half.compiled_for(batch).maps, images_BCHW)
+            ways[f"{name}, compiled"] = partial(plain.compiled_for(batch).maps, images_BCHW)
         except CannotCompileError as error:
-            notes.append(f"bfloat16, compiled: {error}")
+            notes.append(f"{name}, compiled: {error}")
     seconds = interleaved("bench trunk", ways, rounds, device)
     (reference,) = ways["float32"]().values()
     figures = {}
