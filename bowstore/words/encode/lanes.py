@@ -16,7 +16,7 @@ the next batch:
 At each change of streams one waits for an event of the other, on the GPU. A worker waits for nothing but its own
 results. Images and maps are made on one stream and read on another, which the allocator is told (`record_stream`), so
 that their memory is not used again too early. All passes of a process take the same streams, because memory is kept
-for the stream that it was first taken for. (No GPU has run this yet: what the overlap gains is not known.)
+for the stream that it was first taken for. (What the overlap gains has not been measured.)
 
 Legend: B batch, C channels, H W pixels.
 """
