@@ -189,6 +189,7 @@ def train(check: Check) -> None:
             assert result is not None, "this is the only rank"
             check.bench(result, f"hw load {load:g}, ")
             loaded, resident = (timing.rates for timing in result.timings)
+            check.figure(f"host in the loader, hw load {load:g}", result.figures["share_asking"])
             found[f"hw load {load:g}"] = [ours / theirs for ours, theirs in zip(loaded, resident, strict=True)]
     best = max(found, key=lambda name: statistics.median(found[name]))
     check.figure("with the loader over resident", *found[best], note=best)

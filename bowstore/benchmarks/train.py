@@ -64,26 +64,33 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
             ahead=task.ahead,
         )
 
-        def rate(source: Iterator[Batch], count: int) -> float:
-            begun = time.perf_counter()
+        def rate(source: Iterator[Batch], count: int) -> tuple[float, float]:
+            """Images/s, and the share of the time that the host is in the loader and launches nothing."""
+            begun, asking = time.perf_counter(), 0.0
             for _ in range(count):
-                train_step(model, optimizer, task, next(source), 1e-4)
+                asked = time.perf_counter()
+                batch = next(source)
+                asking += time.perf_counter() - asked
+                train_step(model, optimizer, task, batch, 1e-4)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
-            return count * config.optim.batch / (time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+            return count * config.optim.batch / seconds, asking / seconds
 
         resident = _repeat(next(batches))
         rate(batches, _WARM_STEPS)  # compilation, allocator and decoder warm up
-        loader_rates, resident_rates = [], []
+        resident_rates: list[float] = []
+        loaded: list[tuple[float, float]] = []
         with Progress("bench train", rounds, "rounds", shown=world.first) as progress:
             for _ in range(rounds):
                 # The decoder fills its queue while resident steps run; a few steps drain it again.
-                resident_rates.append(rate(resident, steps))
+                resident_rates.append(rate(resident, steps)[0])
                 rate(batches, drain)
-                loader_rates.append(rate(batches, steps))
+                loaded.append(rate(batches, steps))
                 progress.advance()
         if not world.first:
             return None
+        loader_rates, asking = map(list, zip(*loaded, strict=True))
         ratio = statistics.median(a / b for a, b in zip(loader_rates, resident_rates, strict=True))
         return BenchResult(
             protocol="bench/train",
@@ -93,7 +100,7 @@ def bench_training(config: TrainConfig, *, steps: int, rounds: int) -> BenchResu
             settings={"batch": config.optim.batch, "ranks": world.size, "config": config.name, "compiled": compiled},
             unit="images",
             timings=[Timing("with the loader", loader_rates), Timing("resident data", resident_rates)],
-            figures={"ratio_over_resident": ratio},
+            figures={"ratio_over_resident": ratio, "share_asking": statistics.median(asking)},
         )
 
 

@@ -288,6 +288,7 @@ def test_bench_train(workspace: Path) -> None:
     rates = result["images_per_second"]
     assert len(rates["with the loader"]["rounds"]) == len(rates["resident data"]["rounds"]) == 2
     assert result["ratio_over_resident"] > 0
+    assert 0 < result["share_asking"] < 1
 
 
 def test_voc07_as_typed(workspace: Path) -> None:
