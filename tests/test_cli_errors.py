@@ -102,6 +102,11 @@ def test_messages_of_libraries_are_not_passed_on(tmp_path: Path) -> None:
         (["eval", "linear", "--batch", str(2**31)], "'--batch': 2147483648 is not in the range 1<=x<=1048576"),
         (["index", "x", "--workers", "9999999"], "'--workers': 9999999 is not in the range 1<=x<=1024"),
         (["bench", "loader", "--hw-load", "nan"], "'--hw-load': 'nan' is no finite number"),
+        (
+            ["eval", "voc07-lowshot", "--shots", "1,4,16"],
+            "'--shots': '1,4,16' is no single number; give --shots once for each: --shots 1 --shots 4 --shots 16",
+        ),
+        (["bench", "loader", "--hw-load", "0, 1"], "give --hw-load once for each: --hw-load 0 --hw-load 1"),
         (["train", "--shards", ""], "'--shards': '' is empty (is a shell variable not set?)"),
         (["verify", ""], "'PATH': '' is empty"),
         (["eval", "linear", "--run", ""], "'--run': '' is empty"),

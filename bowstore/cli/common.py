@@ -37,12 +37,29 @@ class _FilePath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def _one(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    """A value that is no list: options that take several numbers are given once for each."""
+    if param and param.multiple and isinstance(value, str) and "," in value:
+        flag = param.opts[-1]
+        each = " ".join(f"{flag} {part.strip()}" for part in value.split(",")[:3])
+        raise click.BadParameter(f"{value!r} is no single number; give {flag} once for each: {each}", ctx, param)
+    return value
+
+
+class Whole(click.IntRange):
+    """A whole number within bounds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Check one value."""
+        return int(super().convert(_one(value, param, ctx), param, ctx))
+
+
 class Number(click.FloatRange):
     """A finite number within bounds; click's own range lets nan through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Check one value."""
-        number = float(super().convert(value, param, ctx))
+        number = float(super().convert(_one(value, param, ctx), param, ctx))
         return number if isfinite(number) else self.fail(f"{value!r} is no finite number", param, ctx)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 import click
 from click.core import ParameterSource
 
-from bowstore.cli.common import PATH, TEXT, Number, Setting
+from bowstore.cli.common import PATH, TEXT, Number, Setting, Whole
 from bowstore.plugins import attribute
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def option_type(annotation: Any, metadata: Sequence[Any] = ()) -> "click.ParamTy
         if not said:
             return click.INT if bare is int else click.FLOAT
         low, high = said.get("ge", said.get("gt")), said.get("le", said.get("lt"))
-        return (click.IntRange if bare is int else Number)(low, high, "gt" in said, "lt" in said)
+        return (Whole if bare is int else Number)(low, high, "gt" in said, "lt" in said)
     if parts == {Path}:
         return PATH
     if str in parts:  # what a text means, a path or a model's value, is for the command to say
