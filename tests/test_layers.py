@@ -31,6 +31,7 @@ EVERYWHERE = {
     "files",
     "gpu",
     "limits",
+    "nvjpeg",
     "plugins",
     "overrides",
     "progress",
