@@ -135,8 +135,8 @@ def _remote_store(path: Path, storage: StorageConfig, *, repair: bool) -> Path |
 def _verify_store(
     path: Path, shards: Path | None, storage: StorageConfig, *, reencoded: bool, digest: bool, repair: bool
 ) -> PathReport:
-    from bowstore.words.encode.arithmetic import in_words  # PyTorch and Zarr, for a store alone
-    from bowstore.words.store import verify
+    from bowstore.words.store import verify  # Zarr, for a store alone
+    from bowstore.words.store.layer import in_words
 
     report = verify.verify(path, shards, storage, reencoded=reencoded)
     layers = [f"{name} ({in_words(report.arithmetic[name])})" for name in report.layers]

@@ -50,7 +50,7 @@ def test_a_store_below_a_file_says_so(make_shard_set: ShardMaker, tmp_path: Path
     where = ["--shards", str(make_shard_set(4).root), "--store", str(tmp_path / "file/x.zarr")]
     result = CliRunner().invoke(main, ["encode", "--teacher", "resnet18", "--layer", "conv4", "--K", "4", *where])
     assert result.exit_code == 1
-    assert "a file lies where a folder is needed" in result.stderr
+    assert f"File exists ({tmp_path / 'file'}); move away what lies there, or name another path" in result.stderr
 
 
 def test_repair_that_cannot_write_still_tells_the_damage(

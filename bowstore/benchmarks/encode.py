@@ -26,12 +26,14 @@ from bowstore.data.table import COLUMNS
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
 from bowstore.exact import cpu_threads, exact_float32
-from bowstore.words.encode.assign_pass import AssignPass
-from bowstore.words.encode.claims import Board
+from bowstore.progress import without_progress
+from bowstore.torchrun import Ranks
+from bowstore.words.encode.arithmetic import in_new_way
+from bowstore.words.encode.assign_pass import lead_pass
 from bowstore.words.encode.config import EncodeConfig
+from bowstore.words.encode.crew import join
 from bowstore.words.encode.job import Job, plan_layers, view_values
 from bowstore.words.encode.lanes import compute_workers, workers
-from bowstore.words.encode.prepare import in_new_way
 from bowstore.words.encode.teacher import load_teacher
 from bowstore.words.store.layer import LayerSpec
 from bowstore.words.store.writer import StoreWriter, create_store
@@ -108,9 +110,8 @@ class _Bench:
                 )  # fmt: skip
                 writer.add_layer(plan.name, spec, self.vocabularies[plan.name])
             begun = time.perf_counter()
-            with Board(path) as board:
-                work = AssignPass(job, StoreWriter(path), board, shown=False)
-                work.run()
+            with join(Ranks(0, 1, 0, 1), {}) as crew, without_progress():
+                work = lead_pass(job, StoreWriter(path), crew)
             # The other ways are timed at full speed, too.
             seconds = time.perf_counter() - begun - work.clock.seconds["start"]
             return self.images / seconds, work.clock.shares()

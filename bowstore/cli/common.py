@@ -192,7 +192,7 @@ def emit(value: Any, text: str, as_json: bool) -> None:
 
 
 def interrupt_on_sigterm() -> None:
-    """SIGTERM ends a command as Ctrl-C does: claims are given back at once, and other processes need not wait."""
+    """SIGTERM ends a command as Ctrl-C does: what is half written is removed, and locks are freed."""
     signal.signal(signal.SIGTERM, _interrupted)
 
 

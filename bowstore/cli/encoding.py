@@ -28,7 +28,7 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     bowstore encode --layer conv4 --K 20000                 the newest teacher's words
     bowstore encode --layer conv4 --layer conv5 --K 20000   two layers in one pass
     bowstore encode --vocabulary OLD --shards MORE --store NEW   images that came later, under the same words
-    torchrun --nproc-per-node 8 -m bowstore encode ...      or the same command on machines that share the folder
+    torchrun --nproc-per-node 8 -m bowstore encode ...      on many devices, or machines
 
     Vocabularies by k-means over sampled vectors, then one pass over all images. Run again, it continues.
     `bowstore layers ARCH` lists the layers of a teacher.
@@ -61,5 +61,5 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
             store=store or workspace.store,
             storage=workspace.storage,
         )
-    if report.first:
+    if report:
         emit(report.as_dict(), report.text(), as_json)

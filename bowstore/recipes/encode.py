@@ -202,7 +202,7 @@ class EncodeStage(Stage):
         config = self.config.model_copy(update={"teacher": teacher})
         with called("bowstore.train.distributed:beside_others")():
             report = encode(config, shards=self.shards, store=self.place, storage=workspace.storage)
-        return [report.text()]
+        return [report.text()] if report else []
 
 
 def complete_layer(store: Path | None, name: str | None) -> Layer | None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import faiss
 import torch
 
+from bowstore.errors import BowstoreError
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.encode import encode
 from bowstore.words.encode.report import EncodeReport
@@ -23,8 +25,15 @@ ROWS = 20  # of a chunk
 
 def run_encode(**values: Any) -> EncodeReport:
     """Encode with SETTINGS and changes to them; paths and flags go to `encode`, all else is configuration."""
-    paths = {name: values.pop(name) for name in ("shards", "store") if name in values}
-    return encode(EncodeConfig(**{**SETTINGS, **values}), **paths)
+    report = encode_here(values)
+    assert report, "rank 0 reports"
+    return report
+
+
+def encode_here(values: dict[str, Any]) -> EncodeReport | None:
+    paths = {name: value for name, value in values.items() if name in ("shards", "store")}
+    settings = {name: value for name, value in values.items() if name not in paths}
+    return encode(EncodeConfig(**{**SETTINGS, **settings}), **paths)
 
 
 def encode_in_process(values: dict[str, Any], renames: int | None = None, seconds: float | None = None) -> None:
@@ -37,7 +46,7 @@ def encode_in_process(values: dict[str, Any], renames: int | None = None, second
     if seconds is not None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # whose default is death, as sudden as SIGKILL
-    run_encode(**values)
+    encode_here(values)
 
 
 def die_at_rename(number: int) -> None:
@@ -53,28 +62,31 @@ def die_at_rename(number: int) -> None:
     os.replace = deadly  # type: ignore[assignment]
 
 
-def slow_down(seconds: float) -> None:
-    """Make every batch of the teacher take longer, so that several processes find something to do."""
+def encode_as_rank(
+    values: dict[str, Any], victim: int | None = None, seconds: float | None = None, told: Path | None = None
+) -> None:
+    """Encode as one rank of a job; the victim dies after some time; what ends a rank goes to a file of its own."""
+    rank = os.environ["RANK"]
+    try:
+        encode_in_process(values, seconds=seconds if rank == str(victim) else None)
+    except BowstoreError as error:
+        if told is None:
+            raise
+        told.with_name(f"{told.name}.{rank}").write_text(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def encode_slowly(values: dict[str, Any], batches: Path) -> None:
+    """Encode as one rank whose every batch takes longer, and leaves a dot in a file of the rank's own."""
     from bowstore.words.encode.teacher import Teacher
 
-    plain = Teacher.maps
+    plain, file = Teacher.maps, batches.with_name(f"{batches.name}.{os.environ['RANK']}")
 
     def slow(self: Teacher, images_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
-        time.sleep(seconds)
+        time.sleep(0.1)
+        with open(file, "a") as dots:
+            dots.write(".")
         return plain(self, images_BCHW)
 
     Teacher.maps = slow  # type: ignore[method-assign]
-
-
-def encode_slowly(values: dict[str, Any], out: Path | None = None) -> None:
-    """Encode slowly, a batch a chunk; write the number of images that this process encoded to `out`.
-
-    A process claims some batches ahead: there have to be more than that for others to get any.
-    """
-    slow_down(0.2)
-    layer_module.MIN_CHUNK_BYTES, layer_module.CHUNK_STEP_ROWS = 1, SETTINGS["batch"]
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    report = run_encode(**values)
-    if out:
-        out.write_text(str(report.images_here))
+    encode_in_process(values)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from encoding import encode_in_process, run_encode
+from encoding import encode_as_rank, encode_in_process, run_encode
 from growing import LAYERS
+from rank_sets import agent
 from served import SERVER
 
 from bowstore.errors import MismatchError, UsageError
@@ -188,7 +189,7 @@ def test_the_compiled_teacher_gives_the_same_words_to_any_number_of_processes(
     run: Any, tmp_path: Path, teacher_file: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("bowstore.words.encode.prepare.compute_workers", lambda device, alone=False: 1)
+        patch.setattr("bowstore.words.encode.sample.compute_workers", lambda device: 1)
         patch.setattr("bowstore.words.encode.assign_pass.compute_workers", lambda device: 1)
         alone = run(store=tmp_path / "alone.zarr", compile=True).store
     assert verify(alone).arithmetic["block3"]["trunk"] == "inductor freezing"
@@ -199,10 +200,7 @@ def test_the_compiled_teacher_gives_the_same_words_to_any_number_of_processes(
     dying.join()
     assert dying.exitcode == -signal.SIGKILL
     assert Store(path).layers == ()
-    both = [SERVER.Process(target=encode_in_process, args=(values,)) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+    with agent(2) as job:
+        job.start(encode_as_rank, values)
+        assert job.wait() == [0, 0]
     assert digest(path) == digest(alone)

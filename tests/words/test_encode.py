@@ -65,7 +65,7 @@ def test_words_are_the_nearest_centroids_of_each_image(clean: Path, teacher_file
 def test_report(run: Any, shards: Path, clean: Path) -> None:
     report = run()
     (layer,) = report.layers
-    assert (report.images, report.images_here) == (IMAGES, IMAGES)
+    assert (report.images, report.images_encoded, report.ranks) == (IMAGES, IMAGES, 1)
     assert (layer.words, layer.grid, layer.channels) == (24, (4, 4), 64)
     assert (layer.chunks, layer.chunks_before, layer.already_complete) == (5, 0, False)
     assert set(report.seconds) == {"sample", "k-means", "assign", "finish"}
@@ -199,7 +199,7 @@ def test_features_that_are_not_finite_name_the_image(run: Any, monkeypatch: pyte
         return {"block3": maps}
 
     monkeypatch.setattr(Teacher, "maps", broken)
-    monkeypatch.setattr("bowstore.words.encode.prepare.compute_workers", lambda device, alone: 1)
+    monkeypatch.setattr("bowstore.words.encode.sample.compute_workers", lambda device: 1)
     message = r"layer 'block3' of the teacher gives NaN or infinity for 1 images of a batch, for example img0021; check"
     with pytest.raises(DataError, match=message):
         run()
@@ -429,7 +429,7 @@ def test_the_nearest_images_are_those_of_the_store(clean: Path, teacher_file: Pa
 
 
 def test_a_sample_larger_than_memory_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bowstore.words.encode.prepare.available_memory", lambda: 100_000)
+    monkeypatch.setattr("bowstore.words.encode.sample.available_memory", lambda: 100_000)
     with pytest.raises(UsageError, match=r"the samples of block3 take 0.0 GB of memory, .* lower --sample-per-word"):
         run()
 

@@ -14,7 +14,6 @@ from left_behind import left_behind
 from numpy.typing import NDArray
 
 from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, UsageError
-from bowstore.words.encode.claims import Board
 from bowstore.words.store.arrays import array_digest, remove
 from bowstore.words.store.join import join_rows
 from bowstore.words.store.layer import LayerSpec, chunk_rows
@@ -22,7 +21,7 @@ from bowstore.words.store.nearest import NearestSearch
 from bowstore.words.store.statistics import word_statistics
 from bowstore.words.store.store import Store, open_store
 from bowstore.words.store.verify import digest, discard_damaged, verify
-from bowstore.words.store.writer import StoreWriter, create_store, sweep_leftovers
+from bowstore.words.store.writer import StoreWriter, create_store, store_lock, sweep_leftovers
 
 N, GRID, K, C = 70, (3, 2), 11, 4
 KEYS = [f"img{i:04d}" for i in range(N)]
@@ -360,12 +359,9 @@ def test_creation_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_repair_waits_for_no_one(path: Path) -> None:
     report = verify(path)
-    with Board(path) as other, other.lead("makes the vocabulary"), pytest.raises(BusyError, match=r"in use by process"):
+    busy = r"word store .*words\.zarr is in use by process \d+ on .*; wait for it"
+    with store_lock(path), pytest.raises(BusyError, match=busy):
         discard_damaged(path, report)
-    with Board(path) as other:
-        assert other.claim("conv4@0")
-        with pytest.raises(BusyError, match=r"word store .*words\.zarr is in use by process \d+ on .*; wait for it"):
-            discard_damaged(path, report)
     assert discard_damaged(path, report) == 0
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from bowstore.errors import DataError, UsageError
 from bowstore.words.encode.config import check_sample
-from bowstore.words.encode.vocabulary import Sample, SamplePlan, build_vocabulary, plan_sample
+from bowstore.words.encode.sample import SamplePlan, plan_sample
+from bowstore.words.encode.vocabulary import build_vocabulary
 from bowstore.words.store.statistics import health_warnings, perplexity, word_statistics
 
 CPU = torch.device("cpu")
@@ -60,12 +61,14 @@ def test_more_words_than_vectors_are_refused() -> None:
 
 
 def draw(plan: SamplePlan, rows: np.ndarray, batch: int, h: int, w: int, *, channels_last: bool = False) -> np.ndarray:
-    sample = Sample(plan, 2)
-    for start in range(0, len(rows), batch):
+    """The sample of batches that come in any order."""
+    vectors = np.full((plan.vectors, 2), np.nan, np.float32)
+    for start in np.random.default_rng(0).permutation(range(0, len(rows), batch)):
         some = rows[start : start + batch]
         maps = coded_maps(some, h, w)
-        sample.add(some, maps.to(memory_format=torch.channels_last) if channels_last else maps)
-    return sample.vectors()
+        taken = plan.take(some, maps.to(memory_format=torch.channels_last) if channels_last else maps)
+        vectors[plan.before(some[0]) :][: len(taken)] = taken
+    return vectors
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100])

@@ -1,283 +1,231 @@
-"""The pass over all images: clean view, teacher, nearest words, chunks of the store; shared by any number of processes.
+"""The pass over all images: the words of units of images, made by any rank; chunks of the store, written by rank 0.
 
-The rows are cut into units (whole chunks of every layer), and units into batches, before any process takes one, so that
-the words do not depend on who encodes what. A process claims a unit, encodes it, commits its chunks and releases the
-claim. Units of dead processes are claimed again; committed chunks are never redone.
+Committed chunks are never made anew. A unit of images need not be a chunk: words wait here until theirs is whole.
 
 Legend: B batch, M cells of an image, h w word grid, K words, c channels, p dimensions of a word.
 """
 
+import glob
 import math
-import threading
-import time
-import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from safetensors.numpy import load
 
-from bowstore.clustering.projection import PreparedProjection, Projection, prepare_projection, project
-from bowstore.exact import exact_float32
-from bowstore.progress import Progress, say
-from bowstore.words.assign.assign import PreparedWords, assign, prepare_words
-from bowstore.words.encode.claims import POLL_SECONDS, Board
-from bowstore.words.encode.forward import Clock, forward
+from bowstore.clustering.projection import Projection
+from bowstore.files import make_folder
+from bowstore.progress import Progress
+from bowstore.words.encode.crew import Crew, Work
+from bowstore.words.encode.forward import Clock
 from bowstore.words.encode.job import Job
-from bowstore.words.encode.lanes import Maps, compute_workers, to_host
+from bowstore.words.encode.lanes import Maps, compute_workers
+from bowstore.words.encode.quantizer import Quantizer, Words, quantizer
+from bowstore.words.encode.units import cut_units, in_bytes, through_teacher
 from bowstore.words.store.layer import Layer
-from bowstore.words.store.nearest import NearestImages, NearestSearch, save_nearest
-from bowstore.words.store.writer import StoreWriter
+from bowstore.words.store.nearest import NearestImages, NearestSearch, load_nearest, save_nearest
+from bowstore.words.store.writer import StoreWriter, work_folder
 
-_WRITES_WAITING = 2  # chunks in memory beside those that are being filled
+Found = Mapping[str, Words]
+
+
+def lead_pass(job: Job, writer: StoreWriter, crew: Crew) -> "AssignPass":
+    """Encode what the store lacks, together with the other ranks; for rank 0, which writes it."""
+    plan = _tell_plan(job, writer, crew)
+    mine = AssignPass(job, plan)
+    with Progress("encode", writer.images, done=writer.images - mine.images) as progress:
+        keeper = _Keeper(writer, plan, progress, mine.clock)
+        crew.share("assign", len(plan.units), mine.work(), keeper.keep)
+    return mine
+
+
+def follow_pass(job: Job, crew: Crew) -> None:
+    """Any other rank's part in it."""
+    plan = _plan(job, load(crew.hear("pass")))
+    crew.share("assign", len(plan.units), AssignPass(job, plan).work())
 
 
 @dataclass(frozen=True)
-class Quantizer:
-    """From the map of a layer to words.
+class _Plan:
+    """What is left to do, as rank 0 tells the others.
 
     Attributes:
-        border: cells left out at each side.
-        projection: applied before the search; None for none.
-        words: the vocabulary, laid out for `assign`.
-        centroids_Kp: float32.
+        units: of images, by number.
+        layers: names and numbers of words of the layers that are not complete.
+        quantizers: of these layers.
     """
 
-    border: int
-    projection: PreparedProjection | None
-    words: PreparedWords
-    centroids_Kp: Tensor
-
-    def quantize(self, map_Bchw: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
-        """Words (B, h, w), and the distances of the vectors to them (B, M), float32."""
-        map_Bchw = without_border(map_Bchw, self.border)
-        batch, channels, h, w = map_Bchw.shape
-        vectors = map_Bchw.permute(0, 2, 3, 1).reshape(-1, channels)
-        with exact_float32():
-            if self.projection:
-                vectors = project(vectors, self.projection)
-            ids = assign(vectors, self.words)
-            distance = torch.linalg.vector_norm(vectors - self.centroids_Kp[ids.long()], dim=1)
-        words_Bhw, distance_BM = to_host(ids.view(batch, h, w), distance.view(batch, -1))
-        return words_Bhw, distance_BM
+    units: Sequence[slice]
+    layers: Mapping[str, int]
+    quantizers: Mapping[str, Quantizer]
 
 
-def quantizer(layer: Layer, device: torch.device) -> Quantizer:
-    """What a layer of a store needs to quantize maps, on a device."""
-    centroids_Kp = torch.from_numpy(layer.read_array("vocabulary")).to(device)
-    found = layer.read_projection()
-    projection = prepare_projection(Projection(*found), device) if found else None
-    return Quantizer(layer.border, projection, prepare_words(centroids_Kp), centroids_Kp)
+def _tell_plan(job: Job, writer: StoreWriter, crew: Crew) -> _Plan:
+    """Plan the pass over what the store lacks, and tell the others; for rank 0."""
+    layers = [writer.layer(name) for name in job.names]
+    missing = np.zeros(writer.images, dtype=bool)
+    for layer in layers:
+        for chunk in np.flatnonzero(layer.chunk_digests() == 0).tolist():
+            missing[layer.rows(chunk)] = True
+    rows = min(writer.images, math.lcm(*(layer.chunk_rows for layer in layers)))
+    blocks = (slice(start, min(start + rows, writer.images)) for start in range(0, writer.images, rows))
+    units = cut_units(blocks, job.batch, crew.size, needed=lambda batch: bool(missing[batch].any()))
+    arrays: dict[str, NDArray[Any]] = {
+        "units": np.array([(unit.start, unit.stop) for unit in units], np.int64).reshape(-1, 2)
+    }
+    for layer in layers:
+        if not layer.complete:
+            arrays[f"{layer.name}/vocabulary"] = layer.read_array("vocabulary")
+            for name, values in zip(("projection", "offset"), layer.read_projection() or (), strict=False):
+                arrays[f"{layer.name}/{name}"] = values
+    crew.tell("pass", in_bytes(arrays))
+    return _plan(job, arrays)
 
 
-def without_border(map_Bchw: Tensor, border: int) -> Tensor:
-    """A map without this many cells at each side."""
-    return map_Bchw[:, :, border : map_Bchw.shape[2] - border, border : map_Bchw.shape[3] - border]
-
-
-def cut_units(images: int, chunk_rows: Sequence[int]) -> list[slice]:
-    """Ranges of rows that end where chunks of every layer end."""
-    rows = min(images, math.lcm(*chunk_rows))
-    return [slice(start, min(start + rows, images)) for start in range(0, images, rows)]
+def _plan(job: Job, arrays: dict[str, NDArray[Any]]) -> _Plan:
+    quantizers = {}
+    for name in job.names:
+        if (centroids_Kp := arrays.get(f"{name}/vocabulary")) is not None:
+            projection = arrays.get(f"{name}/projection")
+            prepared = None if projection is None else Projection(projection, arrays[f"{name}/offset"])
+            quantizers[name] = quantizer(centroids_Kp, prepared, job.config.border, job.device)
+    units = [slice(start, stop) for start, stop in arrays["units"].tolist()]
+    return _Plan(units, {name: len(found.centroids_Kp) for name, found in quantizers.items()}, quantizers)
 
 
 class AssignPass:
-    """One process's part in the pass."""
+    """One rank's part in the pass.
 
-    def __init__(self, job: Job, writer: StoreWriter, board: Board, *, shown: bool = True) -> None:
-        self._job, self._writer, self._board, self._shown = job, writer, board, shown
-        self._layers = [writer.layer(name) for name in job.names]
-        self._units = cut_units(writer.images, [layer.chunk_rows for layer in self._layers])
-        self._open = list(range(len(self._units)))  # not known to be whole, nor taken by this process
-        self._mine = uuid.uuid4().hex[:12]
-        self._chunks: dict[tuple[str, int], _Chunk] = {}
-        self._left: dict[int, int] = {}  # chunks of a claimed unit that are not committed yet
-        self._wanted: dict[int, list[slice]] = {}  # their rows
-        self._lock = threading.Lock()
-        self.images = 0
+    Attributes:
+        images: that all ranks encode.
+        clock: where the time went.
+    """
+
+    def __init__(self, job: Job, plan: _Plan) -> None:
+        self._job, self._plan = job, plan
+        self._nearest = {name: NearestSearch(num_words) for name, num_words in plan.layers.items()}
+        self.images = sum(unit.stop - unit.start for unit in plan.units)
         self.clock = Clock(compute_workers(job.device))
 
-    def run(self) -> None:
-        """Encode until every chunk of every layer is committed, by whichever process.
+    def work(self) -> Work:
+        """What makes the words of units."""
+        return through_teacher(
+            self._job, self._plan.units, _rows, self._quantize, self._packed, clock=self.clock, stage="assign"
+        )
 
-        Raises:
-            DataError: images or features that cannot be used.
-            OSError: the disk is full.
+    def _quantize(self, _rows_B: NDArray[np.int64], maps: Maps) -> Found:
+        return {name: found.quantize(maps[name]) for name, found in self._plan.quantizers.items()}
+
+    def _packed(self, unit: slice, made: list[tuple[NDArray[np.int64], Found]]) -> bytes:
+        """A unit's words; and those of its images that are among the nearest that this rank has seen.
+
+        An image that is among the nearest of all is among the nearest of those that one rank has seen, too: what a
+        rank leaves out is never missed.
         """
-        job = self._job
-        self._quantizers = {layer.name: quantizer(layer, job.device) for layer in self._layers}
-        self._nearest = {layer.name: NearestSearch(layer.num_words) for layer in self._layers}
-        told = False
-        with Progress("encode", self._writer.images, shown=self._shown) as self._progress:
-            while True:
-                first = self._next_unit()
-                if first is not None:
-                    self._encode(first)
-                elif not self._open:
-                    return
-                else:
-                    if self._shown and not told:
-                        say(f"waiting for {len(self._open)} parts that other processes have claimed")
-                        told = True
-                    time.sleep(POLL_SECONDS)
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, search in self._nearest.items():
+            for rows_B, found in made:
+                words_Bhw, distance_BM = found[name]
+                search.add_batch(rows_B, words_Bhw.reshape(len(rows_B), -1), distance_BM)
+            arrays[f"{name}/words"] = np.concatenate([found[name][0] for _, found in made])
+            arrays |= {f"{name}/{part}": values for part, values in _among(search.result(), unit).items()}
+        return in_bytes(arrays)
 
-    def _encode(self, first: int) -> None:
-        """Encode a unit, and as many others as can be claimed on the way."""
-        units = chain([first], iter(self._next_unit, None))
-        batches = (rows_B for unit in units for rows_B in self._batches(unit))
-        self._writes = _Writes(self.clock)
-        found = forward(self._job, batches, self._quantize, clock=self.clock, stage="assign")
-        with self._writes:
-            for rows_B, words in found:
-                self._keep(rows_B, words)
-                self.images += len(rows_B)
-                self._count(len(rows_B))
 
-    def _next_unit(self) -> int | None:
-        """Claim the next unfinished unit; None if none is left, or others hold the rest."""
-        for unit in list(self._open):
-            if not self._missing(unit):
-                self._open.remove(unit)
-                self._count(self._units[unit].stop - self._units[unit].start)
-            elif self._board.claim(self._name(unit)):
-                self._open.remove(unit)
-                missing = self._missing(unit)  # again: its last owner may have ended just now
-                if missing:
-                    self._begin(unit, missing)
-                    return unit
-                self._board.release(self._name(unit))
-                self._count(self._units[unit].stop - self._units[unit].start)
-        return None
+def _among(nearest: NearestImages, rows: slice) -> dict[str, NDArray[Any]]:
+    """What is kept of some rows, by its place in the arrays: a small part of them."""
+    place = np.flatnonzero((nearest.row_Kn >= rows.start) & (nearest.row_Kn < rows.stop))
+    return {"place": place, **{part: values.ravel()[place] for part, values in nearest._asdict().items()}}
 
-    def _name(self, unit: int) -> str:
-        return f"{claim_prefix(self._job, self._writer)}{self._units[unit].start}"
 
-    def _missing(self, unit: int) -> list[tuple[Layer, int]]:
-        """Chunks of a unit that are not committed."""
-        return [
-            (layer, chunk)
+def _alone(arrays: Mapping[str, NDArray[Any]], name: str, num_words: int) -> NearestImages:
+    """What `_among` took out of a layer's arrays, where it was in them, and nothing else."""
+    alone = NearestSearch(num_words).result()
+    for part, values in alone._asdict().items():
+        values.ravel()[arrays[f"{name}/place"]] = arrays[f"{name}/{part}"]
+    return alone
+
+
+def _rows(part: slice) -> NDArray[np.int64]:
+    return np.arange(part.start, part.stop)
+
+
+class _Keeper:
+    """Rank 0's side of the pass: chunks that fill, and the images nearest to the words.
+
+    Args:
+        writer: of the store.
+        plan: what is left to do.
+        progress: counts images.
+        clock: for its note.
+    """
+
+    def __init__(self, writer: StoreWriter, plan: _Plan, progress: Progress, clock: Clock) -> None:
+        self._writer, self._units, self._progress, self._clock = writer, plan.units, progress, clock
+        self._layers = [writer.layer(name) for name in plan.layers]
+        self._nearest = {layer.name: nearest_so_far(writer, layer) for layer in self._layers}
+        self._chunks = {
+            (layer.name, chunk): _Chunk(layer, chunk)
             for layer in self._layers
-            for chunk in layer.chunks_of(self._units[unit])
-            if layer.chunk_digest(chunk) == 0
-        ]
+            for chunk in np.flatnonzero(layer.chunk_digests() == 0).tolist()
+        }
 
-    def _begin(self, unit: int, missing: list[tuple[Layer, int]]) -> None:
-        self._left[unit], self._wanted[unit] = len(missing), [layer.rows(chunk) for layer, chunk in missing]
-        for layer, chunk in missing:
-            self._chunks[layer.name, chunk] = _Chunk(layer, chunk, unit)
-
-    def _batches(self, unit: int) -> Iterator[NDArray[np.int64]]:
-        """Rows of the store in batches; those of chunks that are all committed are left out."""
-        rows, wanted = self._units[unit], self._wanted.pop(unit)
-        skipped, batch = rows.stop - rows.start, self._job.batch
-        for start in range(rows.start, rows.stop, batch):
-            stop = min(start + batch, rows.stop)
-            if any(some.start < stop and start < some.stop for some in wanted):
-                skipped -= stop - start
-                yield np.arange(start, stop)
-        self._count(skipped)
-
-    def _count(self, images: int) -> None:
-        """Images that are done, by this process or by others."""
-        with self._lock:
-            self._progress.advance(images, self.clock.text())
-
-    def _quantize(self, rows_B: NDArray[np.int64], maps: Maps) -> "dict[str, _Found]":
-        return {name: self._quantizers[name].quantize(maps[name]) for name in self._quantizers}
-
-    def _keep(self, rows_B: NDArray[np.int64], found: "dict[str, _Found]") -> None:
-        """Put a batch's words into their chunks, and hand over those that are full."""
+    def keep(self, number: int, result: bytes) -> None:
+        """Put a unit's words into their chunks, and commit those that are full."""
+        unit, arrays = self._units[number], load(result)
         for layer in self._layers:
-            words_Bhw, distance_BM = found[layer.name]
-            self._nearest[layer.name].add_batch(rows_B, words_Bhw.reshape(len(rows_B), -1), distance_BM)
-            start, stop = int(rows_B[0]), int(rows_B[-1]) + 1
-            for chunk in layer.chunks_of(slice(start, stop)):
+            words_Nhw = arrays[f"{layer.name}/words"]
+            self._nearest[layer.name].merge(_alone(arrays, layer.name, layer.num_words))
+            for chunk in layer.chunks_of(unit):
                 filling = self._chunks.get((layer.name, chunk))
-                if filling and filling.put(start, words_Bhw):
+                if filling and (words := filling.put(unit.start, words_Nhw)) is not None:
                     del self._chunks[layer.name, chunk]
-                    nearest = self._nearest[layer.name].result()
-                    self._writes.add(partial(self._commit, filling, nearest))
-
-    def _commit(self, chunk: "_Chunk", nearest: NearestImages) -> None:
-        """Write a chunk, unless another process took this one for dead and wrote it; runs in the writing thread."""
-        name, layer = self._name(chunk.unit), chunk.layer
-        if self._board.holds(name) and layer.chunk_digest(chunk.number) == 0:
-            # First the nearest images, then the chunk: the images of a committed chunk have been counted.
-            save_nearest(self._board.folder / f"{nearest_name(self._writer, layer)}{self._mine}.npz", nearest)
-            self._writer.write_chunk(layer.name, chunk.number, chunk.words)
-        elif layer.chunk_digest(chunk.number) == 0:
-            # This process was silent too long and another one has the unit: make sure that it gets done.
-            if chunk.unit not in self._open:
-                self._open.append(chunk.unit)
-            return
-        with self._lock:
-            self._left[chunk.unit] -= 1
-            whole = self._left[chunk.unit] == 0
-        if whole:
-            self._board.release(name)
+                    # First the nearest images, then the chunk: the images of a committed chunk have been counted.
+                    keep_nearest(self._writer, layer, self._nearest[layer.name].result())
+                    self._writer.write_chunk(layer.name, chunk, words)
+        self._progress.advance(unit.stop - unit.start, self._clock.text())
 
 
-_Found = tuple[NDArray[np.uint16], NDArray[np.float32]]
+class _Chunk:
+    """A chunk that is being filled."""
+
+    def __init__(self, layer: Layer, number: int) -> None:
+        rows = layer.rows(number)
+        self._start, self._missing = rows.start, rows.stop - rows.start
+        self._shape = (self._missing, *layer.grid)
+        self._words: NDArray[np.uint16] | None = None
+
+    def put(self, start: int, words_Nhw: NDArray[np.uint16]) -> NDArray[np.uint16] | None:
+        """Take words of consecutive rows, each row once; the chunk's words once it is full."""
+        if self._words is None:
+            self._words = np.empty(self._shape, np.uint16)
+        first, last = max(start, self._start), min(start + len(words_Nhw), self._start + len(self._words))
+        self._words[first - self._start : last - self._start] = words_Nhw[first - start : last - start]
+        self._missing -= last - first
+        return None if self._missing else self._words
 
 
-def claim_prefix(job: Job, writer: StoreWriter) -> str:
-    """Prefix of claims on parts of a job: other layers of the store may be encoded at the same time."""
-    return f"{job.part}.{writer.fingerprint[:16]}@"
+def nearest_so_far(writer: StoreWriter, layer: Layer) -> NearestSearch:
+    """What this store's earlier runs have seen of a layer's nearest images."""
+    search = NearestSearch(layer.num_words)
+    files = work_folder(writer.path).glob(f"{glob.escape(nearest_name(writer, layer))}*.npz")
+    for found in (writer.nearest(layer.name), *load_nearest(sorted(files))):
+        search.merge(found)
+    return search
 
 
 def nearest_name(writer: StoreWriter, layer: Layer) -> str:
-    """Name prefix of the files in which processes keep what they saw of a layer's nearest images.
+    """Name prefix of the files in which is kept what was seen of a layer's nearest images.
 
     They lie beside the store, and must not be taken for those of another one that had its name before.
     """
     return f"nearest.{layer.name}.{layer.attributes['vocabulary_digest']}.{writer.fingerprint[:16]}."
 
 
-class _Chunk:
-    """A chunk that is being filled."""
-
-    def __init__(self, layer: Layer, number: int, unit: int) -> None:
-        self.layer, self.number, self.unit = layer, number, unit
-        rows = layer.rows(number)
-        self._start, self._missing = rows.start, rows.stop - rows.start
-        self.words = np.empty((self._missing, *layer.grid), np.uint16)
-
-    def put(self, start: int, words_Bhw: NDArray[np.uint16]) -> bool:
-        """Take words of consecutive store rows; return whether the chunk is full."""
-        first, last = max(start, self._start), min(start + len(words_Bhw), self._start + len(self.words))
-        self.words[first - self._start : last - self._start] = words_Bhw[first - start : last - start]
-        self._missing -= last - first
-        full: bool = self._missing == 0
-        return full
-
-
-class _Writes:
-    """Writes in order in a thread of its own, a few at a time; errors surface where the next write is added."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._pool = ThreadPoolExecutor(1, "write")
-        self._waiting: list[Future[None]] = []
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self._wait(0)
-        self._pool.shutdown(cancel_futures=kind is not None)
-
-    def add(self, write: "partial[None]") -> None:
-        """Write after the ones before; waits while too many are pending."""
-        self._wait(_WRITES_WAITING - 1)
-        self._waiting.append(self._pool.submit(write))
-
-    def _wait(self, most: int) -> None:
-        with self._clock.time("write"):
-            while len(self._waiting) > most:
-                self._waiting.pop(0).result()
+def keep_nearest(writer: StoreWriter, layer: Layer, nearest: NearestImages) -> None:
+    """Write what was seen to the one file of a layer; earlier versions wrote one for each process, read too."""
+    folder = work_folder(writer.path)
+    make_folder(folder)
+    save_nearest(folder / f"{nearest_name(writer, layer)}all.npz", nearest)

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index
 from bowstore.data.resize import resized_by
 from bowstore.errors import MismatchError
-from bowstore.words.encode.arithmetic import Arithmetic
 from bowstore.words.encode.config import BATCH, EncodeConfig
 from bowstore.words.encode.teacher import Teacher, TeacherLayer
 from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer, map_text
@@ -41,16 +39,16 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does for a store.
+    """What a rank does for a store.
 
     Attributes:
         config: the settings.
         index: of the shards.
         teacher: frozen, with the layers.
-        store: the store that is written; its rows are those of the index.
+        store: the store that rank 0 writes; its rows are those of the index.
         layers: what is encoded, in one pass.
         device: where the teacher runs.
-        source: the store whose vocabulary is used; None to make one.
+        source: the store whose vocabulary is used; None to make one, and on ranks other than 0.
         seconds: wall-clock time by stage.
     """
 
@@ -74,18 +72,13 @@ class Job:
         return tuple(layer.name for layer in self.layers)
 
     @property
-    def arithmetic(self) -> Arithmetic:
+    def arithmetic(self) -> dict[str, str]:
         """How the words are computed, as layers record it."""
         return {
             "trunk": self.teacher.trunk,
             "decoder": jpeg_decoder(self.device),
             "resize": resized_by(self.device),
         }
-
-    @property
-    def part(self) -> str:
-        """Prefix of claims on this job's parts: the same for the same layers, in whatever order."""
-        return xxhash.xxh3_64_hexdigest("+".join(sorted(self.names)).encode())
 
     def settings(self, plan: LayerPlan) -> dict[str, Any]:
         """Values that must be the same to continue a layer, by the names that messages use."""

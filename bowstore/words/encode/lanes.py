@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bowstore.environment import cores, cores_per_rank
+from bowstore.environment import cores_per_rank
 
 T = TypeVar("T")
 Maps = Mapping[str, Tensor]
@@ -40,11 +40,9 @@ GPU_WORKERS = 2
 _FIRST = -1  # priority: words are short, and a worker that has them launches the trunk after the next
 
 
-def compute_workers(device: torch.device, *, alone: bool = False) -> int:
-    """Threads that run the teacher; `alone`: the other processes of this machine have nothing to do meanwhile."""
-    if device.type == "cuda":
-        return GPU_WORKERS
-    return cores() if alone else cores_per_rank()
+def compute_workers(device: torch.device) -> int:
+    """Threads that run the teacher."""
+    return GPU_WORKERS if device.type == "cuda" else cores_per_rank()
 
 
 def workers(count: int) -> ThreadPoolExecutor:

@@ -65,22 +65,22 @@ class EncodeReport:
     Attributes:
         store: the word store.
         images: N.
-        images_here: that this process encoded in this run.
+        images_encoded: by all ranks, in this run.
         layers: a report of each layer that was asked for.
         seconds: wall-clock time by stage: sample, k-means, assign, finish.
         stages: share of the pass's time by stage.
         binds: the stage that the others waited for.
-        first: whether this process is the one that reports.
+        ranks: processes that shared the work.
     """
 
     store: Path
     images: int
-    images_here: int
+    images_encoded: int
     layers: tuple[LayerReport, ...]
     seconds: dict[str, float]
     stages: dict[str, float]
     binds: str
-    first: bool
+    ranks: int
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -89,23 +89,23 @@ class EncodeReport:
 
     @property
     def images_per_second(self) -> float:
-        """This process's share of the pass."""
-        return self.images_here / max(self.seconds.get("assign", 0.0), 1e-9)
+        """Of the pass, by all ranks."""
+        return self.images_encoded / max(self.seconds.get("assign", 0.0), 1e-9)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for --json."""
-        values = {**asdict(self), "store": str(self.store), "images_per_second": self.images_per_second}
-        del values["first"]
-        return values
+        return {**asdict(self), "store": str(self.store), "images_per_second": self.images_per_second}
 
     def text(self) -> str:
         """A few lines for people."""
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         head = f"{self.store}: {self.images} images" + (f" ({stages})" if stages else "")
-        here = ""
-        if self.images_here:
-            here = f"\n  {self.images_here} images here, {self.images_per_second:.1f} images/s, {self.binds} binds"
-        return "\n".join([head + here, *(layer.text() for layer in self.layers)])
+        rate = ""
+        if self.images_encoded:
+            by = f" by {self.ranks} processes" if self.ranks > 1 else ""
+            rate = f"\n  {self.images_encoded} images encoded{by}, {self.images_per_second:.1f} images/s"
+            rate += f", {self.binds} binds"
+        return "\n".join([head + rate, *(layer.text() for layer in self.layers)])
 
 
 def report_layer(layer: Layer, before: int) -> LayerReport:

@@ -19,7 +19,7 @@ from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
 from bowstore.models.memory import FROZEN_FORMAT
-from bowstore.models.opened import Origin, open_network, resized
+from bowstore.models.opened import OpenedNetwork, Origin, open_network, resized
 from bowstore.models.record import NetworkRecord
 from bowstore.models.weights import finite_weights, weights_sha256
 
@@ -161,9 +161,22 @@ def load_teacher(
         MismatchError: weights of another network; names the first tensors.
         DataError: weights that are not finite, or a file that holds code.
     """
+    opened = open_network(spec, weights=weights, size=size, seed=seed)
+    return freeze_teacher(opened, layers, device, size=size, resize=resize, precision=precision)
+
+
+def freeze_teacher(
+    opened: OpenedNetwork,
+    layers: Sequence[str],
+    device: torch.device,
+    *,
+    size: int | None = None,
+    resize: int | None = None,
+    precision: Precision = "float32",
+) -> Teacher:
+    """A network that was opened, as a teacher; as `load_teacher`."""
     if not layers:
         raise UsageError("the teacher has no layer to look at; name one, for example --layer conv4")
-    opened = open_network(spec, weights=weights, size=size, seed=seed)
     view = clean_view(resized(opened.view, size, resize, what="the teacher's view"))
     teacher = _freeze(opened.backbone, opened.origin, layers, device, view)
     return replace(teacher, precision=precision)

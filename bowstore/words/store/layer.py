@@ -5,6 +5,7 @@ Legend: N images, h w word grid, K words, c channels.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _ABOUT_ROWS = ("dataset", "key_hash_digest", "image_digest_digest")  # attribute
 FOUND = ("document_frequency", "nearest", "nearest_distance")  # arrays of what was found over all words
 MIN_CHUNK_BYTES = 1 << 20
 CHUNK_STEP_ROWS = 768
+# How words were computed, of layers that were written before it was recorded.
+_EARLIER_ARITHMETIC = {"trunk": "eager", "decoder": "CPU", "resize": "DALI"}
 VOCABULARY_SETTINGS = ("seed", "sample_per_word", "iterations", "pca", "whiten")  # of `EncodeConfig`, as recorded
 
 
@@ -82,6 +85,11 @@ def bytes_per_image(grid: tuple[int, int]) -> int:
 def map_text(channels: int, grid: tuple[int, int]) -> str:
     """A map's shape, for messages."""
     return f"{channels} x {grid[0]} x {grid[1]}"
+
+
+def in_words(arithmetic: Mapping[str, str]) -> str:
+    """How words are computed, for messages."""
+    return ", ".join(f"{what} {way}" for what, way in arithmetic.items())
 
 
 class Layer:
@@ -165,6 +173,11 @@ class Layer:
             "vocabulary taken from": vocabulary.get("taken_from"),
             **{name: vocabulary.get(name) for name in VOCABULARY_SETTINGS},
         }
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """How its words are computed: how the teacher is run, what decodes, and what resizes."""
+        return {**_EARLIER_ARITHMETIC, **(self.attributes.get("arithmetic") or {})}
 
     @property
     def lineage(self) -> dict[str, Any]:

@@ -16,12 +16,10 @@ from bowstore.data.index import Index, open_index
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.progress import Progress
 from bowstore.runs import descent_of_words
-from bowstore.words.encode.arithmetic import recorded
-from bowstore.words.encode.claims import Board
 from bowstore.words.store.join import check_images, rows_of
 from bowstore.words.store.layer import FOUND, Layer
 from bowstore.words.store.store import Store, open_store
-from bowstore.words.store.writer import StoreWriter, sweep_leftovers
+from bowstore.words.store.writer import StoreWriter, store_lock, sweep_leftovers
 
 _EXAMPLES = 5
 
@@ -85,7 +83,7 @@ def verify(
         return report
     layers, report.remedy = store.every_layer(), store.remedy
     report.images, report.layers = len(store), tuple(layer.name for layer in layers)
-    report.arithmetic = {layer.name: dict(recorded(layer)) for layer in layers}
+    report.arithmetic = {layer.name: layer.arithmetic for layer in layers}
     report.descent = {layer.name: descent_of_words(layer.lineage) for layer in layers}
     if not layers:
         report.problems.append(f"word store {path} has no layer; run `bowstore encode` again")
@@ -117,8 +115,7 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
     """
     if Store(path).grown:
         raise MismatchError(f"nothing was taken back from word store {path}: {report.remedy}")
-    with Board(path) as board, board.lead("repairs it", wait=False):
-        board.wait_for_the_dead()
+    with store_lock(path):
         writer = StoreWriter(path)
         sweep_leftovers(path)
         for layer, chunks in report.damaged.items():

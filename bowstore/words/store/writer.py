@@ -1,7 +1,6 @@
 """Making and filling word stores: every write is durable, and counts only once it is recorded.
 
-Chunks may be written by several processes, each chunk by the one that has claimed it; the schema is changed by the
-one process that leads (`bowstore.words.encode.claims`).
+One process writes a store at a time, under `store_lock`.
 
 Legend: N images, h w word grid, K words, c channels, p dimensions of a word, n images kept for each word.
 """
@@ -9,6 +8,7 @@ Legend: N images, h w word grid, K words, c channels, p dimensions of a word, n 
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import bowstore
 from bowstore.errors import BowstoreError, UsageError
-from bowstore.files import fsync_path, leftovers, temporary_path
+from bowstore.files import exclusive_lock, fsync_path, leftovers, temporary_path
 from bowstore.limits import KEPT_IMAGES
 from bowstore.words.store.arrays import (
     array,
@@ -69,7 +69,7 @@ class StoreWriter:
         vocabulary_Kp: NDArray[np.float32],
         projection: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     ) -> Layer:
-        """Create a layer with its vocabulary and no words, for the process that leads.
+        """Create a layer with its vocabulary and no words.
 
         It counts once its name is in the list, whole.
 
@@ -127,7 +127,7 @@ class StoreWriter:
         return np.not_equal(self.layer(layer).chunk_digests(), 0)
 
     def mark_complete(self, layer: str, statistics: WordStatistics, nearest: NearestImages) -> None:
-        """Record what was found over all words and make the layer usable: the last step, for the process that leads.
+        """Record what was found over all words and make the layer usable: the last step.
 
         What was recorded before is gone from the first moment on: keep what was found until this is through.
 
@@ -190,7 +190,7 @@ def create_store(
     key_hash_N: NDArray[np.uint64],
     image_digest_N: NDArray[np.uint64],
 ) -> StoreWriter:
-    """Make a store without layers, whole or not at all; for the process that leads.
+    """Make a store without layers, whole or not at all.
 
     Args:
         path: where it will be.
@@ -242,6 +242,20 @@ def check_room(path: Path, needed: int) -> None:
         )
 
 
+def store_lock(path: Path) -> AbstractContextManager[None]:
+    """Be the one process that writes a store, which need not be there, for the length of a block.
+
+    Raises:
+        BusyError: another process writes it.
+    """
+    return exclusive_lock(path.with_name(f".{path.name}.lock"), f"word store {path}")
+
+
+def work_folder(path: Path) -> Path:
+    """Where what an unfinished encoding has seen of nearest images lies, beside its store."""
+    return path.with_name(f".{path.name}.work")
+
+
 def sweep_leftovers(path: Path) -> None:
-    """Remove what killed writers left in a store; only while nobody else writes it."""
+    """Remove what killed writers left in a store; under its lock."""
     sweep(path)
