@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from bowstore.errors import UsageError, nearest
@@ -28,6 +37,33 @@ def _usable(value: Any) -> Any:
     if isinstance(value, str | Path) and (problem := path_problem(str(value))):
         raise ValueError(f"the path {problem}")
     return value
+
+
+class Places(tuple[Path, ...]):
+    """Paths that are one thing together: folders of shards, word stores of their images."""
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+
+SomePaths = Path | Sequence[Path]
+
+
+def places(given: str | SomePaths) -> Places:
+    """One path, or several."""
+    return Places(map(Path, [given] if isinstance(given, str | Path) else given))
+
+
+def _one_is_a_list(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, str | Path):
+        return [_usable(value)]
+    raise PydanticCustomError("path_type", "Input is not a valid path")
+
+
+def _as_given(value: tuple[Path, ...]) -> str | list[str]:
+    return str(value[0]) if len(value) == 1 else [str(path) for path in value]
 
 
 def _filled(value: str) -> str:
@@ -53,6 +89,14 @@ _Mean = Annotated[float, Field(ge=-MAX_FLOAT, le=MAX_FLOAT)]
 Triple = Annotated[tuple[_Mean, _Mean, _Mean], Field(strict=False)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Place = Annotated[Path, Field(strict=False), BeforeValidator(_usable)]
+# Written as one path or as a list.
+ListedPlaces = Annotated[
+    tuple[Place, ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(_one_is_a_list),
+    AfterValidator(Places),
+    PlainSerializer(_as_given, when_used="json"),
+]
 Text = Annotated[str, AfterValidator(_filled)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -167,9 +211,9 @@ class StorageConfig(Strict):
 class Workspace(Strict):
     """Paths and defaults of a workspace (`bowstore.yaml` in the current directory)."""
 
-    shards: Place = Path("data/shards/train")
+    shards: ListedPlaces = places("data/shards/train")
     val_shards: Place | None = Field(None, description="null: data/shards/val, or data/shards/test")
-    store: Place = Path("data/words.zarr")
+    store: ListedPlaces = places("data/words.zarr")
     runs: Place = Path("runs")
     networks: Place = Field(Path("networks"), description="results of networks that are no runs")
     teacher: Text | None = Field(

@@ -46,7 +46,8 @@ def apply_overrides(
             raise UsageError(f"--set {override!r}: set the keys of a group one by one, as in {name}.KEY=VALUE")
         _set(result, given, meant(name), value, f"--set {override!r}")
     for name, value in (flags or {}).items():
-        _set(result, given, meant(name), value, f"--{name.rpartition('.')[2]} {value}")
+        said = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        _set(result, given, meant(name), value, f"--{name.rpartition('.')[2]} {said}")
     return result
 
 

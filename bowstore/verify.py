@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.shard_check import Problem
 from bowstore.data.sources.names import is_system
 from bowstore.data.verify import FolderReport, is_shards_folder, verify_folder, verify_remote
@@ -80,7 +80,7 @@ def _shown(problems: list[Problem]) -> Iterator[str]:
 def verify_path(
     path: Path,
     *,
-    shards: Path | None = None,
+    shards: SomePaths | None = None,
     reencoded: bool = False,
     digest: bool = False,
     deep: bool = False,
@@ -94,7 +94,7 @@ def verify_path(
 
     Args:
         path: what to check.
-        shards: with a store: also join its keys with these shards, and compare the images.
+        shards: with a store: also join its keys with the shards of this folder, or of several, and compare the images.
         reencoded: with shards: they hold other encodings of the store's images, which are not compared.
         digest: with a store: report its digest.
         deep: with shards: decode every image. A store is always read as a whole.
@@ -133,7 +133,7 @@ def _remote_store(path: Path, storage: StorageConfig, *, repair: bool) -> Path |
 
 
 def _verify_store(
-    path: Path, shards: Path | None, storage: StorageConfig, *, reencoded: bool, digest: bool, repair: bool
+    path: Path, shards: SomePaths | None, storage: StorageConfig, *, reencoded: bool, digest: bool, repair: bool
 ) -> PathReport:
     from bowstore.words.store import verify  # Zarr, for a store alone
     from bowstore.words.store.layer import in_words

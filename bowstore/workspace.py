@@ -50,9 +50,9 @@ def init_workspace(folder: Path, files: Mapping[Path, Path]) -> list[Path]:
 
 _WORKSPACE_TEXT = """\
 # Paths and defaults of this bowstore workspace; flags and --set override them.
-shards: data/shards/train        # written by: bowstore shards SRC data/shards
+shards: data/shards/train        # written by: bowstore shards SRC data/shards; more images: a list, as of stores
 val_shards: null                 # null: data/shards/val, or data/shards/test
-store: data/words.zarr           # written by: bowstore encode
+store: data/words.zarr           # written by: bowstore encode; of more images: bowstore encode --vocabulary
 runs: runs
 networks: networks               # results of networks that are no runs: bowstore eval ... --arch NAME
 teacher: null                    # run, checkpoint or configuration; null: the newest finished run of a teacher's task
@@ -238,21 +238,32 @@ def resolve_train(
     return resolved.model_copy(update=updates)
 
 
+def only_store(workspace: Workspace, remedy: str) -> Path:
+    """The workspace's word store.
+
+    Raises:
+        UsageError: it names several; the message ends in `remedy`.
+    """
+    if len(workspace.store) > 1:
+        raise UsageError(f"{WORKSPACE_FILE} names {len(workspace.store)} stores, {workspace.store}; {remedy}")
+    return workspace.store[0]
+
+
 def val_shards(workspace: Workspace) -> Path:
-    """Shards to test on: the workspace's, or val or test beside the train shards.
+    """Shards to test on: the workspace's, or val or test beside the train shards, of several the first.
 
     Raises:
         MissingError: neither exists.
     """
     if found := [workspace.val_shards] if workspace.val_shards else shards_beside(workspace, "val", "test"):
         return found[0]
-    beside = workspace.shards.parent
+    beside = workspace.shards[0].parent
     raise MissingError(f"no test shards: neither {beside / 'val'} nor {beside / 'test'} exists; give --test")
 
 
 def shards_beside(workspace: Workspace, *splits: str) -> list[Path]:
-    """Those of the splits that lie beside the train shards."""
-    paths = [workspace.shards.parent / split for split in splits]
+    """Those of the splits that lie beside the train shards, of several the first."""
+    paths = [workspace.shards[0].parent / split for split in splits]
     return [
         path
         for path in paths

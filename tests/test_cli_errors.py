@@ -137,7 +137,8 @@ def test_append_names_the_way_that_took_its_place() -> None:
     assert result.exit_code == 2
     assert result.stderr == (
         "Error: stores do not grow by --append any more; give the new images a store of their own, under the same "
-        "words: bowstore encode --vocabulary OLD --shards MORE --store NEW\n"
+        "words (bowstore encode --vocabulary OLD --shards MORE --store NEW), and train on both (bowstore train "
+        "--shards FIRST --shards MORE --store OLD --store NEW)\n"
     )
     assert "--append" not in CliRunner().invoke(main, ["encode", "--help"]).stdout
 

@@ -265,7 +265,7 @@ def test_flags_are_values_and_each_key_is_set_once(tmp_path: Path) -> None:
     path = find_config(Path("cifar10_bownet_small.yaml"))
     odd = tmp_path / "\U0001f600 #x: [null, 'a"
     config = load_train_config(path, ["seed=1"], {"name": "1e5", "shards": odd, "words.store": odd})
-    assert (config.name, config.shards, config.task.store, config.seed) == ("1e5", odd, odd, 1)
+    assert (config.name, config.shards, config.task.store, config.seed) == ("1e5", (odd,), (odd,), 1)
     (tmp_path / "again.yaml").write_bytes(write_yaml(dump(config)))
     assert validate(TrainConfig, read_yaml(tmp_path / "again.yaml"), "again") == config
     for overrides, flags, message in (

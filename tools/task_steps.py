@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, in_rounds, seconds_of
-from bowstore.config import validate
+from bowstore.config import places, validate
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import train_batches
 from bowstore.data.plan import plans
@@ -100,7 +100,7 @@ def location(made: Made) -> Loss:
 def words(made: Made) -> Loss:
     """A pyramid's dense targets: each cell's histogram, mirrored and mixed; a cosine head and a cross-entropy each."""
     settings: Any = made.config.task
-    store, index = open_store(settings.store), open_index(made.config.shards)
+    store, index = open_store(settings.store[0]), open_index(made.config.shards)
     table_Nhw = torch.from_numpy(store.load_words(settings.layer)[join_rows(store, index)].astype(np.int64))
     num_words, side = store.layer(settings.layer).num_words, table_Nhw.shape[1]
 
@@ -298,8 +298,8 @@ def _with_data(config: TrainConfig, shards: Path | None, folder: Path) -> TrainC
     task = config.task
     if "store" in type(task).model_fields and getattr(task, "store", None) is None:
         store = made_up_store(folder / "words.zarr", index, num_words=256, grid=8)
-        task = task.model_copy(update={"store": store, "layer": LAYER})
-    return config.model_copy(update={"shards": index.root, "task": task})
+        task = task.model_copy(update={"store": places(store), "layer": LAYER})
+    return config.model_copy(update={"shards": places(index.root), "task": task})
 
 
 def _batches(config: TrainConfig, world: World, *, made_up: bool) -> list[Batch]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +16,11 @@ from torch import Tensor
 from bowstore.benchmarks.config import EncodeBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import in_rounds
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.feed import PREFETCH
-from bowstore.data.index import Index, open_index
+from bowstore.data.index import Index, concatenated, open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader, fetched
-from bowstore.data.table import COLUMNS
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
 from bowstore.exact import cpu_threads, exact_float32
@@ -118,7 +116,7 @@ class _Bench:
 
 
 def bench_encode(
-    shards: Path,
+    shards: SomePaths,
     config: EncodeBench,
     storage: StorageConfig | None = None,
 ) -> BenchResult:
@@ -182,7 +180,9 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
         seed=config.seed, precision=config.precision,
     )  # fmt: skip
     plans = plan_layers(config, teacher.layers, [None] * len(teacher.layers))
-    job = in_new_way(Job(config, _repeated(index, images), teacher, Path(), plans, device))
+    # A set smaller than a round is repeated.
+    repeated = replace(concatenated([index] * -(-images // len(index))), fingerprint=index.fingerprint)
+    job = in_new_way(Job(config, repeated, teacher, Path(), plans, device))
     teacher = job.teacher
     found: dict[str, list[NDArray[np.float32]]] = {plan.name: [] for plan in plans}
     kept: Tensor | None = None
@@ -203,19 +203,3 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
             )
     assert kept is not None, "there is at least one image"
     return _Bench(job, images, {plan.name: vectors[plan.name][: plan.num_words] for plan in plans}, kept)
-
-
-def _repeated(index: Index, images: int) -> Index:
-    """An index of at least so many rows: those of the given one, as often as it takes."""
-    times = -(-images // len(index))
-    rows: dict[str, Any] = {
-        name: np.tile(getattr(index, name), times) for name in COLUMNS if not name.startswith("key_")
-    }
-    starts = [index.key_start[:-1] + number * len(index.key_bytes) for number in range(times)]
-    return replace(
-        index,
-        **rows,
-        key_hash=np.tile(index.key_hash, times),
-        key_start=np.concatenate([*starts, [times * len(index.key_bytes)]]),
-        key_bytes=np.tile(index.key_bytes, times),
-    )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, pairwise, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from bowstore.benchmarks.config import LoaderBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import in_rounds
-from bowstore.config import StorageConfig, ViewConfig
+from bowstore.config import SomePaths, StorageConfig, ViewConfig
 from bowstore.data.config import HW_LOAD
 from bowstore.data.feed import PREFETCH
 from bowstore.data.finish import AHEAD
@@ -36,7 +35,7 @@ _LOADER = "loader"  # the whole thing, as training calls it
 
 
 def bench_loader(
-    shards: Path, config: LoaderBench, view: ViewConfig, storage: StorageConfig | None = None
+    shards: SomePaths, config: LoaderBench, view: ViewConfig, storage: StorageConfig | None = None
 ) -> BenchResult:
     """Rates of planning, reading, each prefix of the graph, and the loader as training calls it.
 

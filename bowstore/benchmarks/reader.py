@@ -2,7 +2,6 @@
 
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from bowstore.benchmarks.config import ReaderBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import in_rounds
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.index import open_index
 from bowstore.data.reader import ShardReader
 from bowstore.data.table import image_digest
@@ -19,7 +18,7 @@ from bowstore.environment import cores, device_name
 from bowstore.errors import UsageError
 
 
-def bench_reader(shards: Path, config: ReaderBench, storage: StorageConfig | None = None) -> BenchResult:
+def bench_reader(shards: SomePaths, config: ReaderBench, storage: StorageConfig | None = None) -> BenchResult:
     """Images/s of reading random rows, with header and image checked and every page touched, for each way to read.
 
     Comparing an image with its digest is timed separately, on the bytes just read.

@@ -8,7 +8,7 @@ import torch
 
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.index import open_index
 from bowstore.environment import cores
 from bowstore.remote import fetch_store
@@ -18,7 +18,12 @@ from bowstore.words.store.store import open_store
 
 
 def bench_store(
-    store: Path, shards: Path | None, *, rounds: int, layer: str | None = None, storage: StorageConfig | None = None
+    store: Path,
+    shards: SomePaths | None,
+    *,
+    rounds: int,
+    layer: str | None = None,
+    storage: StorageConfig | None = None,
 ) -> BenchResult:
     """Images/s of loading all words of a layer, digests checked, and of joining their keys with an index.
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from bowstore.benchmarks.config import TargetsBench
 from bowstore.benchmarks.result import BenchResult, Timing
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.index import open_index
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.progress import Progress
@@ -18,7 +18,7 @@ from bowstore.words.targets.tiers import TIERS, choose_tier, open_targets, time_
 
 def bench_targets(
     store: Path,
-    shards: Path,
+    shards: SomePaths,
     layer: str | None,
     config: TargetsBench,
     storage: StorageConfig,

@@ -11,6 +11,7 @@ from bowstore.cli.options import Command, fields
 
 _SHARDS = click.option("--shards", type=PATH, help="Indexed shards.  [default: the workspace's]")
 _STORE = click.option("--store", type=PATH, help="Word store.  [default: the workspace's]")
+_WHICH = "name the one to read by --store"
 _LAYER = click.option("--layer", type=TEXT, help="Layer of the store.  [default: its only one]")
 
 
@@ -71,11 +72,13 @@ def store(store: Path | None, layer: str | None, shards: Path | None, given: dic
     from bowstore.benchmarks.config import StoreBench
     from bowstore.benchmarks.store import bench_store
     from bowstore.config import load_workspace, validate
+    from bowstore.workspace import only_store
 
     workspace = load_workspace()
-    shards = shards or (workspace.shards if workspace.shards.exists() else None)
+    place = store or only_store(workspace, _WHICH)
+    joined = shards or (workspace.shards if all(folder.exists() for folder in workspace.shards) else None)
     rounds = validate(StoreBench, given, "bench store").rounds
-    result = bench_store(store or workspace.store, shards, rounds=rounds, layer=layer, storage=workspace.storage)
+    result = bench_store(place, joined, rounds=rounds, layer=layer, storage=workspace.storage)
     _keep(workspace, "store", result, as_json)
 
 
@@ -85,9 +88,11 @@ def targets(store: Path | None, layer: str | None, shards: Path | None, given: d
     from bowstore.benchmarks.config import TargetsBench
     from bowstore.benchmarks.targets import bench_targets
     from bowstore.config import load_workspace, validate
+    from bowstore.workspace import only_store
 
     workspace, asked = load_workspace(), validate(TargetsBench, given, "bench targets")
-    result = bench_targets(store or workspace.store, shards or workspace.shards, layer, asked, workspace.storage)
+    place = store or only_store(workspace, _WHICH)
+    result = bench_targets(place, shards or workspace.shards, layer, asked, workspace.storage)
     _keep(workspace, "targets", result, as_json)
 
 

@@ -134,7 +134,9 @@ def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, wor
 
 @click.command()
 @click.argument("path", type=PATH)
-@click.option("--shards", "shards_dir", type=PATH, help="Also join the store with these shards, by key and image.")
+@click.option(
+    "--shards", type=PATH, multiple=True, help="Also join the store with these shards, of all folders given, by key."
+)
 @click.option("--reencoded", is_flag=True, help="They hold other encodings of the store's images: join by key alone.")
 @click.option("--deep", is_flag=True, help="Decode every image of shards, too.")
 @click.option("--repair", is_flag=True, help="Make good what can be made good, and say what to run for the rest.")
@@ -143,7 +145,7 @@ def index(folder: Path, image_ext: tuple[str, ...], label_field: str | None, wor
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
 def verify(
     path: Path,
-    shards_dir: Path | None,
+    shards: tuple[Path, ...],
     reencoded: bool,
     deep: bool,
     repair: bool,
@@ -163,7 +165,7 @@ def verify(
 
     report = verify_path(
         path,
-        shards=shards_dir,
+        shards=shards or None,
         reencoded=reencoded,
         digest=show_digest,
         deep=deep,

@@ -16,11 +16,13 @@ from bowstore.cli.options import command, fields
     flags={"layers": "--layer", "num_words": "--K", "teacher": "--teacher --arch"},
     otherwise={"teacher": "the newest finished run of a teacher's task, as rotation is"},
 )
-@click.option("--shards", "shards_dir", type=PATH, help="Shards to encode.  [default: the workspace's]")
+@click.option(
+    "--shards", type=PATH, multiple=True, help="Shards to encode, of all folders given.  [default: the workspace's]"
+)
 @click.option("--store", type=PATH, help="Word store to write.  [default: the workspace's]")
 @click.option("--append", is_flag=True, hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
-def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, append: bool, as_json: bool) -> None:
+def encode(given: dict[str, Any], shards: tuple[Path, ...], store: Path | None, append: bool, as_json: bool) -> None:
     """Quantize the teacher's feature maps of every image over k-means vocabularies, into a word store.
 
     \b
@@ -39,26 +41,27 @@ def encode(given: dict[str, Any], shards_dir: Path | None, store: Path | None, a
     from bowstore.train.distributed import beside_others
     from bowstore.words.encode.config import EncodeConfig
     from bowstore.words.encode.encode import encode as run_encode
-    from bowstore.workspace import resolve_teacher
+    from bowstore.workspace import only_store, resolve_teacher
 
     if append:
         raise UsageError(
-            "stores do not grow by --append any more; give the new images a store of their own, under the same words: "
-            "bowstore encode --vocabulary OLD --shards MORE --store NEW"
+            "stores do not grow by --append any more; give the new images a store of their own, under the same words "
+            "(bowstore encode --vocabulary OLD --shards MORE --store NEW), and train on both (bowstore train --shards "
+            "FIRST --shards MORE --store OLD --store NEW)"
         )
     interrupt_on_sigterm()
     workspace = load_workspace()
     if workspace.recipe and not (given.get("layers") or given.get("vocabulary")):
         stage = next_encoding(workspace_plan(workspace, "--layer LAYER"))
-        shards_dir, store = shards_dir or stage.shards, store or stage.place
+        shards, store = shards or stage.shards, store or stage.place
         given = {**stage.given, **given}
     teacher = resolve_teacher(workspace, given.get("teacher"), seed=given.get("seed"))
     config = validate(EncodeConfig, {**given, "teacher": teacher}, "encode")
     with beside_others():
         report = run_encode(
             config,
-            shards=shards_dir or workspace.shards,
-            store=store or workspace.store,
+            shards=shards or workspace.shards,
+            store=store or only_store(workspace, "name the one to write by --store"),
             storage=workspace.storage,
         )
     if report:

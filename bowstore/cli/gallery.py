@@ -27,7 +27,9 @@ def words(store: Path | None, shards: Path | None, out: Path, given: dict[str, A
     from bowstore.config import load_workspace, validate
     from bowstore.report.config import Wish
     from bowstore.report.page import write_words_page
+    from bowstore.workspace import only_store
 
     workspace, wish = load_workspace(), validate(Wish, given, "words")
-    report = write_words_page(store or workspace.store, shards or workspace.shards, out, wish, workspace.storage)
+    place = store or only_store(workspace, "name the one whose words are shown, as STORE")
+    report = write_words_page(place, shards or workspace.shards, out, wish, workspace.storage)
     emit(report.as_dict(), report.text(), as_json)

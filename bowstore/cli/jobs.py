@@ -20,14 +20,19 @@ from bowstore.cli.options import command, fields
     only=("name", "shards", "seed"),
     otherwise=dict.fromkeys(("name", "shards", "seed"), "the configuration's"),
 )
-@click.option("--store", type=PATH, help="Word store of task words.  [default: the configuration's]")
+@click.option(
+    "--store",
+    type=PATH,
+    multiple=True,
+    help="Word store of task words, or several of one vocabulary.  [default: the configuration's]",
+)
 @click.option("--resume", is_flag=True, help="Go on in a run directory that holds another configuration.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
 def train(
     config: Path | None,
     overrides: tuple[str, ...],
     given: dict[str, Any],
-    store: Path | None,
+    store: tuple[Path, ...],
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -42,7 +47,7 @@ def train(
     from bowstore.train.loop import train as run_train
 
     workspace = load_workspace()
-    resolved, runs = resolve_training(workspace, config, overrides, {**given, "task.store": store})
+    resolved, runs = resolve_training(workspace, config, overrides, {**given, "task.store": store or None})
     report = run_train(resolved, runs, resume=resume, probe=probe_of(resolved, workspace))
     if report.first:
         emit(report.as_dict(), report.text(), as_json)

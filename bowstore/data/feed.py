@@ -16,7 +16,8 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from torch import Tensor
 
 from bowstore.data.dali_errors import explained, is_of_graph
-from bowstore.data.reader import ImageSource, prefetched
+from bowstore.data.reader import ImageSource
+from bowstore.data.workers import prefetched
 from bowstore.environment import cores_per_rank
 
 PREFETCH = 2

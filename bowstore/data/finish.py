@@ -26,9 +26,9 @@ from torch.utils.dlpack import from_dlpack
 from bowstore.config import ViewConfig
 from bowstore.data.mix import Mixing, mix
 from bowstore.data.plan import MIX_GROUP, Plan
-from bowstore.data.reader import prefetched
 from bowstore.data.resize import as_slot, centre, resize_into, target, without_antialias
 from bowstore.data.views import CleanView, normalisation
+from bowstore.data.workers import prefetched
 
 AHEAD = 2  # batches finished or in the making before they are asked for
 _KEPT = 4  # buffers of batches that nobody refers to any more: what is in flight, and one in use

@@ -7,11 +7,9 @@ import mmap
 import os
 import re
 import resource
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -24,8 +22,8 @@ from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, header_names, plain_name
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError
 from bowstore.remote import hold
+from bowstore.remote.cache import check_fits
 
-T = TypeVar("T")
 Tar = TypeVar("Tar")
 _PREFIX_BYTE = 345  # of a USTAR header: not zero where a long name is split
 _MAX_OPEN = 1024
@@ -123,7 +121,8 @@ class ShardReader:
             if image_digest(image.data) != digest:
                 raise _damaged(self._index, place)
         for number in np.flatnonzero(self._crowded[rows]).tolist():
-            check_before_decoding(images[number].data, f"{self.name(places[number].row)!r} of {self._index.root}")
+            place = places[number]
+            check_before_decoding(images[number].data, f"{self.name(place.row)!r} of {_root(self._index, place)}")
         return images
 
 
@@ -235,7 +234,7 @@ class _OpenTar:
 
 def _open_tar(index: Index, kind: Callable[[int], Tar], shard: int) -> Tar:
     """Open a tar that has the recorded size."""
-    entry = index.shards[shard]
+    entry, folder = index.shards[shard], index.folder(shard)
     for _ in range(_FETCH_TRIES):
         path = index.tar_path(shard)
         try:
@@ -244,15 +243,15 @@ def _open_tar(index: Index, kind: Callable[[int], Tar], shard: int) -> Tar:
         except FileNotFoundError:  # of a remote set: another process has just made room in the cache
             continue
     else:
-        raise MissingError(f"shard {path} is gone; restore it, or run `bowstore index {index.root}`")
+        raise MissingError(f"shard {path} is gone; restore it, or run `bowstore index {folder.root}`")
     try:
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes != entry.size_bytes:
             raise MismatchError(
                 f"shard {path} has {size_bytes} bytes, the index says {entry.size_bytes}: it changed after indexing; "
-                f"restore it, or run `bowstore index {index.root}`"
+                f"restore it, or run `bowstore index {folder.root}`"
             )
-        if index.remote:
+        if folder.remote:
             hold(descriptor)
         # Images are read in random order: what the kernel would read around one is of no use.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -262,18 +261,23 @@ def _open_tar(index: Index, kind: Callable[[int], Tar], shard: int) -> Tar:
         raise
 
 
+def _root(index: Index, place: _Place) -> Path:
+    return index.folder(place.shard).root
+
+
 def _cut(index: Index, place: _Place, size_bytes: int) -> MismatchError:
     return MismatchError(
         f"shard {index.tar_path(place.shard)} ends at byte {size_bytes}, within image {index.key(place.row)!r} (to "
-        f"byte {place.stop}): it was cut while in use; restore it, or run `bowstore index {index.root}`"
+        f"byte {place.stop}): it was cut while in use; restore it, or run `bowstore index {_root(index, place)}`"
     )
 
 
 def _damaged(index: Index, place: _Place) -> CorruptError:
+    root = _root(index, place)
     return CorruptError(
         f"image {index.key(place.row)!r} in shard {index.tar_path(place.shard)} (bytes {place.header + BLOCK_BYTES}-"
         f"{place.stop - 1}) differs from its digest in the index: it was damaged or changed after indexing; run "
-        f"`bowstore verify --repair {index.root}`, which says how to go on, or `bowstore index {index.root}` if the "
+        f"`bowstore verify --repair {root}`, which says how to go on, or `bowstore index {root}` if the "
         f"change was meant"
     )
 
@@ -286,7 +290,7 @@ def _check_name(index: Index, place: _Place, header: bytes) -> None:
         found = plain_name(header).decode(errors="replace")
         raise MismatchError(
             f"shard {index.tar_path(place.shard)} holds {found!r} at byte {place.header + BLOCK_BYTES}, the index says "
-            f"{index.key(place.row)!r}: the tar changed after indexing; run `bowstore index {index.root}`"
+            f"{index.key(place.row)!r}: the tar changed after indexing; run `bowstore index {_root(index, place)}`"
         )
 
 
@@ -304,20 +308,36 @@ def fetched(index: Index, *, images: int | None = None, whole: bool = False, dis
         UsageError: with `whole`, the set exceeds the bound.
         BowstoreError: a tar cannot be fetched.
     """
-    if index.remote:
-        entries = index.shards[: int(index.shard[(images or len(index)) - 1]) + 1]
-        if whole or sum(entry.size_bytes for entry in entries) <= index.storage.cache_gb * 1e9:
-            index.remote.fetch_all(entries, f"data set {index.remote.url}", display=display)
+    left = int(index.shard[(images or len(index)) - 1]) + 1
+    wanted = []
+    for folder in index.folders:
+        if folder.remote and left > 0:
+            wanted.append((folder.remote, folder.shards[:left]))
+        left -= len(folder.shards)
+    total = sum(entry.size_bytes for _, entries in wanted for entry in entries)
+    if whole:  # each alone may fit, and push the others out
+        check_fits(total, f"data set {', '.join(remote.url for remote, _ in wanted)}", index.storage)
+    if whole or total <= _cache_bytes(index):
+        for remote, entries in wanted:
+            remote.fetch_all(entries, f"data set {remote.url}", display=display)
     return index
+
+
+def _remote_sizes(index: Index) -> list[int]:
+    return [entry.size_bytes for folder in index.folders if folder.remote for entry in folder.shards]
+
+
+def _cache_bytes(index: Index) -> float:
+    return index.storage.cache_gb * 1e9
 
 
 def read_mode(index: Index) -> Literal["mmap", "pread"]:
     """How the tars of an index are read: as set, or by where they lie."""
-    if index.remote and sum(entry.size_bytes for entry in index.shards) > index.storage.cache_gb * 1e9:
+    if sum(_remote_sizes(index)) > _cache_bytes(index):
         return "pread"  # copies come and go, and a map in use keeps the space of one that went
     if index.storage.read != "auto":
         return index.storage.read
-    return "pread" if is_network(index.root) else "mmap"
+    return "pread" if any(is_network(folder.root) for folder in index.folders) else "mmap"
 
 
 def is_network(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
@@ -340,14 +360,14 @@ def open_limit(index: Index) -> int:
     """
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     limit = _MAX_OPEN if allowed == resource.RLIM_INFINITY else min(_MAX_OPEN, allowed // 2)
-    bound, sizes = index.storage.cache_gb * 1e9, [entry.size_bytes for entry in index.shards]
-    if not index.remote or sum(sizes) <= bound:
+    bound, sizes = _cache_bytes(index), _remote_sizes(index)
+    if sum(sizes) <= bound:
         return limit
     # Open copies cannot be removed, and one more is on its way.
     limit = min(limit, int(bound // max(sizes)) - 1)
     if limit < 2:
         raise UsageError(
-            f"{index.remote.url} has shards of {max(sizes) / 1e6:.2f} MB, and storage.cache_gb "
+            f"{index.place} has shards of {max(sizes) / 1e6:.2f} MB, and storage.cache_gb "
             f"{index.storage.cache_gb:g} holds fewer than three of them; raise it"
         )
     return limit
@@ -360,25 +380,3 @@ def touch(arrays: Iterable[NDArray[np.uint8]]) -> None:
     """
     for array in filter(len, arrays):
         array.take(np.arange(0, len(array) + _PAGE - 1, _PAGE), mode="clip")
-
-
-def prefetched(jobs: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
-    """Make and run the jobs in one background thread, keeping up to `depth` results ready, in order."""
-    source = iter(jobs)
-
-    def work() -> list[T]:  # empty at the end
-        return [job() for job in islice(source, 1)]
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque[Future[list[T]]] = deque()
-        try:
-            while True:
-                while len(waiting) <= depth:
-                    waiting.append(pool.submit(work))
-                result = waiting.popleft().result()
-                if not result:
-                    return
-                yield result[0]
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -188,6 +188,11 @@ def image_digest(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+def joint_fingerprint(parts: Sequence[str]) -> str:
+    """Of several tables, or stores, whose rows follow each other: theirs in order; that of one alone is its own."""
+    return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest(" ".join(parts).encode())
+
+
 def digest_columns(columns: Callable[[str], NDArray[Any]]) -> str:
     """xxh3-128 over all columns, hex; reads them once."""
     digest = xxhash.xxh3_128()

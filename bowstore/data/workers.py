@@ -1,4 +1,4 @@
-"""The same work on many files, in this process or in spawned ones."""
+"""Work beside other work: the same on many files, in this process or in spawned ones; and jobs in a thread ahead."""
 
 import multiprocessing
 import os
@@ -6,11 +6,13 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from typing import TypeVar
@@ -134,3 +136,25 @@ def _work(work: Work[Job, Result], job: Job) -> Result:
             done.value += amount
 
     return work(job, report)
+
+
+def prefetched(jobs: Iterable[Callable[[], Result]], depth: int) -> Iterator[Result]:
+    """Make and run the jobs in one background thread, keeping up to `depth` results ready, in order."""
+    source = iter(jobs)
+
+    def work() -> list[Result]:  # empty at the end
+        return [job() for job in islice(source, 1)]
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future[list[Result]]] = deque()
+        try:
+            while True:
+                while len(waiting) <= depth:
+                    waiting.append(pool.submit(work))
+                result = waiting.popleft().result()
+                if not result:
+                    return
+                yield result[0]
+        finally:
+            for future in waiting:
+                future.cancel()

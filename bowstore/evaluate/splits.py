@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.data.reader import ShardReader, fetched
 from bowstore.errors import DataError, MismatchError, UsageError
@@ -47,12 +47,12 @@ def labelled(index: Index, rows: NDArray[np.int64] | None = None) -> LabelledSpl
 
 
 def open_splits(
-    train: Path, test: Path | None, storage: StorageConfig | None = None, *, images: int | None = None
+    train: SomePaths, test: Path | None, storage: StorageConfig | None = None, *, images: int | None = None
 ) -> DataSets:
     """Train and test images, once they fit each other and have labels: what can be wrong before an image is read.
 
     Args:
-        train: labelled shards.
+        train: labelled shards, of one folder or several.
         test: labelled shards of the same classes; None to hold a tenth of each class of the train shards out.
         storage: how shards are read.
         images: at most so many of each split (`some_images`); None for all.
@@ -101,7 +101,7 @@ def some_images(split: LabelledSplit, images: int) -> LabelledSplit:
     return replace(split, rows=split.rows[kept], labels=label_N[kept])
 
 
-def _held_out(index: Index, train: Path) -> dict[str, LabelledSplit]:
+def _held_out(index: Index, train: SomePaths) -> dict[str, LabelledSplit]:
     """A tenth of each class as the test split (`a_tenth`); the rest as the train split.
 
     Raises:

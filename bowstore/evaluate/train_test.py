@@ -6,7 +6,7 @@ from typing import Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Count, Listed, Place, Strict, Text, Workspace
+from bowstore.config import Count, Listed, ListedPlaces, Place, Strict, Text, Workspace
 from bowstore.data.index import open_index
 from bowstore.errors import MissingError
 from bowstore.evaluate.protocol import DataSets, Protocol
@@ -18,7 +18,9 @@ from bowstore.workspace import val_shards
 class TrainTestSettings(Strict):
     """Which images; all else is the protocol's."""
 
-    train: Place | None = Field(None, description="labelled train shards; null: the workspace's")
+    train: ListedPlaces | None = Field(
+        None, description="labelled train shards, of one folder or several; null: the workspace's"
+    )
     test: Place | None = Field(None, description="labelled test shards; null: the workspace's")
     held_out: bool = Field(False, description="test on a tenth of each train class (another protocol id)")
 

@@ -127,8 +127,8 @@ def supply(plan: Plan, name: str, stage: str, given: Path | None, *, fetch: bool
     for place in (data / name, *(data / result for result in results)):
         if place.exists():
             return _use(stage, place, plan.workspace.storage)
-    workspace = plan.workspace.shards
-    if not is_remote(workspace) and (workspace / INDEX_FILE).exists() and workspace.name == "train":
+    workspace, *more = plan.workspace.shards
+    if not more and not is_remote(workspace) and (workspace / INDEX_FILE).exists() and workspace.name == "train":
         if has_classes_of(name, open_index(workspace)):
             return _use(stage, workspace.parent.absolute(), plan.workspace.storage)
     images = plan.stages.get(str(shards.images))

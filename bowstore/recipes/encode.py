@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from bowstore import runs
-from bowstore.config import ModelConfig, Place, Text, find_config, validate
+from bowstore.config import ModelConfig, Place, Places, Text, find_config, validate
 from bowstore.errors import UsageError
 from bowstore.models.arch import StageShape, is_arch, own_layer, stage_shapes
 from bowstore.models.record import NetworkRecord, network_record
@@ -20,7 +20,7 @@ from bowstore.remote import is_remote
 from bowstore.words.encode.config import EncodeConfig, check_place, check_sample
 from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer
 from bowstore.words.store.store import Store
-from bowstore.workspace import initial_network, is_configuration, resolve_teacher
+from bowstore.workspace import initial_network, is_configuration, only_store, resolve_teacher
 
 
 class EncodeStage(Stage):
@@ -69,22 +69,24 @@ class EncodeStage(Stage):
         return config
 
     @property
-    def shards(self) -> Path:
+    def shards(self) -> Places:
         """The images."""
         return shards_of(self.on, "train", self._here)
 
     @property
     def place(self) -> Path:
         """The word store."""
-        return self._here.place(self.store) if self.store else self._here.workspace.store
+        if self.store:
+            return self._here.place(self.store)
+        return only_store(self._here.workspace, "name the one that this stage makes, as in `store: data/words.zarr`")
 
     @property
     def reads(self) -> tuple[Path | str, ...]:
         """The teacher, its weights where they lie in a file of their own, and the images."""
         if self.teacher:
-            return self._trained, self.shards
+            return self._trained, *self.shards
         weights = self.config.weights
-        return str(self.given["teacher"]), *([str(weights)] if weights else []), self.shards
+        return str(self.given["teacher"]), *([str(weights)] if weights else []), *self.shards
 
     @property
     def _trained(self) -> Path:

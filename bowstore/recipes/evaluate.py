@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from bowstore import runs
-from bowstore.config import Listed, Strict, Text, dump, validate
+from bowstore.config import Listed, Places, Strict, Text, dump, places, validate
 from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.evaluate.config import OF_NETWORK, EvalConfig
 from bowstore.evaluate.protocol import DataSets, Kind
@@ -52,9 +52,9 @@ class Cell:
         return runs.result_path(folder, self.kind.describe(self.settings).id)
 
     @property
-    def data(self) -> dict[str, Path]:
+    def data(self) -> dict[str, Places]:
         """Folders of images, by the settings that name them."""
-        return {name: value for name, value in self.settings if isinstance(value, Path)}
+        return {name: places(value) for name, value in self.settings if isinstance(value, Path | Places)}
 
     def is_done(self) -> bool:
         """Whether the result of these weights, images and settings is there."""
@@ -129,11 +129,11 @@ class EvalStage(Stage):
         kind, values = asked(item)
         fields = kind.settings.model_fields
         how = {key: value for key, value in values.items() if key in _HOW and key not in fields}
-        data = {
-            role: shards_of(reference, role, self._here)
-            for role, reference in (("train", self.train), ("test", self.test))
-            if reference and role in fields
-        }
+        data: dict[str, Any] = {}
+        if self.train and "train" in fields:
+            data["train"] = shards_of(self.train, "train", self._here)
+        if self.test and "test" in fields:
+            (data["test"],) = shards_of(self.test, "test", self._here)
         own = {key: value for key, value in values.items() if key not in how}
         settings = validate(kind.settings, data | own, kind.name)
         try:
@@ -145,7 +145,7 @@ class EvalStage(Stage):
     @property
     def reads(self) -> tuple[Path | str, ...]:
         """Runs, then images."""
-        data = (place for cell in self.cells for place in cell.data.values())
+        data = (place for cell in self.cells for folders in cell.data.values() for place in folders)
         return tuple(dict.fromkeys([*(cell.run for cell in self.cells), *data]))
 
     @property

@@ -8,14 +8,14 @@ from typing import Annotated, Self, TypeVar, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from bowstore.config import Place, Seed, Strict, Text, Workspace
+from bowstore.config import WORKSPACE_FILE, Place, Places, Seed, Strict, Text, Workspace, places
 from bowstore.data.config import ShardsConfig
 from bowstore.data.downloads import DOWNLOADS, fetch
 from bowstore.data.records import PARTS_FOLDER, PLAN_FILE, read_manifest
 from bowstore.data.shards import make_shards
 from bowstore.data.synthetic import MARKER, write_images
 from bowstore.data.table import INDEX_FILE
-from bowstore.errors import BusyError, MissingError
+from bowstore.errors import BusyError, MissingError, UsageError
 from bowstore.files import read_json
 from bowstore.progress import say
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Here, Stage, State, stage_of
@@ -160,15 +160,21 @@ class ShardsStage(Stage):
     @property
     def writes(self) -> tuple[Path, ...]:
         """The folder of all splits."""
-        return (self._here.place(self.out) if self.out else self._here.workspace.shards.parent,)
+        shards = self._here.workspace.shards
+        if not self.out and len(shards) > 1:
+            raise UsageError(
+                f"{WORKSPACE_FILE} names {len(shards)} folders of shards, {shards}; name the one that this stage "
+                f"makes, as in `out: {shards[0].parent}`"
+            )
+        return (self._here.place(self.out) if self.out else shards[0].parent,)
 
     @cached_property
     def splits(self) -> dict[str, Path]:
         """What other stages read of them, by "train" and "test"."""
         workspace, (out,) = self._here.workspace, self.writes
         if self.out:
-            workspace = workspace.model_copy(update={"shards": out / "train", "val_shards": None})
-        return {"train": workspace.shards, "test": _test_of(workspace)}
+            workspace = workspace.model_copy(update={"shards": places(out / "train"), "val_shards": None})
+        return {"train": workspace.shards[0], "test": _test_of(workspace)}
 
     @property
     def known_whole(self) -> bool:
@@ -204,7 +210,7 @@ class ShardsStage(Stage):
         return [report.summary() for report in reports]
 
 
-def shards_of(reference: str | None, role: str, here: Here) -> Path:
+def shards_of(reference: str | None, role: str, here: Here) -> Places:
     """The shards that an input means: those of a stage, perhaps of a split that it names, or the workspace's.
 
     Args:
@@ -214,9 +220,9 @@ def shards_of(reference: str | None, role: str, here: Here) -> Path:
     """
     if reference is None:
         workspace = here.workspace
-        return _test_of(workspace) if role == "test" else workspace.shards
+        return places(_test_of(workspace) if role == "test" else workspace.shards)
     stage, split = cast(ShardsStage, here.stages[stage_of(reference)]), reference.partition("/")[2]
-    return stage.writes[0] / split if split else stage.splits[role]
+    return places(stage.writes[0] / split if split else stage.splits[role])
 
 
 def _test_of(workspace: Workspace) -> Path:
@@ -224,4 +230,4 @@ def _test_of(workspace: Workspace) -> Path:
     try:
         return val_shards(workspace)
     except MissingError:
-        return workspace.shards.parent / "val"
+        return workspace.shards[0].parent / "val"

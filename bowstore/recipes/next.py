@@ -103,8 +103,9 @@ def _first_ready(plan: Plan, stages: Mapping[str, S], given: Collection[str]) ->
 
 def _lacking(stage: TrainStage | EncodeStage, given: Collection[str]) -> str:
     """What a stage lacks first, and the command that makes it; nothing if it is ready."""
-    if "shards" not in given and not is_remote(stage.shards) and fingerprint(stage.shards) is None:
-        return f"shards in {stage.shards}: make them, `bowstore shards IMAGES {stage.shards.parent}`"
+    for folder in () if "shards" in given else stage.shards:
+        if not is_remote(folder) and fingerprint(folder) is None:
+            return f"shards in {folder}: make them, `bowstore shards IMAGES {folder.parent}`"
     if isinstance(stage, EncodeStage):
         return _unfinished(Path(stage.given["teacher"])) if stage.teacher else ""
     if stage.start and "task.start" not in given and (lacking := _unfinished(stage.flags["task.start"])):

@@ -198,7 +198,10 @@ def _with_data(recipe: Recipe, plan: Plan, found: dict[str, Supply]) -> tuple[Re
     stages = dict(recipe.stages)
     for name, stage in plan.stages.items():
         places = [
-            (c.kind.name, p) for c in (stage.cells if isinstance(stage, EvalStage) else ()) for p in c.data.values()
+            (cell.kind.name, place)
+            for cell in (stage.cells if isinstance(stage, EvalStage) else ())
+            for folders in cell.data.values()
+            for place in folders
         ]
         gone = {kind: p for kind, p in places if not p.exists() and not any(p.is_relative_to(it) for it in made)}
         if gone and isinstance(stage, EvalStage):

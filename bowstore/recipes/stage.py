@@ -4,14 +4,14 @@ Each kind is a class in a module beside this one; the product's own function mak
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from bowstore.config import Strict, Workspace
-from bowstore.data.table import INDEX_FILE, TableHeader, read_header
+from bowstore.config import SomePaths, Strict, Workspace, places
+from bowstore.data.table import INDEX_FILE, TableHeader, joint_fingerprint, read_header
 from bowstore.errors import BowstoreError, MismatchError, MissingError
 from bowstore.models.record import NetworkRecord
 from bowstore.remote import is_remote
@@ -163,14 +163,18 @@ def in_stage(name: str, recipe: Path) -> Iterator[None]:
         raise type(error)(f"{recipe}: stage {name!r}: {error}") from error
 
 
-def fingerprint(shards: Path) -> str | None:
-    """The fingerprint in an index; None where there is none here, or it cannot be read."""
-    return _of_index(shards, lambda header: str(header.meta["fingerprint"]))
+def fingerprint(shards: SomePaths) -> str | None:
+    """The fingerprint in an index, or of several as one; None where there is none here, or it cannot be read."""
+    parts = [_of_index(folder, lambda header: str(header.meta["fingerprint"])) for folder in places(shards)]
+    known = [part for part in parts if part is not None]
+    return joint_fingerprint(known) if len(known) == len(parts) else None
 
 
-def images_in(shards: Path) -> int | None:
-    """How many images an index has; None where there is none here, or it cannot be read."""
-    return _of_index(shards, lambda header: header.rows)
+def images_in(shards: Sequence[Path]) -> int | None:
+    """How many images indexes have; None where there is none here, or it cannot be read."""
+    parts = [_of_index(folder, lambda header: header.rows) for folder in shards]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def _of_index(shards: Path, ask: Callable[[TableHeader], T]) -> T | None:

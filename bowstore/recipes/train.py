@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic import Field
 
 from bowstore import runs
-from bowstore.config import Place, Text, dump, find_config, validate
+from bowstore.config import Place, Places, Text, dump, find_config, validate
 from bowstore.data.plan import Schedule
 from bowstore.errors import MissingError, UsageError
 from bowstore.evaluate.config import probes_of
@@ -126,9 +126,9 @@ class TrainStage(Stage):
         return network_record(dump(self.config), str(self.file))
 
     @property
-    def shards(self) -> Path:
+    def shards(self) -> Places:
         """The images."""
-        return cast(Path, self.config.shards)
+        return cast(Places, self.config.shards)
 
     @property
     def begins(self) -> Path | None:
@@ -145,7 +145,7 @@ class TrainStage(Stage):
     def reads(self) -> tuple[Path | str, ...]:
         """Shards, words, and the run that it starts from."""
         words = [self.encoding.place / layer for layer in self.layers] if self.encoding else []
-        return self.shards, *words, *([self.begins] if self.begins else [])
+        return *self.shards, *words, *([self.begins] if self.begins else [])
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -195,9 +195,11 @@ class TrainStage(Stage):
             return f"{run} was started from other weights than {self.begins} holds"
         recorded = lineage["targets"].get("vocabulary_digest") if lineage else None
         for name in _layers_of(there.task):
-            words, now = recorded.get(name) if isinstance(recorded, dict) else recorded, complete_layer(store, name)
-            if words and now and words != now.made_with()["vocabulary"]:
-                return f"{run} was trained on other words of {name} than word store {store} holds"
+            words = recorded.get(name) if isinstance(recorded, dict) else recorded
+            for part in store or ():
+                now = complete_layer(part, name)
+                if words and now and words != now.made_with()["vocabulary"]:
+                    return f"{run} was trained on other words of {name} than word store {part} holds"
         return ""
 
     def make(self) -> list[str]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import bowstore
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig, places
 from bowstore.data.index import Index, open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
@@ -92,13 +92,13 @@ class WordsReport:
 
 
 def write_words_page(
-    store: Path, shards: Path, out: Path, wish: Wish, storage: StorageConfig | None = None
+    store: Path, shards: SomePaths, out: Path, wish: Wish, storage: StorageConfig | None = None
 ) -> WordsReport:
     """Write a page that shows words of a store; `out` is replaced whole or not at all.
 
     Args:
         store: the word store, a folder or a URL.
-        shards: folder or URL of indexed shards that hold its images, or some of them.
+        shards: folder or URL of indexed shards that hold its images, or some of them; or several.
         out: the page.
         wish: which words.
         storage: how remote data are read, and where local copies lie; None for the defaults.
@@ -116,19 +116,19 @@ def write_words_page(
     layers = collect(opened, index, wish)
     # Another split may use the same keys for other images: the reader has to know how images were found.
     other_shards = index.fingerprint != opened.fingerprint
-    places = _place(store), _place(shards)
+    folders = [_place(folder) for folder in places(shards)]
     html = render(
         layers,
         index,
-        store=_last(places[0], 1),
-        shards=_last(places[1], 2),
+        store=_last(_place(store), 1),
+        shards=", ".join(_last(folder, 2) for folder in folders),
         named=bool(wish.words),
         other_shards=other_shards,
     )
     encoded = html.encode()
     with atomic_file(out) as file:
         file.write(encoded)
-    return WordsReport(out, len(encoded), *places, len(opened), other_shards, layers)
+    return WordsReport(out, len(encoded), _place(store), ", ".join(folders), len(opened), other_shards, layers)
 
 
 def _place(path: Path) -> str:

@@ -201,7 +201,7 @@ def _collect_layer(store: Store, layer: Layer, index: Index, wish: Wish) -> Laye
     images = _Images(store, layer, index, looked_up, reencoded=wish.reencoded)
     if images.looked_up and images.looked_up == images.missing:
         raise MissingError(
-            f"none of the {images.looked_up} images nearest to the words shown is in shards {index.root} "
+            f"none of the {images.looked_up} images nearest to the words shown is in shards {index.place} "
             f"({len(index)} images; word store {store.path} has {len(store)}); name the shards that were encoded"
         )
     words = {

@@ -11,8 +11,8 @@ from bowstore.config import (
     Computing,
     Count,
     Listed,
+    ListedPlaces,
     ModelConfig,
-    Place,
     Positive,
     Seed,
     StorageConfig,
@@ -109,7 +109,9 @@ class TrainConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder below runs/")
     task: Annotated[SerializeAsAny[TaskSettings], BeforeValidator(_settings)]
     seed: Seed = Field(0, description="of weights, order and augmentation")
-    shards: Place | None = Field(None, description="shards with their index; null: the workspace's")
+    shards: ListedPlaces | None = Field(
+        None, description="shards with their index, of one folder or several; null: the workspace's"
+    )
     images: Count | None = Field(None, description="use at most so many, the first rows")
     view: ViewConfig = ViewConfig()
     model: ModelConfig = ModelConfig()
@@ -267,8 +269,12 @@ def learned(config: TrainConfig) -> dict[str, Any]:
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in values.items() if not isinstance(value, Path)}
+    kept = {key: value for key, value in values.items() if not _is_place(value)}
     return {key: _without_places(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, Path) or (isinstance(value, tuple) and any(isinstance(part, Path) for part in value))
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -14,7 +14,8 @@ from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
 from bowstore.config import StorageConfig
 from bowstore.data import reader
 from bowstore.data.index import Index, build_index
-from bowstore.data.reader import ShardReader, is_network, open_limit, prefetched, read_mode, touch
+from bowstore.data.reader import ShardReader, is_network, open_limit, read_mode, touch
+from bowstore.data.workers import prefetched
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError
 
 WAYS = pytest.mark.parametrize("way", ["mmap", "pread"])

@@ -216,7 +216,7 @@ def test_places_are_the_workspaces_unless_named() -> None:
     assert (rotnet.run, rotnet.config.seed, rotnet.config.shards) == (
         Path("runs/cifar10_rotnet_small"),
         3,
-        data.splits["train"],
+        (data.splits["train"],),
     )
     assert isinstance(words, EncodeStage)
     assert (words.place, words.config.teacher, words.config.seed) == (Path("data/words.zarr"), rotnet.run, 3)

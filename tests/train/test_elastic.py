@@ -20,6 +20,7 @@ from recorded_training import (
     whole_batches,
 )
 
+from bowstore.config import places
 from bowstore.data.index import build_index
 from bowstore.errors import BowstoreError, DataError, MismatchError
 from bowstore.progress import say
@@ -138,7 +139,8 @@ def test_elastic_order_digest_tells_one_exchanged_pair(alone: tuple[Record, list
 
 def with_its_own_shards(rank: int, config: TrainConfig, folder: Path) -> None:
     try:
-        recorded_train(config.model_copy(update={"shards": folder / f"shards-{rank}"}), folder, folder / f"own-{rank}")
+        own = config.model_copy(update={"shards": places(folder / f"shards-{rank}")})
+        recorded_train(own, folder, folder / f"own-{rank}")
     except MismatchError as error:
         (folder / f"refused-{rank}").write_text(str(error))
 

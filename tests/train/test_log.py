@@ -154,7 +154,7 @@ def test_the_marginal_is_that_of_the_images_in_use(make_config: Make, form: str,
     config = make_config(settings={"form": form}, images=images)
     assert config.shards is not None
     assert config.task.store is not None
-    words = open_store(config.task.store).load_words()[:images].reshape(images, -1).astype(int)
+    words = open_store(config.task.store[0]).load_words()[:images].reshape(images, -1).astype(int)
     bags = np.zeros((images, 32))
     for image, row in enumerate(words):
         for word in row if form == "count" else sorted(set(row)):

@@ -14,6 +14,7 @@ import torch
 from coloured_keys import distinct_keys, training_config, write_coloured_store, write_coloured_tars
 from recorded_training import Record, exit_codes, read_record, recorded_train, start_ranks
 
+from bowstore.config import places
 from bowstore.data import feed
 from bowstore.data.index import build_index
 from bowstore.data.reader import ShardReader
@@ -182,8 +183,8 @@ def test_resume_on_other_images_is_refused(config: TrainConfig, tmp_path: Path) 
 
     assert config.shards is not None
     shards = tmp_path / "shards"
-    shutil.copytree(config.shards, shards)
-    moved = config.model_copy(update={"shards": shards})
+    shutil.copytree(config.shards[0], shards)
+    moved = config.model_copy(update={"shards": places(shards)})
     with pytest.raises(Stopped):
         recorded_train(moved, tmp_path, tmp_path / "record", stopping_at(6))
     for tar in shards.glob("*.tar"):

@@ -78,7 +78,7 @@ def test_a_damaged_index_is_not_trained_on(make_config: Make, tmp_path: Path, co
     config = make_config("rotation")
     assert config.shards is not None
     index = open_index(config.shards)
-    path = config.shards / "index.safetensors"
+    path = config.shards[0] / "index.safetensors"
     values = np.asarray(getattr(index, column))
     data, wanted = bytearray(path.read_bytes()), values.tobytes()
     place = data.index(wanted)

@@ -205,8 +205,8 @@ def test_changed_words_stop_a_resumed_run(make_config: Make, tmp_path: Path, mon
             loop.train(config, tmp_path / "runs")
     assert config.task.store is not None
     assert config.shards is not None
-    shutil.rmtree(config.task.store)
-    write_store(config.task.store, open_index(config.shards), seed=9)
+    shutil.rmtree(config.task.store[0])
+    write_store(config.task.store[0], open_index(config.shards), seed=9)
     with pytest.raises(MismatchError, match="words changed since the checkpoint"):
         loop.train(config, tmp_path / "runs")
 
@@ -218,7 +218,7 @@ def permuted_config(make_config: Make, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("bowstore.words.store.layer.CHUNK_STEP_ROWS", 20)
     config = make_config()
     assert config.task.store is not None
-    store = open_store(config.task.store)
+    store = open_store(config.task.store[0])
     order = np.random.default_rng(3).permutation(len(store))
     images = store.image_digest()
     assert images is not None

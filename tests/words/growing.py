@@ -44,7 +44,13 @@ def as_grown(store: Path) -> Path:
     dataset = group.attrs["dataset"]
     part = {"fingerprint": dataset["fingerprint"], "images": dataset["images"] // 2}
     group.update_attributes({"dataset": {**dataset, "fingerprint": "0" * 32, "parts": [part, part]}})
+    return resealed(store)
+
+
+def resealed(store: Path) -> Path:
+    """A store whose attributes were changed, with the digests over all that belong to them."""
+    group = zarr.open_group(store, mode="r+")
     for name in group.attrs["layers"]:
-        digest = Layer(store, zarr.open_group(store, mode="r"), name, dataset["images"]).content_digest()
+        digest = Layer(store, zarr.open_group(store, mode="r"), name, group.attrs["dataset"]["images"]).content_digest()
         group[name].update_attributes({"content_digest": digest})
     return store

@@ -405,7 +405,7 @@ def test_join_refuses_missing_and_duplicate_keys(path: Path, tmp_path: Path) -> 
 def test_verify_joins_with_the_shards(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     @dataclass
     class Index(Keys):
-        root: Path = tmp_path
+        place: str = "shards"
 
         def __len__(self) -> int:
             return len(self.names)

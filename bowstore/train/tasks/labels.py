@@ -72,19 +72,19 @@ def read_labels(job: Job) -> Labels:
     without = np.flatnonzero(label_N < 0)
     if len(without):
         raise DataError(
-            f"task {task}: {len(without)} of {used} images of {index.root} have no label (the first: "
+            f"task {task}: {len(without)} of {used} images of {index.place} have no label (the first: "
             f"{index.key(int(without[0]))}); make the shards from class folders or a list with labels, or name their "
             f"label to `bowstore index --label-field`"
         )
     if (label_N == label_N[0]).all():
         raise DataError(
-            f"task {task}: the {used} images of {index.root} that are used are all of one class; use shards of "
+            f"task {task}: the {used} images of {index.place} that are used are all of one class; use shards of "
             f"several, or raise images"
         )
     num_classes = max(len(index.classes), int(label_N.max()) + 1)
     if num_classes > _MAX_CLASSES:
         raise DataError(
-            f"task {task}: label {label_N.max()} of {index.root} asks for {num_classes} classes, of at most "
+            f"task {task}: label {label_N.max()} of {index.place} asks for {num_classes} classes, of at most "
             f"{_MAX_CLASSES}; number the classes from 0"
         )
     return Labels(label_N, num_classes)

@@ -4,7 +4,7 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from bowstore.config import Chosen, Count, Place, Positive, Text, ViewConfig, Workspace
+from bowstore.config import Chosen, Count, ListedPlaces, Positive, Text, ViewConfig, Workspace
 from bowstore.errors import UsageError
 from bowstore.limits import MAX_WORDS
 from bowstore.remote import fetch_store
@@ -74,7 +74,9 @@ class WordsSettings(TaskSettings):
     """BoWNet: the image's bag of words (paper, Eq. 3 and 4), by the cosine head of Eq. 5."""
 
     name: Literal["words"] = "words"
-    store: Place | None = Field(None, description="word store; null: the workspace's")
+    store: ListedPlaces | None = Field(
+        None, description="word store, or several under the same vocabulary; null: the workspace's"
+    )
     layer: Text | None = Field(None, description="layer of the store; null: its only one")
     layers: Chosen[Text] | None = Field(
         None, description="several layers of the store, predicted jointly, each by a head of its own; beyond the paper"
@@ -172,16 +174,16 @@ class LinearSettings(StartedSettings):
 
 
 def _in_workspace(settings: WordsSettings, workspace: Workspace) -> WordsSettings:
-    """With the workspace's store, where none is named, and the name of its only layer."""
-    from bowstore.words.store.store import open_store  # Zarr: only where a store is opened
+    """With the workspace's stores, where none is named, and the name of their only layer."""
+    from bowstore.words.store.join import open_stores  # Zarr: only where a store is opened
 
-    place = settings.store or workspace.store
-    store = open_store(fetch_store(place, workspace.storage))
+    named_stores = settings.store or workspace.store
+    store = open_stores([fetch_store(place, workspace.storage) for place in named_stores])
     layers = [store.layer(name) for name in settings.layers or (settings.layer,)]
     for layer in layers:
         settings.check_map(layer.name, layer.grid)
     named = None if settings.layers else layers[0].name
-    return settings.model_copy(update={"store": place, "layer": named})
+    return settings.model_copy(update={"store": named_stores, "layer": named})
 
 
 ROTATION = Kind(name="rotation", settings=RotationSettings, build="bowstore.train.tasks.rotation:build", mixes=False)

@@ -33,6 +33,7 @@ from bowstore.words.targets.tiers import (
 )
 
 if TYPE_CHECKING:  # with Zarr
+    from bowstore.words.store.join import JoinedLayer
     from bowstore.words.store.layer import Layer
 
 Bags = Bag | list[Bag]
@@ -155,14 +156,13 @@ def _lineage(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _open(settings: WordsSettings, job: Job) -> list[Source]:
     """The layers whose words are learned, in the tier that has room for all of them."""
-    from bowstore.words.store.join import join_rows  # Zarr: only where a store is opened
-    from bowstore.words.store.store import open_store
+    from bowstore.words.store.join import join_rows, open_stores  # Zarr: only where a store is opened
 
     assert settings.store is not None, "the command line resolves task.store"
     config, world = job.config, job.world
-    path = fetch_store(settings.store, config.runtime.storage, display=world.first)
+    paths = [fetch_store(place, config.runtime.storage, display=world.first) for place in settings.store]
     world.assembled()  # however long it takes on some machine
-    store = open_store(path)
+    store = open_stores(paths)
     layers = [store.layer(name) for name in settings.layers or (settings.layer,)]
     for layer in layers:
         settings.check_map(layer.name, layer.grid)
@@ -186,7 +186,7 @@ def _open(settings: WordsSettings, job: Job) -> list[Source]:
     ]
 
 
-def _form(settings: WordsSettings, job: Job, layer: "Layer") -> BagForm:
+def _form(settings: WordsSettings, job: Job, layer: "Layer | JoinedLayer") -> BagForm:
     config, num_words = job.config, layer.num_words
     if settings.form == "pyramid":
         return PyramidBags(num_words, layer.grid, settings.grids, flip=config.view.flip)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 import bowstore
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index, open_index
 from bowstore.data.reader import fetched
@@ -51,7 +51,7 @@ _OWN_SETTINGS = {"teacher", "weights", "vocabulary", "device", "threads"}
 def encode(
     config: EncodeConfig,
     *,
-    shards: Path,
+    shards: SomePaths,
     store: Path,
     storage: StorageConfig | None = None,
 ) -> EncodeReport | None:
@@ -63,7 +63,7 @@ def encode(
 
     Args:
         config: teacher, layers, vocabulary.
-        shards: folder of indexed shards.
+        shards: folder of indexed shards, or several, whose rows follow each other.
         store: where the word store is or will be.
         storage: how shards are read, and where copies of remote ones lie; None for the defaults.
 

@@ -29,7 +29,7 @@ def has_layers(job: Job) -> bool:
     if writer.fingerprint != index.fingerprint or writer.images != len(index):
         raise MismatchError(
             f"word store {writer.path} was made of data set {writer.fingerprint} ({writer.images} images), but "
-            f"{index.root} is {index.fingerprint} ({len(index)} images); encode into a new --store, under the same "
+            f"{index.place} is {index.fingerprint} ({len(index)} images); encode into a new --store, under the same "
             f"words with --vocabulary {writer.path}"
         )
     for name in job.names:

@@ -1,31 +1,148 @@
-"""Rows of a store and rows of an index, joined by their keys: whose words are whose.
+"""Rows of stores for rows of an index, by key; and several stores of one data set as one.
 
-Legend: N images, U rows that are asked for.
+A data set grows by another folder of shards and another store under the same vocabulary: the rows of one store follow
+those of another, as those of the folders do in an index (`bowstore.data.index.joined`).
+
+Legend: N rows of an index, U some rows of a store, M images of which both have the key.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bowstore.config import places
+from bowstore.data.table import joint_fingerprint
 from bowstore.errors import MismatchError
-from bowstore.words.store.store import Store
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.store import Store, open_store
 
 if TYPE_CHECKING:
     from bowstore.data.index import Index
 
 _EXAMPLES = 5
 _HASHES = 1 << 20  # of an index's keys, looked at together
+# What layers have in common whose words mean the same (`Layer.made_with`).
+_SAME = ("teacher architecture", "teacher weights", "precision", "clean view", "border", "map", "K", "vocabulary")
+_PROJECTION = ("projection_digest", "projection_offset_digest")
 
 
-def join_rows(store: Store, index: "Index", *, reencoded: bool = False) -> NDArray[np.int64]:
+class JoinedLayer:
+    """A layer of several stores, whose words mean the same, read as one.
+
+    Attributes:
+        layers: the stores' own.
+        name, attributes, grid, num_words, border, lineage: those of the first.
+        images: rows of all stores.
+        chunk_rows: of the largest chunk.
+        chunks: of all stores, those of one after those of another.
+
+    Raises:
+        MismatchError: they differ in vocabulary, teacher or view; names the first difference.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        first = layers[0]
+        for other in layers[1:]:
+            _check_same(first, other)
+        self.layers = tuple(layers)
+        self.name, self.attributes, self.grid = first.name, first.attributes, first.grid
+        self.num_words, self.border, self.lineage = first.num_words, first.border, first.lineage
+        starts = accumulate((layer.images for layer in layers), initial=0)
+        self._chunks = [
+            (layer, chunk, start) for layer, start in zip(layers, starts, strict=False) for chunk in range(layer.chunks)
+        ]
+        self.images, self.chunks = sum(layer.images for layer in layers), len(self._chunks)
+        self.chunk_rows = max(layer.chunk_rows for layer in layers)
+
+    def rows(self, chunk: int) -> slice:
+        """The rows of a chunk, counted through all stores."""
+        layer, own, start = self._chunks[chunk]
+        rows = layer.rows(own)
+        return slice(start + rows.start, start + rows.stop)
+
+    def chunk_digests(self) -> NDArray[np.uint64]:
+        """As of a layer, uint64 (chunks,)."""
+        return np.concatenate([layer.chunk_digests() for layer in self.layers])
+
+    def read_chunk(self, chunk: int, digest: int) -> NDArray[np.uint16]:
+        """As of a layer."""
+        layer, own, _ = self._chunks[chunk]
+        return layer.read_chunk(own, digest)
+
+
+def _check_same(one: Layer, other: Layer) -> None:
+    made, asked = other.made_with(), one.made_with()
+    differences = [name for name in _SAME if made[name] != asked[name]]
+    if not differences and any(one.attributes.get(name) != other.attributes.get(name) for name in _PROJECTION):
+        differences = ["vocabulary"]
+    if differences:
+        name = differences[0]
+        raise MismatchError(
+            f"layer {one.name!r} of word stores {one.path} and {other.path} cannot be joined: {name} is {asked[name]} "
+            f"in the first and {made[name]} in the second; encode the second's images with --vocabulary {one.path}, "
+            "by the same teacher"
+        )
+
+
+class JoinedStore:
+    """Several stores as one: the rows of one after those of another.
+
+    Attributes:
+        path: of all, for messages.
+        fingerprint: that of an index over the folders of shards that they were encoded from, in the same order.
+
+    Raises:
+        MismatchError: one of format 2, whose images are not known.
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self._stores = tuple(stores)
+        self.path = places([store.path for store in stores])
+        self.fingerprint = joint_fingerprint([store.fingerprint for store in stores])
+        digests = [store.image_digest() for store in stores]
+        self._image_digests = [digest for digest in digests if digest is not None]
+        for store, digest in zip(stores, digests, strict=True):
+            if digest is None:
+                raise MismatchError(
+                    f"word store {store.path} has format 2, which does not know its images: it cannot be joined with "
+                    f"others; encode its images anew, with --vocabulary {store.path}"
+                )
+
+    def __len__(self) -> int:
+        return sum(map(len, self._stores))
+
+    def layer(self, name: str | None = None) -> JoinedLayer:
+        """A complete layer by name, or the only one of the first store, of all of them; errors as of one store."""
+        first = self._stores[0].layer(name)
+        return JoinedLayer([first, *(store.layer(first.name) for store in self._stores[1:])])
+
+    def key_hash(self) -> NDArray[np.uint64]:
+        """As of a store."""
+        return np.concatenate([store.key_hash() for store in self._stores])
+
+    def image_digest(self) -> NDArray[np.uint64]:
+        """As of a store."""
+        return np.concatenate(self._image_digests)
+
+
+def open_stores(paths: Sequence[Path]) -> Store | JoinedStore:
+    """Open a store of this machine for reading, or several as one; errors as of `open_store`."""
+    stores = [open_store(path) for path in paths]
+    return stores[0] if len(stores) == 1 else JoinedStore(stores)
+
+
+def join_rows(store: Store | JoinedStore, index: "Index", *, reencoded: bool = False) -> NDArray[np.int64]:
     """The store's row of each row of an index, int64 (N_index,).
 
     Equal fingerprints: the identity. Otherwise rows are joined by the hashes of their keys, and the images of equal
     keys are compared by their digests; the store may hold more than the index asks for.
 
     Args:
-        store: the words.
+        store: the words, of one store or several.
         index: the images that ask for them.
         reencoded: the shards hold other encodings of the store's images (resized, compressed anew): keys alone count.
 
@@ -40,12 +157,15 @@ def join_rows(store: Store, index: "Index", *, reencoded: bool = False) -> NDArr
     ordered, needles = have[have_order], wanted[wanted_order]
     # Sorted needles are found by walking through memory; in any other order each one is a chain of cache misses.
     first, behind = np.searchsorted(ordered, needles), np.searchsorted(ordered, needles, side="right")
-    for wrong, problem in ((behind == first, "missing from"), (behind - first > 1, "more than once in")):
+    for wrong, problem, remedy in (
+        (behind == first, "missing from", "encode these shards, or train on those that were encoded"),
+        (behind - first > 1, "more than once in", "encode these shards into one store, or name stores of other keys"),
+    ):
         rows = np.sort(wanted_order[wrong])
         if len(rows):
             raise MismatchError(
                 f"{len(rows)} of {len(wanted)} keys of the shards are {problem} word store {store.path}, for "
-                f"example {_names(index, rows)}; encode these shards, or train on those that were encoded"
+                f"example {_names(index, rows)}; {remedy}"
             )
     rows_N = np.empty(len(wanted), np.int64)
     rows_N[wanted_order] = have_order[first]
@@ -84,7 +204,9 @@ def index_rows(
     return found_U
 
 
-def check_images(store: Store, index: "Index", rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]) -> None:
+def check_images(
+    store: Store | JoinedStore, index: "Index", rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]
+) -> None:
     """Refuse rows whose images are not those that the store's rows were made of.
 
     Keys are names of files, and the splits of a data set often use the same ones.

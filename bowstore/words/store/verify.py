@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.config import StorageConfig
+from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.index import Index, open_index
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.progress import Progress
@@ -61,13 +61,14 @@ class VerifyReport:
 
 
 def verify(
-    path: Path, shards: Path | None = None, storage: StorageConfig | None = None, *, reencoded: bool = False
+    path: Path, shards: SomePaths | None = None, storage: StorageConfig | None = None, *, reencoded: bool = False
 ) -> VerifyReport:
     """Read a whole store and check it: metadata, every chunk, digests, word ids, keys.
 
     Args:
         path: the store.
-        shards: folder of indexed shards whose keys the store must hold, each once, no others; None skips that.
+        shards: folder of indexed shards, or several, whose keys the store must hold, each once, no others; None skips
+            that.
         storage: where copies of remote shards lie.
         reencoded: the shards hold other encodings of the store's images: keys alone are compared.
 
@@ -239,13 +240,13 @@ def _check_keys(key_hash_N: NDArray[np.uint64], index: Index | None, report: Ver
     if len(missing):
         names = ", ".join(index.key(row) for row in missing[:_EXAMPLES].tolist())
         report.problems.append(
-            f"{len(missing)} of {len(index)} keys of {index.root} are missing from the store, for example "
+            f"{len(missing)} of {len(index)} keys of {index.place} are missing from the store, for example "
             f"{names}; encode these shards into a new store"
         )
     extra = np.flatnonzero(~np.isin(key_hash_N, index.key_hash))
     if len(extra):
         report.problems.append(
-            f"{len(extra)} of the store's {len(key_hash_N)} keys are not in {index.root}, for example those "
+            f"{len(extra)} of the store's {len(key_hash_N)} keys are not in {index.place}, for example those "
             f"of rows {_listed(extra)}; encode these shards into a new store"
         )
 

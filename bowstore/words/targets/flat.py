@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from bowstore.files import atomic_file, leftovers, waiting_lock
 from bowstore.progress import Progress, say
 from bowstore.remote.cache import cache_root, hold, is_as_recorded, lock_file, mark_used, reserve, write_record
 from bowstore.words.store.arrays import array_digest
+from bowstore.words.store.join import JoinedLayer
 from bowstore.words.store.layer import Layer
 
 SUFFIX = ".u16"
@@ -54,8 +56,10 @@ class FlatWords:
         mark_used(path)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # single rows are read, not their neighbours
 
-    def read(self, rows_B: NDArray[np.int64], out_BM: NDArray[np.uint16]) -> None:
-        """Read rows of the store into a C-contiguous array; adjacent rows by one call.
+    def read(
+        self, rows_B: NDArray[np.int64], out_BM: NDArray[np.uint16], places_B: NDArray[np.int64] | None = None
+    ) -> None:
+        """Read rows of the store into rows of a C-contiguous array, `places_B` or in order; adjacent rows by one call.
 
         All reads are announced to the kernel first, so that a disk works on them at once.
 
@@ -66,7 +70,7 @@ class FlatWords:
         sorted_B = rows_B[order_B]
         starts = np.flatnonzero(np.diff(sorted_B, prepend=-2) != 1).tolist()
         runs = list(pairwise([*starts, len(rows_B)]))
-        first_row, place = sorted_B.tolist(), order_B.tolist()
+        first_row, place = sorted_B.tolist(), (order_B if places_B is None else places_B[order_B]).tolist()
         for start, stop in runs:
             bytes_ = (stop - start) * self._row_bytes
             os.posix_fadvise(self._file, self._offset(first_row[start]), bytes_, os.POSIX_FADV_WILLNEED)
@@ -110,6 +114,42 @@ class FlatWords:
                     f"{self.path} ends at byte {offset + done}, within its rows: it was cut while in use; run again"
                 )
             done += got
+
+
+class JoinedFlatWords:
+    """The flat files of several stores as one, each of which serves other runs too.
+
+    Attributes:
+        files: of the stores, in their order.
+    """
+
+    def __init__(self, layer: JoinedLayer, files: Sequence[FlatWords]) -> None:
+        self.files = tuple(files)
+        self._starts = np.cumsum([0, *(part.images for part in layer.layers)])
+        self._chunks = [
+            (file, chunk) for file, part in zip(files, layer.layers, strict=True) for chunk in range(part.chunks)
+        ]
+
+    def read(self, rows_B: NDArray[np.int64], out_BM: NDArray[np.uint16]) -> None:
+        """As of one file; rows are counted through all stores."""
+        of_B = np.searchsorted(self._starts, rows_B, side="right") - 1
+        for number, file in enumerate(self.files):
+            mine = np.flatnonzero(of_B == number)
+            file.read(rows_B[mine] - self._starts[number], out_BM, mine)
+
+    def chunk(self, chunk: int) -> NDArray[np.uint16]:
+        """As of one file; chunks are counted through all stores."""
+        file, own = self._chunks[chunk]
+        return file.chunk(own)
+
+
+def open_flat_words(
+    layer: Layer | JoinedLayer, storage: StorageConfig, *, shown: bool = True
+) -> FlatWords | JoinedFlatWords:
+    """`open_flat`, of one store or several."""
+    if isinstance(layer, Layer):
+        return open_flat(layer, storage, shown=shown)
+    return JoinedFlatWords(layer, [open_flat(part, storage, shown=shown) for part in layer.layers])
 
 
 def open_flat(layer: Layer, storage: StorageConfig, *, shown: bool = True) -> FlatWords:

@@ -33,8 +33,9 @@ from bowstore.torchrun import ranks
 from bowstore.words.targets.bags import count_bag, unpacked
 
 if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in memory train without it
+    from bowstore.words.store.join import JoinedLayer
     from bowstore.words.store.layer import Layer
-    from bowstore.words.targets.flat import FlatWords
+    from bowstore.words.targets.flat import FlatWords, JoinedFlatWords
 
 Tier = Literal["resident", "host", "streamed"]
 TIERS: tuple[Tier, ...] = ("resident", "host", "streamed")  # by the room that they need, most first
@@ -89,7 +90,7 @@ def choose_tier(setting: Tier | Literal["auto"], size_bytes: int, device: torch.
     return TierChoice("streamed", f"more than half of {memory}")
 
 
-def words_bytes(layer: "Layer", rows: int) -> int:
+def words_bytes(layer: "Layer | JoinedLayer", rows: int) -> int:
     """Size of the words of some rows, bytes."""
     return 2 * rows * layer.grid[0] * layer.grid[1]
 
@@ -111,7 +112,7 @@ class Targets(ABC):
 
     tier: ClassVar[Tier]
 
-    def __init__(self, layer: "Layer", rows: int, device: torch.device) -> None:
+    def __init__(self, layer: "Layer | JoinedLayer", rows: int, device: torch.device) -> None:
         self.device = device
         self.slots = layer.grid[0] * layer.grid[1]
         self.waited_s = 0.0
@@ -155,7 +156,7 @@ class ResidentTargets(Targets):
     tier = "resident"
 
     def __init__(
-        self, layer: "Layer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool = True
+        self, layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool = True
     ) -> None:
         super().__init__(layer, len(store_row_N), device)
         self._words_NM = _load(layer, store_row_N, device, shown=shown)
@@ -177,7 +178,7 @@ class HostTargets(Targets):
     tier = "host"
 
     def __init__(
-        self, layer: "Layer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool = True
+        self, layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool = True
     ) -> None:
         super().__init__(layer, len(store_row_N), device)
         self._words_NM = _load(layer, store_row_N, torch.device("cpu"), shown=shown)
@@ -207,12 +208,20 @@ class StreamedTargets(Targets):
 
     tier = "streamed"
 
-    def __init__(self, layer: "Layer", store_row_N: NDArray[np.int64], device: torch.device, flat: "FlatWords") -> None:
+    def __init__(
+        self,
+        layer: "Layer | JoinedLayer",
+        store_row_N: NDArray[np.int64],
+        device: torch.device,
+        flat: "FlatWords | JoinedFlatWords",
+    ) -> None:
         super().__init__(layer, len(store_row_N), device)
         identity = len(store_row_N) == layer.images and bool((np.diff(store_row_N, prepend=-1) == 1).all())
         # The only thing here that grows with the index: usually 4 bytes a row, and nothing for the identity.
         self._store_row_N = None if identity else store_row_N.astype(np.min_scalar_type(layer.images))
         self._chunks = layer.chunks
+        # Not so where stores meet: then blocks are of the same size as in other tiers only if they are cut anew.
+        self._even = all(layer.rows(chunk).start == chunk * layer.chunk_rows for chunk in range(layer.chunks))
         self.flat = flat
         self._reader = ThreadPoolExecutor(1, "words")
         weakref.finalize(self, self._reader.shutdown, wait=False)
@@ -228,7 +237,7 @@ class StreamedTargets(Targets):
             CorruptError: the file holds other words than the store.
         """
         checked = (self.flat.chunk(chunk) for chunk in range(self._chunks))
-        if self._store_row_N is None:
+        if self._store_row_N is None and self._even:
             yield from checked
             return
         for _ in checked:
@@ -255,7 +264,7 @@ class StreamedTargets(Targets):
 
 def open_targets(
     tier: Tier,
-    layer: "Layer",
+    layer: "Layer | JoinedLayer",
     store_row_N: NDArray[np.int64],
     device: torch.device,
     *,
@@ -266,7 +275,7 @@ def open_targets(
 
     Args:
         tier: where they shall lie.
-        layer: a complete layer of a store.
+        layer: a complete layer of a store, or of several.
         store_row_N: int64 (N,), the store's row of each row of the index (`join_rows`).
         device: where they are wanted.
         storage: the cache of the streamed tier.
@@ -277,9 +286,9 @@ def open_targets(
         BowstoreError: streamed, and no room on the disk.
     """
     if tier == "streamed":
-        from bowstore.words.targets.flat import open_flat  # Zarr
+        from bowstore.words.targets.flat import open_flat_words  # Zarr
 
-        return StreamedTargets(layer, store_row_N, device, open_flat(layer, storage, shown=shown))
+        return StreamedTargets(layer, store_row_N, device, open_flat_words(layer, storage, shown=shown))
     kind = ResidentTargets if tier == "resident" else HostTargets
     return kind(layer, store_row_N, device, shown=shown)
 
@@ -343,7 +352,7 @@ def time_batches(targets: Targets, *, batch: int, batches: int, seed: int = 0) -
     return times
 
 
-def _load(layer: "Layer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool) -> Tensor:
+def _load(layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool) -> Tensor:
     """Words of an index's rows, int16 (N, M), read chunk by chunk into their places."""
     slots = layer.grid[0] * layer.grid[1]
     words_NM = torch.empty((len(store_row_N), slots), dtype=torch.int16, device=device)
