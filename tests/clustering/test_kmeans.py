@@ -16,7 +16,7 @@ from bowstore.clustering.kmeans import distinct_rows, kmeans
 from bowstore.clustering.lloyd_faiss import FaissLloyd, SuperLloyd
 from bowstore.clustering.lloyd_torch import TorchLloyd
 from bowstore.errors import UsageError
-from bowstore.words.encode import prepare
+from bowstore.words.encode import sample as sampling
 
 CPU = torch.device("cpu")
 
@@ -288,9 +288,10 @@ def test_memory_counts_what_kmeans_copies(
     job: Any = SimpleNamespace(layers=[plan], config=config, device=CPU)
     vectors = 10_000_000
     room = int(4 * 128 * vectors * (1 + copies))
-    monkeypatch.setattr(prepare, "available_memory", lambda: room)
-    prepare._check_memory(job, {"conv4": vectors})
-    monkeypatch.setattr(prepare, "available_memory", lambda: room - 1)
+    plans: Any = {"conv4": SimpleNamespace(vectors=vectors)}
+    monkeypatch.setattr(sampling, "available_memory", lambda: room)
+    sampling.check_memory(job, plans)
+    monkeypatch.setattr(sampling, "available_memory", lambda: room - 1)
     message = f"the samples of conv4 take {room / 1e9:.1f} GB of memory, .* lower --sample-per-word"
     with pytest.raises(UsageError, match=message):
-        prepare._check_memory(job, {"conv4": vectors})
+        sampling.check_memory(job, plans)

@@ -204,6 +204,7 @@ def test_remote_tar_that_left_the_cache_is_fetched_again(workspace: Path, monkey
 def test_remote_index_of_other_shards_is_noticed(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served("http", monkeypatch) as url:
         index = opened(f"{url}/shards/train", workspace, 1e9)
-        wrong = index.shards[0]._replace(digest="0" * 32)
+        (folder,) = index.folders
+        wrong = folder._replace(shards=(folder.shards[0]._replace(digest="0" * 32), *folder.shards[1:]))
         with pytest.raises(CorruptError, match=r"train-000000\.tar is not the file that was recorded"):
-            fetched(dataclasses.replace(index, shards=(wrong, *index.shards[1:])))
+            fetched(dataclasses.replace(index, folders=(wrong,)))
