@@ -208,7 +208,7 @@ def test_the_trunk_stays_and_each_head_learns_as_it_would_alone(workspace: Path)
 def on_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     train, test = Path(folder, "data/train"), Path(folder, "data/val")
-    settings = SMALL.model_copy(update={"train": places(train), "test": places(test), "layers": ("block2", "pooled")})
+    settings = SMALL.model_copy(update={"train": places(train), "test": test, "layers": ("block2", "pooled")})
     with Path(folder, f"shown-{rank}").open("w") as file, redirect_stderr(file):
         evaluate(imagenet_linear.KIND, settings, EvalConfig(run=str(Path(folder, "net.safetensors"))), Workspace())
 
@@ -235,7 +235,7 @@ def test_top5_is_of_more_than_five_classes(classes: int, expected: list[float]) 
 
 
 def test_what_is_interrupted_or_broken_leaves_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SMALL.model_copy(update={"train": places("data/train"), "test": places("data/val")})
+    settings = SMALL.model_copy(update={"train": places("data/train"), "test": Path("data/val")})
     for error in (KeyboardInterrupt(), DataError("x")):
         with monkeypatch.context() as patch:
             patch.setattr(layer_heads, "count_hits", lambda *_a, error=error, **_k: (_ for _ in ()).throw(error))
