@@ -21,8 +21,8 @@ def nvjpeg_file() -> str:
 def load_nvjpeg() -> ctypes.CDLL | None:
     """Load it, before another of its name is there; None where there is none.
 
-    A process has one library of a name, the first that was loaded. torchvision, where it was built on the machine,
-    brings the system's nvJPEG, and one before 13.2 makes nvImageCodec decode windows of JPEGs elsewhere, with a
+    A process has one library of a name, the first that was loaded. A torchvision that was built on the machine may
+    bring the system's nvJPEG, and one before 13.2 makes nvImageCodec decode windows of JPEGs elsewhere, with a
     warning for each (seen on an H100: encode's clean view at 13,600 images/s where the train view had 19,000).
     """
     try:

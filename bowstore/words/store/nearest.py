@@ -41,7 +41,7 @@ class NearestSearch:
 
     Cells that may count wait until there are as many of them as are kept at most; then all are ranked at once. While
     few images have been seen nearly every cell counts, and to rank after each batch takes longer than a GPU does for
-    the batch itself (256 images of 14 x 14 cells, K = 20000: 138 ms of a core for each of the first 25, 16 so).
+    the batch itself (256 images of 14 x 14 cells, K = 20000: 138 ms of a core for each of the first 25, 19 so).
     """
 
     def __init__(self, num_words: int, kept: int = KEPT_IMAGES) -> None:
