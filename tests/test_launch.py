@@ -17,14 +17,18 @@ SBATCH = {
     "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "requeue", "open-mode",
     "output",
 }  # fmt: skip
-# Fields of trainer.kubeflow.org/v1alpha1 (Trainer 2.2).
+# Fields of trainer.kubeflow.org/v1alpha1 (Trainer 2.2) and of SkyPilot's task (0.14).
 TRAINER = {"image", "command", "args", "env", "numNodes", "resourcesPerNode", "numProcPerNode"}
 TRAIN_JOB = {"runtimeRef", "initializer", "trainer", "runtimePatches", "suspend", "activeDeadlineSeconds", "managedBy"}
+SKY = {"name", "workdir", "num_nodes", "resources", "file_mounts", "setup", "run", "envs", "secrets"}
 
 STUBS = {
     "torchrun": 'printf "%s\\0" "$@"',
     "scontrol": 'printf "node2\\nnode10\\nnode1x\\n"',
     "srun": 'while [[ $1 == --* ]]; do shift; done; SLURMD_NODENAME=${NODE:-node2} exec "$@"',
+    "pip": "exit 9",
+    "bowstore": 'printf "%s\\0" bowstore "$@"',
+    "cd": "",
 }
 
 
@@ -110,3 +114,27 @@ def test_kubernetes(stubs: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert (given.nnodes, given.nproc_per_node, given.rdzv_endpoint) == ("2", "8", "job-node-0-0.job:29500")
     assert given.rdzv_conf == f"is_host={int(rank == 0)}"
     assert told["config"] == Path("imagenet_conv4")
+
+
+@pytest.mark.parametrize(("rank", "here"), [(0, "10.0.0.9"), (1, "10.0.0.10")])
+def test_skypilot(stubs: Path, rank: int, here: str) -> None:
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task.keys() <= SKY
+    assert all(isinstance(value, str) for value in task["envs"].values())
+    nodes = {
+        "SKYPILOT_NODE_RANK": str(rank),
+        "SKYPILOT_NODE_IPS": "10.0.0.9\n10.0.0.10",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_TASK_ID": "sky-1",
+    }
+    calls = run(["bash", "-c", task["run"]], stubs, **nodes, **task["envs"])
+    pushed = calls.index("bowstore", calls.index("bowstore") + 1) if calls.count("bowstore") > 1 else len(calls)
+    given, told = understood(calls[:pushed])
+    assert (given.nnodes, given.nproc_per_node, given.rdzv_id) == ("2", "8", "sky-1")
+    assert (given.rdzv_endpoint, given.local_addr) == ("10.0.0.10:29400", here)
+    assert given.rdzv_conf == f"is_host={int(here == '10.0.0.10')}"
+    assert told["store"] == Path("words.zarr")
+    if here == "10.0.0.10":  # where rank 0 runs, and the store is
+        assert parsed(calls[pushed + 1 :])["licence"] == "CC BY 4.0"
+    assert (pushed < len(calls)) == (here == "10.0.0.10")
