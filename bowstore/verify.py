@@ -10,7 +10,7 @@ from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.shard_check import Problem
 from bowstore.data.sources.names import is_system
 from bowstore.data.verify import FolderReport, is_shards_folder, verify_folder, verify_remote
-from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
+from bowstore.errors import BowstoreError, MissingError, UsageError
 from bowstore.evaluate.results import read_result
 from bowstore.remote import RemoteFolder, fetch_store, is_remote, url_of
 from bowstore.runs import all_result_paths, is_network, is_run
@@ -137,6 +137,7 @@ def _verify_store(
 ) -> PathReport:
     from bowstore.words.store import verify  # Zarr, for a store alone
     from bowstore.words.store.layer import in_words
+    from bowstore.words.store.store import REMEDY
 
     report = verify.verify(path, shards, storage, reencoded=reencoded)
     layers = [f"{name} ({in_words(report.arithmetic[name])})" for name in report.layers]
@@ -146,15 +147,13 @@ def _verify_store(
     if repair and report.damaged:
         try:
             count = verify.discard_damaged(path, report)
-        except MismatchError as error:
-            problems.append(Problem(str(error), "store"))
         except OSError as error:
             if isinstance(error, BowstoreError):
                 raise
             problems.append(Problem(f"nothing was taken back: {path} cannot be written ({error.strerror})", "store"))
         else:
             what = f"{count} damaged chunks were" if count else "what is counted over all words was"
-            repairs.append(f"{what} taken back; {report.remedy}, to write just that")
+            repairs.append(f"{what} taken back; {REMEDY}, to write just that")
     words_digest = verify.digest(path) if digest and report.sound else None
     return PathReport(
         path,

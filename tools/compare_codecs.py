@@ -39,7 +39,8 @@ from bowstore.environment import cores, library_versions
 from bowstore.errors import BowstoreError
 from bowstore.progress import Progress
 from bowstore.words.store.arrays import READ_ERRORS, stored_bytes
-from bowstore.words.store.layer import NOT_WRITTEN, Layer
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.schema import NOT_WRITTEN
 from bowstore.words.store.store import open_store
 
 BASE = "zstd1"  # the ratios are over this one

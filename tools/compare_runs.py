@@ -20,7 +20,7 @@ from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import read_json
 from bowstore.models.weights import content_digest
 from bowstore.runs import EVAL_FOLDER, METRICS_FILE
-from bowstore.words.store.store import FORMAT
+from bowstore.words.store.schema import FORMAT
 from bowstore.words.store.verify import digest
 
 _OF_TIME = ("seconds", "_seconds", "_per_second", "_s")  # ends of names of figures that no two runs share

@@ -1,4 +1,4 @@
-"""Stores of two layers, those of earlier versions among them."""
+"""Stores of two layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,15 +36,6 @@ def older_provenance() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Teacher, "provenance", older)
         yield
-
-
-def as_grown(store: Path) -> Path:
-    """A store as earlier versions left it that could append images to one."""
-    group = zarr.open_group(store, mode="r+")
-    dataset = group.attrs["dataset"]
-    part = {"fingerprint": dataset["fingerprint"], "images": dataset["images"] // 2}
-    group.update_attributes({"dataset": {**dataset, "fingerprint": "0" * 32, "parts": [part, part]}})
-    return resealed(store)
 
 
 def resealed(store: Path) -> Path:

@@ -1,29 +1,27 @@
 """Files that are each in order and do not belong together: parts of two states of a store, images of two sets."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
 import zarr
-from encoding import CPU, run_encode
+from encoding import run_encode
 from growing import LAYERS, small_chunks_patch
 from teacher_sets import IMAGES, write_shards
 
 from bowstore.data.index import open_index
 from bowstore.errors import CorruptError, MismatchError
 from bowstore.verify import verify_path
-from bowstore.words.store import store as store_module
 from bowstore.words.store.join import join_rows
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.store import Store, open_store
-from bowstore.words.store.verify import digest, discard_damaged, verify
-from bowstore.words.targets.tiers import StorageConfig, open_targets
+from bowstore.words.store.verify import digest, verify
 
 
 @pytest.fixture(scope="module")
@@ -141,62 +139,32 @@ def test_one_other_image_among_many_is_named(store: Path, shards: Path, tmp_path
         join_rows(open_store(store), changed)
 
 
-def as_format_2(store: Path) -> Path:
-    """What the version before wrote."""
-    shutil.rmtree(store / "image_digest")
+@pytest.mark.parametrize("version", [2, "3", 3.0, True, None, [3], 4])
+def test_stores_of_other_formats_are_refused_with_the_way_on(store: Path, version: object) -> None:
     path = store / "zarr.json"
     metadata = json.loads(path.read_text())
-    metadata["attributes"]["format_version"] = 2
-    del metadata["attributes"]["image_digest_digest"]
+    metadata["attributes"]["format_version"] = version
     path.write_text(json.dumps(metadata))
-    for layer in metadata["attributes"]["layers"]:
-        own = json.loads((store / layer / "zarr.json").read_text())
-        del own["attributes"]["content_digest"]
-        (store / layer / "zarr.json").write_text(json.dumps(own))
-    return store
+    message = (
+        rf"^word store {store} has format version {re.escape(repr(version))} \(written by bowstore .*\), this one "
+        r"reads 3; make its words anew: `bowstore encode --store` with another path$"
+    )
+    with pytest.raises(MismatchError, match=message):
+        open_store(store)
+    assert len(verify(store).problems) == 1
 
 
-def test_a_store_of_format_2_is_read_with_one_warning(
-    store: Path, shards: Path, teacher_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(store_module, "_WARNED", set())
-    before = digest(store)
-    as_format_2(store)
-    capfd.readouterr()
-    opened = open_store(store, "block3")
-    strange = open_index(write_shards(tmp_path / "strange", IMAGES, seed=7))
-    rows = join_rows(opened, strange)
-    open_targets("host", opened.layer("block3"), rows, CPU, storage=StorageConfig())
-    assert verify(store, shards).sound
-    assert digest(store) == before
-    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == [
-        f"warning: word store {store} has format 2: it is not checked whether images of equal keys are the images that "
-        f"were encoded, nor whether its files are all of one state; `bowstore encode --vocabulary {store}` into a new "
-        "store makes format 3"
-    ]
+def test_stores_that_were_appended_to_are_refused_with_the_way_on(store: Path) -> None:
+    group = zarr.open_group(store, mode="r+")
+    group.update_attributes({"dataset": {**group.attrs["dataset"], "parts": []}})
+    message = (
+        r"has grown by --append \(written by .*\), which is gone; make its words anew: .* one store for each folder"
+    )
+    with pytest.raises(MismatchError, match=message):
+        open_store(store)
 
 
-def test_damage_of_a_store_of_format_2_is_made_good(store: Path, teacher_file: Path, shards: Path) -> None:
-    before = digest(as_format_2(store))
-    (store / "block3/words/c/1/0/0").write_bytes(b"")
-    assert discard_damaged(store, verify(store)) == 1
-    run_encode(teacher=teacher_file, shards=shards, store=store, **LAYERS)
-    assert digest(store) == before
-    assert verify(store).sound
-
-
-def test_a_format_that_is_no_number_is_refused(store: Path) -> None:
-    path = store / "zarr.json"
-    metadata = json.loads(path.read_text())
-    for version in ("3", 3.0, True, None, [3], 4):
-        metadata["attributes"]["format_version"] = version
-        path.write_text(json.dumps(metadata))
-        with pytest.raises(MismatchError, match=r"has format version .*, this one reads 2 and 3; encode into a new"):
-            open_store(store)
-
-
-def test_layer_without_a_digest_over_all_is_refused_in_format_3(store: Path) -> None:
+def test_layer_without_a_digest_over_all_is_refused(store: Path) -> None:
     path = store / "block3/zarr.json"
     metadata = json.loads(path.read_text())
     del metadata["attributes"]["content_digest"]

@@ -17,7 +17,7 @@ from teacher_sets import write_shards
 from bowstore.config import StorageConfig
 from bowstore.data.index import open_index
 from bowstore.errors import CorruptError, MismatchError
-from bowstore.words.store.join import JoinedLayer, JoinedStore, join_rows, open_stores
+from bowstore.words.store.join import JoinedLayer, join_rows, open_stores
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.store import open_store
 from bowstore.words.store.verify import digest, verify
@@ -141,14 +141,6 @@ def test_growth_refuses_other_images_under_the_same_keys(grown: Grown, tmp_path:
         MismatchError, match=rf"^{LATER} of {FIRST + LATER} images of the shards are not those that word"
     ):
         join_rows(open_stores(grown.stores), open_index([grown.shards[0], strange]))
-
-
-def test_growth_of_a_store_of_format_2_names_the_way(grown: Grown, monkeypatch: pytest.MonkeyPatch) -> None:
-    stores = [open_store(path) for path in grown.stores]
-    monkeypatch.setattr(stores[1], "image_digest", lambda: None)
-    message = f"word store {re.escape(str(grown.stores[1]))} has format 2, which .* --vocabulary {grown.stores[1]}$"
-    with pytest.raises(MismatchError, match=message):
-        JoinedStore(stores)
 
 
 def test_growth_of_one_store_is_that_store(grown: Grown) -> None:

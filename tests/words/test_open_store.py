@@ -1,5 +1,6 @@
 """The store for other programs: `bowstore.open_store`, and reading it with plain Zarr from its documentation alone."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from teacher_sets import IMAGES
 import bowstore
 from bowstore.data.index import open_index
 from bowstore.errors import MissingError, UsageError
+from bowstore.words.store.schema import STORE_ARRAYS, Writer, layer_arrays
 from bowstore.words.store.store import key_hash
 
 PLAIN_READER = """
@@ -48,11 +50,34 @@ print(json.dumps(answer))
 """
 
 
+WRITTEN = {
+    Writer.CREATION: ("with the store", "with the layer", "with the layer, only with --pca"),
+    Writer.CHUNKS: ("chunk by chunk",),
+    Writer.COUNT: ("last",),
+    Writer.PASS: ("last",),
+}
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, shards: Path) -> Path:
     path = tmp_path_factory.mktemp("open") / "words.zarr"
     run_encode(teacher=teacher_file, shards=shards, store=path, layers=("block2", "block3"), num_words=(12, 24), pca=5)
     return path
+
+
+def test_the_page_and_the_table_say_the_same() -> None:
+    page = (Path(__file__).parents[2] / "docs/store-format.md").read_text()
+    rows = re.findall(r"^\| `([a-z_/<>]+)` \| \((.+?)\) \| (\w+) \| (\S+) \| (.+) \|$", page, re.MULTILINE)
+    specs = STORE_ARRAYS | {f"<layer>/{name}": spec for name, spec in layer_arrays(projected=True).items()}
+    plain = layer_arrays(projected=False)
+    assert [row[0] for row in rows] == list(specs)
+    for name, axes, dtype, fill, written in rows:
+        spec = specs[name]
+        assert axes.replace("16", "n").split(", ") == spec.axes.split()
+        assert (dtype, float(fill)) == (spec.dtype, pytest.approx(spec.fill, nan_ok=True))
+        assert written in WRITTEN[spec.writer]
+        if name.startswith("<layer>"):
+            assert ("only with --pca" in written) == (spec.name not in plain)
 
 
 def test_words_and_bag_of_a_key(path: Path, shards: Path) -> None:

@@ -4,18 +4,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 from encoding import run_encode
-from growing import LAYERS, as_grown
-from teacher_sets import IMAGES
+from growing import LAYERS
 
-from bowstore.data.index import open_index
-from bowstore.errors import MismatchError
-from bowstore.verify import verify_path
-from bowstore.words.store.join import join_rows
 from bowstore.words.store.store import open_store
 from bowstore.words.store.verify import digest, discard_damaged, verify
-from bowstore.words.store.writer import StoreWriter
 
 
 def test_lost_nearest_images_are_found_again(store: Path, teacher_file: Path, shards: Path, tmp_path: Path) -> None:
@@ -40,27 +33,3 @@ def test_a_lost_vocabulary_is_no_reason_to_take_words_back(store: Path) -> None:
     report = verify(store)
     assert len(report.problems) == 2
     assert report.damaged == {}
-
-
-def test_a_store_that_was_appended_to_is_read_and_never_taken_apart(
-    store: Path, teacher_file: Path, shards: Path
-) -> None:
-    before = digest(store)
-    assert digest(as_grown(store)) == before
-    assert verify(store, shards).sound
-    assert np.array_equal(join_rows(open_store(store), open_index(shards)), np.arange(IMAGES))
-    with pytest.raises(
-        MismatchError,
-        match=rf"was made of data set 0{{32}} .* encode into a new --store, .* --vocabulary {store}$",
-    ):
-        run_encode(teacher=teacher_file, shards=shards, store=store, **LAYERS)
-    (store / "block2/words/c/1/0/0").write_bytes(b"")
-    report = verify_path(store, repair=True)
-    assert report.repairs == []
-    assert report.problems[-1].message == (
-        f"nothing was taken back from word store {store}: it has grown by --append, which is gone: encode its images "
-        f"anew, with --vocabulary {store}"
-    )
-    StoreWriter(store).discard_chunks("block2", [1])  # as an earlier version took it back
-    with pytest.raises(MismatchError, match=r"4 of 5 chunks are written; it has grown by --append, which is gone"):
-        open_store(store).layer("block2")

@@ -160,7 +160,7 @@ def test_refuses_what_is_no_store(tmp_path: Path) -> None:
 
 def test_refuses_another_format_version(path: Path) -> None:
     zarr.open_group(path, mode="r+").attrs.update({"format_version": 7})
-    with pytest.raises(MismatchError, match=r"format version 7 \(written by bowstore .*\), this one reads 2"):
+    with pytest.raises(MismatchError, match=r"format version 7 \(written by bowstore .*\), this one reads 3"):
         open_store(path)
 
 

@@ -7,7 +7,7 @@ a missing chunk as fill values; its errors name no chunk.
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import xxhash
 import zarr
-from numpy.typing import DTypeLike, NDArray
-from zarr.abc.store import ByteRequest
+from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer
 from zarr.errors import GroupNotFoundError
 from zarr.storage import LocalStore
 
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, is_machine_error
-from bowstore.files import atomic_file, check_plain_file, make_folder, sweep_temporary, temporary_stem
+from bowstore.files import atomic_file, make_folder, sweep_temporary, temporary_stem
+from bowstore.words.store.schema import ArraySpec, Writer
 
 _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is for
 # Whatever Zarr and its codecs raise for damaged bytes or metadata (seen by damaging each of them).
@@ -35,30 +35,7 @@ _OBJECT = re.compile(r"(?:.+/)?zarr\.json|(?:.+/)?c(?:/[0-9]+)*")  # of Zarr, by
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a chunk that is gone is never taken for one that is all fill
 
 
-class PlainStore(LocalStore):
-    """Zarr's local store, which opens plain files alone: on a pipe under an object's name it would wait for ever."""
-
-    async def get(
-        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        """Read one object."""
-        self._refuse_pipe(key)
-        return await super().get(key, prototype, byte_range)
-
-    def get_sync(
-        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        """Read one object."""
-        self._refuse_pipe(key)
-        return super().get_sync(key, prototype=prototype, byte_range=byte_range)
-
-    def _refuse_pipe(self, key: str) -> None:
-        path = self.root / key
-        if not path.is_dir():  # which Zarr takes for a missing object
-            check_plain_file(path)
-
-
-class DurableStore(PlainStore):
+class DurableStore(LocalStore):
     """Zarr's local store with durable writes: each object is whole or absent, even after a power cut."""
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -90,7 +67,7 @@ def open_group(path: Path, *, writable: bool) -> zarr.Group:
         MismatchError: no Zarr group lies there.
         CorruptError: its metadata cannot be read.
     """
-    store = DurableStore(path) if writable else PlainStore(path, read_only=True)
+    store = DurableStore(path) if writable else LocalStore(path, read_only=True)
     with reading(f"word store {path}"):
         try:
             return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
@@ -136,35 +113,39 @@ def subgroup(group: zarr.Group, name: str) -> zarr.Group:
     return item
 
 
-def array(group: zarr.Group, name: str, shape: tuple[int, ...] | None = None) -> zarr.Array[Any]:
-    """An array below a group; with `shape`, refused if it has another."""
+def chunk_length(group: zarr.Group, name: str) -> int:
+    """Rows of a chunk of an array, which only the array knows."""
     item = group.get(name)
     if not isinstance(item, zarr.Array):
         raise ValueError(f"array {name} is missing")
-    if shape is not None and item.shape != shape:
-        raise ValueError(f"{name} has shape {item.shape}, not {shape}")
+    return int(item.chunks[0])
+
+
+def array(group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int]) -> zarr.Array[Any]:
+    """An array below a group, refused if it is not as the table has it."""
+    item = group.get(name)
+    if not isinstance(item, zarr.Array):
+        raise ValueError(f"array {name} is missing")
+    if item.shape != spec.shape(sizes):
+        raise ValueError(f"{name} has shape {item.shape}, not {spec.shape(sizes)}")
+    if item.dtype != spec.dtype or not np.array_equal(item.fill_value, spec.fill, equal_nan=True):
+        raise ValueError(f"{name} is {item.dtype} filled with {item.fill_value}, not {spec.dtype} with {spec.fill}")
     return item.with_config(_WRITE_ALL)  # Zarr does not keep this setting with the array
 
 
-def create(
-    group: zarr.Group,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-    *,
-    fill: float,
-    chunks: tuple[int, ...] | None = None,
-) -> zarr.Array[Any]:
-    """Create an array whose chunks (default: one) carry a checksum and are written even if all are fill."""
-    return group.create_array(
-        name,
-        shape=shape,
-        chunks=chunks or shape,
-        dtype=np.dtype(dtype),
-        fill_value=fill,
+def create(group: zarr.Group, spec: ArraySpec, sizes: Mapping[str, int], values: NDArray[Any] | None = None) -> None:
+    """Create an array, with these values or none; its chunks carry a checksum and are written even if all are fill."""
+    made = group.create_array(
+        spec.name,
+        shape=spec.shape(sizes),
+        chunks=spec.chunk_shape(sizes),
+        dtype=np.dtype(spec.dtype),
+        fill_value=spec.fill,
         compressors=[ZstdCodec(level=_ZSTD_LEVEL, checksum=True)],
         config=_WRITE_ALL,
     )
+    if values is not None:
+        made[:] = values
 
 
 def read(array: zarr.Array[Any], rows: slice = slice(None)) -> NDArray[Any]:
@@ -187,21 +168,24 @@ def repair_of(path: Path) -> str:
     return f"run `bowstore verify --repair {path}`, which says how to go on"
 
 
-def read_checked(path: Path, group: zarr.Group, name: str, digest: object, *, repairable: bool = False) -> NDArray[Any]:
-    """A whole array, checked against its recorded hex digest.
+def read_checked(
+    path: Path, group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int], digest: object
+) -> NDArray[Any]:
+    """A whole array of the store at `path`, checked against its recorded hex digest.
 
     Raises:
-        CorruptError: missing, undecodable, or other than what was recorded.
+        CorruptError: missing, undecodable, or other than what was recorded; says whether it can be made good.
     """
     what = f"array {name} of word store {path}"
-    remedy = repair_of(path) if repairable else "restore it from a copy, or encode into a new store"
     try:
         with reading(what):
-            values = read(array(group, name))
+            values = read(array(group, name, spec, sizes))
+        if hex_digest(values) != digest:
+            raise CorruptError(f"{what} differs from its recorded digest {digest}")
     except CorruptError as error:
+        lost = spec.writer is Writer.CREATION
+        remedy = "restore it from a copy, or encode into a new store" if lost else repair_of(path)
         raise CorruptError(f"{error}; {remedy}") from error
-    if hex_digest(values) != digest:
-        raise CorruptError(f"{what} differs from its recorded digest {digest}; {remedy}")
     return values
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from bowstore.data.index import Index
 
 _EXAMPLES = 5
-_HASHES = 1 << 20  # of an index's keys, looked at together
 # What layers have in common whose words mean the same (`Layer.made_with`).
 _SAME = ("teacher architecture", "teacher weights", "precision", "clean view", "border", "map", "K", "vocabulary")
 _PROJECTION = ("projection_digest", "projection_offset_digest")
@@ -94,23 +93,12 @@ class JoinedStore:
     Attributes:
         path: of all, for messages.
         fingerprint: that of an index over the folders of shards that they were encoded from, in the same order.
-
-    Raises:
-        MismatchError: one of format 2, whose images are not known.
     """
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self._stores = tuple(stores)
         self.path = places([store.path for store in stores])
         self.fingerprint = joint_fingerprint([store.fingerprint for store in stores])
-        digests = [store.image_digest() for store in stores]
-        self._image_digests = [digest for digest in digests if digest is not None]
-        for store, digest in zip(stores, digests, strict=True):
-            if digest is None:
-                raise MismatchError(
-                    f"word store {store.path} has format 2, which does not know its images: it cannot be joined with "
-                    f"others; encode its images anew, with --vocabulary {store.path}"
-                )
 
     def __len__(self) -> int:
         return sum(map(len, self._stores))
@@ -126,7 +114,7 @@ class JoinedStore:
 
     def image_digest(self) -> NDArray[np.uint64]:
         """As of a store."""
-        return np.concatenate(self._image_digests)
+        return np.concatenate([store.image_digest() for store in self._stores])
 
 
 def open_stores(paths: Sequence[Path]) -> Store | JoinedStore:
@@ -150,25 +138,24 @@ def join_rows(store: Store | JoinedStore, index: "Index", *, reencoded: bool = F
         MismatchError: keys that the store lacks, or holds twice, or under which it holds the words of other images;
             with counts and five examples.
     """
-    wanted, have = index.key_hash, store.key_hash()
-    if index.fingerprint == store.fingerprint and len(wanted) == len(have):
+    wanted_N, have = index.key_hash, store.key_hash()
+    if index.fingerprint == store.fingerprint and len(wanted_N) == len(have):
         return np.arange(len(have), dtype=np.int64)
-    have_order, wanted_order = np.argsort(have, kind="stable"), np.argsort(wanted, kind="stable")
-    ordered, needles = have[have_order], wanted[wanted_order]
-    # Sorted needles are found by walking through memory; in any other order each one is a chain of cache misses.
-    first, behind = np.searchsorted(ordered, needles), np.searchsorted(ordered, needles, side="right")
-    for wrong, problem, remedy in (
-        (behind == first, "missing from", "encode these shards, or train on those that were encoded"),
-        (behind - first > 1, "more than once in", "encode these shards into one store, or name stores of other keys"),
+    rows_N, values_and_counts = rows_of(wanted_N, have), np.unique(have, return_counts=True)
+    twice = values_and_counts[0][values_and_counts[1] > 1]
+    for wrong_N, problem, remedy in (
+        (rows_N < 0, "missing from", "encode these shards, or train on those that were encoded"),
+        (
+            np.isin(wanted_N, twice),
+            "more than once in",
+            "encode these shards into one store, or name stores of other keys",
+        ),
     ):
-        rows = np.sort(wanted_order[wrong])
-        if len(rows):
+        if wrong_N.any():
             raise MismatchError(
-                f"{len(rows)} of {len(wanted)} keys of the shards are {problem} word store {store.path}, for "
-                f"example {_names(index, rows)}; {remedy}"
+                f"{int(wrong_N.sum())} of {len(wanted_N)} keys of the shards are {problem} word store {store.path}, "
+                f"for example {_names(index, np.flatnonzero(wrong_N))}; {remedy}"
             )
-    rows_N = np.empty(len(wanted), np.int64)
-    rows_N[wanted_order] = have_order[first]
     if not reencoded:
         check_images(store, index, np.arange(len(rows_N)), rows_N)
     return rows_N
@@ -190,14 +177,7 @@ def index_rows(
     """
     if index.fingerprint == store.fingerprint and len(index.key_hash) == len(store):
         return rows_U.copy()
-    wanted_U, found_U = store.key_hash()[rows_U], np.full(len(rows_U), -1, np.int64)
-    order = np.argsort(wanted_U, kind="stable")
-    ordered = wanted_U[order]
-    for start in range(0, len(index.key_hash) if len(ordered) else 0, _HASHES):
-        part = np.asarray(index.key_hash[start : start + _HASHES])
-        place = np.minimum(np.searchsorted(ordered, part), len(ordered) - 1)
-        hit = np.flatnonzero(ordered[place] == part)
-        found_U[order[place[hit]]] = start + hit
+    found_U = rows_of(store.key_hash()[rows_U], index.key_hash)
     if not reencoded:
         there_U = found_U >= 0
         check_images(store, index, found_U[there_U], rows_U[there_U])
@@ -212,7 +192,7 @@ def check_images(
     Keys are names of files, and the splits of a data set often use the same ones.
 
     Args:
-        store: the words; nothing is known of the images of one in format 2.
+        store: the words.
         index: the images.
         rows_M: int64, rows of the index.
         store_rows_M: int64, the store's rows with the same keys.
@@ -220,10 +200,7 @@ def check_images(
     Raises:
         MismatchError: with the number of such images and five examples.
     """
-    digests = store.image_digest()
-    if digests is None:
-        return
-    other = rows_M[np.flatnonzero(digests[store_rows_M] != index.digest[rows_M])]
+    other = rows_M[np.flatnonzero(store.image_digest()[store_rows_M] != index.digest[rows_M])]
     if len(other):
         raise MismatchError(
             f"{len(other)} of {len(rows_M)} images of the shards are not those that word store {store.path} was made "
@@ -239,7 +216,10 @@ def _names(index: "Index", rows: NDArray[np.int64]) -> str:
 
 def rows_of(wanted: NDArray[np.uint64], have: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Where each hash stands among others, int64; -1 where it does not."""
-    order = np.argsort(have, kind="stable")
-    ordered = have[order]
-    place = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
-    return np.where(ordered[place] == wanted, order[place], -1)
+    have_order, wanted_order = np.argsort(have, kind="stable"), np.argsort(wanted, kind="stable")
+    ordered, needles = have[have_order], wanted[wanted_order]
+    # Sorted needles are found by walking through memory; in any other order each one is a chain of cache misses.
+    place = np.minimum(np.searchsorted(ordered, needles), len(ordered) - 1)
+    rows = np.empty(len(wanted), np.int64)
+    rows[wanted_order] = np.where(ordered[place] == needles, have_order[place], -1)
+    return rows

@@ -15,21 +15,21 @@ import xxhash
 import zarr
 from numpy.typing import NDArray
 
-from bowstore.errors import CorruptError, is_machine_error
+from bowstore.errors import CorruptError
 from bowstore.words.store.arrays import (
-    READ_ERRORS,
     array,
     array_digest,
+    chunk_length,
     read,
     read_checked,
     reading,
     repair_of,
     subgroup,
 )
+from bowstore.words.store.nearest import NearestImages
+from bowstore.words.store.schema import NOT_WRITTEN, layer_arrays, layer_sizes
 
-NOT_WRITTEN = 65535
 _ABOUT_ROWS = ("dataset", "key_hash_digest", "image_digest_digest")  # attributes of the group that give rows a meaning
-FOUND = ("document_frequency", "nearest", "nearest_distance")  # arrays of what was found over all words
 MIN_CHUNK_BYTES = 1 << 20
 CHUNK_STEP_ROWS = 768
 # How words were computed, of layers that were written before it was recorded.
@@ -106,6 +106,7 @@ class Layer:
         border: cells left out at each side of the map.
         chunk_rows: rows of a chunk; the last may have fewer.
         chunks: number of chunks.
+        arrays: the table's, by name.
     """
 
     def __init__(self, path: Path, group: zarr.Group, name: str, images: int) -> None:
@@ -119,12 +120,13 @@ class Layer:
             self.complete = bool(attributes["complete"])
             self.channels = int(attributes["channels"])
             self.border = int(attributes["border"])
-            self._words = array(group, f"{name}/words", (images, *self.grid))
-            if self._words.fill_value != NOT_WRITTEN:
-                raise ValueError(f"fill value {self._words.fill_value}, not {NOT_WRITTEN}")
-            self.chunk_rows = int(self._words.chunks[0])
-            self.chunks = math.ceil(images / self.chunk_rows)
-            self._digests = array(group, f"{name}/chunk_digest", (self.chunks,))
+            projection = attributes["projection"]
+            self.arrays = layer_arrays(projected=projection is not None)
+            dimensions = int(projection["dimensions"]) if projection else self.channels
+            self.chunk_rows = chunk_length(group, f"{name}/words")
+            self._sizes = layer_sizes(images, self.grid, self.num_words, self.channels, dimensions, self.chunk_rows)
+            self.chunks = self._sizes["chunks"]
+            self._words, self._digests = self.array("words"), self.array("chunk_digest")
 
     def content_digest(self, **recorded: Any) -> str:
         """xxh3-128 over all that makes up the layer, 32 hex digits.
@@ -144,13 +146,12 @@ class Layer:
         return digest.hexdigest()
 
     def content_problem(self) -> str | None:
-        """What is wrong with a complete layer's digest; None if nothing is, and for format 2, which records none.
+        """What is wrong with a complete layer's digest; None if nothing is.
 
         Raises:
             CorruptError: the chunks' digests cannot be read.
         """
-        recorded = self.attributes.get("content_digest")
-        if (recorded is None and self._root.attrs.asdict()["format_version"] == 2) or recorded == self.content_digest():
+        if self.attributes.get("content_digest") == self.content_digest():
             return None
         return (
             f"layer {self.name!r} of word store {self.path} is not as it was when it was completed: some of its files "
@@ -223,8 +224,12 @@ class Layer:
         try:
             with reading(what):
                 words = read(self._words, self.rows(chunk))
-            if problem := self._chunk_problem(words, digest):
-                raise CorruptError(f"{what} {problem}")
+            if digest == 0:
+                raise CorruptError(f"{what} was never committed")
+            if array_digest(words) != digest:
+                missing = int((words == NOT_WRITTEN).sum())
+                half = f"is missing or half written ({missing} words hold the fill value)"
+                raise CorruptError(f"{what} {half if missing else 'differs from its recorded digest'}")
         except CorruptError as error:
             raise CorruptError(f"{error}; {repair_of(self.path)}") from error
         return words
@@ -235,16 +240,9 @@ class Layer:
         Raises:
             CorruptError: as `read_chunk`, for the first bad chunk.
         """
-        digests = self.chunk_digests().tolist()
-        try:
-            words = read(self._words)
-            bad = next((i for i, d in enumerate(digests) if self._chunk_problem(words[self.rows(i)], d)), None)
-        except READ_ERRORS as error:
-            if is_machine_error(error):
-                raise
-            words, bad = np.empty((0, *self.grid), np.uint16), -1
-        if bad is not None:  # read again chunk by chunk: this names the bad one
-            words = np.concatenate([self.read_chunk(i, d) for i, d in enumerate(digests)])
+        words = np.empty((self.images, *self.grid), np.uint16)
+        for chunk, digest in enumerate(self.chunk_digests().tolist()):
+            words[self.rows(chunk)] = self.read_chunk(chunk, digest)
         return words
 
     def read_array(self, name: str) -> NDArray[Any]:
@@ -254,19 +252,19 @@ class Layer:
             CorruptError: missing, undecodable, or other than what was recorded.
         """
         digest = self.attributes.get(f"{name}_digest")
-        return read_checked(self.path, self._root, f"{self.name}/{name}", digest, repairable=name in FOUND)
+        return read_checked(self.path, self._root, f"{self.name}/{name}", self.arrays[name], self._sizes, digest)
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """One of its arrays, to write or to read without a check; refused if it is not as the table has it."""
+        return array(self._root, f"{self.name}/{name}", self.arrays[name], self._sizes)
+
+    def read_nearest(self) -> NearestImages:
+        """The images nearest to each word."""
+        place = self.read_array("nearest")
+        return NearestImages(place[..., 0], place[..., 1], self.read_array("nearest_distance"))
 
     def read_projection(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """A (p, c) and b (p,) of the projection before the words, y = A x + b; None where there is none."""
-        if self.attributes.get("projection") is None:
+        if "projection" not in self.arrays:
             return None
         return self.read_array("projection"), self.read_array("projection_offset")
-
-    def _chunk_problem(self, words: NDArray[np.uint16], digest: int) -> str | None:
-        if digest == 0:
-            return "was never committed"
-        if array_digest(words) == digest:
-            return None
-        if (words == NOT_WRITTEN).any():
-            return f"is missing or half written ({int((words == NOT_WRITTEN).sum())} words hold the fill value)"
-        return "differs from its recorded digest"

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from bowstore.errors import CorruptError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.limits import KEPT_IMAGES
-
-NO_ROW = -1
+from bowstore.words.store.schema import NO_ROW
 
 
 class NearestImages(NamedTuple):

@@ -1,19 +1,8 @@
-"""The word store: the schema of a Zarr v3 group, and reading it (docs/store-format.md; store_writer.py writes).
-
-    key_hash                    uint64 (N,), xxh3-64 of each row's key
-    image_digest                uint64 (N,), xxh3-64 of each row's image, the bytes that were encoded
-    <layer>/words               uint16 (N, h, w), word ids; 65535 means "not written"
-    <layer>/vocabulary          float32 (K, p), the centroids; p = c, the map's channels, without a projection
-    <layer>/projection          float32 (p, c) and projection_offset (p,), if PCA comes before the words
-    <layer>/document_frequency  int64 (K,), images that hold the word
-    <layer>/nearest             int64 (K, n, 2), row and cell of the n images nearest to each word; -1 means "none"
-    <layer>/nearest_distance    float32 (K, n), their distances
-    <layer>/chunk_digest        uint64 (chunks,), xxh3-64 of each words chunk; 0 means "not committed"
+"""The word store, read (docs/store-format.md; `schema` has its arrays, `writer` writes it).
 
 A chunk of words is the unit of work and of commit: one writer writes it whole and fsynced, then records its
-digest. Every fill value is illegal as data, so a chunk that is gone is never read as words. A layer is usable
-only once it is marked complete; one digest over all that makes it up is then recorded, so that parts of two stores are
-never taken for one.
+digest. A layer is usable only once it is marked complete; one digest over all that makes it up is then recorded, so
+that parts of two stores are never taken for one.
 
 Legend: N images, M cells of an image, h w word grid, K words, c channels.
 """
@@ -28,15 +17,12 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.errors import CorruptError, MismatchError, MissingError, UsageError
-from bowstore.progress import say
 from bowstore.words.store.arrays import open_group, read_checked, reading
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.nearest import NearestImages
+from bowstore.words.store.schema import FORMAT, FORMAT_VERSION, STORE_ARRAYS, store_sizes
 
-FORMAT = "bowstore words"
-FORMAT_VERSION = 3
-_OLDER_VERSION = 2  # read: had neither image_digest nor a layer's content_digest
-_WARNED: set[Path] = set()  # stores of the older format that this process has mentioned
+REMEDY = "run `bowstore encode` again with the same settings"  # where chunks are missing
 
 
 class ImageBag(NamedTuple):
@@ -60,7 +46,6 @@ class Store:
         path: the store.
         fingerprint: of the data set.
         layers: names of its complete layers.
-        grown: whether images were appended to it, as earlier versions could; its fingerprint is no index's then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +58,6 @@ class Store:
             self.fingerprint = str(self._attributes["dataset"]["fingerprint"])
             self._images = int(self._attributes["dataset"]["images"])
             self._all = {name: Layer(path, self._group, name, self._images) for name in self._attributes["layers"]}
-            self.grown = "parts" in self._attributes["dataset"]
         self.layers = tuple(name for name, layer in self._all.items() if layer.complete)
 
     def __len__(self) -> int:
@@ -99,7 +83,7 @@ class Store:
             done = int((layer.chunk_digests() != 0).sum())
             raise MismatchError(
                 f"layer {name!r} of word store {self.path} is not complete: {done} of {layer.chunks} chunks "
-                f"are written; {self.remedy}"
+                f"are written; {REMEDY}"
             )
         if name not in self._checked:
             if problem := layer.content_problem():
@@ -111,13 +95,6 @@ class Store:
         """A layer by name, for its vocabulary: it need not be complete; otherwise as `layer`."""
         layer = self._all.get(name)
         return layer if layer and not layer.complete else self.layer(name)
-
-    @property
-    def remedy(self) -> str:
-        """The command that writes missing chunks, for messages."""
-        if self.grown:
-            return f"it has grown by --append, which is gone: encode its images anew, with --vocabulary {self.path}"
-        return "run `bowstore encode` again with the same settings"
 
     def every_layer(self) -> tuple[Layer, ...]:
         """All layers, those that are not complete too."""
@@ -197,9 +174,7 @@ class Store:
 
     def nearest(self, layer: str | None = None) -> NearestImages:
         """The images nearest to each word."""
-        what = self.layer(layer)
-        place = what.read_array("nearest")
-        return NearestImages(place[..., 0], place[..., 1], what.read_array("nearest_distance"))
+        return self.layer(layer).read_nearest()
 
     def document_frequency(self, layer: str | None = None) -> NDArray[np.int64]:
         """Images that hold each word, int64 (K,)."""
@@ -207,15 +182,15 @@ class Store:
 
     def key_hash(self) -> NDArray[np.uint64]:
         """Hashes of the rows' keys, uint64 (N,), checked against the recorded digest."""
-        digest = self._attributes.get("key_hash_digest")
-        return read_checked(self.path, self._group, "key_hash", digest)
+        return self._read_checked("key_hash")
 
-    def image_digest(self) -> NDArray[np.uint64] | None:
-        """Digests of the rows' images, uint64 (N,), checked against the recorded digest; None in format 2."""
-        if self._attributes["format_version"] == _OLDER_VERSION:
-            return None
-        digest = self._attributes.get("image_digest_digest")
-        return read_checked(self.path, self._group, "image_digest", digest)
+    def image_digest(self) -> NDArray[np.uint64]:
+        """Digests of the rows' images, uint64 (N,), checked against the recorded digest."""
+        return self._read_checked("image_digest")
+
+    def _read_checked(self, name: str) -> NDArray[np.uint64]:
+        digest = self._attributes.get(f"{name}_digest")
+        return read_checked(self.path, self._group, name, STORE_ARRAYS[name], store_sizes(len(self)), digest)
 
 
 def key_hash(key: str) -> int:
@@ -244,25 +219,20 @@ def open_store(path: str | Path, layer: str | None = None) -> Store:
 def open_root(path: Path, *, writable: bool) -> tuple[zarr.Group, dict[str, Any]]:
     """Group and attributes of a store, once its format is known to be this one."""
     if not path.exists():
-        if (old := path.with_name(f".{path.name}.old")).exists():
-            raise MissingError(f"no word store {path}, but {old}, from an --append that was interrupted; rename it")
         raise MissingError(f"no word store {path}; `bowstore encode --layer LAYER --K WORDS` makes one")
     group = open_group(path, writable=writable)
     attributes: dict[str, Any] = group.attrs.asdict()
     if attributes.get("format") != FORMAT:
         raise MismatchError(f"{path} is a Zarr group but not a bowstore word store; name another path")
-    version = attributes.get("format_version")
-    if type(version) is not int or version not in (FORMAT_VERSION, _OLDER_VERSION):
+    version, made_by = attributes.get("format_version"), f"written by bowstore {attributes.get('bowstore_version')}"
+    if type(version) is not int or version != FORMAT_VERSION:
         raise MismatchError(
-            f"word store {path} has format version {version!r} (written by bowstore "
-            f"{attributes.get('bowstore_version')}), this one reads {_OLDER_VERSION} and {FORMAT_VERSION}; encode into "
-            "a new store"
+            f"word store {path} has format version {version!r} ({made_by}), this one reads {FORMAT_VERSION}; make its "
+            "words anew: `bowstore encode --store` with another path"
         )
-    if version == _OLDER_VERSION and path not in _WARNED:
-        _WARNED.add(path)
-        say(
-            f"warning: word store {path} has format {version}: it is not checked whether images of equal keys are the "
-            f"images that were encoded, nor whether its files are all of one state; `bowstore encode --vocabulary "
-            f"{path}` into a new store makes format {FORMAT_VERSION}"
+    if "parts" in (attributes.get("dataset") or ()):
+        raise MismatchError(
+            f"word store {path} has grown by --append ({made_by}), which is gone; make its words anew: `bowstore "
+            "encode --store` with another path, and one store for each folder of shards"
         )
     return group, attributes

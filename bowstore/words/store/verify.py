@@ -17,8 +17,9 @@ from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.progress import Progress
 from bowstore.runs import descent_of_words
 from bowstore.words.store.join import check_images, rows_of
-from bowstore.words.store.layer import FOUND, Layer
-from bowstore.words.store.store import Store, open_store
+from bowstore.words.store.layer import Layer
+from bowstore.words.store.schema import Writer
+from bowstore.words.store.store import REMEDY, Store, open_store
 from bowstore.words.store.writer import StoreWriter, store_lock, sweep_leftovers
 
 _EXAMPLES = 5
@@ -37,7 +38,6 @@ class VerifyReport:
         damaged: the committed chunks to encode again, by layer; none for a layer that only needs counting.
         lost: layers whose vocabulary or projection is damaged.
         unseen: layers whose nearest images are damaged.
-        remedy: the command that encodes them, for messages.
         arithmetic: how each layer's words were computed.
         descent: how each layer's words came about (`bowstore.runs.descent_of_words`).
     """
@@ -50,7 +50,6 @@ class VerifyReport:
     damaged: dict[str, list[int]] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
     unseen: set[str] = field(default_factory=set)
-    remedy: str = ""
     arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
     descent: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -58,6 +57,11 @@ class VerifyReport:
     def sound(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+    def all_again(self, layer: Layer) -> None:
+        """Have all words of a layer made anew, and what was seen on the way."""
+        self.damaged[layer.name] = list(range(layer.chunks))
+        self.unseen.add(layer.name)
 
 
 def verify(
@@ -82,7 +86,7 @@ def verify(
     except BowstoreError as error:
         report.problems.append(str(error))
         return report
-    layers, report.remedy = store.every_layer(), store.remedy
+    layers = store.every_layer()
     report.images, report.layers = len(store), tuple(layer.name for layer in layers)
     report.arithmetic = {layer.name: layer.arithmetic for layer in layers}
     report.descent = {layer.name: descent_of_words(layer.lineage) for layer in layers}
@@ -92,12 +96,12 @@ def verify(
         for layer in layers:
             _check_layer(layer, report, progress)
     try:
-        key_hash_N, image_digest_N = store.key_hash(), store.image_digest()
+        key_hash_N, _ = store.key_hash(), store.image_digest()
     except CorruptError as error:
         report.problems.append(str(error))
         return report
     _check_keys(key_hash_N, index, report)
-    if index is not None and image_digest_N is not None and not reencoded:
+    if index is not None and not reencoded:
         store_row_N = rows_of(index.key_hash, key_hash_N)
         held = np.flatnonzero(store_row_N >= 0)
         try:
@@ -112,10 +116,7 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
 
     Raises:
         BusyError: another process writes the store.
-        MismatchError: it has grown by --append: nothing could write them again.
     """
-    if Store(path).grown:
-        raise MismatchError(f"nothing was taken back from word store {path}: {report.remedy}")
     with store_lock(path):
         writer = StoreWriter(path)
         sweep_leftovers(path)
@@ -154,7 +155,7 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
     if not layer.complete:
         done = sum(value != 0 for value in digests)
         report.problems.append(
-            f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; {report.remedy}"
+            f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; {REMEDY}"
         )
     for chunk, value in enumerate(digests):
         if value != 0 or layer.complete:
@@ -167,9 +168,7 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
     readable = not any(isinstance(value, str) for value in digests)
     if layer.complete and readable and (problem := _content_problem(layer)):
         report.problems.append(problem)
-        # It cannot be told which of its files are of another state: all its words are made anew.
-        report.damaged[layer.name] = list(range(layer.chunks))
-        report.unseen.add(layer.name)
+        report.all_again(layer)  # it cannot be told which of its files are of another state
     if layer.name in report.lost:  # without its vocabulary nothing can be encoded again
         report.damaged.pop(layer.name, None)
 
@@ -179,26 +178,20 @@ def _check_arrays(layer: Layer, report: VerifyReport) -> None:
 
     Words are counted again at no cost; which images are nearest is only known once all are encoded again.
     """
-    for name in ("vocabulary", "projection", "projection_offset", *FOUND):
-        if not layer.attributes.get(f"{name}_digest") and not (layer.complete and "projection" not in name):
+    for name, spec in layer.arrays.items():
+        recorded = layer.attributes.get(f"{name}_digest") or layer.complete
+        if spec.writer is Writer.CHUNKS or not (recorded or spec.writer is Writer.CREATION):
             continue
         try:
-            values = layer.read_array(name)
+            layer.read_array(name)
         except CorruptError as error:
-            if name in FOUND:
-                report.damaged.setdefault(layer.name, [])
-                if name.startswith("nearest"):
-                    report.damaged[layer.name] = list(range(layer.chunks))
-                    report.unseen.add(layer.name)
-            else:
-                report.lost.add(layer.name)
             report.problems.append(str(error))
-            continue
-        if name == "vocabulary" and (values.shape[0] != layer.num_words or not np.isfinite(values).all()):
-            report.problems.append(
-                f"array {layer.name}/vocabulary {values.shape} is not {layer.num_words} finite words"
-            )
-            report.lost.add(layer.name)
+            if spec.writer is Writer.CREATION:
+                report.lost.add(layer.name)
+            elif spec.writer is Writer.COUNT:
+                report.damaged.setdefault(layer.name, [])
+            else:
+                report.all_again(layer)
 
 
 def _chunk_digest(layer: Layer, chunk: int) -> int | str:

@@ -5,7 +5,6 @@ One process writes a store at a time, under `store_lock`.
 Legend: N images, h w word grid, K words, c channels, p dimensions of a word, n images kept for each word.
 """
 
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,9 +18,7 @@ from numpy.typing import NDArray
 import bowstore
 from bowstore.errors import BowstoreError, UsageError
 from bowstore.files import exclusive_lock, fsync_path, leftovers, temporary_path
-from bowstore.limits import KEPT_IMAGES
 from bowstore.words.store.arrays import (
-    array,
     array_digest,
     create,
     foreign_file,
@@ -32,12 +29,11 @@ from bowstore.words.store.arrays import (
     subgroup,
     sweep,
 )
-from bowstore.words.store.layer import NOT_WRITTEN, Layer, LayerSpec, chunk_rows
-from bowstore.words.store.nearest import NO_ROW, NearestImages, NearestSearch
+from bowstore.words.store.layer import Layer, LayerSpec, chunk_rows
+from bowstore.words.store.nearest import NearestImages, NearestSearch
+from bowstore.words.store.schema import FORMAT, FORMAT_VERSION, STORE_ARRAYS, layer_arrays, layer_sizes, store_sizes
 from bowstore.words.store.statistics import WordStatistics
-from bowstore.words.store.store import FORMAT, FORMAT_VERSION, open_root
-
-_KEY_ROWS = 1 << 20  # of a chunk of key hashes or image digests: 8 MiB
+from bowstore.words.store.store import open_root
 
 
 class StoreWriter:
@@ -86,19 +82,20 @@ class StoreWriter:
             raise UsageError(f"{foreign} lies where layer {name!r} goes, and bowstore did not write it; move it away")
         shutil.rmtree(self.path / name, ignore_errors=True)  # what a killed writer left, not yet listed
         group = self._group.create_group(name)
-        rows = chunk_rows(self.images, spec.grid)
-        chunks = math.ceil(self.images / rows)
-        kept = (spec.num_words, KEPT_IMAGES)
-        create(group, "words", (self.images, *spec.grid), np.uint16, fill=NOT_WRITTEN, chunks=(rows, *spec.grid))
-        create(group, "chunk_digest", (chunks,), np.uint64, fill=0, chunks=(1,))
-        create(group, "document_frequency", (spec.num_words,), np.int64, fill=-1)
-        create(group, "nearest", (*kept, 2), np.int64, fill=NO_ROW)
-        create(group, "nearest_distance", kept, np.float32, fill=math.nan)
-        create(group, "vocabulary", vocabulary_Kp.shape, np.float32, fill=math.nan)[:] = vocabulary_Kp
-        digests = {"vocabulary_digest": hex_digest(vocabulary_Kp)}
-        for part, values in zip(("projection", "projection_offset"), projection or (), strict=False):
-            create(group, part, values.shape, np.float32, fill=math.nan)[:] = values
-            digests[f"{part}_digest"] = hex_digest(values)
+        values = {"vocabulary": vocabulary_Kp}
+        if projection is not None:
+            values |= {"projection": projection[0], "projection_offset": projection[1]}
+        sizes = layer_sizes(
+            self.images,
+            spec.grid,
+            spec.num_words,
+            spec.channels,
+            vocabulary_Kp.shape[1],
+            chunk_rows(self.images, spec.grid),
+        )
+        for name_, array_spec in layer_arrays(projected=projection is not None).items():
+            create(group, array_spec, sizes, values.get(name_))
+        digests = {f"{part}_digest": hex_digest(array) for part, array in values.items()}
         version = {"bowstore_version": bowstore.__version__}
         said = {"words" if name == "num_words" else name: value for name, value in asdict(spec).items()}
         group.update_attributes({"complete": False, **said, **digests, **version})
@@ -119,8 +116,8 @@ class StoreWriter:
             raise UsageError(f"chunk {what.place(chunk)} takes uint16 {shape}, not {words.dtype} {words.shape}")
         if int(words.max()) >= what.num_words:
             raise UsageError(f"chunk {what.place(chunk)}: word {int(words.max())} is not below K = {what.num_words}")
-        array(self._group, f"{layer}/words")[rows] = words
-        array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(array_digest(words))
+        what.array("words")[rows] = words
+        what.array("chunk_digest")[chunk] = np.uint64(array_digest(words))
 
     def committed_chunks(self, layer: str) -> NDArray[np.bool_]:
         """Which chunks are committed, bool (chunks,)."""
@@ -147,7 +144,7 @@ class StoreWriter:
         # First it is said that they change: a death on the way must not look like damage.
         group.update_attributes({"complete": False, **dict.fromkeys(f"{name}_digest" for name in found)})
         for name, values in found.items():
-            array(self._group, f"{layer}/{name}")[:] = values
+            self.layer(layer).array(name)[:] = values
             digests[f"{name}_digest"] = hex_digest(values)
         digests["statistics"] = statistics.summary()
         content = self.layer(layer).content_digest(**digests)
@@ -162,8 +159,7 @@ class StoreWriter:
         what = self.layer(layer)
         if not what.attributes.get("nearest_digest"):
             return NearestSearch(what.num_words).result()
-        place = what.read_array("nearest")
-        return NearestImages(place[..., 0], place[..., 1], what.read_array("nearest_distance"))
+        return what.read_nearest()
 
     def discard_chunks(self, layer: str, chunks: Sequence[int], *, nearest: bool = False) -> None:
         """Take chunks back: the layer is incomplete again, and encoding writes just these anew.
@@ -177,9 +173,10 @@ class StoreWriter:
         """
         lost = dict.fromkeys(("nearest_digest", "nearest_distance_digest")) if nearest else {}
         subgroup(self._group, layer).update_attributes({"complete": False, **lost})
+        digests = self.layer(layer).array("chunk_digest")
         for chunk in chunks:
             remove(self.path / layer / "chunk_digest" / "c" / str(chunk))
-            array(self._group, f"{layer}/chunk_digest")[chunk] = np.uint64(0)
+            digests[chunk] = np.uint64(0)
             remove(self.path / layer / "words" / "c" / str(chunk))
 
 
@@ -206,20 +203,18 @@ def create_store(
     for old in leftovers(path):
         shutil.rmtree(old, ignore_errors=True)
     temporary = temporary_path(path)
-    images = len(key_hash_N)
     try:
         group = new_group(temporary, {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "bowstore_version": bowstore.__version__,
-            "dataset": {"fingerprint": fingerprint, "images": images},
+            "dataset": {"fingerprint": fingerprint, "images": len(key_hash_N)},
             "key_hash_digest": hex_digest(key_hash_N),
             "image_digest_digest": hex_digest(image_digest_N),
             "layers": [],
         })  # fmt: skip
-        chunks = (max(1, min(images, _KEY_ROWS)),)
-        create(group, "key_hash", key_hash_N.shape, np.uint64, fill=0, chunks=chunks)[:] = key_hash_N
-        create(group, "image_digest", (images,), np.uint64, fill=0, chunks=chunks)[:] = image_digest_N
+        for name, values in (("key_hash", key_hash_N), ("image_digest", image_digest_N)):
+            create(group, STORE_ARRAYS[name], store_sizes(len(values)), values)
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
