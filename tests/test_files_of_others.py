@@ -1,15 +1,12 @@
 """Places where a command writes and a user's file lies: it is named, and never written over or removed."""
 
-import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from left_behind import left_behind
-from safetensors.numpy import save
 from shard_sets import ShardMaker, encode_jpeg, textured_image, write_tar
 
 from bowstore.data import downloads
@@ -83,17 +80,6 @@ def test_shards_clear_only_their_own_records(tmp_path: Path) -> None:
     assert (tmp_path / "out/train/train-000000.tar").exists()
 
 
-def test_index_does_not_replace_weights(tmp_path: Path) -> None:
-    root = tars(tmp_path / "shards")
-    weights = save({"w": np.zeros(3, np.float32)})
-    (root / "index.safetensors").write_bytes(weights)
-    with pytest.raises(DataError, match=r"index\.safetensors is a file of the safetensors format that bowstore"):
-        build_index(root)
-    assert (root / "index.safetensors").read_bytes() == weights
-    (root / "index.safetensors").write_bytes(b"\0" * 100)  # an index that a disk has damaged is made anew
-    assert len(build_index(root)) == 2
-
-
 def test_index_does_not_replace_a_list_of_others(tmp_path: Path) -> None:
     root, line = tars(tmp_path / "shards"), json.dumps({"path": "a.jpg", "reason": "ugly", "who": "me"})
     (root / "quarantine.jsonl").write_text(line)
@@ -102,35 +88,15 @@ def test_index_does_not_replace_a_list_of_others(tmp_path: Path) -> None:
     assert (root / "quarantine.jsonl").read_text() == line
 
 
-def test_index_leaves_idx_files_that_are_not_dali_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = tars(tmp_path / "shards", 4)
-    mnist = b"\0\0\x08\x01" + PRECIOUS
-    (root / "0.idx").write_bytes(mnist)
-    (root / "1.idx").write_bytes(b"v1.1 1\njpg 0 0 k.jpg\n")  # DALI's, of an older tool
-    (tmp_path / "elsewhere.idx").write_bytes(PRECIOUS)
-    (root / "2.idx").symlink_to(tmp_path / "elsewhere.idx")
-    build_index(root)
-    said = capsys.readouterr().err
-    assert f"{root}: 2 files like 0.idx are no indexes of DALI's and are left as they are\n" in said
-    assert (root / "0.idx").read_bytes() == mnist
-    assert (root / "2.idx").is_symlink()
-    assert (tmp_path / "elsewhere.idx").read_bytes() == PRECIOUS
-    assert (root / "1.idx").read_bytes().startswith(b"v1.2 1\n")
-    assert (root / "3.idx").read_bytes().startswith(b"v1.2 1\n")
-    assert verify_folder(root).problems == []
-
-
 def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
     make_shards(source(tmp_path), tmp_path / "out", ShardsConfig(workers=1))
     tar = tmp_path / "out/train/train-000000.tar"
-    earlier, idx = tar.with_name(f"{tar.name}.damaged"), tar.with_suffix(".idx")
+    earlier = tar.with_name(f"{tar.name}.damaged")
     earlier.write_bytes(PRECIOUS)
-    idx.write_bytes(b"\0\0\x08\x01")
     tar.write_bytes(tar.read_bytes()[:-1000])
     verify_folder(tmp_path / "out/train", repair=True)
     assert earlier.read_bytes() == PRECIOUS
     assert tar.with_name(f"{tar.name}.damaged-2").exists()
-    assert idx.exists()
     assert _free_name(tar).name == f"{tar.name}.damaged-3"
 
 
@@ -182,18 +148,3 @@ def test_a_page_over_a_thesis_is_refused_before_any_work(make_shard_set: ShardMa
     with pytest.raises(UsageError, match=r"thesis\.docx is there, and `bowstore words` did not write it"):
         write_words_page(tmp_path / "no.zarr", tmp_path / "no", tmp_path / "thesis.docx", Wish())
     assert (tmp_path / "thesis.docx").read_bytes() == PRECIOUS
-
-
-def test_indexing_a_tar_twice_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = tars(tmp_path / "shards")
-    build_index(root)
-    capsys.readouterr()
-    build_index(root)
-    assert "idx" not in capsys.readouterr().err
-    with tarfile.open(root / "0.tar", "a") as archive:
-        info = tarfile.TarInfo("k9.jpg")
-        data = encode_jpeg(textured_image(9, 24, 24))
-        info.size = len(data)
-        archive.addfile(info, io.BytesIO(data))
-    assert len(build_index(root)) == 3
-    assert (root / "0.idx").read_bytes().startswith(b"v1.2 2\n")

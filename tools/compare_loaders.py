@@ -72,7 +72,6 @@ def dali_reader_loader(index: Index, view: ViewConfig, batch: int, workers: int,
     with pipe:
         encoded = fn.readers.webdataset(
             paths=tars,
-            index_paths=[str(Path(tar).with_suffix(".idx")) for tar in tars],
             ext=["jpg;jpeg;png;webp"],
             missing_component_behavior="error",
             random_shuffle=True,

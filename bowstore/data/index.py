@@ -2,7 +2,7 @@
 
 Built from one pass over the tars. Kept as one safetensors file whose columns are opened memory-mapped, so that all
 ranks of a machine share the pages. Holds each tar's size and digest, each image's digest, and a digest of itself;
-what does not match is refused by name. DALI's own `v1.2` index files are written beside the tars.
+what does not match is refused by name.
 
 Legend: N samples.
 """
@@ -27,7 +27,6 @@ from bowstore.data.table import (
     COLUMNS,
     INDEX_FILE,
     INDEX_VERSION,
-    check_values,
     digest_columns,
     joint_fingerprint,
     map_columns,
@@ -141,7 +140,7 @@ def build_index(
     settings: ScanSettings | None = None,
     workers: int | None = None,
 ) -> Index:
-    """Read all tars of `root` once and write the index and DALI's index files.
+    """Read all tars of `root` once and write the index.
 
     Images without a readable header in shards that others made are left out, and listed in `quarantine.jsonl`.
 
@@ -321,20 +320,14 @@ def check_sizes(index: Index) -> None:
 
 
 def check_columns(index: Index) -> Index:
-    """The same index, once all its columns are compared with their recorded digest, and with each other.
+    """The same index, once all its columns are compared with their recorded digest.
 
     Raises:
-        CorruptError: they differ, or somebody wrote them who did not know what they mean.
+        CorruptError: they differ.
     """
     if digest_columns(lambda name: getattr(index, name)) != index.columns_digest:
         raise CorruptError(
             f"{index.root / INDEX_FILE} is damaged (its columns differ from their digest); "
             f"run `bowstore index {index.root}` again"
         )
-    try:
-        check_values({name: getattr(index, name) for name in COLUMNS}, [entry.size_bytes for entry in index.shards])
-    except ValueError as error:
-        raise CorruptError(
-            f"{index.root / INDEX_FILE} is damaged ({error}); run `bowstore index {index.root}` again"
-        ) from error
     return index

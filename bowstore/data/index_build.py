@@ -22,7 +22,7 @@ from bowstore.data.records import QUARANTINE_FILE, ShardEntry, known_undecodable
 from bowstore.data.scan import ScanSettings, ShardTable, scan_shard
 from bowstore.data.sources.base import NO_LABEL_FIELD
 from bowstore.data.sources.labels import text_is_label
-from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, ForeignTable, read_header, write_table
+from bowstore.data.table import COLUMNS, INDEX_FILE, INDEX_VERSION, write_table
 from bowstore.data.tar import TARS
 from bowstore.data.workers import Report, run_jobs, worker_count
 from bowstore.errors import DataError, MismatchError, MissingError
@@ -39,9 +39,7 @@ def write_index(root: Path, classes: tuple[str, ...], settings: ScanSettings, wo
     paths = find_tars(root)
     own = written_here(root)
     known_bad = {} if own else known_undecodable(root)
-    _refuse_foreign_index(root)
-    foreign = _foreign_dali_indexes(root, paths)
-    jobs = [_IndexJob(path, settings, known_bad.get(path.name, {}), path not in foreign) for path in paths]
+    jobs = [_IndexJob(path, settings, known_bad.get(path.name, {})) for path in paths]
     total_bytes = sum(path.stat().st_size for path in paths)
     with Progress("index", total_bytes, "bytes") as progress:
         count = worker_count(workers, len(jobs), total_bytes, _WORTH_BYTES)
@@ -106,57 +104,14 @@ def _remedy(others: Sequence[str]) -> str:
     return f"unpack {first} and its like first, to have them read"
 
 
-def _refuse_foreign_index(root: Path) -> None:
-    """Refuse to write over somebody's weights; an index that is damaged or of another version is made anew."""
-    try:
-        read_header(root / INDEX_FILE)
-    except FileNotFoundError:
-        return
-    except ForeignTable as error:
-        raise DataError(
-            f"{root / INDEX_FILE} is a file of the safetensors format that bowstore did not write, and lies where the "
-            f"index goes; move it away, or the shards to a folder of their own"
-        ) from error
-    except ValueError:
-        return
-
-
-def _foreign_dali_indexes(root: Path, tars: Sequence[Path]) -> set[Path]:
-    """Tars beside which a .idx file lies that is no index of DALI's: many formats have that suffix."""
-    foreign = {path for path in tars if not may_hold_dali_index(path.with_suffix(".idx"))}
-    if foreign:
-        say(
-            f"{root}: {len(foreign)} files like {min(foreign).with_suffix('.idx').name} are no indexes of DALI's and "
-            f"are left as they are"
-        )
-    return foreign
-
-
-def may_hold_dali_index(path: Path) -> bool:
-    """Whether DALI's index of a tar may be written here: nothing lies here, or such an index (all start so)."""
-    if not path.exists():
-        return not path.is_symlink()
-    if not path.is_file() or path.is_symlink():
-        return False
-    with open(path, "rb") as file:
-        return file.read(3) in (b"v1.", b"")
-
-
 class _IndexJob(NamedTuple):
     path: Path
     settings: ScanSettings
     known_bad: dict[str, tuple[int, str]]
-    dali_index: bool
 
 
 def _index_shard(job: _IndexJob, report: Report) -> ShardTable:
-    """Scan one tar and write DALI's index beside it."""
-    table = scan_shard(job.path, job.settings, report, known_bad=job.known_bad)
-    if job.dali_index and not table.bad_names and not table.several:
-        with atomic_file(job.path.with_suffix(".idx")) as file:
-            file.write(table.dali_index)
-    table.dali_index = b""
-    return table
+    return scan_shard(job.path, job.settings, report, known_bad=job.known_bad)
 
 
 def _refuse_names(root: Path, tables: Sequence[ShardTable]) -> None:

@@ -106,7 +106,6 @@ class ShardTable:
             "text" the number in .txt, which is a caption unless `text_is_label` of all tars together.
         size_bytes: length of the tar.
         digest: xxh3-128 of it, hex.
-        dali_index: DALI's text index, v1.2: a line a sample, `extension offset size name` for each member.
         left_out: images without a readable header, samples without an image.
         undecodable: images that `inspect` refused.
         bad_names: number of members whose name breaks the key contract, with some examples.
@@ -123,7 +122,6 @@ class ShardTable:
     columns: dict[str, NDArray[Any]] = field(default_factory=dict)
     size_bytes: int = 0
     digest: str = ""
-    dali_index: bytes = b""
     left_out: list[Refused] = field(default_factory=list)
     undecodable: list[Refused] = field(default_factory=list)
     bad_names: int = 0
@@ -153,7 +151,7 @@ class _Image(NamedTuple):
 class _Sample:
     key: str
     names: list[str] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
+    offset: int = 0  # of its first member
     images: list[_Image] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # whole numbers, by the member that tells them
     named: str = ""  # a label in .json that is no whole number
@@ -173,7 +171,6 @@ class _ShardScan:
         self._arrays = {name: array(code) for name, (code, _) in _ARRAYS.items()}
         self._keys = bytearray()
         self._seen: set[str] = set()
-        self._lines: list[str] = []
         self._sample, self._strict = _Sample(""), True
         self.table = ShardTable()
 
@@ -216,7 +213,6 @@ class _ShardScan:
         table = self.table
         table.columns = {name: np.frombuffer(self._arrays[name], dtype) for name, (_, dtype) in _ARRAYS.items()}
         table.columns["key_bytes"] = np.frombuffer(self._keys, np.uint8)
-        table.dali_index = "\n".join([f"v1.2 {len(self._lines)}", *self._lines, ""]).encode()
         return table
 
     def _add(self, tar: TarReader, member: Member) -> None:
@@ -227,7 +223,7 @@ class _ShardScan:
         sample = self._sample
         if key != sample.key:
             self._end_sample()
-            sample = self._sample = _Sample(key)
+            sample = self._sample = _Sample(key, offset=member.offset)
         if not keeps_contract(key, extension):
             self.table.bad_names += 1
             if len(self.table.bad_name_examples) < _EXAMPLES:
@@ -236,7 +232,6 @@ class _ShardScan:
         if member.name in sample.names:
             raise self._refused(member, "occurs twice")
         sample.names.append(member.name)
-        sample.places.append(f"{member.name[-len(extension) :]} {member.offset} {member.size} {member.name}")
         wanted = self._settings.image_ext
         if extension in wanted if wanted else image_extension(extension):
             sample.images.append(self._image(tar, member, extension))
@@ -347,11 +342,10 @@ class _ShardScan:
         arrays["digest"].append(image.digest)
         arrays["key_length"].append(len(key))
         self._keys += key
-        self._lines.append(" ".join(sample.places))
 
     def _without_image(self, sample: _Sample) -> None:
         extensions = ", ".join(split_key(name)[1] for name in sample.names[:_EXAMPLES])
-        first = Member(sample.names[0], int(sample.places[0].split()[1]), 0)
+        first = Member(sample.names[0], sample.offset, 0)
         if sample.key in self._seen:
             self._note(self._refused(first, "lies apart from the image of its key; `bowstore shards` writes them anew"))
             return

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from bowstore.data.image_header import ImageSize, UnusableImage
 from bowstore.data.images import prepare
-from bowstore.data.index_build import may_hold_dali_index
 from bowstore.data.records import ShardEntry
 from bowstore.data.scan import Fault, Refused, ScanSettings, ShardTable, scan_shard
 from bowstore.data.sources.base import NO_LABEL
@@ -80,7 +79,6 @@ class CheckJob(NamedTuple):
         known_bad: images that are left out of the index, by member.
         deep: decode every image.
         text_labels: numbers in .txt are labels.
-        dali_index: look at DALI's index beside the tar, too.
     """
 
     path: Path
@@ -90,7 +88,6 @@ class CheckJob(NamedTuple):
     known_bad: Mapping[str, tuple[int, str]]
     deep: bool
     text_labels: bool = False
-    dali_index: bool = True
 
 
 @dataclass
@@ -144,7 +141,6 @@ class _Check:
             self._check_alone(table)
         else:
             self._compare(table, job.rows)
-            self._check_dali_index(table)
         if findings.damaged:
             for odd in table.oddities:
                 self._add("tar", f"has {odd.message}", odd.member, odd.byte)
@@ -298,19 +294,6 @@ class _Check:
     def _read(self, offset: int, size: int) -> bytes:
         with open(self.path, "rb") as file:
             return os.pread(file.fileno(), max(0, size), max(0, offset))
-
-    def _check_dali_index(self, table: ShardTable) -> None:
-        path = self.path.with_suffix(".idx")
-        if not self.job.dali_index or self.findings.problems or self.findings.damaged or not may_hold_dali_index(path):
-            return
-        try:
-            if path.read_bytes() == table.dali_index:
-                return
-            what = "is not what the shard says"
-        except FileNotFoundError:
-            what = "is missing"
-        message = f"DALI's index {path} {what}; `bowstore verify {path.parent} --repair` writes it anew"
-        self.findings.problems.append(Problem(message, "index", self.path.name))
 
 
 def _matched(table: ShardTable, rows: Rows) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:

@@ -15,8 +15,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bowstore.data.sources.base import NO_LABEL
-from bowstore.data.tar import BLOCK_BYTES
 from bowstore.files import atomic_file, check_plain_file
 
 INDEX_FILE = "index.safetensors"
@@ -35,7 +33,6 @@ COLUMNS: dict[str, Any] = {  # in the order of the file: wide types first, so th
 }
 _TYPE_NAMES = {np.int64: "I64", np.uint64: "U64", np.int32: "I32", np.uint8: "U8"}
 _ALIGNMENT_BYTES = 8
-_LAST_ASCII = 127
 _LENGTH = struct.Struct("<Q")
 Pieces = Callable[[str], Iterator[NDArray[Any]]]
 
@@ -84,10 +81,6 @@ class TableHeader(NamedTuple):
         return int(json.loads(self.raw[_LENGTH.size :])["key_hash"]["shape"][0])
 
 
-class ForeignTable(ValueError):
-    """A file of the same format that bowstore did not write."""
-
-
 def read_header(path: Path) -> TableHeader:
     """The header of a table, of any version.
 
@@ -105,8 +98,6 @@ def read_header(path: Path) -> TableHeader:
         raw = start + file.read(length)
     try:
         entries = json.loads(raw[_LENGTH.size :])
-        if isinstance(entries, dict) and "bowstore" not in (entries.get("__metadata__") or {}):
-            raise ForeignTable("a header without 'bowstore'")
         meta = json.loads(entries["__metadata__"]["bowstore"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"a header without {error}") from error
@@ -142,45 +133,6 @@ def map_columns(path: Path, header: TableHeader) -> dict[str, NDArray[Any]]:
     if start != header.size_bytes:
         raise ValueError(f"its columns end at byte {start} of {header.size_bytes}")
     return columns
-
-
-def check_values(columns: dict[str, NDArray[Any]], tar_bytes: Sequence[int]) -> None:
-    """Refuse columns that contradict each other or the tars, so that nobody reads at places that are none.
-
-    Their digest says that they are those that were written; this is for whoever wrote them by another program.
-
-    Args:
-        columns: all of a table.
-        tar_bytes: lengths of the tars that `shard` counts.
-
-    Raises:
-        ValueError: the column, and a row of it where it is about one.
-    """
-    rows = len(columns["shard"])
-    lengths = dict.fromkeys(COLUMNS, rows) | {"key_start": rows + 1, "key_bytes": len(columns["key_bytes"])}
-    for name, length in lengths.items():
-        if len(columns[name]) != length or not length:
-            raise ValueError(f"column {name!r} has {len(columns[name])} values, not {length or 'some'}")
-    shard, starts = columns["shard"], columns["key_start"]
-    if shard[0] < 0 or shard[-1] >= len(tar_bytes) or (shard[1:] < shard[:-1]).any():
-        raise ValueError(f"column 'shard' does not count {len(tar_bytes)} tars in order")
-    if starts[0] != 0 or starts[-1] != lengths["key_bytes"] or (starts[1:] <= starts[:-1]).any():
-        raise ValueError("column 'key_start' does not cut 'key_bytes' into keys")
-    if columns["key_bytes"].max() > _LAST_ASCII:
-        raise ValueError("column 'key_bytes' holds more than ASCII")
-    offset, size = columns["offset"], columns["size"]
-    ends = np.asarray(tar_bytes, np.int64)[shard]
-    bounds = {
-        "offset": (offset < BLOCK_BYTES) | (offset > ends),
-        "size": (size < 1) | (size > ends - offset),
-        "height": columns["height"] < 1,
-        "width": columns["width"] < 1,
-        "label": columns["label"] < NO_LABEL,
-    }
-    for name, wrong in bounds.items():
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(f"column {name!r} has {columns[name][row]} for row {row}")
 
 
 def image_digest(data: bytes | memoryview) -> int:

@@ -15,7 +15,6 @@ import numpy as np
 
 from bowstore.config import StorageConfig
 from bowstore.data.index import Index, build_index, check_columns, read_index
-from bowstore.data.index_build import may_hold_dali_index
 from bowstore.data.records import (
     MANIFEST_FILE,
     PARTS_FOLDER,
@@ -138,10 +137,8 @@ def verify_remote(root: Path, storage: StorageConfig, *, deep: bool = False, rep
                 report.add("tar", str(error), entry.name)
                 continue
             rows = _rows(index, number) if trusted else None
-            # (Nobody reads DALI's index of a copy.)
-            job = CheckJob(path, entry, rows, index.settings, {}, deep, text_labels, dali_index=False)
-            findings = check_shard(job, progress.advance)
-            _take(report, entry.name, findings)
+            job = CheckJob(path, entry, rows, index.settings, {}, deep, text_labels)
+            _take(report, entry.name, check_shard(job, progress.advance))
     report.left = list(report.problems)
     if repair and report.damaged:
         for name in report.damaged:
@@ -271,8 +268,6 @@ def _repair_own(report: FolderReport, manifest: Manifest | None) -> None:
     for path in aside:
         os.replace(path, _free_name(path))
     for name in report.damaged:
-        if may_hold_dali_index((root / name).with_suffix(".idx")):
-            (root / name).with_suffix(".idx").unlink(missing_ok=True)
         (root / PARTS_FOLDER / Path(name).with_suffix(".json")).unlink(missing_ok=True)
     if report.damaged or manifest is None:
         names = some([path.name for path in aside])

@@ -80,8 +80,6 @@ def test_odd_extensions(tmp_path: Path, extension: str) -> None:
     write_members(tmp_path / "a.tar", [(f"a/1.{extension}", encode(PIXELS, kind)), ("a/1.cls", b"3\n")])
     index = build_index(tmp_path)
     assert (list(index.keys()), index.label.tolist()) == (["a/1"], [3])
-    line = (tmp_path / "a.idx").read_text().splitlines()[1]
-    assert line.startswith(f"{extension} 512 {index.size[0]} a/1.{extension} cls ")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +209,6 @@ def test_one_of_several_images_is_chosen(tmp_path: Path) -> None:
         match=r"samples hold several images; choose one with --image-ext: 0\.jpg \(4\), 1\.jpg \(4\), seg\.png",
     ):
         build_index(tmp_path)
-    assert not (tmp_path / "a.idx").exists()
     index = build_index(tmp_path, settings=ScanSettings(image_ext=("0.jpg", "1.jpg")))
     assert (len(index), index.height.tolist()) == (5, [20, 20, 20, 20, 21])
     index = build_index(tmp_path, settings=ScanSettings(image_ext=("0.jpg",)))
@@ -232,7 +229,6 @@ def test_names_that_break_the_contract_are_counted_over_all_shards(tmp_path: Pat
         match=r"names of 6 members are not .*\['0\.with\.dots/a\.jpg', 'a space0\.jpg', 'bär0\.jpg', .*bowstore shards",
     ):
         build_index(tmp_path)
-    assert not list(tmp_path.glob("*.idx"))
 
 
 def test_images_without_a_header_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +243,6 @@ def test_images_without_a_header_are_left_out_and_counted(tmp_path: Path, capsys
         {"path": "a.tar/d.json", "reason": "no image beside json"},
         {"path": "a.tar/e.jpg", "reason": "a JPEG header that is cut"},
     ]
-    assert (tmp_path / "a.idx").read_text().splitlines()[0] == "v1.2 1"
     write_members(tmp_path / "a.tar", [("b.jpg", JPEG)])
     build_index(tmp_path)
     assert (tmp_path / "quarantine.jsonl").read_text() == ""

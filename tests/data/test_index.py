@@ -44,21 +44,7 @@ def test_the_fingerprint_depends_on_keys_order_and_bytes(make_shard_set: ShardMa
     assert first.fingerprint != make_shard_set(20, folder="d", size=33).fingerprint
 
 
-def test_the_dali_index_is_what_dali_itself_writes(make_shard_set: ShardMaker) -> None:
-    index = make_shard_set(6, per_shard=3)
-    tar = index.root / "train-000001.tar"
-    with tarfile.open(tar) as archive:
-        members = {info.name: (info.offset_data, info.size) for info in archive}
-    lines = tar.with_suffix(".idx").read_text().splitlines()
-    assert lines[0] == "v1.2 3"
-    for line in lines[1:]:
-        words = line.split()
-        for extension, offset, size, name in zip(*[iter(words)] * 4, strict=True):
-            assert members[name] == (int(offset), int(size))
-            assert name.endswith("." + extension)
-
-
-def test_dalis_own_reader_takes_shards_and_index(make_shard_set: ShardMaker) -> None:
+def test_dalis_own_reader_takes_shards(make_shard_set: ShardMaker) -> None:
     from nvidia.dali import Pipeline, fn, types
 
     index = make_shard_set(8, per_shard=8)
@@ -66,7 +52,7 @@ def test_dalis_own_reader_takes_shards_and_index(make_shard_set: ShardMaker) -> 
     with pipe:
         tar = str(index.root / "train-000000.tar")
         data, label = fn.readers.webdataset(
-            paths=tar, index_paths=tar.replace(".tar", ".idx"), ext=["jpg", "cls"],
+            paths=tar, ext=["jpg", "cls"],
             missing_component_behavior="error", dtypes=[types.UINT8, types.UINT8],
         )  # fmt: skip
         pipe.set_outputs(data, label)
@@ -183,10 +169,8 @@ def test_the_file_is_plain_safetensors(make_shard_set: ShardMaker) -> None:
 def test_processes_find_what_one_finds(make_shard_set: ShardMaker) -> None:
     index = make_shard_set(50, per_shard=10)
     alone = (index.root / INDEX_FILE).read_bytes()
-    idx = (index.root / "train-000002.idx").read_bytes()
     again = build_index(index.root, classes=index.classes, workers=2)
     assert (index.root / INDEX_FILE).read_bytes() == alone
-    assert (index.root / "train-000002.idx").read_bytes() == idx
     assert again.fingerprint == index.fingerprint
     os.truncate(index.root / "train-000003.tar", 5000)
     with pytest.raises(CorruptError, match=r"train-000003\.tar is cut.*of 5000"):

@@ -162,7 +162,6 @@ def test_dalis_own_reader_reads_the_shards(source: Path, tmp_path: Path) -> None
     def graph() -> object:
         outputs: Any = fn.readers.webdataset(
             paths=[str(path) for path in tars],
-            index_paths=[str(path.with_suffix(".idx")) for path in tars],
             ext=["jpg;jpeg;png;webp", "cls"],
             missing_component_behavior="error",
         )

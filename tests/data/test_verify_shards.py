@@ -231,7 +231,7 @@ def test_a_link_to_nothing_is_a_missing_shard(folder: Path) -> None:
     assert [problem.message for problem in found(folder)] == [f"shard {folder / 's-1.tar'} is missing"]
 
 
-@pytest.mark.parametrize("damage", ["gone", "flipped column", "flipped header", "idx gone", "idx stale"])
+@pytest.mark.parametrize("damage", ["gone", "flipped column", "flipped header"])
 def test_what_is_derived_is_built_anew(folder: Path, damage: str) -> None:
     index = folder / INDEX_FILE
     before = {path.name: file_digest(path) for path in folder.iterdir()}
@@ -239,12 +239,8 @@ def test_what_is_derived_is_built_anew(folder: Path, damage: str) -> None:
         index.unlink()
     elif damage == "flipped column":
         flip(index, index.stat().st_size - 40)
-    elif damage == "flipped header":
-        flip(index, 60)
-    elif damage == "idx gone":
-        (folder / "s-0.idx").unlink()
     else:
-        (folder / "s-0.idx").write_text((folder / "s-1.idx").read_text())
+        flip(index, 60)
     problems = found(folder)
     assert len(problems) == 1, problems
     assert problems[0].kind == "index"
@@ -256,11 +252,9 @@ def test_what_is_derived_is_built_anew(folder: Path, damage: str) -> None:
 
 def test_foreign_shards_that_changed_are_not_taken_for_good(folder: Path) -> None:
     flip(folder / "s-0.tar", 1000)
-    (folder / "s-1.idx").unlink()
     report = verify_folder(folder, repair=True)
-    assert len(report.left) == 2
+    assert len(report.left) == 1
     assert "nothing was repaired: 1 shards (s-0.tar) are not the recorded ones" in report.repairs[0]
-    assert not (folder / "s-1.idx").exists()
 
 
 # Shards that bowstore wrote
