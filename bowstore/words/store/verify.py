@@ -150,27 +150,36 @@ def digest(path: Path) -> str:
 
 
 def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None:
-    _check_arrays(layer, report)
-    digests = [_chunk_digest(layer, chunk) for chunk in range(layer.chunks)]
-    if not layer.complete:
-        done = sum(value != 0 for value in digests)
-        report.problems.append(
-            f"layer {layer.name!r} is not complete: {done} of {layer.chunks} chunks are written; {REMEDY}"
-        )
-    for chunk, value in enumerate(digests):
-        if value != 0 or layer.complete:
-            problem = value if isinstance(value, str) else _chunk_problem(layer, chunk, value)
-            report.chunks += 1
-            if problem:
-                report.problems.append(problem)
-                report.damaged[layer.name] = sorted({*report.damaged.get(layer.name, ()), chunk})
+    committed = 0
+    for chunk in range(layer.chunks):
+        try:
+            committed += _check_chunk(layer, chunk)
+        except CorruptError as error:
+            report.problems.append(str(error))
+            report.damaged.setdefault(layer.name, []).append(chunk)
         progress.advance()
-    readable = not any(isinstance(value, str) for value in digests)
-    if layer.complete and readable and (problem := _content_problem(layer)):
+    report.chunks += layer.chunks if layer.complete else committed
+    _check_arrays(layer, report)
+    if not layer.complete:
+        report.problems.append(
+            f"layer {layer.name!r} is not complete: {committed} of {layer.chunks} chunks are written; {REMEDY}"
+        )
+    elif problem := _content_problem(layer):
         report.problems.append(problem)
         report.all_again(layer)  # it cannot be told which of its files are of another state
     if layer.name in report.lost:  # without its vocabulary nothing can be encoded again
         report.damaged.pop(layer.name, None)
+
+
+def _check_chunk(layer: Layer, chunk: int) -> bool:
+    """Whether a chunk is committed."""
+    recorded = layer.chunk_digest(chunk)
+    if recorded == 0 and not layer.complete:
+        return False
+    high = int(layer.read_chunk(chunk, recorded).max())
+    if high >= layer.num_words:
+        raise CorruptError(f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.num_words}")
+    return True
 
 
 def _check_arrays(layer: Layer, report: VerifyReport) -> None:
@@ -194,29 +203,11 @@ def _check_arrays(layer: Layer, report: VerifyReport) -> None:
                 report.all_again(layer)
 
 
-def _chunk_digest(layer: Layer, chunk: int) -> int | str:
-    """The recorded digest of a chunk, or what is wrong with it."""
-    try:
-        return layer.chunk_digest(chunk)
-    except CorruptError as error:
-        return str(error)
-
-
-def _chunk_problem(layer: Layer, chunk: int, digest_value: int) -> str | None:
-    try:
-        words = layer.read_chunk(chunk, digest_value)
-    except CorruptError as error:
-        return str(error)
-    if (high := int(words.max())) >= layer.num_words:
-        return f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.num_words}"
-    return None
-
-
 def _content_problem(layer: Layer) -> str | None:
     try:
         return layer.content_problem()
-    except CorruptError as error:
-        return str(error)
+    except CorruptError:  # a chunk's digest cannot be read: that was found with its chunk
+        return None
 
 
 def _check_keys(key_hash_N: NDArray[np.uint64], index: Index | None, report: VerifyReport) -> None:
