@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import TracebackType
 
+QUIET_BYTES = 1 << 28  # less than this is read or checked before anyone asks for progress
 _LOG_EVERY_SECONDS = 10.0
 
 

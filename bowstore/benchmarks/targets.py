@@ -1,8 +1,10 @@
 """How long each tier of targets takes for a batch: its part in the reading thread, and its part in the step."""
 
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bowstore.benchmarks.config import TargetsBench
 from bowstore.benchmarks.result import BenchResult, Timing
@@ -13,7 +15,8 @@ from bowstore.progress import Progress
 from bowstore.remote import fetch_store
 from bowstore.words.store.join import join_rows
 from bowstore.words.store.store import open_store
-from bowstore.words.targets.tiers import TIERS, choose_tier, open_targets, time_batches, words_bytes
+from bowstore.words.targets.bags import count_bag, unpacked
+from bowstore.words.targets.tiers import TIERS, Targets, choose_tier, open_targets, words_bytes
 
 
 def bench_targets(
@@ -34,12 +37,11 @@ def bench_targets(
     with Progress("bench targets", (rounds + 1) * len(tiers), "timings") as progress:
         for number in range(rounds + 1):
             for tier, targets in tiers.items():
-                times = time_batches(targets, batch=batch, batches=batches, seed=number)
+                ahead_s, step_s = time_batches(targets, batch=batch, batches=batches, seed=number)
                 if number:
-                    seconds = sum(times.ahead_s) + sum(times.bag_s)
-                    rates[tier].append(batch * batches / seconds)
-                    ahead[tier] += times.ahead_s
-                    step[tier] += times.bag_s
+                    rates[tier].append(batch * batches / (sum(ahead_s) + sum(step_s)))
+                    ahead[tier] += ahead_s
+                    step[tier] += step_s
                 progress.advance()
     micro = {tier: (1e6 * float(np.median(ahead[tier])), 1e6 * float(np.median(step[tier]))) for tier in TIERS}
     size = words_bytes(what, len(index))
@@ -60,3 +62,19 @@ def bench_targets(
         },
         notes=[f"auto takes {choice.tier} here: {size / 1e6:.4g} MB of words, {choice.reason}"],
     )
+
+
+def time_batches(targets: Targets, *, batch: int, batches: int, seed: int) -> tuple[list[float], list[float]]:
+    """Seconds of the host's part of random batches, and of the device's, one after another, without reading ahead."""
+    draw, ahead_s, step_s = np.random.default_rng(seed), list[float](), list[float]()
+    for _ in range(batches):
+        rows_B = draw.integers(0, len(targets), batch)
+        begun = time.perf_counter()
+        ahead = targets.ahead(rows_B)
+        gathered = time.perf_counter()
+        count_bag(unpacked(targets.words(rows_B, ahead)))
+        if targets.device.type == "cuda":
+            torch.cuda.synchronize(targets.device)
+        ahead_s.append(gathered - begun)
+        step_s.append(time.perf_counter() - gathered)
+    return ahead_s, step_s

@@ -46,7 +46,7 @@ def train_batches(
         threads: decoding threads; None for one a core.
         hw_load: share of the JPEG images that a GPU's hardware decoder takes.
         way: how windows are decoded; None for the quicker of those that work there.
-        ahead: called with each plan in the reading thread, some batches ahead of need (streamed targets).
+        ahead: called with each plan in the reading thread, some batches ahead of need (gathers words).
         until: the stage after which it ends, for benchmarks: the difference between two ends is what a stage costs.
             After `decode` the images are DALI's list.
 

@@ -3,9 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 from shard_sets import write_words
 
+from bowstore.benchmarks.targets import time_batches
 from bowstore.config import StorageConfig
 from bowstore.errors import CorruptError, UsageError
 from bowstore.torchrun import Ranks
@@ -23,7 +22,6 @@ from bowstore.words.store.layer import Layer
 from bowstore.words.store.store import open_store
 from bowstore.words.targets import tiers as targets
 from bowstore.words.targets.bags import unpacked
-from bowstore.words.targets.flat import FlatWords
 from bowstore.words.targets.tiers import (
     TIERS,
     HostTargets,
@@ -33,7 +31,6 @@ from bowstore.words.targets.tiers import (
     choose_tier,
     describe,
     open_targets,
-    time_batches,
     words_digest,
 )
 
@@ -127,47 +124,6 @@ def test_a_damaged_chunk_is_named(open_tier: Open, store: Path, tier: Tier) -> N
         open_tier(tier)
 
 
-@pytest.mark.parametrize("join", ["identity", "permuted"])
-def test_a_flat_file_of_other_words_is_refused_at_the_start(open_tier: Open, join: str) -> None:
-    opened = open_tier("streamed", join)
-    assert isinstance(opened, StreamedTargets)
-    with open(opened.flat.path, "r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x01")
-    with pytest.raises(CorruptError, match=r"rows 100-109 of .*\.u16 differ from word store"):
-        words_digest(opened)
-
-
-def test_a_step_waits_only_for_words_that_are_not_there_yet(open_tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, read, rows_B = open_tier("streamed"), FlatWords.read, np.arange(16)
-
-    def slow(self: FlatWords, rows_B: NDArray[np.int64], out_BM: NDArray[np.uint16]) -> None:
-        time.sleep(0.3)
-        read(self, rows_B, out_BM)
-
-    monkeypatch.setattr(FlatWords, "read", slow)
-    begun = time.perf_counter()
-    first, second = opened.ahead(rows_B), opened.ahead(rows_B + 1)
-    assert time.perf_counter() - begun < 0.15  # the reading thread goes on to the images
-    opened.words(rows_B, first)
-    assert opened.waited_s > 0.1
-    assert isinstance(second, Future)
-    wait([second])
-    packed_BM = opened.words(rows_B + 1, second)
-    assert opened.waited_s < 0.1
-    assert np.array_equal(unpacked(packed_BM).numpy(), MAPS[rows_B + 1].reshape(16, -1))
-
-
-def test_a_read_that_fails_ends_the_step_that_needs_it(open_tier: Open) -> None:
-    opened = open_tier("streamed")
-    assert isinstance(opened, StreamedTargets)
-    with open(opened.flat.path, "r+b") as file:
-        file.truncate(4096 + 24 * 100)
-    opened.words(np.array([99]), opened.ahead(np.array([99])))
-    with pytest.raises(CorruptError, match="ends at byte 6496"):
-        opened.words(np.array([100]), opened.ahead(np.array([100])))
-
-
 def test_a_store_larger_than_memory_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data memory is bounded to 16 MB more than Python has: 47 MB of words pass through, but do not fit."""
     maps = np.random.default_rng(0).integers(0, 8, (120_000, 14, 14)).astype(np.uint16)
@@ -181,17 +137,19 @@ import numpy as np, torch
 from bowstore.config import StorageConfig
 from bowstore.words.targets.bags import MeanBag
 from bowstore.words.store.store import open_store
-from bowstore.words.targets.tiers import open_targets, time_batches, words_digest
+from bowstore.words.targets.tiers import open_targets, words_digest
 torch.set_num_threads(1)
 storage, cpu = StorageConfig(cache=Path(sys.argv[2])), torch.device("cpu")
 def layer(): return open_store(Path(sys.argv[1])).layer()
 def run(tier, layer, rows):
     targets = open_targets(tier, layer, rows, cpu, storage=storage)
-    time_batches(targets, batch=64, batches=20)
+    for seed in range(20):
+        rows_B = np.random.default_rng(seed).integers(0, len(targets), 64)
+        targets.words(rows_B, targets.ahead(rows_B))
     mean = MeanBag(8, "count")
     return words_digest(targets, mean.add), mean.entropy()
 small = open_store(Path(sys.argv[3])).layer()
-run("streamed", small, np.arange(small.images))  # threads and their stacks, Zarr's and ours
+run("streamed", small, np.arange(small.images))  # threads and their stacks
 data_kb = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, ((data_kb << 10) + (16 << 20),) * 2)
 identity = np.arange(120_000)
@@ -227,10 +185,9 @@ def test_the_host_gathers_a_batch_in_time() -> None:
         chunk_digests=lambda: np.ones(1, np.uint64),
     )
     opened = HostTargets(layer, np.arange(rows), CPU)  # type: ignore[arg-type]
-    times = time_batches(opened, batch=256, batches=200)
-    assert times.tier == "host"
-    assert len(times.ahead_s) == len(times.bag_s) == 200
-    assert np.median(times.ahead_s) < 400e-6
+    ahead_s, step_s = time_batches(opened, batch=256, batches=200, seed=0)
+    assert len(ahead_s) == len(step_s) == 200
+    assert np.median(ahead_s) < 400e-6
 
 
 @pytest.mark.parametrize(

@@ -73,14 +73,12 @@ def build(settings: WordsSettings, job: Job) -> Task:
         constants["marginal_loss"] = marginal
         gamma = settings.gamma if settings.head == "cosine" else 0.0
         dead = Dead.at(marginal, "predicting the words' mean frequencies", gamma)
-    waits_ms: list[float] = []
 
     def bring(batch: Batch) -> tuple[Tensor, ...]:
         plan, ahead = batch.plan, batch.ahead or [None] * len(sources)
         tensors: list[Tensor] = []
         for source, mine in zip(sources, ahead, strict=True):
             tensors += [source.targets.words(plan.rows, mine), *placed(source.form.numbers(plan), world.device)]
-        waits_ms.append(1e3 * sum(source.targets.waited_s for source in sources))
         return batch.images_BCHW, *tensors
 
     def make(images_BCHW: Tensor, *tensors: Tensor) -> tuple[Tensor, Bags]:
@@ -103,9 +101,6 @@ def build(settings: WordsSettings, job: Job) -> Task:
         if gammas:
             gamma_N = torch.stack(gammas)
             found["gamma"] = gamma_N[gamma_N.abs().argmin()]
-        if sources[0].targets.tier == "streamed":  # the mean since the last line, of this sitting
-            found["target_wait_ms"] = torch.tensor(sum(waits_ms) / len(waits_ms), device=world.device)
-        waits_ms.clear()
         return found
 
     def ahead(plan: Plan) -> list[Any]:

@@ -5,16 +5,13 @@ and `words` the device's part in the training step; both take rows of the index,
 
     resident   all words on the device; a batch is one gather there
     host       all words in the memory of each process; gathered ahead, sent through a pinned buffer
-    streamed   words in a flat file on a local disk; rows read ahead in plan order, memory does not grow with the store
+    streamed   words in a mapped file on a local disk; else as host, but memory does not grow with the store
 
 Legend: N rows of the index, B batch, M slots (locations of the word map).
 """
 
-import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -28,21 +25,17 @@ from bowstore.config import StorageConfig
 from bowstore.environment import available_memory
 from bowstore.errors import UsageError
 from bowstore.gpu import free_memory
-from bowstore.progress import Progress
+from bowstore.progress import QUIET_BYTES, Progress
 from bowstore.torchrun import ranks
-from bowstore.words.targets.bags import count_bag, unpacked
 
 if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in memory train without it
     from bowstore.words.store.join import JoinedLayer
     from bowstore.words.store.layer import Layer
-    from bowstore.words.targets.flat import FlatWords, JoinedFlatWords
+    from bowstore.words.targets.flat import FlatWords
 
 Tier = Literal["resident", "host", "streamed"]
 TIERS: tuple[Tier, ...] = ("resident", "host", "streamed")  # by the room that they need, most first
-Ahead = Tensor | Future[Tensor] | None
 Add = Callable[[NDArray[np.uint16]], object]
-
-_QUIET_BYTES = 1 << 28  # less than this is loaded before anyone asks for progress
 
 
 class TierChoice(NamedTuple):
@@ -107,7 +100,6 @@ class Targets(ABC):
         tier: where the words lie.
         device: where they are wanted.
         slots: M.
-        waited_s: seconds that the last call of `words` waited for its words to be read.
     """
 
     tier: ClassVar[Tier]
@@ -115,23 +107,17 @@ class Targets(ABC):
     def __init__(self, layer: "Layer | JoinedLayer", rows: int, device: torch.device) -> None:
         self.device = device
         self.slots = layer.grid[0] * layer.grid[1]
-        self.waited_s = 0.0
         self._rows, self._block_rows = rows, layer.chunk_rows
 
     def __len__(self) -> int:
         return self._rows
 
     @abstractmethod
-    def ahead(self, rows_B: NDArray[np.int64]) -> Ahead:
+    def ahead(self, rows_B: NDArray[np.int64]) -> Tensor | None:
         """The host's part of `words`, for rows (B,) of the index; called in the reading thread, in plan order."""
 
-    def blocks(self) -> Iterator[NDArray[np.uint16]]:
-        """All words in the order of the index, uint16 (rows, M), in blocks of the same size in every tier."""
-        for start in range(0, len(self), self._block_rows):
-            yield self._block(start, min(start + self._block_rows, len(self)))
-
     @abstractmethod
-    def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
+    def words(self, rows_B: NDArray[np.int64], ahead: Tensor | None = None) -> Tensor:
         """Words (B, M) on the device: uint16 bit for bit as int16, which torch gathers on every device.
 
         Args:
@@ -139,15 +125,14 @@ class Targets(ABC):
             ahead: what `ahead` gave for these rows; None does its work now.
         """
 
+    def blocks(self) -> Iterator[NDArray[np.uint16]]:
+        """All words in the order of the index, uint16 (rows, M), in blocks of the same size in every tier."""
+        for start in range(0, len(self), self._block_rows):
+            yield self._block(start, min(start + self._block_rows, len(self)))
+
     @abstractmethod
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
         """Words of consecutive rows (stop - start, M) on the host."""
-
-    def _buffer(self, rows: int) -> Tensor:
-        """An int16 (rows, M) buffer on the host that can be copied to the device without waiting."""
-        gpu = self.device.type == "cuda"
-        with torch.cuda.device(self.device) if gpu else nullcontext():
-            return torch.empty((rows, self.slots), dtype=torch.int16, pin_memory=gpu)
 
 
 class ResidentTargets(Targets):
@@ -164,8 +149,8 @@ class ResidentTargets(Targets):
     def ahead(self, rows_B: NDArray[np.int64]) -> None:
         """Nothing: the gather is the device's."""
 
-    def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
-        """As in the base class, on the device."""
+    def words(self, rows_B: NDArray[np.int64], ahead: Tensor | None = None) -> Tensor:
+        """As in the base class."""
         return self._words_NM[torch.from_numpy(rows_B).to(self.device, non_blocking=True)]
 
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
@@ -175,91 +160,59 @@ class ResidentTargets(Targets):
 class HostTargets(Targets):
     """The words of all rows in host memory, one copy a process."""
 
-    tier = "host"
+    tier: ClassVar[Tier] = "host"
 
     def __init__(
         self, layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool = True
     ) -> None:
         super().__init__(layer, len(store_row_N), device)
-        self._words_NM = _load(layer, store_row_N, torch.device("cpu"), shown=shown)
+        self._words_NM = _unsigned(_load(layer, store_row_N, torch.device("cpu"), shown=shown))
 
     def ahead(self, rows_B: NDArray[np.int64]) -> Tensor:
-        """The rows' words, gathered into a buffer."""
-        buffer = self._buffer(len(rows_B))
-        return torch.index_select(self._words_NM, 0, torch.from_numpy(rows_B), out=buffer)
+        """The rows' words, gathered into memory from which a GPU copies without anybody waiting."""
+        gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if gpu else nullcontext():
+            buffer = torch.empty((len(rows_B), self.slots), dtype=torch.int16, pin_memory=gpu)
+        self._gather(rows_B, _unsigned(buffer))
+        return buffer
 
-    def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
-        """As in the base class, on the device."""
-        words_BM = ahead if isinstance(ahead, Tensor) else self.ahead(rows_B)
-        return words_BM.to(self.device, non_blocking=True)
+    def words(self, rows_B: NDArray[np.int64], ahead: Tensor | None = None) -> Tensor:
+        """As in the base class."""
+        return (self.ahead(rows_B) if ahead is None else ahead).to(self.device, non_blocking=True)
+
+    def _gather(self, rows_B: NDArray[np.int64], out_BM: NDArray[np.uint16]) -> None:
+        # Any other mode than "raise" writes into `out` directly; the rows are those of a plan, none is clipped.
+        np.take(self._words_NM, rows_B, axis=0, out=out_BM, mode="clip")
 
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
-        return _unsigned(self._words_NM[start:stop])
+        return self._words_NM[start:stop]
 
 
-class StreamedTargets(Targets):
-    """Words read row by row from a flat file, for stores larger than memory.
-
-    `ahead` only requests the rows: a separate thread reads them, in plan order, so that words and images are read
-    side by side, and a step waits (`waited_s`) only when its rows are not there yet. One thread, because the kernel
-    is told of all rows of a batch before the first is read; more threads read no faster from a disk, and more slowly
-    from its cache.
-    """
+class StreamedTargets(HostTargets):
+    """The words of all rows of a store in a mapped file: the kernel has in memory what there is room for."""
 
     tier = "streamed"
 
     def __init__(
-        self,
-        layer: "Layer | JoinedLayer",
-        store_row_N: NDArray[np.int64],
-        device: torch.device,
-        flat: "FlatWords | JoinedFlatWords",
+        self, layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: torch.device, flat: "FlatWords"
     ) -> None:
-        super().__init__(layer, len(store_row_N), device)
+        Targets.__init__(self, layer, len(store_row_N), device)
+        self.flat, self._words_NM = flat, flat.words_NM
         identity = len(store_row_N) == layer.images and bool((np.diff(store_row_N, prepend=-1) == 1).all())
         # The only thing here that grows with the index: usually 4 bytes a row, and nothing for the identity.
         self._store_row_N = None if identity else store_row_N.astype(np.min_scalar_type(layer.images))
-        self._chunks = layer.chunks
-        # Not so where stores meet: then blocks are of the same size as in other tiers only if they are cut anew.
-        self._even = all(layer.rows(chunk).start == chunk * layer.chunk_rows for chunk in range(layer.chunks))
-        self.flat = flat
-        self._reader = ThreadPoolExecutor(1, "words")
-        weakref.finalize(self, self._reader.shutdown, wait=False)
 
-    def ahead(self, rows_B: NDArray[np.int64]) -> Future[Tensor]:
-        """The rows' words, being read."""
-        return self._reader.submit(self._read, rows_B)
-
-    def blocks(self) -> Iterator[NDArray[np.uint16]]:
-        """All words in the order of the index; the whole file is checked against the store on the way.
-
-        Raises:
-            CorruptError: the file holds other words than the store.
-        """
-        checked = (self.flat.chunk(chunk) for chunk in range(self._chunks))
-        if self._store_row_N is None and self._even:
-            yield from checked
-            return
-        for _ in checked:
-            pass
-        yield from super().blocks()
-
-    def words(self, rows_B: NDArray[np.int64], ahead: Ahead = None) -> Tensor:
-        """As in the base class, on the device."""
-        reading = ahead if isinstance(ahead, Future) else self.ahead(rows_B)
-        begun = time.perf_counter()
-        words_BM = reading.result()
-        self.waited_s = time.perf_counter() - begun
-        return words_BM.to(self.device, non_blocking=True)
+    def _gather(self, rows_B: NDArray[np.int64], out_BM: NDArray[np.uint16]) -> None:
+        store_rows_B = rows_B if self._store_row_N is None else self._store_row_N[rows_B].astype(np.int64)
+        self.flat.announce(store_rows_B)
+        super()._gather(store_rows_B, out_BM)
 
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
-        return _unsigned(self._read(np.arange(start, stop)))
-
-    def _read(self, rows_B: NDArray[np.int64]) -> Tensor:
-        buffer = self._buffer(len(rows_B))
-        store_rows_B = rows_B if self._store_row_N is None else self._store_row_N[rows_B].astype(np.int64)
-        self.flat.read(store_rows_B, _unsigned(buffer))
-        return buffer
+        if self._store_row_N is None:
+            return super()._block(start, stop)
+        block_BM = np.empty((stop - start, self.slots), np.uint16)
+        self._gather(np.arange(start, stop), block_BM)
+        return block_BM
 
 
 def open_targets(
@@ -286,9 +239,9 @@ def open_targets(
         BowstoreError: streamed, and no room on the disk.
     """
     if tier == "streamed":
-        from bowstore.words.targets.flat import open_flat_words  # Zarr
+        from bowstore.words.targets.flat import open_flat  # Zarr
 
-        return StreamedTargets(layer, store_row_N, device, open_flat_words(layer, storage, shown=shown))
+        return StreamedTargets(layer, store_row_N, device, open_flat(layer, storage, shown=shown))
     kind = ResidentTargets if tier == "resident" else HostTargets
     return kind(layer, store_row_N, device, shown=shown)
 
@@ -303,12 +256,9 @@ def words_digest(targets: Targets, add: Add | None = None, *, used: int | None =
         add: takes the words of the rows in use, uint16 (rows, M), block after block.
         used: how many rows are in use, from the first; None for all.
         shown: False silences progress.
-
-    Raises:
-        CorruptError: as `StreamedTargets.blocks`.
     """
     digest, left = xxhash.xxh3_128(), len(targets) if used is None else used
-    shown = shown and 2 * len(targets) * targets.slots > _QUIET_BYTES
+    shown = shown and 2 * len(targets) * targets.slots > QUIET_BYTES
     with Progress("check words", len(targets), shown=shown) as progress:
         for words_BM in targets.blocks():
             digest.update(words_BM.data)
@@ -319,39 +269,6 @@ def words_digest(targets: Targets, add: Add | None = None, *, used: int | None =
     return digest.hexdigest()
 
 
-class BatchTimes(NamedTuple):
-    """How long batches of random rows took.
-
-    Attributes:
-        tier: where the words lie.
-        ahead_s: seconds of the host's part of each batch, until its words were read.
-        bag_s: seconds of the device's part.
-    """
-
-    tier: Tier
-    ahead_s: list[float]
-    bag_s: list[float]
-
-
-def time_batches(targets: Targets, *, batch: int, batches: int, seed: int = 0) -> BatchTimes:
-    """Time both parts of random batches, one after another, without reading ahead."""
-    draw, gpu = np.random.default_rng(seed), targets.device.type == "cuda"
-    times = BatchTimes(targets.tier, [], [])
-    for _ in range(batches):
-        rows_B = draw.integers(0, len(targets), batch)
-        begun = time.perf_counter()
-        ahead = targets.ahead(rows_B)
-        if isinstance(ahead, Future):
-            ahead.result()
-        read = time.perf_counter()
-        count_bag(unpacked(targets.words(rows_B, ahead)))
-        if gpu:
-            torch.cuda.synchronize(targets.device)
-        times.ahead_s.append(read - begun)
-        times.bag_s.append(time.perf_counter() - read)
-    return times
-
-
 def _load(layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool) -> Tensor:
     """Words of an index's rows, int16 (N, M), read chunk by chunk into their places."""
     slots = layer.grid[0] * layer.grid[1]
@@ -359,7 +276,7 @@ def _load(layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: 
     order_N = np.argsort(store_row_N, kind="stable")
     sorted_N = store_row_N[order_N]
     digests = layer.chunk_digests().tolist()
-    shown = shown and words_bytes(layer, len(store_row_N)) > _QUIET_BYTES
+    shown = shown and words_bytes(layer, len(store_row_N)) > QUIET_BYTES
     with Progress("load words", len(store_row_N), shown=shown) as progress:
         for chunk, digest in enumerate(digests):
             rows = layer.rows(chunk)
