@@ -2,13 +2,18 @@
 
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from bowstore.data.index import build_index
+from bowstore.models.opened import open_network
+from bowstore.models.record import NetworkRecord
 from bowstore.models.saved import network_of, save_backbone
+from bowstore.words.encode.teacher import Teacher, freeze_teacher
 
 IMAGES = 96
 
@@ -41,3 +46,17 @@ def write_teacher(path: Path, *, seed: int = 0, **values: object) -> Path:
     network = network_of({**of_run, **values}, "test")
     save_backbone(path, network.fresh(), network)
     return path
+
+
+def load_teacher(
+    spec: str | Path | NetworkRecord,
+    layers: Sequence[str],
+    device: torch.device,
+    *,
+    weights: Path | None = None,
+    size: int | None = None,
+    resize: int | None = None,
+    seed: int = 0,
+) -> Teacher:
+    opened = open_network(spec, weights=weights, size=size, seed=seed)
+    return freeze_teacher(opened, layers, device, size=size, resize=resize)

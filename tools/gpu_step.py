@@ -22,6 +22,7 @@ from bowstore.data.index import open_index
 from bowstore.data.plan import plans
 from bowstore.data.views import Batch
 from bowstore.environment import cores, device_name
+from bowstore.models.opened import open_network
 from bowstore.train.compiling import compiles, compiles_here
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
@@ -30,7 +31,7 @@ from bowstore.train.step import build_objective, build_optimizer, train_step, tu
 from bowstore.train.tasks.settings import WordsSettings
 from bowstore.train.tasks.task import Task, build_task
 from bowstore.words.assign.assign import assign, prepare_words
-from bowstore.words.encode.teacher import load_teacher
+from bowstore.words.encode.teacher import freeze_teacher
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def _stepper(config: TrainConfig, way: StepWay, batch: Batch, device: torch.devi
 
 def _teacher(layer: str, settings: StepSettings, images_BCHW: Tensor) -> Way:
     """Maps and words of a batch, in bfloat16 on a GPU, as anyone would run a teacher in the loop."""
-    teacher = load_teacher(
-        settings.arch, [layer], settings.device, size=settings.size,
+    teacher = freeze_teacher(
+        open_network(settings.arch, size=settings.size), [layer], settings.device, size=settings.size,
         precision="bfloat16" if settings.device.type == "cuda" else "float32",
     )  # fmt: skip
     clean_BCHW = images_BCHW.float()

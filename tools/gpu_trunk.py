@@ -9,7 +9,8 @@ from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import Way, interleaved
 from bowstore.environment import cores, device_name
 from bowstore.models.compiled import CannotCompileError
-from bowstore.words.encode.teacher import Precision, load_teacher
+from bowstore.models.opened import open_network
+from bowstore.words.encode.teacher import Precision, freeze_teacher
 
 
 def bench_trunk(
@@ -30,7 +31,7 @@ def bench_trunk(
     images_BCHW = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def teacher(precision: Precision) -> Any:
-        return load_teacher(arch, [layer], device, size=size, precision=precision)
+        return freeze_teacher(open_network(arch, size=size), [layer], device, size=size, precision=precision)
 
     exact, half, contiguous = teacher("float32"), teacher("bfloat16"), teacher("float32")
     contiguous.backbone.to(memory_format=torch.contiguous_format)

@@ -24,15 +24,16 @@ from bowstore.data.reader import ShardReader, fetched
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
 from bowstore.exact import cpu_threads, exact_float32
+from bowstore.models.opened import open_network
 from bowstore.progress import without_progress
 from bowstore.torchrun import Ranks
-from bowstore.words.encode.arithmetic import in_new_way
+from bowstore.words.encode.arithmetic import in_one_way
 from bowstore.words.encode.assign_pass import lead_pass
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.crew import join
-from bowstore.words.encode.job import Job, plan_layers, view_values
+from bowstore.words.encode.job import Job, view_values
 from bowstore.words.encode.lanes import compute_workers, workers
-from bowstore.words.encode.teacher import load_teacher
+from bowstore.words.encode.teacher import freeze_teacher
 from bowstore.words.store.layer import LayerSpec
 from bowstore.words.store.writer import StoreWriter, create_store
 
@@ -101,18 +102,18 @@ class _Bench:
             path = Path(folder) / "words.zarr"
             hashes = np.arange(1, self.images + 1, dtype=np.uint64)
             writer = create_store(path, fingerprint=job.index.fingerprint, key_hash_N=hashes, image_digest_N=hashes)
-            for plan in job.layers:
+            for layer in job.teacher.layers:
                 spec = LayerSpec(
-                    teacher=job.teacher.provenance(plan.name), view=view_values(job.teacher), vocabulary={},
-                    num_words=plan.num_words, grid=plan.grid, channels=plan.channels,
+                    teacher=job.teacher.provenance(layer.name), view=view_values(job.teacher), vocabulary={},
+                    num_words=job.num_words[layer.name], grid=layer.grid, channels=layer.channels,
                 )  # fmt: skip
-                writer.add_layer(plan.name, spec, self.vocabularies[plan.name])
+                writer.add_layer(layer.name, spec, self.vocabularies[layer.name])
             begun = time.perf_counter()
             with join(Ranks(0, 1, 0, 1), {}) as crew, without_progress():
-                work = lead_pass(job, StoreWriter(path), crew)
+                _, clock = lead_pass(job, StoreWriter(path), crew)
             # The other ways are timed at full speed, too.
-            seconds = time.perf_counter() - begun - work.clock.seconds["start"]
-            return self.images / seconds, work.clock.shares()
+            seconds = time.perf_counter() - begun - clock.seconds["start"]
+            return self.images / seconds, clock.shares()
 
 
 def bench_encode(
@@ -154,7 +155,9 @@ def bench_encode(
             "batch": job.batch,
             "workers": compute_workers(device),
             "arch": job.teacher.backbone.arch,
-            "layers": {plan.name: {"words": plan.num_words, "grid": plan.grid} for plan in job.layers},
+            "layers": {
+                layer.name: {"words": job.num_words[layer.name], "grid": layer.grid} for layer in job.teacher.layers
+            },
             "size": job.teacher.view.size,
             "precision": config.precision,
             "trunk": job.teacher.trunk,
@@ -175,16 +178,17 @@ def bench_encode(
 
 
 def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.device) -> _Bench:
-    teacher = load_teacher(
-        config.teacher, config.layers, device, weights=config.weights, size=config.size, resize=config.resize,
-        seed=config.seed, precision=config.precision,
+    opened = open_network(config.teacher, weights=config.weights, size=config.size, seed=config.seed)
+    teacher = freeze_teacher(
+        opened, config.layers, device, size=config.size, resize=config.resize, precision=config.precision,
+        border=config.border,
     )  # fmt: skip
-    plans = plan_layers(config, teacher.layers, [None] * len(teacher.layers))
+    num_words = config.words_of_each([layer.name for layer in teacher.layers])
     # A set smaller than a round is repeated.
     repeated = replace(concatenated([index] * -(-images // len(index))), fingerprint=index.fingerprint)
-    job = in_new_way(Job(config, repeated, teacher, Path(), plans, device))
+    job = in_one_way(Job(config, repeated, teacher, num_words, Path(), device))
     teacher = job.teacher
-    found: dict[str, list[NDArray[np.float32]]] = {plan.name: [] for plan in plans}
+    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in num_words}
     kept: Tensor | None = None
     for _, images_BCHW in clean_batches(
         ShardReader(index), teacher.view, np.arange(min(images, len(index))), batch=job.batch, device=device
@@ -192,14 +196,14 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
         kept = images_BCHW.clone() if kept is None else kept
         for name, map_Bchw in teacher.maps(images_BCHW).items():
             found[name].append(map_Bchw.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy())
-        if all(sum(map(len, found[plan.name])) >= plan.num_words for plan in plans):
+        if all(sum(map(len, found[name])) >= count for name, count in num_words.items()):
             break
     vectors = {name: np.concatenate(parts) for name, parts in found.items()}
-    for plan in plans:
-        if len(vectors[plan.name]) < plan.num_words:
+    for name, count in num_words.items():
+        if len(vectors[name]) < count:
             raise UsageError(
-                f"{min(images, len(index))} images give {len(vectors[plan.name])} vectors of layer {plan.name!r}, "
-                f"fewer than K = {plan.num_words}; lower --K, or name more images"
+                f"{min(images, len(index))} images give {len(vectors[name])} vectors of layer {name!r}, "
+                f"fewer than K = {count}; lower --K, or name more images"
             )
     assert kept is not None, "there is at least one image"
-    return _Bench(job, images, {plan.name: vectors[plan.name][: plan.num_words] for plan in plans}, kept)
+    return _Bench(job, images, {name: vectors[name][:count] for name, count in num_words.items()}, kept)

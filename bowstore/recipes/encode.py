@@ -17,7 +17,7 @@ from bowstore.plugins import called
 from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint, images_in
 from bowstore.remote import is_remote
-from bowstore.words.encode.config import EncodeConfig, check_place, check_sample
+from bowstore.words.encode.config import EncodeConfig, check_place, check_sample, word_grid
 from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer
 from bowstore.words.store.store import Store
 from bowstore.workspace import initial_network, is_configuration, only_store, resolve_teacher
@@ -137,7 +137,7 @@ class EncodeStage(Stage):
         layers, config = self.config.layers, self.config
         if config.vocabulary and not config.num_words:
             return {}
-        return dict(zip(layers, config.words_of_each(layers, [None] * len(layers)), strict=True))
+        return config.words_of_each(layers)
 
     @cached_property
     def maps(self) -> dict[str, StageShape]:
@@ -159,7 +159,7 @@ class EncodeStage(Stage):
                 )
             if own_layer(layer) == stage:  # what lies within a stage is known once it is built
                 config.check_components(layer, shapes[stage].channels)
-                known[layer] = replace(shapes[stage], grid=config.word_grid(layer, shapes[stage].grid))
+                known[layer] = replace(shapes[stage], grid=word_grid(config.border, layer, shapes[stage].grid))
         return known
 
     def check_settings(self) -> None:

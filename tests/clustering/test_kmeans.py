@@ -283,9 +283,9 @@ def test_kmeans_needs_no_faiss_for_torch() -> None:
 def test_memory_counts_what_kmeans_copies(
     words: int, pca: int | None, copies: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = SimpleNamespace(name="conv4", channels=128, num_words=words)
+    teacher = SimpleNamespace(layers=[SimpleNamespace(name="conv4", channels=128)])
     config = SimpleNamespace(pca=pca, sample_per_word=256)
-    job: Any = SimpleNamespace(layers=[plan], config=config, device=CPU)
+    job: Any = SimpleNamespace(teacher=teacher, num_words={"conv4": words}, config=config, device=CPU)
     vectors = 10_000_000
     room = int(4 * 128 * vectors * (1 + copies))
     plans: Any = {"conv4": SimpleNamespace(vectors=vectors)}

@@ -5,7 +5,8 @@ from sklearn.decomposition import PCA
 
 from bowstore.clustering.projection import Projection, fit_projection, prepare_projection, project, project_sample
 from bowstore.errors import DataError, UsageError
-from bowstore.words.encode.vocabulary import build_vocabulary
+from bowstore.words.encode.config import EncodeConfig
+from bowstore.words.encode.prepare import build_vocabulary
 
 CPU = torch.device("cpu")
 
@@ -68,7 +69,7 @@ def test_a_sample_smaller_than_the_components_is_one_line() -> None:
 
 
 def test_words_lie_among_the_components() -> None:
-    vocabulary = build_vocabulary(sample(), 9, seed=0, iterations=4, device=CPU, pca=3, whiten=True)
+    vocabulary = build_vocabulary(sample(), 9, EncodeConfig(teacher="none", iterations=4, pca=3, whiten=True), CPU)
     assert vocabulary.centroids_Kp.shape == (9, 3)
     assert vocabulary.projection is not None
     assert vocabulary.projection.matrix_pc.shape == (3, 12)

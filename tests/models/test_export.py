@@ -16,6 +16,7 @@ import timm
 import torch
 import torchvision
 from click.testing import CliRunner
+from teacher_sets import load_teacher
 from torch import Tensor, nn
 
 from bowstore.cli import main
@@ -27,7 +28,6 @@ from bowstore.models.backbone import Backbone, mean_pool
 from bowstore.models.export import Exported, export_network
 from bowstore.models.saved import EXPORTED, SavedNetwork, checkpoint_bytes, load_backbone, save_backbone
 from bowstore.runs import BACKBONE_FILE
-from bowstore.words.encode.teacher import load_teacher
 
 GUIDE = Path(__file__).parents[2] / "docs/guide.md"
 VIEW = ViewConfig(size=160, resize=None, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.625))

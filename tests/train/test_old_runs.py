@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from teacher_sets import load_teacher
 
 from bowstore import runs
 from bowstore.config import dump, validate
@@ -19,7 +20,6 @@ from bowstore.train.checkpoint import save_checkpoint
 from bowstore.train.config import TrainConfig
 from bowstore.train.rundir import check_run, check_start, read_run_config, write_config
 from bowstore.verify import verify_path
-from bowstore.words.encode.teacher import load_teacher
 from bowstore.yaml_file import read_yaml
 
 

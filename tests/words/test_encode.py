@@ -1,9 +1,7 @@
 import errno
 import os
 import re
-import shutil
 import signal
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +9,17 @@ import numpy as np
 import pytest
 import torch
 from encoding import CPU, encode_in_process, run_encode
-from growing import older_provenance
+from growing import older_provenance, small_chunks_patch
 from served import SERVER
-from teacher_sets import IMAGES, write_shards, write_teacher
+from teacher_sets import IMAGES, load_teacher, write_shards, write_teacher
 
 from bowstore.data import batches, pipeline
 from bowstore.data.batches import bounded
 from bowstore.data.index import open_index
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
-from bowstore.errors import BowstoreError, CorruptError, DataError, MismatchError, MissingError, UsageError
-from bowstore.models import residual
+from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError
 from bowstore.words.encode.report import EncodeReport
-from bowstore.words.encode.teacher import load_teacher
-from bowstore.words.store import layer as layer_module
 from bowstore.words.store.join import join_rows
 from bowstore.words.store.store import Store, open_store
 from bowstore.words.store.verify import digest, discard_damaged, verify
@@ -35,9 +30,7 @@ from bowstore.words.store.writer import StoreWriter
 def clean(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, shards: Path) -> Path:
     """The store of an uninterrupted run, in five chunks; not to be changed."""
     path = tmp_path_factory.mktemp("clean") / "words.zarr"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_module, "MIN_CHUNK_BYTES", 1)
-        patch.setattr(layer_module, "CHUNK_STEP_ROWS", 20)
+    with small_chunks_patch():
         run_encode(teacher=teacher_file, shards=shards, store=path)
     return path
 
@@ -66,18 +59,18 @@ def test_report(run: Any, shards: Path, clean: Path) -> None:
     report = run()
     (layer,) = report.layers
     assert (report.images, report.images_encoded, report.ranks) == (IMAGES, IMAGES, 1)
-    assert (layer.words, layer.grid, layer.channels) == (24, (4, 4), 64)
-    assert (layer.chunks, layer.chunks_before, layer.already_complete) == (5, 0, False)
+    assert (layer["words"], layer["grid"], layer["channels"]) == (24, (4, 4), 64)
+    assert (layer["chunks"], layer["chunks_before"], layer["already_complete"]) == (5, 0, False)
     assert set(report.seconds) == {"sample", "k-means", "assign", "finish"}
     assert set(report.stages) == {"start", "teacher", "assign", "images", "write"}
     assert report.binds in report.stages
-    assert 1 < layer.statistics["image_perplexity"] <= 16
-    assert layer.statistics["unused_words"] == 0
-    assert layer.vocabulary["sample_per_word"] == 256
-    assert layer.vocabulary["sample"] == IMAGES * 16  # all there are
-    assert layer.bytes_per_image > 8
-    assert layer.vocabulary_bytes > 24 * 64 * 2
-    assert report.warnings == ()
+    assert 1 < layer["statistics"]["image_perplexity"] <= 16
+    assert layer["statistics"]["unused_words"] == 0
+    assert layer["vocabulary"]["sample_per_word"] == 256
+    assert layer["vocabulary"]["sample"] == IMAGES * 16  # all there are
+    assert layer["bytes_per_image"] > 8
+    assert layer["vocabulary_bytes"] > 24 * 64 * 2
+    assert report.warnings == []
     assert digest(report.store) == digest(clean)
     frequency = open_store(report.store).document_frequency()
     words = open_store(report.store).load_words()
@@ -133,11 +126,11 @@ def test_batches_cut_for_large_images_fill_every_row(
 def test_a_complete_layer_is_left_alone(run: Any) -> None:
     first = run()
     stamp = (first.store / "block3/words/c/0/0/0").stat().st_mtime_ns
-    (again,) = run().layers
+    again = run()
     assert "already complete" in again.text()
-    assert again.already_complete
-    assert again.chunks_before == 5
-    assert again.statistics == first.layers[0].statistics
+    (layer,) = again.layers
+    assert (layer["already_complete"], layer["chunks_before"]) == (True, 5)
+    assert layer["statistics"] == first.layers[0]["statistics"]
     assert (first.store / "block3/words/c/0/0/0").stat().st_mtime_ns == stamp
 
 
@@ -244,7 +237,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run: Any, clean: Path, monkeypa
         run()
     report = run()
     assert sorted(written) == [0, 1, 2, 3, 3, 4]  # chunk 3 alone was written again
-    assert report.layers[0].chunks_before >= 3
+    assert report.layers[0]["chunks_before"] >= 3
     assert "sample" not in report.seconds  # the vocabulary came from the store
     assert digest(report.store) == digest(clean)
 
@@ -255,7 +248,7 @@ def test_damaged_chunks_alone_are_encoded_again(run: Any, clean: Path, shards: P
     report = verify(path, shards)
     assert report.damaged == {"block3": [2]}
     discard_damaged(path, report)
-    assert run().layers[0].chunks_before == 4
+    assert run().layers[0]["chunks_before"] == 4
     assert digest(path) == digest(clean)
 
 
@@ -273,7 +266,7 @@ def test_a_chunk_damaged_before_the_end_stops_the_run(run: Any, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("at", [0, 3, 12, 20, 31])
-def test_a_full_disk_is_one_line_and_the_store_goes_on(
+def test_after_a_full_disk_the_store_goes_on(
     run: Any, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     plain, calls = os.fsync, []
@@ -286,30 +279,10 @@ def test_a_full_disk_is_one_line_and_the_store_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(BowstoreError, match=r"no space left .* run the same command"):
+        with pytest.raises(OSError, match="No space left on device"):  # for which the command line has a remedy
             run()
     assert not list(tmp_path.rglob(".*.tmp-*"))
     assert digest(run().store) == digest(clean)
-
-
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_a_folder_that_cannot_be_written_is_one_line(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    message = rf"{tmp_path} cannot be written \({os.strerror(number)}\); make it writable, or name another --store"
-    with pytest.raises(BowstoreError, match=message):
-        run()
-
-
-def test_a_disk_that_is_too_small_is_refused_at_the_start(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")(1, 1, 5000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(BowstoreError, match=r"has 0\.01 MB free, the words need 0\.\d\d MB; free some"):
-        run()
 
 
 def test_killed_again_and_again_it_ends_with_the_same_words(
@@ -344,7 +317,7 @@ def test_the_vocabulary_of_another_store_is_reused(run: Any, clean: Path, tmp_pa
     assert "k-means" not in report.seconds
     again = run(vocabulary=clean, num_words=(), store=tmp_path / "again.zarr")  # the same images
     assert np.array_equal(open_store(again.store).load_words(), open_store(clean).load_words())
-    with pytest.raises(UsageError, match=r"--K 23 does not fit the vocabulary's 24 words of layer 'block3'; leave --K"):
+    with pytest.raises(MismatchError, match=r"was made with K 24, now it is 23; --vocabulary needs the teacher and"):
         run(shards=others, vocabulary=clean, num_words=(23,), store=tmp_path / "x.zarr")
     other = write_teacher(tmp_path / "other.safetensors", seed=1)
     with pytest.raises(
@@ -446,27 +419,3 @@ def test_an_interrupted_store_is_no_store_to_train_on(
             run()
     with pytest.raises(MismatchError, match=r"is not complete: 0 of 5 chunks are written; run `bowstore encode` again"):
         open_store(tmp_path / "words.zarr")
-
-
-def test_conv1_of_an_older_store_is_not_taken_for_the_map_before_the_pooling(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was called conv1 is pool1 now: the same weights, the same name, another map."""
-    values: dict[str, Any] = {"teacher": "resnet18", "size": 16, "resize": 16, "layers": ("conv1",), "num_words": (4,)}
-    plain = residual._resnet_stages
-
-    def older(arch: str) -> Any:
-        stages, channels = plain(arch)
-        stages["conv1"].add_module("maxpool", stages.pop("pool1"))
-        del channels["pool1"]
-        return stages, channels
-
-    with monkeypatch.context() as patch:
-        patch.setattr(residual, "_resnet_stages", older)
-        store = run(**values).store
-    told = r"was made with map 64 x 4 x 4, now it is 64 x 8 x 8; in older stores conv1 .*: it is pool1 now"
-    with pytest.raises(MismatchError, match=told):
-        run(**values)
-    with pytest.raises(MismatchError, match=told):
-        run(**{**values, "num_words": ()}, vocabulary=store, store=tmp_path / "new.zarr")
-    assert open_store(run(**{**values, "layers": ("pool1",)}).store).layer("pool1").grid == (4, 4)

@@ -12,29 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 from encoding import encode_as_rank, encode_slowly, run_encode
+from growing import LAYERS
 from rank_sets import agent
 from teacher_sets import IMAGES, write_shards, write_teacher
 
-from bowstore.errors import BusyError
-from bowstore.words.encode.assign_pass import nearest_name
-from bowstore.words.store import layer as layer_module
-from bowstore.words.store.nearest import NO_ROW, save_nearest
+from bowstore.errors import BusyError, MismatchError
 from bowstore.words.store.store import open_store
 from bowstore.words.store.verify import digest, verify
 from bowstore.words.store.writer import StoreWriter, work_folder
 
-LAYERS: dict[str, Any] = {"layers": ("block2", "block3"), "num_words": (12, 24)}
 
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, shards: Path) -> Path:
+@pytest.fixture
+def clean(first: Path) -> Path:
     """The store of one uninterrupted process: two layers in five chunks each; not to be changed."""
-    path = tmp_path_factory.mktemp("clean") / "words.zarr"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_module, "MIN_CHUNK_BYTES", 1)
-        patch.setattr(layer_module, "CHUNK_STEP_ROWS", 20)
-        run_encode(teacher=teacher_file, shards=shards, store=path, **LAYERS)
-    return path
+    return first
 
 
 @pytest.fixture
@@ -192,21 +183,16 @@ def test_a_rank_that_was_given_something_else_is_refused_before_any_work(
     assert not values["store"].exists()
 
 
-def test_an_unfinished_store_of_the_engine_before_goes_on(
+def test_an_unfinished_store_of_the_engine_before_is_refused(
     clean: Path, values: dict[str, Any], tmp_path: Path, small_chunks: int
 ) -> None:
-    """It kept what each process had seen of the nearest images in a file of its own, beside claims on parts."""
+    """It kept what it had seen of the nearest images in a folder beside the store; without that, they would be lost."""
     store = Path(shutil.copytree(clean, values["store"]))
-    writer, work = StoreWriter(store), work_folder(store)
-    work.mkdir()
-    for layer in map(writer.layer, LAYERS["layers"]):
-        seen = writer.nearest(layer.name)
-        for number, rows in enumerate((slice(0, 48), slice(48, IMAGES))):
-            theirs = (seen.row_Kn >= rows.start) & (seen.row_Kn < rows.stop)
-            part = seen._replace(row_Kn=np.where(theirs, seen.row_Kn, NO_ROW))
-            save_nearest(work / f"{nearest_name(writer, layer)}{number:012x}.npz", part)
-        writer.discard_chunks(layer.name, [4], nearest=True)
-    for claim in ("lead.0", "0123456789abcdef.fedcba@80.3"):
-        (work / claim).write_text("{}")
-    run_encode(**values)
-    check_same(store, clean)
+    work_folder(store).mkdir()
+    assert all(layer["already_complete"] for layer in run_encode(**values).layers)
+    StoreWriter(store).discard_chunks("block3", [4])
+    message = rf"layer 'block3' of word store {store} is not complete and was begun by an earlier version, which kept"
+    with pytest.raises(MismatchError, match=rf"{message} in {work_folder(store)} .* --vocabulary {store} --store NEW"):
+        run_encode(**values)
+    new = run_encode(**{**values, "vocabulary": store, "store": tmp_path / "new.zarr"}).store
+    assert np.array_equal(open_store(new).load_words("block3"), open_store(clean).load_words("block3"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from teacher_sets import write_teacher
+from teacher_sets import load_teacher, write_teacher
 
 from bowstore.config import ModelConfig
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
@@ -16,7 +16,7 @@ from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.runs import BACKBONE_FILE, descent, descent_of_words, write_lineage
 from bowstore.words.encode.lanes import workers
-from bowstore.words.encode.teacher import TeacherLayer, load_teacher
+from bowstore.words.encode.teacher import TeacherLayer
 
 CPU = torch.device("cpu")
 

@@ -1,231 +1,208 @@
 """The pass over all images: the words of units of images, made by any rank; chunks of the store, written by rank 0.
 
-Committed chunks are never made anew. A unit of images need not be a chunk: words wait here until theirs is whole.
+Committed chunks are never written anew. A unit of images need not be a chunk: words wait here until theirs is whole.
 
-Legend: B batch, M cells of an image, h w word grid, K words, c channels, p dimensions of a word.
+Legend: B batch, M cells of an image, h w word grid, K words, c channels, p dimensions of a word, n images kept.
 """
 
-import glob
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load
+from torch import Tensor
 
-from bowstore.clustering.projection import Projection
-from bowstore.files import make_folder
+from bowstore.clustering.projection import Projection, prepare_projection, project
+from bowstore.exact import exact_float32
 from bowstore.progress import Progress
+from bowstore.words.assign.assign import assign, prepare_words
 from bowstore.words.encode.crew import Crew, Work
 from bowstore.words.encode.forward import Clock
 from bowstore.words.encode.job import Job
-from bowstore.words.encode.lanes import Maps, compute_workers
-from bowstore.words.encode.quantizer import Quantizer, Words, quantizer
-from bowstore.words.encode.units import cut_units, in_bytes, through_teacher
+from bowstore.words.encode.lanes import Maps, compute_workers, to_host
+from bowstore.words.encode.units import Made, cut_units, in_bytes, through_teacher
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.nearest import NearestImages, NearestSearch, load_nearest, save_nearest
-from bowstore.words.store.writer import StoreWriter, work_folder
+from bowstore.words.store.schema import NOT_WRITTEN
+from bowstore.words.store.writer import StoreWriter
 
-Found = Mapping[str, Words]
+Words = tuple[NDArray[np.uint16], NDArray[np.float32]]  # (B, h, w), and the vectors' distances to them, (B, M)
+Arrays = Mapping[str, NDArray[Any]]
 
 
-def lead_pass(job: Job, writer: StoreWriter, crew: Crew) -> "AssignPass":
-    """Encode what the store lacks, together with the other ranks; for rank 0, which writes it."""
-    plan = _tell_plan(job, writer, crew)
-    mine = AssignPass(job, plan)
-    with Progress("encode", writer.images, done=writer.images - mine.images) as progress:
-        keeper = _Keeper(writer, plan, progress, mine.clock)
-        crew.share("assign", len(plan.units), mine.work(), keeper.keep)
-    return mine
+def lead_pass(job: Job, writer: StoreWriter, crew: Crew) -> tuple[int, Clock]:
+    """Encode what the store lacks, together with the other ranks; for rank 0, which writes it.
+
+    Returns:
+        The number of images that all ranks encoded, and where this rank's time went.
+    """
+    layers = [writer.layer(name) for name in job.num_words]
+    arrays = _plan(job, layers, crew.size)
+    crew.tell("pass", in_bytes(arrays))
+    units, work, clock = _part(job, arrays)
+    images, keeper = sum(map(len, units)), _Keeper(writer, [layer for layer in layers if not layer.complete])
+    with Progress("encode", writer.images, done=writer.images - images) as progress:
+
+        def keep(number: int, result: bytes) -> None:
+            keeper.keep(units[number], load(result))
+            progress.advance(len(units[number]), clock.text())
+
+        crew.share("assign", len(units), work, keep)
+    return images, clock
 
 
 def follow_pass(job: Job, crew: Crew) -> None:
     """Any other rank's part in it."""
-    plan = _plan(job, load(crew.hear("pass")))
-    crew.share("assign", len(plan.units), AssignPass(job, plan).work())
+    units, work, _ = _part(job, load(crew.hear("pass")))
+    crew.share("assign", len(units), work)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is left to do, as rank 0 tells the others.
-
-    Attributes:
-        units: of images, by number.
-        layers: names and numbers of words of the layers that are not complete.
-        quantizers: of these layers.
-    """
-
-    units: Sequence[slice]
-    layers: Mapping[str, int]
-    quantizers: Mapping[str, Quantizer]
-
-
-def _tell_plan(job: Job, writer: StoreWriter, crew: Crew) -> _Plan:
-    """Plan the pass over what the store lacks, and tell the others; for rank 0."""
-    layers = [writer.layer(name) for name in job.names]
-    missing = np.zeros(writer.images, dtype=bool)
-    for layer in layers:
-        for chunk in np.flatnonzero(layer.chunk_digests() == 0).tolist():
-            missing[layer.rows(chunk)] = True
-    rows = min(writer.images, math.lcm(*(layer.chunk_rows for layer in layers)))
-    blocks = (slice(start, min(start + rows, writer.images)) for start in range(0, writer.images, rows))
-    units = cut_units(blocks, job.batch, crew.size, needed=lambda batch: bool(missing[batch].any()))
-    arrays: dict[str, NDArray[Any]] = {
-        "units": np.array([(unit.start, unit.stop) for unit in units], np.int64).reshape(-1, 2)
+def _plan(job: Job, layers: Sequence[Layer], ranks: int) -> dict[str, NDArray[Any]]:
+    """What is left to do: units of images, and how the layers that are not complete get their words."""
+    # Blocks end where chunks of all layers do. One that lacks a chunk of any layer is encoded whole.
+    rows, images = math.lcm(*(layer.chunk_rows for layer in layers)), len(job.index)
+    missing = {
+        chunk * layer.chunk_rows // rows for layer in layers for chunk in np.flatnonzero(layer.chunk_digests() == 0)
     }
+    blocks = [slice(block * rows, min((block + 1) * rows, images)) for block in sorted(map(int, missing))]
+    units = [(unit.start, unit.stop) for unit in cut_units(blocks, job.batch, ranks)]
+    arrays: dict[str, NDArray[Any]] = {"units": np.array(units, np.int64).reshape(-1, 2)}
     for layer in layers:
         if not layer.complete:
             arrays[f"{layer.name}/vocabulary"] = layer.read_array("vocabulary")
             for name, values in zip(("projection", "offset"), layer.read_projection() or (), strict=False):
                 arrays[f"{layer.name}/{name}"] = values
-    crew.tell("pass", in_bytes(arrays))
-    return _plan(job, arrays)
+    return arrays
 
 
-def _plan(job: Job, arrays: dict[str, NDArray[Any]]) -> _Plan:
-    quantizers = {}
-    for name in job.names:
-        if (centroids_Kp := arrays.get(f"{name}/vocabulary")) is not None:
-            projection = arrays.get(f"{name}/projection")
-            prepared = None if projection is None else Projection(projection, arrays[f"{name}/offset"])
-            quantizers[name] = quantizer(centroids_Kp, prepared, job.config.border, job.device)
-    units = [slice(start, stop) for start, stop in arrays["units"].tolist()]
-    return _Plan(units, {name: len(found.centroids_Kp) for name, found in quantizers.items()}, quantizers)
+def _part(job: Job, plan: Arrays) -> tuple[list[NDArray[np.int64]], Work, Clock]:
+    """The units of a plan, a rank's work on them, and the clock that counts it."""
+    units = [np.arange(start, stop) for start, stop in plan["units"].tolist()]
+    quantizers, nearest = {}, {}
+    for name in job.num_words:
+        if (centroids_Kp := plan.get(f"{name}/vocabulary")) is not None:
+            matrix = plan.get(f"{name}/projection")
+            projection = None if matrix is None else Projection(matrix, plan[f"{name}/offset"])
+            quantizers[name] = quantizer(centroids_Kp, projection, job.device)
+            nearest[name] = _Nearest(len(centroids_Kp))
 
+    def quantized(_rows_B: NDArray[np.int64], maps: Maps) -> dict[str, Words]:
+        return {name: quantize(maps[name]) for name, quantize in quantizers.items()}
 
-class AssignPass:
-    """One rank's part in the pass.
-
-    Attributes:
-        images: that all ranks encode.
-        clock: where the time went.
-    """
-
-    def __init__(self, job: Job, plan: _Plan) -> None:
-        self._job, self._plan = job, plan
-        self._nearest = {name: NearestSearch(num_words) for name, num_words in plan.layers.items()}
-        self.images = sum(unit.stop - unit.start for unit in plan.units)
-        self.clock = Clock(compute_workers(job.device))
-
-    def work(self) -> Work:
-        """What makes the words of units."""
-        return through_teacher(
-            self._job, self._plan.units, _rows, self._quantize, self._packed, clock=self.clock, stage="assign"
-        )
-
-    def _quantize(self, _rows_B: NDArray[np.int64], maps: Maps) -> Found:
-        return {name: found.quantize(maps[name]) for name, found in self._plan.quantizers.items()}
-
-    def _packed(self, unit: slice, made: list[tuple[NDArray[np.int64], Found]]) -> bytes:
-        """A unit's words; and those of its images that are among the nearest that this rank has seen.
-
-        An image that is among the nearest of all is among the nearest of those that one rank has seen, too: what a
-        rank leaves out is never missed.
-        """
+    def packed(made: Made[dict[str, Words]]) -> bytes:
         arrays: dict[str, NDArray[Any]] = {}
-        for name, search in self._nearest.items():
-            for rows_B, found in made:
-                words_Bhw, distance_BM = found[name]
-                search.add_batch(rows_B, words_Bhw.reshape(len(rows_B), -1), distance_BM)
+        for name, seen in nearest.items():
             arrays[f"{name}/words"] = np.concatenate([found[name][0] for _, found in made])
-            arrays |= {f"{name}/{part}": values for part, values in _among(search.result(), unit).items()}
+            near = seen.of_unit([(rows_B, found[name]) for rows_B, found in made])
+            place = np.flatnonzero(near.row_Kn >= 0)  # a small part of them
+            arrays |= {f"{name}/{part}": values.ravel()[place] for part, values in near._asdict().items()}
+            arrays[f"{name}/place"] = place
         return in_bytes(arrays)
 
-
-def _among(nearest: NearestImages, rows: slice) -> dict[str, NDArray[Any]]:
-    """What is kept of some rows, by its place in the arrays: a small part of them."""
-    place = np.flatnonzero((nearest.row_Kn >= rows.start) & (nearest.row_Kn < rows.stop))
-    return {"place": place, **{part: values.ravel()[place] for part, values in nearest._asdict().items()}}
+    clock = Clock(compute_workers(job.device))
+    return units, through_teacher(job, units, quantized, packed, clock=clock, stage="assign"), clock
 
 
-def _alone(arrays: Mapping[str, NDArray[Any]], name: str, num_words: int) -> NearestImages:
-    """What `_among` took out of a layer's arrays, where it was in them, and nothing else."""
-    alone = NearestSearch(num_words).result()
-    for part, values in alone._asdict().items():
-        values.ravel()[arrays[f"{name}/place"]] = arrays[f"{name}/{part}"]
-    return alone
+def quantizer(
+    centroids_Kp: NDArray[np.float32], projection: Projection | None, device: torch.device
+) -> Callable[[Tensor], Words]:
+    """What makes words of maps (B, c, h, w) on a device, under a vocabulary."""
+    centroids = torch.from_numpy(centroids_Kp).to(device)
+    words, before = prepare_words(centroids), prepare_projection(projection, device) if projection else None
+
+    def quantize(map_Bchw: Tensor) -> Words:
+        batch, channels, h, w = map_Bchw.shape
+        vectors = map_Bchw.permute(0, 2, 3, 1).reshape(-1, channels)
+        with exact_float32():
+            if before:
+                vectors = project(vectors, before)
+            ids = assign(vectors, words)
+            distance = torch.linalg.vector_norm(vectors - centroids[ids.long()], dim=1)
+        words_Bhw, distance_BM = to_host(ids.view(batch, h, w), distance.view(batch, -1))
+        return words_Bhw, distance_BM
+
+    return quantize
 
 
-def _rows(part: slice) -> NDArray[np.int64]:
-    return np.arange(part.start, part.stop)
+class _Nearest:
+    """What a rank has seen of the images nearest to a layer's words; it sends rank 0 no more than may count.
+
+    An image that is among the nearest of all is among the nearest of those that one rank has seen, too: what a rank
+    leaves out is never missed. To rank all that it has seen for each unit would take 4 to 10 % of the time that a GPU
+    takes for 3072 images, and half of it for 256 (K = 20000, 2000 images/s). So cells are held against distances of
+    some time ago, which lets through half as many again, until as many have come as are kept.
+    """
+
+    def __init__(self, num_words: int) -> None:
+        self._seen, self._come = NearestSearch(num_words), 0
+        self._farthest_K = np.full(num_words, np.inf, np.float32)
+
+    def of_unit(self, made: Made[Words]) -> NearestImages:
+        unit = NearestSearch(len(self._farthest_K))
+        for rows_B, (words_Bhw, distance_BM) in made:
+            words_BM = words_Bhw.reshape(distance_BM.shape)
+            near = distance_BM <= self._farthest_K[words_BM]
+            unit.add_batch(
+                rows_B, words_BM, np.where(near, distance_BM, np.float32(np.nan))
+            )  # which is near to nothing
+        found = unit.result()
+        self._seen.merge(found)
+        self._come += int((found.row_Kn >= 0).sum())
+        if self._come >= found.row_Kn.size:
+            farthest_K = self._seen.result().distance_Kn[:, -1]
+            self._farthest_K, self._come = np.where(np.isnan(farthest_K), np.float32(np.inf), farthest_K), 0
+        return found
 
 
 class _Keeper:
-    """Rank 0's side of the pass: chunks that fill, and the images nearest to the words.
+    """Rank 0's side of the pass: chunks that fill, and the images nearest to the words."""
 
-    Args:
-        writer: of the store.
-        plan: what is left to do.
-        progress: counts images.
-        clock: for its note.
-    """
+    def __init__(self, writer: StoreWriter, layers: Sequence[Layer]) -> None:
+        self._writer, self._layers = writer, layers
+        self._nearest = {layer.name: nearest_so_far(writer, layer) for layer in layers}
+        self._missing = {(layer.name, int(n)) for layer in layers for n in np.flatnonzero(layer.chunk_digests() == 0)}
+        self._filling: dict[tuple[str, int], NDArray[np.uint16]] = {}
 
-    def __init__(self, writer: StoreWriter, plan: _Plan, progress: Progress, clock: Clock) -> None:
-        self._writer, self._units, self._progress, self._clock = writer, plan.units, progress, clock
-        self._layers = [writer.layer(name) for name in plan.layers]
-        self._nearest = {layer.name: nearest_so_far(writer, layer) for layer in self._layers}
-        self._chunks = {
-            (layer.name, chunk): _Chunk(layer, chunk)
-            for layer in self._layers
-            for chunk in np.flatnonzero(layer.chunk_digests() == 0).tolist()
-        }
-
-    def keep(self, number: int, result: bytes) -> None:
+    def keep(self, rows: NDArray[np.int64], arrays: Arrays) -> None:
         """Put a unit's words into their chunks, and commit those that are full."""
-        unit, arrays = self._units[number], load(result)
+        unit = slice(int(rows[0]), int(rows[-1]) + 1)
         for layer in self._layers:
-            words_Nhw = arrays[f"{layer.name}/words"]
-            self._nearest[layer.name].merge(_alone(arrays, layer.name, layer.num_words))
+            near = NearestSearch(layer.num_words).result()
+            for part, values in near._asdict().items():
+                values.ravel()[arrays[f"{layer.name}/place"]] = arrays[f"{layer.name}/{part}"]
+            self._nearest[layer.name].merge(near)
             for chunk in layer.chunks_of(unit):
-                filling = self._chunks.get((layer.name, chunk))
-                if filling and (words := filling.put(unit.start, words_Nhw)) is not None:
-                    del self._chunks[layer.name, chunk]
-                    # First the nearest images, then the chunk: the images of a committed chunk have been counted.
-                    keep_nearest(self._writer, layer, self._nearest[layer.name].result())
-                    self._writer.write_chunk(layer.name, chunk, words)
-        self._progress.advance(unit.stop - unit.start, self._clock.text())
+                if (layer.name, chunk) in self._missing:
+                    self._fill(layer, chunk, unit.start, arrays[f"{layer.name}/words"])
 
-
-class _Chunk:
-    """A chunk that is being filled."""
-
-    def __init__(self, layer: Layer, number: int) -> None:
-        rows = layer.rows(number)
-        self._start, self._missing = rows.start, rows.stop - rows.start
-        self._shape = (self._missing, *layer.grid)
-        self._words: NDArray[np.uint16] | None = None
-
-    def put(self, start: int, words_Nhw: NDArray[np.uint16]) -> NDArray[np.uint16] | None:
-        """Take words of consecutive rows, each row once; the chunk's words once it is full."""
-        if self._words is None:
-            self._words = np.empty(self._shape, np.uint16)
-        first, last = max(start, self._start), min(start + len(words_Nhw), self._start + len(self._words))
-        self._words[first - self._start : last - self._start] = words_Nhw[first - start : last - start]
-        self._missing -= last - first
-        return None if self._missing else self._words
+    def _fill(self, layer: Layer, chunk: int, start: int, words_Nhw: NDArray[np.uint16]) -> None:
+        key, rows = (layer.name, chunk), layer.rows(chunk)
+        if key not in self._filling:
+            self._filling[key] = np.full((rows.stop - rows.start, *layer.grid), NOT_WRITTEN, np.uint16)
+        words = self._filling[key]
+        first, last = max(start, rows.start), min(start + len(words_Nhw), rows.stop)
+        words[first - rows.start : last - rows.start] = words_Nhw[first - start : last - start]
+        if not (words == NOT_WRITTEN).any():
+            # First the nearest images, then the chunk: the images of a committed chunk have been counted.
+            save_nearest(nearest_file(layer), self._nearest[layer.name].result())
+            self._writer.write_chunk(layer.name, chunk, words)
+            del self._filling[key]
+            self._missing.remove(key)
 
 
 def nearest_so_far(writer: StoreWriter, layer: Layer) -> NearestSearch:
     """What this store's earlier runs have seen of a layer's nearest images."""
     search = NearestSearch(layer.num_words)
-    files = work_folder(writer.path).glob(f"{glob.escape(nearest_name(writer, layer))}*.npz")
-    for found in (writer.nearest(layer.name), *load_nearest(sorted(files))):
-        search.merge(found)
+    search.merge(writer.nearest(layer.name))
+    if (file := nearest_file(layer)).exists():
+        search.merge(next(load_nearest([file])))
     return search
 
 
-def nearest_name(writer: StoreWriter, layer: Layer) -> str:
-    """Name prefix of the files in which is kept what was seen of a layer's nearest images.
-
-    They lie beside the store, and must not be taken for those of another one that had its name before.
-    """
-    return f"nearest.{layer.name}.{layer.attributes['vocabulary_digest']}.{writer.fingerprint[:16]}."
-
-
-def keep_nearest(writer: StoreWriter, layer: Layer, nearest: NearestImages) -> None:
-    """Write what was seen to the one file of a layer; earlier versions wrote one for each process, read too."""
-    folder = work_folder(writer.path)
-    make_folder(folder)
-    save_nearest(folder / f"{nearest_name(writer, layer)}all.npz", nearest)
+def nearest_file(layer: Layer) -> Path:
+    """Where what was seen of the nearest images lies until the layer is complete."""
+    return layer.path / layer.name / "nearest.npz"

@@ -5,7 +5,7 @@ Legend: N images, h w word grid, K words.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -49,43 +49,20 @@ class EncodeConfig(Computing):
             raise ValueError("whiten goes with pca; set pca to the layer's number of channels to whiten all of them")
         return self
 
-    def words_of_each(self, layers: Sequence[str], known: Sequence[int | None]) -> tuple[int, ...]:
-        """K of each layer.
-
-        Args:
-            layers: their names.
-            known: K of each that has a vocabulary already, else None.
+    def words_of_each(self, layers: Sequence[str]) -> dict[str, int]:
+        """K of each of these layers.
 
         Raises:
-            UsageError: K is missing, given for another number of layers, or not the vocabulary's.
+            UsageError: K is missing, or given for another number of layers.
         """
+        if not self.num_words:
+            raise UsageError(f"the number of words of layer {layers[0]!r} is not known; give --K, for example --K 2048")
         given = self.num_words * len(layers) if len(self.num_words) == 1 else self.num_words
-        if given and len(given) != len(layers):
+        if len(given) != len(layers):
             raise UsageError(
                 f"{len(layers)} layers and {len(given)} values of --K; give one for all, or one for each layer"
             )
-        for layer, asked, have in zip(layers, given or known, known, strict=True):
-            if asked is None:
-                raise UsageError(f"the number of words of layer {layer!r} is not known; give --K, for example --K 2048")
-            if have not in (None, asked):
-                raise UsageError(
-                    f"--K {asked} does not fit the vocabulary's {have} words of layer {layer!r}; leave --K out"
-                )
-        return tuple(cast("Sequence[int]", given or known))
-
-    def word_grid(self, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) of a layer's words: its map without the border.
-
-        Raises:
-            UsageError: the border leaves nothing.
-        """
-        left = (grid[0] - 2 * self.border, grid[1] - 2 * self.border)
-        if min(left) < 1:
-            raise UsageError(
-                f"--border {self.border} leaves nothing of the {grid[0]} x {grid[1]} map of layer {layer!r}; choose at "
-                f"most {(min(grid) - 1) // 2}"
-            )
-        return left
+        return dict(zip(layers, given, strict=True))
 
     def check_components(self, layer: str, channels: int) -> None:
         """Refuse more principal components than a layer has channels."""
@@ -102,6 +79,21 @@ def check_place(store: Path) -> None:
         UsageError: the store is a URL.
     """
     local_only(store, "encode into a --store on this machine and copy it there by `bowstore push STORE URL`")
+
+
+def word_grid(border: int, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of a layer's words: its map without the border.
+
+    Raises:
+        UsageError: the border leaves nothing.
+    """
+    left = (grid[0] - 2 * border, grid[1] - 2 * border)
+    if min(left) < 1:
+        raise UsageError(
+            f"--border {border} leaves nothing of the {grid[0]} x {grid[1]} map of layer {layer!r}; choose at most "
+            f"{(min(grid) - 1) // 2}"
+        )
+    return left
 
 
 def check_sample(num_words: int, images: int, positions: int) -> None:

@@ -1,4 +1,4 @@
-"""A crew of processes: rank 0 deals out numbered units of work, and every rank, itself too, sends it what it made.
+"""A crew of processes: rank 0 deals out numbered units of work, and every rank, itself too, gives it what it made.
 
 All of it goes through the c10d store of the job that torchrun started; a process alone runs the same code on a store in
 its memory. Only rank 0 needs to see where results go. Three facts shape this (measured with PyTorch 2.14):
@@ -6,17 +6,18 @@ its memory. Only rank 0 needs to see where results go. Three facts shape this (m
     torchrun keeps the store through a restart of the processes, with all keys and counters of the dead attempt, and no
     process can tell from its environment which attempt it belongs to: rank 0 draws a token, under which all else lies
 
-    a push to a queue is whole or absent: a rank that dies, or is stopped for minutes, leaves nothing half said
+    a value of 8 MiB breaks the connection: bytes are set in pieces of half that
 
-    a value of 8 MiB breaks the connection: bytes travel in pieces of half that
+    a push to a queue is whole or absent: what a rank pushes, once all pieces are there, is the key of a result; a rank
+    that dies, or is stopped for minutes, leaves nothing half said
 
-A unit that is dealt out may never come back, because its rank hangs. When none is left to deal, ranks that have nothing
-to do make those anew that are outstanding; the first result counts, so units must give the same on every rank.
+Rank 0 deletes a result once it is kept, by which its maker sees that it may send another. A unit that is dealt out may
+never come back, because its rank hangs. When none is left to deal, ranks that have nothing to do make those anew that
+are outstanding; the first result counts, so units must give the same on every rank.
 """
 
 import json
 import secrets
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +44,6 @@ _TIMEOUT = timedelta(seconds=300)
 _PAUSES = 0.002, 0.2  # the first and the longest: with hundreds of ranks, polls are what the store has most to do with
 _IDLE_SECONDS = 0.01  # of rank 0's thread
 _HELLO, _WELCOME = "bowstore/crew/hello", "bowstore/crew/welcome"
-_HEADER = struct.Struct("<3I")  # rank, unit, pieces; those of a rank come in order
 
 
 @contextmanager
@@ -93,15 +93,11 @@ class Crew:
 
     def tell(self, what: str, value: bytes) -> None:
         """Give all ranks some bytes, once for each name; for rank 0."""
-        pieces = _pieces(value)
-        for number, piece in enumerate(pieces):
-            self._store.set(f"told/{what}/{number}", piece)
-        self._store.set(f"told/{what}", str(len(pieces)))
+        _put(self._store, f"told/{what}", value)
 
     def hear(self, what: str) -> bytes:
         """The bytes that rank 0 tells; waits for them."""
-        pieces = int(_arrived(self._store, f"told/{what}", self.pauses()))
-        return b"".join(self._store.get(f"told/{what}/{number}") for number in range(pieces))
+        return _arrived(self._store, f"told/{what}", self.pauses())
 
     def share(self, stage: str, units: int, work: Work, keep: Keep | None = None) -> None:
         """Do a stage together with the other ranks; returns when rank 0 has kept all units.
@@ -118,8 +114,8 @@ class Crew:
         """
         if self._desk:
             assert keep, "rank 0 keeps what is made"
-            self._desk.stage = _Stage(self._desk.store, stage, units, keep)
-        _Deal(self, self._store, stage, units).run(work)
+            self._desk.stage = _Stage(dist.PrefixStore(stage, self._desk.store), units, keep)
+        _Deal(self, dist.PrefixStore(stage, self._store), units).run(work)
 
     def pauses(self) -> Iterator[float]:
         """Seconds waited so far, with longer and longer pauses; raises what ended rank 0's thread."""
@@ -130,12 +126,12 @@ class Crew:
 
 
 class _Deal:
-    """A rank's units of a stage."""
+    """A rank's units of a stage, under whose name the store's keys lie."""
 
-    def __init__(self, crew: Crew, store: Any, stage: str, units: int) -> None:
-        self._crew, self._store, self._stage, self._units = crew, store, stage, units
-        self._mine: list[int] = []  # units that this rank has sent
-        self._owed = 0  # those of them that it has no acknowledgement of
+    def __init__(self, crew: Crew, store: Any, units: int) -> None:
+        self._crew, self._store, self._units = crew, store, units
+        self._mine: list[int] = []  # units that this rank has made
+        self._sent: list[str] = []  # keys of those that rank 0 has not kept yet
 
     def run(self, work: Work) -> None:
         begun = time.monotonic()
@@ -146,13 +142,12 @@ class _Deal:
             self._send(work(iter([unit]), self._wanted))
 
     def _dealt(self) -> Iterator[int]:
-        while (unit := self._store.add(f"{self._stage}/next", 1) - 1) < self._units:
+        while (unit := self._store.add("next", 1) - 1) < self._units:
             yield unit
 
     def _left(self) -> list[int] | None:
         """Units that rank 0 does not have; None before the last of them was dealt."""
-        key = f"{self._stage}/left"
-        return np.frombuffer(self._store.get(key), "<u4").tolist() if self._store.check([key]) else None
+        return np.frombuffer(self._store.get("left"), "<u4").tolist() if self._store.check(["left"]) else None
 
     def _wanted(self, unit: int) -> bool:
         left = self._left()
@@ -170,18 +165,16 @@ class _Deal:
         return None
 
     def _send(self, made: Iterable[tuple[int, bytes]]) -> None:
-        """Hand over units; while too many of this rank are not acknowledged, it makes no others."""
+        """Hand over units; while too many of this rank are not kept, it makes no others."""
         for unit, result in made:
-            pieces = _pieces(result)
-            for piece in pieces:
-                header = _HEADER.pack(self._crew.rank, unit, len(pieces))
-                self._store.queue_push(f"{self._stage}/done", header + piece)
+            key = f"{unit}/{self._crew.rank}"
+            _put(self._store, key, result)
+            self._store.queue_push("done", key)
             self._mine.append(unit)
-            self._owed += 1
+            self._sent.append(key)
             for _ in self._crew.pauses():
-                while self._owed and _pop(self._store, f"{self._stage}/ack/{self._crew.rank}") is not None:
-                    self._owed -= 1
-                if self._owed < UNACKNOWLEDGED or self._left() == []:  # nobody acknowledges what comes after the end
+                self._sent = [key for key in self._sent if self._store.check([key])]
+                if len(self._sent) < UNACKNOWLEDGED or self._left() == []:  # what comes after the end is not looked at
                     break
 
 
@@ -227,7 +220,8 @@ class _Desk(threading.Thread):
         refusal = other and (
             f"rank {rank} was given {other} {theirs.get(other)}, rank 0 {ours.get(other)}; give all ranks the same"
         )
-        self._root.set(f"{_WELCOME}/{hello['nonce']}", json.dumps({"token": self.token, "refusal": refusal}))
+        answer = json.dumps({"token": self.token, "refusal": refusal})
+        _put(self._root, f"{_WELCOME}/{hello['nonce']}", answer.encode())
         if refusal:
             raise MismatchError(refusal)
         self.joined.add(rank)
@@ -237,31 +231,23 @@ class _Desk(threading.Thread):
 class _Stage:
     """What rank 0 knows of a stage."""
 
-    def __init__(self, store: Any, name: str, units: int, keep: Keep) -> None:
-        self._store, self._name, self._units, self._keep = store, name, units, keep
+    def __init__(self, store: Any, units: int, keep: Keep) -> None:
+        self._store, self._units, self._keep = store, units, keep
         self._left, self._published = set(range(units)), units + 1
-        self._pieces: dict[tuple[int, int], list[bytes]] = {}  # of units that have not come whole, by rank and unit
 
     def take(self) -> bool:
-        """Receive a piece, if there is one, and say which units are left once all are dealt."""
-        message = _pop(self._store, f"{self._name}/done")
-        if message is not None:
-            rank, unit, count = _HEADER.unpack_from(message)
-            self._add(rank, unit, count, message[_HEADER.size :])
-        if self._published > len(self._left) and self._store.add(f"{self._name}/next", 0) >= self._units:
-            self._published = len(self._left)
-            self._store.set(f"{self._name}/left", np.array(sorted(self._left), "<u4").tobytes())
-        return message is not None
-
-    def _add(self, rank: int, unit: int, count: int, piece: bytes) -> None:
-        pieces = self._pieces.setdefault((rank, unit), [])
-        pieces.append(piece)
-        if len(pieces) == count:
-            del self._pieces[rank, unit]
-            if unit in self._left:  # or another rank was faster
-                self._keep(unit, b"".join(pieces))
+        """Keep a result, if there is one, and say which units are left once all are dealt."""
+        found = _pop(self._store, "done")
+        if found is not None:
+            key = found.decode()
+            if (unit := int(key.partition("/")[0])) in self._left:  # or another rank was faster
+                self._keep(unit, _got(self._store, key))
                 self._left.discard(unit)
-            self._store.queue_push(f"{self._name}/ack/{rank}", b"kept")
+            _delete(self._store, key)
+        if self._published > len(self._left) and self._store.add("next", 0) >= self._units:
+            self._published = len(self._left)
+            self._store.set("left", np.array(sorted(self._left), "<u4").tobytes())
+        return found is not None
 
 
 def _welcome(store: Any, rank: int, given: Mapping[str, str]) -> str:
@@ -282,12 +268,29 @@ def _pauses() -> Iterator[float]:
         pause = min(2 * pause, longest)
 
 
+def _put(store: Any, key: str, value: bytes) -> None:
+    """Set bytes in pieces; the key itself, which says how many there are, last."""
+    starts = range(0, len(value), PIECE_BYTES)
+    for number, start in enumerate(starts):
+        store.set(f"{key}/{number}", value[start : start + PIECE_BYTES])
+    store.set(key, str(len(starts)))
+
+
+def _got(store: Any, key: str) -> bytes:
+    return b"".join(store.get(f"{key}/{number}") for number in range(int(store.get(key))))
+
+
+def _delete(store: Any, key: str) -> None:
+    for number in range(int(store.get(key))):
+        store.delete_key(f"{key}/{number}")
+    store.delete_key(key)
+
+
 def _arrived(store: Any, key: str, pauses: Iterator[float]) -> bytes:
-    """What another rank sets; waits for it, and never longer in the store than for an answer: that would hold it."""
+    """What another rank puts; waits for it, and never longer in the store than for an answer: that would hold it."""
     while not store.check([key]):
         next(pauses)
-    value: bytes = store.get(key)
-    return value
+    return _got(store, key)
 
 
 def _pop(store: Any, queue: str) -> bytes | None:
@@ -297,9 +300,3 @@ def _pop(store: Any, queue: str) -> bytes | None:
     except dist.QueueEmptyError:
         return None
     return value
-
-
-def _pieces(value: bytes) -> list[bytes]:
-    """Bytes in pieces that fit a message with its header; one piece at least."""
-    step = PIECE_BYTES - _HEADER.size
-    return [value[start : start + step] for start in range(0, max(1, len(value)), step)]

@@ -1,30 +1,57 @@
 """Layers with their vocabularies, before any word is written: rank 0's work, for which the others sample.
 
-Legend: N images, h w word grid, K words, c channels, S sampled vectors.
+A vocabulary is another store's, or made by k-means over a sample of feature vectors (paper, Eq. 2).
+
+Legend: c channels, p dimensions of a word, S sampled vectors, K words.
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from bowstore.clustering.projection import Projection
-from bowstore.errors import MismatchError
+from bowstore.clustering.kmeans import distinct_rows, kmeans
+from bowstore.clustering.projection import Projection, fit_projection, project_sample
+from bowstore.errors import DataError, MismatchError
 from bowstore.progress import say, timed
 from bowstore.words.encode.arithmetic import tell_difference
+from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.crew import Crew
-from bowstore.words.encode.job import Job, LayerPlan, view_values
+from bowstore.words.encode.job import Job, view_values
 from bowstore.words.encode.receptive import receptive_field
 from bowstore.words.encode.sample import check_memory, draw_samples, plan_samples
-from bowstore.words.encode.vocabulary import Vocabulary, build_vocabulary
-from bowstore.words.store.layer import LayerSpec, bytes_per_image
-from bowstore.words.store.writer import StoreWriter, check_room, create_store
+from bowstore.words.encode.teacher import TeacherLayer
+from bowstore.words.store.layer import Layer, LayerSpec
+from bowstore.words.store.statistics import perplexity
+from bowstore.words.store.store import Store
+from bowstore.words.store.writer import StoreWriter, create_store, work_folder
 
 
-def has_layers(job: Job) -> bool:
-    """Whether all layers are there; refuses a store of another data set, and layers of other settings."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words and how they were made.
+
+    Attributes:
+        centroids_Kp: float32.
+        projection: applied to the map's vectors; None if there is none, then p = c.
+        provenance: plain values: seed, sample, iterations, inertia, refilled and dead words, health.
+    """
+
+    centroids_Kp: NDArray[np.float32]
+    projection: Projection | None
+    provenance: dict[str, Any]
+
+
+def layers_there(job: Job) -> list[Layer]:
+    """The layers that the store has, complete or not.
+
+    Raises:
+        MismatchError: it is of another data set, or has a layer of other settings, or one that cannot be continued.
+    """
     if not job.store.exists():
-        return False
+        return []
     writer, index = StoreWriter(job.store), job.index
     if writer.fingerprint != index.fingerprint or writer.images != len(index):
         raise MismatchError(
@@ -32,86 +59,117 @@ def has_layers(job: Job) -> bool:
             f"{index.place} is {index.fingerprint} ({len(index)} images); encode into a new --store, under the same "
             f"words with --vocabulary {writer.path}"
         )
-    for name in job.names:
-        if name in writer.layers:
-            job.check_settings(writer.layer(name))
-    return set(job.names) <= set(writer.layers)
+    there = [writer.layer(name) for name in job.num_words if name in writer.layers]
+    for layer in there:
+        job.check_settings(layer)
+        if not layer.complete and (old := work_folder(job.store)).exists():
+            raise MismatchError(
+                f"layer {layer.name!r} of word store {job.store} is not complete and was begun by an earlier version, "
+                f"which kept in {old} what it had seen; remove both to encode anew, or encode into a new store: "
+                f"--vocabulary {job.store} --store NEW keeps its words"
+            )
+    return there
 
 
 def make_layers(job: Job, crew: Crew) -> None:
     """Give the store the layers that it lacks, each with its vocabulary and no words."""
-    _check_space(job)
-    samples: Mapping[str, NDArray[np.float32]] = {}
+    samples: dict[str, NDArray[np.float32]] = {}
     if not job.source:
         plans = plan_samples(job)
         check_memory(job, plans)
         samples = draw_samples(job, plans, crew)
-    for plan in job.layers:
+    for layer in job.teacher.layers:
         writer = StoreWriter(job.store) if job.store.exists() else None
-        if writer and plan.name in writer.layers:
+        if writer and layer.name in writer.layers:
             continue
-        vocabulary = _vocabulary(job, plan, samples.get(plan.name))
+        if job.source:
+            vocabulary = _taken(job, layer.name, job.source)
+        else:
+            say(
+                f"vocabulary of {layer.name}: {job.num_words[layer.name]} words from {len(samples[layer.name])} vectors"
+            )
+            with timed(job.seconds, "k-means"):
+                vocabulary = build_vocabulary(samples[layer.name], job.num_words[layer.name], job.config, job.device)
         writer = writer or create_store(
             job.store,
             fingerprint=job.index.fingerprint,
             key_hash_N=np.asarray(job.index.key_hash),
             image_digest_N=np.asarray(job.index.digest),
         )
-        writer.add_layer(plan.name, _spec(job, plan, vocabulary), vocabulary.centroids_Kp, vocabulary.projection)
+        writer.add_layer(layer.name, _spec(job, layer, vocabulary), vocabulary.centroids_Kp, vocabulary.projection)
 
 
-def _vocabulary(job: Job, plan: LayerPlan, sample_Sc: NDArray[np.float32] | None) -> Vocabulary:
-    """The vocabulary of another store, or one made from the layer's sample."""
-    config = job.config
-    if job.source or sample_Sc is None:
-        assert job.source, "without a sample there is another store's vocabulary"
-        layer = job.source.vocabulary_layer(plan.name)
-        tell_difference(layer, job.arithmetic)
-        found = layer.read_projection()
-        provenance = {**layer.attributes["vocabulary"], "taken_from": job.source.path.name}
-        return Vocabulary(layer.read_array("vocabulary"), Projection(*found) if found else None, provenance)
-    say(f"vocabulary of {plan.name}: {plan.num_words} words from {len(sample_Sc)} vectors")
-    with timed(job.seconds, "k-means"):
-        vocabulary = build_vocabulary(
-            sample_Sc,
-            plan.num_words,
-            seed=config.seed,
-            iterations=config.iterations,
-            device=job.device,
-            pca=config.pca,
-            whiten=config.whiten,
+def _taken(job: Job, name: str, source: Store) -> Vocabulary:
+    """The vocabulary of another store, whose layer need not be complete."""
+    layer = source.vocabulary_layer(name)
+    tell_difference(layer, job.arithmetic)
+    found = layer.read_projection()
+    provenance = {**layer.attributes["vocabulary"], "taken_from": source.path.name}
+    return Vocabulary(layer.read_array("vocabulary"), Projection(*found) if found else None, provenance)
+
+
+def build_vocabulary(
+    sample_Sc: NDArray[np.float32], num_words: int, config: EncodeConfig, device: torch.device
+) -> Vocabulary:
+    """Cluster a sample into K words, from random vectors of the sample, all of them used.
+
+    Deterministic for a seed on one machine.
+
+    Args:
+        sample_Sc: float32 (S, c), of a `bowstore.words.encode.sample`: finite, and at least K vectors.
+        num_words: number of words.
+        config: seed of the initial words, iterations, and the principal components that are clustered.
+        device: where k-means runs.
+
+    Raises:
+        UsageError: more components than vectors.
+        DataError: fewer distinct vectors than words.
+    """
+    projection, about = None, {}
+    if config.pca is not None:
+        projection, share = fit_projection(sample_Sc, config.pca, whiten=config.whiten)
+        sample_Sc, about = project_sample(projection, sample_Sc), {"explained_variance": share}
+    distinct = distinct_rows(sample_Sc, num_words)
+    if distinct < num_words:
+        raise DataError(
+            f"the sample's {len(sample_Sc)} feature vectors hold only {distinct} distinct ones, too few for "
+            f"K = {num_words} words; is the teacher trained? Choose --K at most {distinct}, or another layer"
         )
-    vocabulary.provenance.update(sample_per_word=config.sample_per_word, pca=config.pca, whiten=config.whiten)
-    return vocabulary
+    found = kmeans(sample_Sc, num_words, seed=config.seed, iterations=config.iterations, device=device)
+    return Vocabulary(found.centroids_Kp, projection, {
+        "seed": config.seed,
+        "sample": len(sample_Sc),
+        "sample_per_word": config.sample_per_word,
+        "iterations": config.iterations,
+        "pca": config.pca,
+        "whiten": config.whiten,
+        **about,
+        "inertia": found.inertia,
+        "inertia_history": found.inertia_history,
+        "splits": found.splits,
+        "refilled_words": found.refilled,
+        "dead_words": int((found.counts_K == 0).sum()),
+        "duplicate_words": found.duplicates,
+        "perplexity": perplexity(found.counts_K),
+        "largest_share": float(found.counts_K.max() / found.counts_K.sum()),
+        "kmeans": found.backend,
+    })  # fmt: skip
 
 
-def _spec(job: Job, plan: LayerPlan, vocabulary: Vocabulary) -> LayerSpec:
-    config = job.config
-    field = receptive_field(job.teacher.backbone, plan.name, job.teacher.view.size)
+def _spec(job: Job, layer: TeacherLayer, vocabulary: Vocabulary) -> LayerSpec:
     projection = None
     if vocabulary.projection:
-        dimensions = len(vocabulary.projection.offset_p)
-        whiten = bool(vocabulary.provenance["whiten"])
+        dimensions, whiten = len(vocabulary.projection.offset_p), bool(vocabulary.provenance["whiten"])
         projection = {"kind": "pca", "dimensions": dimensions, "whiten": whiten}
     return LayerSpec(
-        teacher=job.teacher.provenance(plan.name),
+        teacher=job.teacher.provenance(layer.name),
         view=view_values(job.teacher),
         vocabulary=vocabulary.provenance,
-        num_words=plan.num_words,
-        grid=plan.grid,
-        channels=plan.channels,
-        border=config.border,
+        num_words=job.num_words[layer.name],
+        grid=layer.grid,
+        channels=layer.channels,
+        border=job.teacher.border,
         projection=projection,
-        receptive_field=field._asdict(),
-        arithmetic=dict(job.arithmetic),
+        receptive_field=receptive_field(job.teacher.backbone, layer.name, job.teacher.view.size)._asdict(),
+        arithmetic=job.arithmetic,
     )
-
-
-def _check_space(job: Job) -> None:
-    """Refuse to start what cannot finish."""
-    needed, there = 0, StoreWriter(job.store).layers if job.store.exists() else ()
-    for plan in job.layers:
-        if plan.name in there:
-            continue
-        needed += len(job.index) * bytes_per_image(plan.grid) + 4 * plan.num_words * plan.channels
-    check_room(job.store, needed)

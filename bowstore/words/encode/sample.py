@@ -3,6 +3,7 @@
 Legend: N images, B batch, c channels, h w word grid, S sampled vectors, K words.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,8 +21,7 @@ from bowstore.words.encode.crew import Crew
 from bowstore.words.encode.forward import Clock
 from bowstore.words.encode.job import Job
 from bowstore.words.encode.lanes import Maps, compute_workers
-from bowstore.words.encode.quantizer import without_border
-from bowstore.words.encode.units import cut_units, in_bytes, through_teacher
+from bowstore.words.encode.units import Made, cut_units, in_bytes, through_teacher
 
 # An image gives at least this many vectors: fewer would mean a pass over all of a large set for no better words.
 _POSITIONS_PER_IMAGE = 16
@@ -98,16 +98,10 @@ def plan_sample(images: int, positions: int, num_words: int, *, sample_per_word:
 
 def plan_samples(job: Job) -> dict[str, SamplePlan]:
     """The samples of all layers."""
-    config = job.config
+    how = {"sample_per_word": job.config.sample_per_word, "seed": job.config.seed}
     return {
-        plan.name: plan_sample(
-            len(job.index),
-            plan.grid[0] * plan.grid[1],
-            plan.num_words,
-            sample_per_word=config.sample_per_word,
-            seed=config.seed,
-        )
-        for plan in job.layers
+        layer.name: plan_sample(len(job.index), math.prod(layer.grid), job.num_words[layer.name], **how)
+        for layer in job.teacher.layers
     }
 
 
@@ -117,29 +111,29 @@ def draw_samples(job: Job, plans: Mapping[str, SamplePlan], crew: Crew) -> dict[
     All layers are looked at even if some have words already, so that batches stay the same.
     """
     rows = np.unique(np.concatenate([plan.rows for plan in plans.values()]))
-    channels = {plan.name: plan.channels for plan in job.layers}
+    channels = {layer.name: layer.channels for layer in job.teacher.layers}
     batch_bytes = 4 * job.batch * sum(plan.vectors * channels[name] for name, plan in plans.items()) // len(rows)
-    units = cut_units([slice(0, len(rows))], job.batch, crew.size, most=max(1, _UNIT_BYTES // max(1, batch_bytes)))
+    most = max(1, _UNIT_BYTES // max(1, batch_bytes))
+    units = [rows[unit] for unit in cut_units([slice(0, len(rows))], job.batch, crew.size, most)]
     clock = Clock(compute_workers(job.device))
 
     def taken(rows_B: NDArray[np.int64], maps: Maps) -> dict[str, NDArray[np.float32]]:
-        return {name: plan.take(rows_B, without_border(maps[name], job.config.border)) for name, plan in plans.items()}
+        return {name: plan.take(rows_B, maps[name]) for name, plan in plans.items()}
 
-    def packed(_unit: slice, made: list[tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]]) -> bytes:
+    def packed(made: Made[dict[str, NDArray[np.float32]]]) -> bytes:
         return in_bytes({name: np.concatenate([vectors[name] for _, vectors in made]) for name in plans})
 
     found = {
         name: np.empty((plan.vectors if crew.first else 0, channels[name]), np.float32) for name, plan in plans.items()
     }
-    work = through_teacher(job, units, rows.__getitem__, taken, packed, clock=clock, stage="sample")
+    work = through_teacher(job, units, taken, packed, clock=clock, stage="sample")
     with timed(job.seconds, "sample"), Progress("sample", len(rows), shown=crew.first) as progress:
 
         def keep(number: int, result: bytes) -> None:
-            unit = units[number]
             for name, vectors in load(result).items():
-                start = plans[name].before(int(rows[unit.start]))
+                start = plans[name].before(int(units[number][0]))
                 found[name][start : start + len(vectors)] = vectors
-            progress.advance(unit.stop - unit.start, clock.text())
+            progress.advance(len(units[number]), clock.text())
 
         crew.share("sample", len(units), work, keep)
     return found
@@ -148,12 +142,14 @@ def draw_samples(job: Job, plans: Mapping[str, SamplePlan], crew: Crew) -> dict[
 def check_memory(job: Job, plans: Mapping[str, SamplePlan]) -> None:
     """Refuse samples that do not fit in memory: the kernel would kill the process without a word."""
     needed, copied = 0, 0
-    for layer in job.layers:
+    for layer in job.teacher.layers:
         vectors = plans[layer.name].vectors
         shape = vectors, job.config.pca or layer.channels
         needed += 4 * vectors * layer.channels
         # Layer by layer, SuperKMeans holds a second copy of the sample, and so do its principal components.
-        copies = (job.config.pca is not None) + (default_backend(shape, layer.num_words, job.device) == "super")
+        copies = (job.config.pca is not None) + (
+            default_backend(shape, job.num_words[layer.name], job.device) == "super"
+        )
         copied = max(copied, 4 * copies * shape[0] * shape[1])
     needed, free = needed + copied, available_memory()
     if needed > free:

@@ -6,7 +6,6 @@ Legend: B batch, C channels, H W pixels, c channels of a layer, h w word grid.
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,9 +18,9 @@ from bowstore.exact import exact_float32
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
 from bowstore.models.memory import FROZEN_FORMAT
-from bowstore.models.opened import OpenedNetwork, Origin, open_network, resized
-from bowstore.models.record import NetworkRecord
+from bowstore.models.opened import OpenedNetwork, Origin, resized
 from bowstore.models.weights import finite_weights, weights_sha256
+from bowstore.words.encode.config import word_grid
 
 Precision = Literal["float32", "bfloat16"]
 _ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}  # what two ways of computing may differ by, of the largest value
@@ -34,7 +33,7 @@ class TeacherLayer:
     Attributes:
         name: the backbone's own name of it.
         channels: c.
-        grid: (h, w).
+        grid: (h, w), without the border.
     """
 
     name: str
@@ -53,6 +52,7 @@ class Teacher:
         origin: where it comes from.
         sha256: of its weights as they are used, heads left out.
         precision: of its arithmetic.
+        border: cells left out at each side of the maps.
         compiled: what runs the backbone; None for the backbone as it is.
     """
 
@@ -62,6 +62,7 @@ class Teacher:
     origin: Origin
     sha256: str
     precision: Precision = "float32"
+    border: int = 0
     compiled: Compiled | None = None
 
     @property
@@ -94,7 +95,11 @@ class Teacher:
         each needs its `replica`.
         """
         with exact_float32():
-            return self.compiled(images_BCHW) if self.compiled else self._run(self.backbone, images_BCHW)
+            maps = self.compiled(images_BCHW) if self.compiled else self._run(self.backbone, images_BCHW)
+        if not self.border:
+            return maps
+        inner = slice(self.border, -self.border)
+        return {name: map_Bchw[:, :, inner, inner] for name, map_Bchw in maps.items()}
 
     def _run(self, backbone: Backbone, images_BCHW: Tensor) -> dict[str, Tensor]:
         with self._autocast():
@@ -128,43 +133,7 @@ class Teacher:
         }
 
 
-def load_teacher(
-    spec: str | Path | NetworkRecord,
-    layers: Sequence[str],
-    device: torch.device,
-    *,
-    weights: Path | None = None,
-    size: int | None = None,
-    resize: int | None = None,
-    seed: int = 0,
-    precision: Precision = "float32",
-) -> Teacher:
-    """Load a network and freeze it: eval mode, no gradients, on `device`. Nothing is ever downloaded.
-
-    Args:
-        spec: a run directory, checkpoint or exported `.safetensors` of bowstore; or an architecture:
-            `torchvision:NAME`, `timm:NAME`, `resnet50`, `wrn-28-10`...; or the record of a network, for the one that
-            its training starts from.
-        layers: whose maps are wanted; their order is kept.
-        device: where it runs.
-        weights: an architecture's weights, a file of any layout that `bowstore.models.layouts` understands; None
-            for random ones.
-        size: side of the square input, pixels; None for the teacher's own. The short side before cropping
-            changes with it.
-        resize: short side before cropping, pixels; None for the teacher's own.
-        seed: of an architecture's random weights.
-        precision: of its arithmetic; bfloat16 is autocast.
-
-    Raises:
-        MissingError: no such run or file.
-        UsageError: an unknown architecture or layer, a layer that gives no map, or a size that does not fit.
-        MismatchError: weights of another network; names the first tensors.
-        DataError: weights that are not finite, or a file that holds code.
-    """
-    opened = open_network(spec, weights=weights, size=size, seed=seed)
-    return freeze_teacher(opened, layers, device, size=size, resize=resize, precision=precision)
-
-
+@torch.no_grad()
 def freeze_teacher(
     opened: OpenedNetwork,
     layers: Sequence[str],
@@ -173,27 +142,36 @@ def freeze_teacher(
     size: int | None = None,
     resize: int | None = None,
     precision: Precision = "float32",
+    border: int = 0,
 ) -> Teacher:
-    """A network that was opened, as a teacher; as `load_teacher`."""
+    """Freeze a network: eval mode, no gradients, on `device`.
+
+    Args:
+        opened: the network, which is changed.
+        layers: whose maps are wanted; their order is kept.
+        device: where it runs.
+        size: side of the square input, pixels; None for the network's own. The short side before cropping changes
+            with it.
+        resize: short side before cropping, pixels; None for what follows from the size.
+        precision: of its arithmetic; bfloat16 is autocast.
+        border: cells left out at each side of the maps.
+
+    Raises:
+        UsageError: an unknown layer, one that gives no map or is named twice, or a size or border that does not fit.
+        DataError: weights that are not finite.
+    """
     if not layers:
         raise UsageError("the teacher has no layer to look at; name one, for example --layer conv4")
     view = clean_view(resized(opened.view, size, resize, what="the teacher's view"))
-    teacher = _freeze(opened.backbone, opened.origin, layers, device, view)
-    return replace(teacher, precision=precision)
-
-
-@torch.no_grad()
-def _freeze(
-    backbone: Backbone, origin: Origin, layers: Sequence[str], device: torch.device, view: CleanView
-) -> Teacher:
+    backbone = opened.backbone
     names = [backbone.resolve(layer) for layer in layers]
     if len(set(names)) < len(names):
         raise UsageError(f"layers {', '.join(layers)} name {', '.join(names)}: give each layer once")
     state = backbone.state_dict()
-    finite_weights(state, origin.name)
+    finite_weights(state, opened.origin.name)
     sha256 = weights_sha256(state)
     backbone.eval().requires_grad_(False).to(device).to(memory_format=FROZEN_FORMAT)
     maps = backbone.feature_maps(torch.zeros(1, 3, view.size, view.size, device=device), names)
-    shapes = {name: (c, (h, w)) for name, map_Bchw in maps.items() for _, c, h, w in [map_Bchw.shape]}
-    found = tuple(TeacherLayer(name, *shapes[name]) for name in names)
-    return Teacher(backbone, found, view, origin, sha256)
+    shapes = {name: maps[name].shape for name in names}
+    found = tuple(TeacherLayer(name, c, word_grid(border, name, (h, w))) for name, (_, c, h, w) in shapes.items())
+    return Teacher(backbone, found, view, opened.origin, sha256, precision, border)
