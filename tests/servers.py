@@ -19,8 +19,6 @@ from urllib.parse import parse_qs, unquote
 
 import pytest
 
-from bowstore.remote import transfer
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -182,6 +180,7 @@ def serve_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 server in memory with the bucket `bucket`, for the length of the block; gives its endpoint."""
     import boto3
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
     from werkzeug.serving import WSGIRequestHandler
 
     monkeypatch.setattr(WSGIRequestHandler, "disable_nagle_algorithm", True)
@@ -189,7 +188,7 @@ def serve_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in {"AWS_ACCESS_KEY_ID": "fake", "AWS_SECRET_ACCESS_KEY": "fake"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    transfer._file_system.cache_clear()  # it may be connected to an earlier server
+    S3FileSystem.clear_instance_cache()  # it may be connected to an earlier server
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -311,8 +310,9 @@ class _HubHandler(BaseHTTPRequestHandler):
 def serve_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The hub for the length of the block, for all `hf://` URLs."""
     import fsspec
+    from huggingface_hub import HfFileSystem
 
     with _running(HubServer()) as server:
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": False})
-        transfer._file_system.cache_clear()
+        HfFileSystem.clear_instance_cache()
         yield server

@@ -12,8 +12,8 @@ from left_behind import age, left_behind
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, DataError, UsageError
-from bowstore.files import file_digest, temporary_path
-from bowstore.remote import RemoteFolder, cache
+from bowstore.files import file_digest
+from bowstore.remote import RemoteFolder, Wanted, cache
 
 PRECIOUS = b"p" * 5000
 COPY_BYTES = 10_000
@@ -34,7 +34,7 @@ def settings(tmp_path: Path, *, copies: float = 1.5) -> StorageConfig:
 
 def fetch(there: Path, name: str, storage: StorageConfig) -> Path:
     path = there / name
-    return RemoteFolder(f"file://{there}", storage).fetch(name, size_bytes=COPY_BYTES, digest=file_digest(path))
+    return RemoteFolder(f"file://{there}", storage).fetch(name, Wanted(COPY_BYTES, file_digest(path)))
 
 
 def test_files_that_the_cache_did_not_write_stay(there: Path, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_copy_that_somebody_wrote_to_is_not_removed(there: Path, tmp_path: Pat
     copy.write_bytes(PRECIOUS)
     fetch(there, "b.tar", storage)
     fetch(there, "c.tar", storage)
-    cache.make_room(2 * COPY_BYTES, "x", storage)
+    cache.reserve(2 * COPY_BYTES, "x", storage)
     assert copy.read_bytes() == PRECIOUS
     assert sorted(path.name for path in copy.parent.glob("*.tar")) == ["a.tar"]
 
@@ -92,7 +92,7 @@ def test_what_is_not_the_cache_s_does_not_count(there: Path, tmp_path: Path) -> 
     big.write_bytes(bytes(10 * COPY_BYTES))
     assert fetch(there, "a.tar", storage).exists()
     with pytest.raises(UsageError, match=r"has 0\.02 MB, and the cache .* may hold"):
-        cache.make_room(2 * COPY_BYTES, "x", storage)
+        cache.reserve(2 * COPY_BYTES, "x", storage)
 
 
 def test_a_file_where_a_copy_goes_is_not_replaced(there: Path, tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_a_file_where_a_copy_goes_is_not_replaced(there: Path, tmp_path: Path) -
     place.parent.mkdir(parents=True)
     place.write_bytes(PRECIOUS)
     message = r"a\.tar lies where the copy of a remote file goes, and bowstore did not write it; move it away, or name"
-    for known in ({"size_bytes": COPY_BYTES, "digest": file_digest(there / "a.tar")}, {}):
+    for known in (Wanted(COPY_BYTES, file_digest(there / "a.tar")), None):
         with pytest.raises(DataError, match=message):
-            RemoteFolder(f"file://{there}", storage).fetch("a.tar", **known)  # type: ignore[arg-type]
+            RemoteFolder(f"file://{there}", storage).fetch("a.tar", known)
     assert place.read_bytes() == PRECIOUS
 
 
@@ -115,9 +115,9 @@ def test_a_store_s_copy_that_holds_something_else_stays(tmp_path: Path) -> None:
         (copy / "conv4").mkdir(parents=True)
         for file in ("zarr.json", "conv4/zarr.json"):
             (copy / file).write_bytes(bytes(COPY_BYTES // 2))
-        cache.write_store_record(copy, ["zarr.json", "conv4/zarr.json"])
+        cache.write_record(copy)
     (folder / "0123.zarr" / "conv4" / "notes.txt").write_bytes(PRECIOUS)
-    cache.make_room(COPY_BYTES, "x", storage)
+    cache.reserve(COPY_BYTES, "x", storage)
     assert (folder / "0123.zarr" / "conv4" / "notes.txt").read_bytes() == PRECIOUS
     assert not (folder / "4567.zarr").exists()
     assert not (folder / ".4567.zarr.json").exists()
@@ -131,24 +131,22 @@ def test_a_link_in_the_place_of_a_store_s_copy_is_not_removed(tmp_path: Path) ->
         place.mkdir(parents=True)
     (moved / "zarr.json").write_bytes(bytes(COPY_BYTES))
     (folder / "0123.zarr").symlink_to(moved)
-    cache.write_store_record(folder / "0123.zarr", ["zarr.json"])
+    cache.write_record(folder / "0123.zarr", of=moved)
     assert not list(cache._copies(tmp_path / "home"))
-    cache.make_room(COPY_BYTES // 2, "x", storage)
+    cache.reserve(COPY_BYTES // 2, "x", storage)
     assert (folder / "0123.zarr").is_symlink()
     assert (moved / "zarr.json").exists()
 
 
-def test_the_part_of_a_store_s_copy_is_removed_only_if_it_is_all_the_cache_s(tmp_path: Path) -> None:
+def test_the_part_of_a_copy_is_removed_only_if_it_is_the_cache_s(tmp_path: Path) -> None:
     storage, folder = settings(tmp_path, copies=0.8), tmp_path / "home" / "remote" / "x"
     for name in ("0123.zarr", "4567.zarr"):
         part = folder / f".{name}.part"
         (part / "conv4").mkdir(parents=True)
         (part / "conv4" / "c").write_bytes(bytes(COPY_BYTES // 2))
-        left_behind(part / "conv4" / "d")
-        cache.write_store_record(folder / name, ["zarr.json", "conv4/c", "conv4/d"])
-    (folder / ".0123.zarr.part" / "notes.txt").write_bytes(PRECIOUS)
-    cache.make_room(COPY_BYTES // 2, "x", storage)
-    assert (folder / ".0123.zarr.part" / "notes.txt").exists()
+    cache.lock_file(folder / "4567.zarr").touch()  # nobody else puts one there
+    cache.reserve(COPY_BYTES // 2, "x", storage)
+    assert (folder / ".0123.zarr.part" / "conv4" / "c").exists()
     assert not (folder / ".4567.zarr.part").exists()
 
 
@@ -158,9 +156,10 @@ def test_a_copy_has_its_record_from_the_first_moment(there: Path, tmp_path: Path
 import os, sys
 from pathlib import Path
 from bowstore.config import StorageConfig
-from bowstore.remote import RemoteFolder, folder
+from bowstore.remote import RemoteFolder, Wanted, folder
 folder.fsync_path = lambda path: os._exit(9)  # just after the copy has got its name
-RemoteFolder(f"file://{sys.argv[1]}", StorageConfig(cache=Path(sys.argv[2]))).fetch("a.tar", digest=sys.argv[3])
+there, home, digest = sys.argv[1:]
+RemoteFolder(f"file://{there}", StorageConfig(cache=Path(home))).fetch("a.tar", Wanted(10_000, digest))
 """
     digest = file_digest(there / "a.tar")
     process = subprocess.run([sys.executable, "-c", code, there, tmp_path / "home", digest], check=False)
@@ -192,15 +191,10 @@ def test_a_link_under_the_name_of_a_part_is_not_written_through(there: Path, tmp
     thesis.write_bytes(PRECIOUS)
     folder = RemoteFolder(f"file://{there}", storage).folder
     folder.mkdir(parents=True)
-    left_behind(folder / "a.tar").unlink()
-    for link in (left_behind(folder / "a.tar"), temporary_path(folder / "a.tar")):
-        link.unlink(missing_ok=True)
-        link.symlink_to(thesis)
-    assert fetch(there, "a.tar", storage).stat().st_size == COPY_BYTES
-    assert thesis.read_bytes() == PRECIOUS
-    hard = left_behind(folder / "b.tar")
-    hard.unlink()
-    os.link(thesis, hard)
+    cache.part_of(folder / "a.tar").symlink_to(thesis)
+    with pytest.raises(BowstoreError, match=r"is a link, and bowstore writes there"):
+        fetch(there, "a.tar", storage)
+    os.link(thesis, cache.part_of(folder / "b.tar"))
     with pytest.raises(BowstoreError, match=r"is a file with 2 names, and bowstore writes there"):
         fetch(there, "b.tar", storage)
     assert thesis.read_bytes() == PRECIOUS

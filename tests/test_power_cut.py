@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from left_behind import left_behind
 from power_cut import watch
 from servers import serve
 from shard_sets import encode_jpeg, textured_image, write_store, write_tar
@@ -18,7 +17,8 @@ from bowstore.data.config import ShardsConfig
 from bowstore.data.index import build_index
 from bowstore.data.shards import make_shards
 from bowstore.files import atomic_file, file_digest, write_json
-from bowstore.remote import RemoteFolder, fetch_store
+from bowstore.remote import RemoteFolder, Wanted, fetch_store
+from bowstore.remote.cache import part_of
 from bowstore.train.checkpoint import save_checkpoint
 from bowstore.words.store.layer import LayerSpec
 from bowstore.words.store.nearest import NearestSearch
@@ -174,9 +174,10 @@ def test_copies_of_remote_files_are_safe(tmp_path: Path) -> None:
     (there / "a.tar").write_bytes(b"a" * 5000)
     storage = StorageConfig(cache=tmp_path / "cache", retries=0)
     folder = RemoteFolder(f"file://{there}", storage)
-    left_behind(folder.folder / "a.tar", b"a" * 100)  # is gone on with
+    part_of(folder.folder / "a.tar").parent.mkdir(parents=True)
+    part_of(folder.folder / "a.tar").write_bytes(b"a" * 100)  # is gone on with
     with watch() as disk:
-        path = folder.fetch("a.tar", size_bytes=5000, digest=file_digest(there / "a.tar"))
+        path = folder.fetch("a.tar", Wanted(5000, file_digest(there / "a.tar")))
         index = folder.fetch("a.tar")
         assert disk.early == []
         assert [line for line in disk.lost(folder.folder) if ".lock" not in line] == []

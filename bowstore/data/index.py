@@ -33,7 +33,7 @@ from bowstore.data.table import (
     read_header,
 )
 from bowstore.errors import CorruptError, MismatchError, MissingError
-from bowstore.remote import RemoteFolder, is_remote
+from bowstore.remote import RemoteFolder, Wanted, is_remote
 
 _EXAMPLES = 5
 
@@ -129,7 +129,7 @@ class Index:
         entry, folder = self.shards[shard], self.folder(shard)
         if folder.remote is None:
             return folder.root / entry.name
-        path: Path = folder.remote.fetch(entry.name, size_bytes=entry.size_bytes, digest=entry.digest)
+        path: Path = folder.remote.fetch(entry.name, Wanted(entry.size_bytes, entry.digest))
         return path
 
 

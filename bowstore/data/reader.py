@@ -21,7 +21,7 @@ from bowstore.data.index import Index
 from bowstore.data.table import image_digest
 from bowstore.data.tar import BLOCK_BYTES, header_names, plain_name
 from bowstore.errors import CorruptError, DataError, MismatchError, MissingError, UsageError
-from bowstore.remote import hold
+from bowstore.remote import Wanted, hold
 from bowstore.remote.cache import check_fits
 
 Tar = TypeVar("Tar")
@@ -319,7 +319,8 @@ def fetched(index: Index, *, images: int | None = None, whole: bool = False, dis
         check_fits(total, f"data set {', '.join(remote.url for remote, _ in wanted)}", index.storage)
     if whole or total <= _cache_bytes(index):
         for remote, entries in wanted:
-            remote.fetch_all(entries, f"data set {remote.url}", display=display)
+            files = {entry.name: Wanted(entry.size_bytes, entry.digest) for entry in entries}
+            remote.fetch_all(files, f"data set {remote.url}", display=display)
     return index
 
 

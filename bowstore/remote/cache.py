@@ -1,32 +1,29 @@
 """The folder of local copies: where it lies, which copies are in use, and how it keeps below its bound.
 
-    <root>/remote/<folder's name and hash>/<file>          a copy, whole
-                                          .<file>.json     its record: what it is a copy of, and how it was left
-                                          .<file>.lock     held while it is brought
-                                          .<file>.tmp-...  what has arrived of it
-                                          <id>.zarr/       a copy of a word store, whole
-                                          .<id>.zarr.json  its record: the names of its files
-                                          .<id>.zarr.part/ what has arrived of it
+    <root>/remote/<folder's name and hash>/<copy>         of a file, whole; of a word store, a folder <id>.zarr
+                                          .<copy>.json    its record: what it is a copy of, and how it was left
+                                          .<copy>.lock    held while it is brought
+                                          .<copy>.part    what has arrived of it
     <root>/words/<file>                                    unpacked words, made again where they are missing
     <root>/words/.<file>.json                              their record
     <root>/features/<file>                                 features of a network, taken again where they are missing
     <root>/features/.<file>.json                           their record
 
 The root may be a folder in which people keep other things. Nothing is removed that has no record, or is no longer as
-the record says, or holds a file that the record does not name; none of that counts towards the bound either.
+the record says, of a folder by the number and length of its files; none of that counts towards the bound either.
 """
 
 import fcntl
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from bowstore.config import StorageConfig
-from bowstore.errors import BowstoreError, BusyError, CorruptError, UsageError
+from bowstore.errors import BowstoreError, CorruptError, UsageError
 from bowstore.files import (
     exclusive_lock,
     is_leftover,
@@ -39,7 +36,7 @@ from bowstore.files import (
 )
 
 _REMOTE, _WORDS, _FEATURES = "remote", "words", "features"
-STORE_SUFFIX, PART_SUFFIX = ".zarr", ".zarr.part"
+_PART_SUFFIX = ".part"
 _REMEDY = "raise storage.cache_gb, or name a folder on a larger disk in storage.cache"
 
 
@@ -98,53 +95,38 @@ def check_fits(size_bytes: int, what: str, storage: StorageConfig) -> None:
         )
 
 
-def make_room(needed: int, what: str, storage: StorageConfig, *, keep: Collection[Path] = ()) -> None:
-    """Remove the copies that were not used for longest until `needed` more bytes fit below the bound and on the disk.
+def reserve(size_bytes: int, what: str, storage: StorageConfig, *, arrived: Path | None = None) -> None:
+    """Remove the copies that were not used for longest until a new one fits below the bound and on the disk.
 
     The bound holds for whole copies; what several processes bring at the same moment may exceed it by one each.
 
     Args:
-        needed: bytes.
-        what: what they are for, for messages.
+        size_bytes: of the new copy.
+        what: what it is, for messages.
         storage: the cache and its bound.
-        keep: copies that stay.
-
-    Raises:
-        UsageError: they can never fit.
-        BowstoreError: the rest of the cache is in use.
-    """
-    check_fits(needed, what, storage)
-    bound, root = int(storage.cache_gb * 1e9), cache_root(storage)
-    with waiting_lock(root / ".room.lock", f"cache {root}", shown=False):
-        total, free = _taken(root), shutil.disk_usage(root).free
-        if total + needed <= bound and needed <= free:
-            return
-        for _, copy in sorted(_copies(root)):
-            if copy in keep:
-                continue
-            freed = _size_of(copy)
-            if _remove(copy):
-                total, free = total - freed, free + freed
-            if total + needed <= bound and needed <= free:
-                return
-    if total + needed <= bound:
-        return  # that the disk is full of other things is told by whoever writes
-    raise BowstoreError(
-        f"{what} needs {_size(needed)}, and {_size(total)} of the {storage.cache_gb:g} GB that the cache {root} may "
-        f"hold are in use; wait for the other runs to end, or {_REMEDY}"
-    )
-
-
-def reserve(needed: int, what: str, storage: StorageConfig, *, keep: Collection[Path] = ()) -> None:
-    """`make_room` for a copy, and refuse it if the disk has none.
+        arrived: what is here of it already.
 
     Raises:
         UsageError: it can never fit below the bound.
         BowstoreError: the rest of the cache is in use, or the disk is full of other things.
     """
-    make_room(needed, what, storage, keep=keep)
-    root = cache_root(storage)
-    free = shutil.disk_usage(root).free
+    check_fits(size_bytes, what, storage)
+    bound, root = int(storage.cache_gb * 1e9), cache_root(storage)
+    needed = max(0, size_bytes - (_size_of(arrived) if arrived else 0))
+    with waiting_lock(root / ".room.lock", f"cache {root}", shown=False):
+        copies = sorted(_copies(root))
+        total = sum(taken for _, taken, _ in copies)
+        for _, taken, copy in copies:
+            if total + needed <= bound and needed <= shutil.disk_usage(root).free:
+                return
+            if _remove(copy):
+                total -= taken
+        free = shutil.disk_usage(root).free
+    if total + needed > bound:
+        raise BowstoreError(
+            f"{what} needs {_size(needed)}, and {_size(total)} of the {storage.cache_gb:g} GB that the cache {root} "
+            f"may hold are in use; wait for the other runs to end, or {_REMEDY}"
+        )
     if needed > free:
         raise BowstoreError(
             f"{what} needs {_size(needed)}, and the disk of the cache {root} has {_size(free)} free; free some, or "
@@ -161,11 +143,6 @@ def write_record(path: Path, *, of: Path | None = None, **what: Any) -> None:
         what: what else is known of it.
     """
     write_json(record_file(path), {**_state(of or path), **what})
-
-
-def write_store_record(copy: Path, names: Iterable[str]) -> None:
-    """Record that the copy of a word store is bowstore's, and the names of its files."""
-    write_json(record_file(copy), {"files": sorted(names)})
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -186,122 +163,78 @@ def is_as_recorded(path: Path) -> bool:
 
 
 def _state(path: Path) -> dict[str, int]:
-    """What changes when somebody writes into a file; of a link its own."""
+    """What changes when somebody writes into a file, or puts one into a folder; of a link its own."""
+    if path.is_dir() and not path.is_symlink():
+        sizes = list(_sizes(path))
+        return {"files": len(sizes), "size_bytes": sum(sizes)}
     found = path.lstat()
     return {"size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether something below `remote`, `words` or `features` is bowstore's, and all of it."""
-    if temporary_stem(path):
-        return True
-    final = _final(path)
-    if final != path or path.name.endswith(STORE_SUFFIX):
-        names = read_record(final).get("files")
-        return isinstance(names, list) and not path.is_symlink() and names_below(path) <= set(names)
-    return is_as_recorded(path)
-
-
-def _final(path: Path) -> Path:
-    """The copy that something which is not whole is to become; a copy itself."""
-    partial = path.name.startswith(".") and path.name.endswith(PART_SUFFIX)
-    return path.with_name(path.name[1:].removesuffix(".part")) if partial else path
-
-
-def names_below(folder: Path) -> set[str]:
-    """Names of the files in the copy of a word store, but for those that are on their way."""
-    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    return {path.relative_to(folder).as_posix() for path in found if not temporary_stem(path)}
-
-
-def _files(path: Path) -> Iterator[os.stat_result]:
-    """What the disk says of a file, or of all files below a folder; those that vanish meanwhile are left out."""
-    for parent, _, names in os.walk(path):
-        for name in names:
-            with suppress(FileNotFoundError):
-                yield Path(parent, name).lstat()
-    if not path.is_dir():
+def _sizes(path: Path) -> Iterator[int]:
+    """Bytes of a file, or of each file below a folder; those that vanish meanwhile are left out."""
+    files = (
+        [path] if not path.is_dir() else (Path(parent, name) for parent, _, names in os.walk(path) for name in names)
+    )
+    for file in files:
         with suppress(FileNotFoundError):
-            yield path.lstat()
+            yield file.lstat().st_size
 
 
-def _size_of(place: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    return sum(stat.st_size for stat in _files(place))
+def _size_of(path: Path) -> int:
+    return sum(_sizes(path))
 
 
-def _taken(root: Path) -> int:
-    """Bytes that the bound is about: what bowstore keeps below the root."""
-    return sum(_size_of(path) for path in _entries(root) if _is_kept(path))
-
-
-def _is_kept(path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return _is_ours(path)
-    return False
-
-
-def _entries(root: Path) -> Iterator[Path]:
-    """What may be a copy, or on its way to become one."""
+def _copies(root: Path) -> Iterator[tuple[int, int, Path]]:
+    """What is bowstore's, whole copies and what is on its way: when it was last used (ns), its bytes, and its path."""
     for path in (*root.glob(f"{_REMOTE}/*/*"), *root.glob(f"{_WORDS}/*"), *root.glob(f"{_FEATURES}/*")):
-        if not path.name.startswith(".") or temporary_stem(path) or path.name.endswith(PART_SUFFIX):
-            yield path
-
-
-def _copies(root: Path) -> Iterator[tuple[int, Path]]:
-    """What may be removed, whole copies and what dead writers left: when it was last used, and its path."""
-    for path in _entries(root):
         with suppress(FileNotFoundError, NotADirectoryError):
-            if _is_ours(path):
-                yield _handle(path).stat().st_atime_ns, path
+            if temporary_stem(path) or _is_part(path) or (path.name[0] != "." and is_as_recorded(path)):
+                yield _handle(path).stat().st_atime_ns, _size_of(path), path
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file or folder is what has arrived of a copy: nobody else puts a lock beside it."""
+    return path.name.startswith(".") and path.suffix == _PART_SUFFIX and lock_file(_whole(path)).exists()
+
+
+def _whole(part: Path) -> Path:
+    """The copy that a part is to become."""
+    return part.with_name(part.name[1:].removesuffix(_PART_SUFFIX))
 
 
 def _handle(path: Path) -> Path:
     """The file that stands for a copy: it carries the access time and the lock."""
-    whole_store = path.name.endswith(STORE_SUFFIX) and not path.name.startswith(".")
-    return path / "zarr.json" if whole_store else path
+    return path if path.is_file() or path.name.startswith(".") else path / "zarr.json"
 
 
 def _remove(path: Path) -> bool:
     """Remove a copy that nobody uses; return whether it is gone."""
-    if path.name.startswith("."):  # not whole: its writer holds the lock of its final name
-        stem = temporary_stem(path)
-        try:
-            with exclusive_lock(lock_file(path.with_name(stem) if stem else _final(path)), str(path)):
-                if stem and not is_leftover(path):
-                    return False
-                _discard(path)
-        except (BusyError, FileNotFoundError):
-            return False
-        return True
-    try:
-        descriptor = os.open(_handle(path), os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return True
-    except OSError:  # another user's
-        return False
-    try:
-        if not try_lock(descriptor, path.parent):
-            return False
-        _discard(path)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _discard(path: Path) -> None:
-    if temporary_stem(path) or not path.is_dir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    with suppress(BowstoreError, OSError), ExitStack() as stack:
+        if temporary_stem(path):
+            if not is_leftover(path):
+                return False
+        elif path.name.startswith("."):  # its writer holds the lock
+            stack.enter_context(exclusive_lock(lock_file(_whole(path)), str(path)))
+        else:
+            descriptor = os.open(_handle(path), os.O_RDWR | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            if not try_lock(descriptor, path.parent):
+                return False
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:  # whoever looks for the copy finds all of it or nothing
+            gone = temporary_path(path)
+            path.rename(gone)
+            shutil.rmtree(gone)
         record_file(path).unlink(missing_ok=True)
-        return
-    gone = path
-    if not path.name.startswith("."):  # whoever looks for the copy finds all of it or nothing
-        gone = temporary_path(path)
-        path.rename(gone)
-    shutil.rmtree(gone)
-    record_file(_final(path)).unlink(missing_ok=True)
+        return True
+    return False
+
+
+def part_of(path: Path) -> Path:
+    """Where a copy arrives, for the holder of its lock."""
+    return path.with_name(f".{path.name}{_PART_SUFFIX}")
 
 
 def lock_file(path: Path) -> Path:

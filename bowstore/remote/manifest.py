@@ -7,7 +7,6 @@ whole.
 import json
 import os
 import stat
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -64,6 +63,16 @@ class Manifest(BaseModel):
         return files
 
     @classmethod
+    def of(cls, folder: Path, kind: Kind, licence: str, states: dict[str, tuple[int, int]]) -> Self:
+        """Read all files of a folder, of which `states_below` was just asked."""
+        files = {}
+        with Progress("push: read", sum(size for size, _ in states.values()), "bytes") as progress:
+            for name, (size_bytes, _) in states.items():
+                files[name] = FileEntry(size_bytes=size_bytes, digest=file_digest(folder / name))
+                progress.advance(size_bytes)
+        return cls(kind=kind, licence=licence, files=files)
+
+    @classmethod
     def parse(cls, text: bytes, what: str) -> Self:
         """The manifest in a file.
 
@@ -99,79 +108,40 @@ class Manifest(BaseModel):
         return f"{len(names)} files differ, for example {names[0]}" if names else None
 
 
-@dataclass(frozen=True)
-class Original:
-    """A folder that is copied, as it was when its files were read.
+def states_below(folder: Path) -> dict[str, tuple[int, int]]:
+    """Files to copy, in order, and what changes when somebody writes into one: its length, and its time in ns.
 
-    Attributes:
-        folder: the folder.
-        manifest: of its files.
-        states: length and time of the last change of each, in bytes and ns.
+    Those whose names begin with a dot stay behind: locks, and what is being written.
+
+    Raises:
+        UsageError: something that cannot be copied, or whose name cannot be.
+        DataError: something that is no file.
     """
-
-    folder: Path
-    manifest: Manifest
-    states: dict[str, tuple[int, int]]
-
-    @classmethod
-    def read(cls, folder: Path, kind: Kind, licence: str, *, display: bool = True) -> Self:
-        """Read all files of a folder but those whose names begin with a dot: locks, and what is being written.
-
-        Raises:
-            UsageError: something that cannot be copied, or whose name cannot be.
-            MismatchError: a file changes meanwhile.
-        """
-        names = _names_below(folder)
-        states = {name: _state(folder / name) for name in names}
-        files = {}
-        with Progress("push: read", sum(size for size, _ in states.values()), "bytes", shown=display) as progress:
-            for name, (size_bytes, _) in states.items():
-                files[name] = FileEntry(size_bytes=size_bytes, digest=file_digest(folder / name))
-                progress.advance(size_bytes)
-        original = cls(folder, Manifest(kind=kind, licence=licence, files=files), states)
-        original.check_unchanged(names)
-        return original
-
-    def check_unchanged(self, names: list[str] | None = None) -> None:
-        """Refuse a folder that is written to.
-
-        Args:
-            names: of the files to look at; None for all, and whether there are others now.
-
-        Raises:
-            MismatchError: a file changed since it was read.
-        """
-        now = _names_below(self.folder) if names is None else names
-        changed = set(now) ^ self.states.keys() if names is None else set()
-        changed |= {name for name in now if name not in changed and _state(self.folder / name) != self.states[name]}
-        if changed:
-            raise MismatchError(
-                f"{self.folder / min(changed)} changed while it was pushed; wait until nothing writes there, then run "
-                f"the same command again"
-            )
-
-
-def _names_below(folder: Path) -> list[str]:
-    """Names of the files to copy, in order."""
-    found = []
+    found = dict[str, tuple[int, int]]()
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links = (Path(parent, name) for name in folders)
         if link := next((path for path in links if path.is_symlink()), None):
             raise UsageError(f"{link} is a link to a folder, which is not copied; put the folder itself there")
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    copied = sorted(path.relative_to(folder).as_posix() for path in found)
-    if problem := next((f"{name!r} {text_problem(name)}" for name in copied if text_problem(name)), None):
-        raise UsageError(f"{folder} cannot be copied: the name {problem}")
-    return [name for name in copied if name not in _OWN]
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            name, state = path.relative_to(folder).as_posix(), path.stat()  # of a link, that of the file behind it
+            if problem := text_problem(name):
+                raise UsageError(f"{folder} cannot be copied: the name {name!r} {problem}")
+            if not stat.S_ISREG(state.st_mode):
+                raise DataError(f"{path} is no plain file, and cannot be copied; move it away")
+            found[name] = state.st_size, state.st_mtime_ns
+    return {name: found[name] for name in sorted(found) if name not in _OWN}
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """What changes when somebody writes into a file; of a link, that of the file behind it; of none, nothing's."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return -1, 0
-    if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{path} is no plain file, and cannot be copied; move it away")
-    return found.st_size, found.st_mtime_ns
+def check_unchanged(folder: Path, states: dict[str, tuple[int, int]]) -> None:
+    """Refuse a folder that is written to.
+
+    Raises:
+        MismatchError: it is not as it was.
+    """
+    now = states_below(folder)
+    if changed := [name for name in states | now if states.get(name) != now.get(name)]:
+        raise MismatchError(
+            f"{folder / min(changed)} changed while it was pushed; wait until nothing writes there, then run the same "
+            f"command again"
+        )

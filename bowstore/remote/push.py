@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from bowstore.config import StorageConfig
-from bowstore.errors import BowstoreError, MismatchError, MissingError, TransferError, UsageError
-from bowstore.progress import Progress
-from bowstore.remote.folder import RemoteFolder
-from bowstore.remote.manifest import MANIFEST_FILE, PUSHING_FILE, Kind, Manifest, Original
+from bowstore.errors import MismatchError, MissingError, TransferError, UsageError
+from bowstore.remote.manifest import MANIFEST_FILE, PUSHING_FILE, Kind, Manifest, check_unchanged, states_below
+from bowstore.remote.transfer import Remote
 from bowstore.remote.urls import WEB, below, is_remote, protocol, shown, url_of
 
 _LOOKS = 3  # at what is there: before we put our name there, after, and once more where somebody ended between
@@ -42,36 +41,41 @@ def push(
         raise UsageError(f"{url} is no URL; name one, such as s3://bucket/{folder.name}")
     if protocol(url_of(url)) in WEB:
         raise UsageError(f"{shown(url_of(url))} cannot be written; push to an s3://, gs:// or hf:// URL")
-    far = RemoteFolder(url, storage)
-    original = Original.read(folder, kind, licence)
-    if not _take(far, original.manifest):
-        return original.manifest, 0
-    missing = _missing(far, original.manifest)
-    _send_all(far, original, missing)
-    original.check_unchanged()
-    if lost := _missing(far, original.manifest):
+    far = Remote(url, storage or StorageConfig())
+    states = states_below(folder)
+    manifest = Manifest.of(folder, kind, licence, states)
+    check_unchanged(folder, states)
+    if not _take(far, manifest):
+        return manifest, 0
+    missing = _missing(far, manifest)
+    sizes = {name: manifest.files[name].size_bytes for name in missing}
+    done = len(manifest.files) - len(missing)
+    try:
+        far.side_by_side("push: send", sizes, partial(far.send, folder), batch=far.at_once, done=done)
+    finally:
+        check_unchanged(folder, states)  # where sending failed, too: then that is why
+    if lost := _missing(far, manifest):
         raise TransferError(f"{shown(below(far.url, lost[0]))} was sent and is not there; run the same command again")
-    _take(far, original.manifest)
-    far.remote.upload(below(far.url, MANIFEST_FILE), original.manifest.text())
-    far.remote.remove(below(far.url, PUSHING_FILE))
-    return original.manifest, len(missing)
+    _take(far, manifest)
+    far.upload(MANIFEST_FILE, manifest.text())
+    far.remove(PUSHING_FILE)
+    return manifest, len(missing)
 
 
-def manifest_at(far: RemoteFolder, name: str = MANIFEST_FILE) -> Manifest | None:
+def manifest_at(far: Remote, name: str = MANIFEST_FILE) -> Manifest | None:
     """The manifest at a URL; None without one.
 
     Raises:
         CorruptError: it cannot be understood.
         TransferError: no access, or no answer.
     """
-    url = below(far.url, name)
     try:
-        return Manifest.parse(far.remote.read(url, anew=True), shown(url))
+        return Manifest.parse(far.read(name), shown(below(far.url, name)))
     except MissingError:
         return None
 
 
-def _take(far: RemoteFolder, manifest: Manifest) -> bool:
+def _take(far: Remote, manifest: Manifest) -> bool:
     """Make a URL the place of a copy; whether it is not whole there yet.
 
     Raises:
@@ -83,18 +87,18 @@ def _take(far: RemoteFolder, manifest: Manifest) -> bool:
         if whole:
             _check_same(manifest, whole, f"{shown(far.url)} holds another copy", "name another URL")
             if begun:  # by whoever ended before it could tidy up
-                far.remote.remove(below(far.url, PUSHING_FILE))
+                far.remove(PUSHING_FILE)
             return False
         if begun:
             what = f"{shown(far.url)} holds the beginning of another push"
             _check_same(manifest, begun, what, "end that one, or name another URL")
             return True
-        if others := sorted(far.remote.sizes(far.url).keys() & manifest.files):
+        if others := sorted(far.sizes().keys() & manifest.files):
             raise MismatchError(
                 f"{shown(below(far.url, others[0]))} is there already, and `bowstore push` did not put it there; it is "
                 f"left as it is: name another URL"
             )
-        far.remote.upload(below(far.url, PUSHING_FILE), manifest.text(), new=True)
+        far.upload(PUSHING_FILE, manifest.text(), new=True)
     raise TransferError(f"{shown(below(far.url, PUSHING_FILE))} was written and is not there; try again later")
 
 
@@ -103,33 +107,7 @@ def _check_same(mine: Manifest, its: Manifest, what: str, remedy: str) -> None:
         raise MismatchError(f"{what} ({difference}), which is left as it is: {remedy}")
 
 
-def _missing(far: RemoteFolder, manifest: Manifest) -> list[str]:
+def _missing(far: Remote, manifest: Manifest) -> list[str]:
     """Files that are not there, or not as a whole; what has the length of a file of this push is that file."""
-    there = far.remote.sizes(far.url)
+    there = far.sizes()
     return [name for name, entry in manifest.files.items() if there.get(name) != entry.size_bytes]
-
-
-def _send_all(far: RemoteFolder, original: Original, names: list[str]) -> None:
-    files, sent = original.manifest.files, 0
-    total = sum(files[name].size_bytes for name in names)
-    with Progress("push: send", len(files), "files", done=len(files) - len(names)) as progress:
-
-        def arrived(batch: list[str]) -> None:
-            nonlocal sent
-            sent += sum(files[name].size_bytes for name in batch)
-            progress.advance(len(batch), note=f"{sent / 1e6:.1f} of {total / 1e6:.1f} MB")
-
-        step = far.remote.at_once
-        batches = [names[at : at + step] for at in range(0, len(names), step)]
-        far.parallel([partial(_send, far, original, batch) for batch in batches], arrived)
-
-
-def _send(far: RemoteFolder, original: Original, names: list[str]) -> list[str]:
-    """Send some files; what changes while it is sent is found by its state, and by whoever pulls by the digest."""
-    try:
-        far.remote.send({below(far.url, name): original.folder / name for name in names})
-    except BowstoreError:
-        original.check_unchanged(names)  # then that is why
-        raise
-    original.check_unchanged(names)
-    return names

@@ -1,30 +1,27 @@
-"""Bytes from and to another machine through fsspec, tried again until they are whole.
+"""Bytes from and to a folder on another machine through fsspec, tried again until they are whole.
 
 The one place that knows fsspec's file systems; what their errors mean is said in `tries`.
 """
 
-import functools
 import inspect
-import io
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Event, Lock
+from typing import IO, Any, NamedTuple
 
 from bowstore.config import StorageConfig
-from bowstore.errors import MismatchError, MissingError, TransferError, UsageError
+from bowstore.errors import CorruptError, MismatchError, MissingError, TransferError, UsageError
 from bowstore.files import file_digest, fsync_path, open_end
-from bowstore.remote.answers import Answer, Body, Problem
+from bowstore.progress import Progress
 from bowstore.remote.hub import COMMIT_FILES, commit
-from bowstore.remote.tries import OTHER_BYTES, Tries, status_of
-from bowstore.remote.urls import WEB, protocol, shown
+from bowstore.remote.tries import Tries
+from bowstore.remote.urls import WEB, below, protocol, shown, url_of
 
-# What a broken connection loses, and what is held in memory; long enough that its round trip does not count.
-BLOCK_BYTES = 8 << 20
-_SMALL_BYTES = 64 << 20  # of a file that is read into memory: metadata of a store
+PARALLEL = 8  # transfers at once
+BLOCK_BYTES = 8 << 20  # held in memory of each; long enough that its round trip does not count
 _HUB = "huggingface_hub"
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": _HUB}
 # aiohttp's time-out for an answer runs while a part is sent, so parts are the smallest that S3 takes.
@@ -34,101 +31,77 @@ _SENT_IN_PARTS = {"s3fs": {"chunksize": _PART_BYTES, "max_concurrency": 1}, "gcs
 _VERSION_KEYS = ("etag", "lastmodified", "mtime", "modified", "created", "updated", "generation", "contentmd5")
 
 
-@dataclass(frozen=True)
-class RemoteFile:
+class FarFile(NamedTuple):
     """What a server says of a file.
 
     Attributes:
         size_bytes: its length; None where the server does not say.
-        version: whatever changes when the file does; equal dictionaries with an entry besides the size mean the
-            same file.
+        version: whatever changes when the file does; None where the server says nothing of the kind.
     """
 
     size_bytes: int | None
-    version: dict[str, str]
+    version: dict[str, str] | None
 
-    @property
-    def dated(self) -> bool:
-        """Whether `version` can tell one file from another of the same size."""
-        return set(self.version) > {"size"}
+
+class Wanted(NamedTuple):
+    """What was recorded of a file that is wanted: its length, and its xxh3-128 as hex; None where nothing was."""
+
+    size_bytes: int | None = None
+    digest: str | None = None
 
 
 class Remote:
-    """Reads and writes files of one protocol; safe to use from many threads.
+    """Reads and writes files of a folder on another machine, by their names in it; safe to use from many threads.
 
     Attributes:
-        stop: once set, transfers end at their next block.
+        url: of the folder.
         at_once: files that `send` takes.
     """
 
-    def __init__(self, url: str, storage: StorageConfig) -> None:
-        package = _PACKAGES.get(protocol(url), "")
-        self._storage = storage
+    def __init__(self, url: Path | str, storage: StorageConfig) -> None:
+        self.url = url_of(url)
+        self._protocol = protocol(self.url)
+        package = _PACKAGES.get(self._protocol, "")
+        self._storage, self._stop = storage, Event()
         self._parts: dict[str, Any] = _SENT_IN_PARTS.get(package, {})
         self.at_once = COMMIT_FILES if package == _HUB else 1
-        self._commits = threading.Lock()  # of two commits to a branch at the same time the hub refuses one
-        self._fs = _file_system(protocol(url), storage.timeout_s, os.getpid())
-        self.stop = threading.Event()
+        self._commits = Lock()  # of two commits to a branch at the same time the hub refuses one
+        self._fs = _file_system(self._protocol, storage.timeout_s)
 
-    def describe(self, url: str, *, retries: int | None = None) -> RemoteFile:
+    def describe(self, name: str) -> FarFile:
         """Ask for a file's length and version.
 
         Raises:
             MissingError: it is not there.
             TransferError: no access, or no answer.
         """
-        tries = Tries(url, self._storage, self.stop, retries)
-        while True:
-            try:
-                info = self._fs.info(url)
-            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
-                tries.failed(error)
-                continue
-            if info.get("type") == "directory":
-                raise MissingError(f"{shown(url)} is a folder, not a file; check the URL")
-            version = {key: str(value) for key, value in info.items() if _plain(key) in _VERSION_KEYS and value}
-            return RemoteFile(info.get("size"), {"size": str(info.get("size")), **version})
+        url = below(self.url, name)
+        info = self._tries(url).run(lambda: self._fs.info(url))
+        if info.get("type") == "directory":
+            raise MissingError(f"{shown(url)} is a folder, not a file; check the URL")
+        version = {key: str(value) for key, value in info.items() if _plain(key) in _VERSION_KEYS and value}
+        return FarFile(info.get("size"), {"size": str(info.get("size")), **version} if version else None)
 
-    def read(self, url: str, *, retries: int | None = None, anew: bool = False) -> bytes:
-        """All bytes of a small file.
-
-        Args:
-            url: the file.
-            retries: further tries; None for as many as any transfer has.
-            anew: whether others may have changed it since this process last looked.
+    def read(self, name: str) -> bytes:
+        """All bytes of a small file, as it is now.
 
         Raises:
             MissingError: it is not there.
             TransferError: no access, or no answer.
         """
-        tries = Tries(url, self._storage, self.stop, retries)
-        while True:
-            try:
-                if anew:
-                    self._fs.invalidate_cache()
-                data = self._read(url)
-            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
-                tries.failed(error)
-                continue
-            if len(data) > _SMALL_BYTES:
-                raise TransferError(
-                    f"{shown(url)}: the server sends more than {_SMALL_BYTES >> 20} MiB where a small file is "
-                    f"expected; check the URL"
-                )
-            return data
+        url = below(self.url, name)
 
-    def _read(self, url: str) -> bytes:
-        """A small file, or the start of a large one."""
-        if protocol(url) not in WEB:
+        def cat() -> bytes:
+            self._fs.invalidate_cache()  # others may have changed it since this process last looked
             return bytes(self._fs.cat_file(url))
-        with closing(self._ask(url, 0, None)) as answer:
-            return answer.read(_SMALL_BYTES + 1)
 
-    def upload(self, url: str, data: bytes, *, new: bool = False) -> None:
+        return self._tries(url).run(cat)
+
+    def upload(self, name: str, data: bytes, *, new: bool = False) -> None:
         """Write a small file: whole, or not at all where the server is an object store.
 
         Args:
-            url: the file.
+            name: of the file.
             data: its content.
             new: leave a file as it is that is there already; object stores see to it that only one writer is first.
 
@@ -137,167 +110,208 @@ class Remote:
             MissingError: no such bucket.
             TransferError: no access, no answer, or no end of broken transfers.
         """
+        url = below(self.url, name)
 
         def put() -> None:
             with suppress(*[FileExistsError] if new else []):
                 self._fs.pipe_file(url, data, **self._parts, **{"mode": "create"} if new else {})
 
-        self._write(url, put)
+        self._tries(url, writing=True).run(put)
 
-    def send(self, files: Mapping[str, Path]) -> None:
-        """Write files of this machine, `at_once` at most, each as `upload` does.
-
-        Args:
-            files: by the URLs that they get.
+    def send(self, folder: Path, names: list[str]) -> None:
+        """Write files of a folder of this machine, `at_once` at most, each as `upload` does.
 
         Raises:
             BowstoreError: as `upload`.
         """
-        url, path = next(iter(files.items()))
+        url = below(self.url, names[0])
+        tries = self._tries(url, writing=True)
         if self.at_once == 1:
-            self._write(url, lambda: self._fs.put_file(str(path), url, **self._parts))
+            tries.run(lambda: self._fs.put_file(str(folder / names[0]), url, **self._parts))
             return
         with self._commits:
-            self._write(url, lambda: commit(self._fs, files))
+            tries.run(lambda: commit(self._fs, {below(self.url, name): folder / name for name in names}))
 
-    def _write(self, url: str, put: Callable[[], object]) -> None:
-        tries = Tries(url, self._storage, self.stop, writing=True)
-        while True:
-            if self.stop.is_set():
-                raise TransferError(f"{shown(url)}: stopped, because another transfer failed")
-            try:
-                put()
-                return
-            except NotImplementedError as error:
-                raise UsageError(f"{protocol(url)}:// cannot be written; s3://, gs:// and hf:// can") from error
-            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
-                tries.failed(error)
-
-    def remove(self, url: str) -> None:
+    def remove(self, name: str) -> None:
         """Remove a file that nobody needs; who may write need not be allowed to, and then it stays."""
         with suppress(Exception):
-            self._fs.rm_file(url)
+            self._fs.rm_file(below(self.url, name))
 
-    def sizes(self, folder_url: str) -> dict[str, int]:
-        """Lengths of all files below a folder, by their names in it; of none where it is not there.
+    def sizes(self) -> dict[str, int]:
+        """Lengths of all files of the folder, by their names in it; of none where it is not there.
 
         Raises:
             TransferError: no access, or no answer.
         """
-        tries = Tries(folder_url, self._storage, self.stop)
-        start = len(self._fs._strip_protocol(folder_url).rstrip("/")) + 1
-        while True:
-            try:
-                self._fs.invalidate_cache()
-                found = self._fs.find(folder_url, detail=True)
-                return {name[start:]: int(info["size"]) for name, info in found.items()}
-            except FileNotFoundError:  # whoever writes there says what is missing
-                return {}
-            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
-                tries.failed(error)
+        start = len(self._fs._strip_protocol(self.url).rstrip("/")) + 1
 
-    def download(self, url: str, path: Path, *, size_bytes: int | None, digest: str | None = None) -> None:
+        def find() -> dict[str, Any]:
+            self._fs.invalidate_cache()
+            with suppress(FileNotFoundError):  # whoever writes there says what is missing
+                return dict(self._fs.find(self.url, detail=True))
+            return {}
+
+        return {name[start:]: int(info["size"]) for name, info in self._tries(self.url).run(find).items()}
+
+    def download(self, name: str, path: Path, wanted: Wanted) -> None:
         """Bring a file to `path`, going on from the bytes that lie there; fsynced, and checked.
 
         Args:
-            url: the file.
+            name: of the file.
             path: where it is wanted; no other process writes there.
-            size_bytes: its length; None where nobody knows.
-            digest: its xxh3-128 as hex, where it was recorded.
+            wanted: what it has to be.
 
         Raises:
             MissingError: it is not there.
             MismatchError: it has another length.
-            CorruptError: other bytes than recorded, however often they are read.
+            CorruptError: other bytes than recorded.
             TransferError: no access, no answer, or no end of broken transfers.
         """
-        rounds, before = Tries(url, self._storage, self.stop), None
-        while True:
+        url = below(self.url, name)
+        for _ in range(2):  # what lay there may have been of another file, and bytes may change on the way
+            if wanted.size_bytes is not None and path.exists() and path.stat().st_size > wanted.size_bytes:
+                path.unlink()
+            tries = self._tries(url)
             with open_end(path) as file:
-                for block in self._blocks(url, file.tell(), size_bytes):
-                    file.write(block)
-                    file.flush()  # what has arrived outlives this process
-            found = file_digest(path) if digest else None
-            if found == digest:
+                tries.run(partial(self._go_on, url, file, wanted.size_bytes, tries))
+                found_bytes = file.tell()
+            if wanted.size_bytes not in (None, found_bytes):
+                path.unlink()
+                raise MismatchError(
+                    f"{shown(url)} has {found_bytes} bytes, {wanted.size_bytes} were recorded: it changed, or was not "
+                    f"copied whole; copy the folder there again, index and all"
+                )
+            if wanted.digest is None or file_digest(path) == wanted.digest:
                 fsync_path(path)
                 return
             path.unlink()
-            # The same wrong bytes twice: that is what the server holds.
-            rounds.failed(Problem(OTHER_BYTES, f"digest {found}, not {digest}", final=found == before))
-            before = found
+        raise CorruptError(f"{shown(url)} is not the file that was recorded: other bytes, twice; copy it there again")
 
-    def _blocks(self, url: str, done: int, size_bytes: int | None) -> Iterator[bytes]:
-        """The bytes of a file from `done` on, at most a block at a time in memory."""
-        tries = Tries(url, self._storage, self.stop)
-        answer: Answer | None = None  # of a server that sends all at once, or does not say how much that is
-        try:
-            while size_bytes is None or done < size_bytes:
-                if self.stop.is_set():
-                    raise TransferError(f"{shown(url)}: stopped at byte {done}, because another transfer failed")
-                wanted = BLOCK_BYTES if size_bytes is None else min(BLOCK_BYTES, size_bytes - done)
-                block, problem = b"", None
-                try:
-                    answer = answer or self._ask(url, done, None if size_bytes is None else done + wanted)
-                    block, problem = answer.block(wanted, size_bytes)
-                except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
-                    problem = error
-                if answer and (problem or not answer.goes_on):
-                    answer.close()
-                    answer = None
-                yield block
-                done += len(block)
-                if problem is None:
-                    tries.succeeded()
-                    if size_bytes is None and len(block) < wanted:
-                        return
-                else:
-                    if isinstance(problem, Problem) or status_of(problem) == 416:
-                        self._check_length(url, size_bytes)
-                    tries.failed(problem)
-        finally:
-            if answer:
-                answer.close()
+    def _go_on(self, url: str, file: IO[bytes], size_bytes: int | None, tries: Tries) -> None:
+        """Write what is missing of a file, up to its end."""
+        if size_bytes is not None and file.tell() >= size_bytes:
+            return
+        with closing(self._open(url, file.tell())) as source:
+            while block := source.read(BLOCK_BYTES):
+                if self._stop.is_set():
+                    raise TransferError(f"{shown(url)}: stopped, because another transfer failed")
+                file.write(block)
+                file.flush()  # what has arrived outlives this process
+                tries.succeeded()
 
-    def _ask(self, url: str, start: int, stop: int | None) -> Answer:
-        """Ask for the bytes from `start` to `stop`, or for all from `start` on."""
-        if protocol(url) not in WEB:
-            if stop is None:
-                return Answer(self._fs.open(url, "rb"), at=0, first=start, last=None)
-            # By name: the places of these arguments differ between protocols.
-            data = bytes(self._fs.cat_file(url, start=start, end=stop))
-            whole = len(data) > stop - start  # of a protocol that knows no ranges
-            return Answer(io.BytesIO(data), at=0 if whole else start, first=start, last=None if whole else stop)
-        headers = dict(self._fs.kwargs.get("headers", {}))
-        if stop is not None:
-            headers["Range"] = f"bytes={start}-{stop - 1}"
-        # Without a size it would be asked for; with a block size the file would be read in pieces of that.
+    def _open(self, url: str, start: int) -> Any:
+        """A file from a byte on, to read block by block."""
+        if self._protocol not in WEB:
+            file = self._fs.open(url, "rb", block_size=BLOCK_BYTES, cache_type="none")
+            file.seek(start)
+            return file
+        # One answer, read as it comes: fsspec's other way over HTTP fails where a server knows no ranges or lengths.
+        headers = {**self._fs.kwargs.get("headers", {}), **({"Range": f"bytes={start}-"} if start else {})}
         file = self._fs.open(url, "rb", block_size=0, size=1, headers=headers)
-        if file.r.status == 206:
-            return Answer(Body(self._fs.loop, file), at=start, first=start, last=stop)
-        return Answer(Body(self._fs.loop, file), at=0, first=start, last=None)
+        while start and file.r.status != 206:  # the server sends what is here already
+            skipped = len(file.read(min(start, BLOCK_BYTES)))
+            start = start - skipped if skipped else 0
+        return file
 
-    def _check_length(self, url: str, size_bytes: int | None) -> None:
-        """Refuse a file of another length, which no further try will mend."""
-        found = self.describe(url).size_bytes
-        if found is not None and found != size_bytes:
-            raise MismatchError(
-                f"{shown(url)} has {found} bytes, {size_bytes} were recorded: it changed, or was not copied whole; "
-                f"copy the folder there again, index and all"
-            )
+    def fetch_into(self, folder: Path, files: Mapping[str, Wanted], title: str, *, display: bool = True) -> int:
+        """Bring files to a folder of this machine, where nobody else writes; those that are there stay.
+
+        A file has its name once it is whole and safe on the disk, so that a call that is cut off goes on.
+
+        Args:
+            folder: where they go.
+            files: by their names, as a/b/c, none of which begins with a dot.
+            title: of the progress that is shown.
+            display: whether to show it.
+
+        Returns:
+            How many were brought.
+
+        Raises:
+            BowstoreError: as `download`.
+        """
+
+        def fetch(names: list[str]) -> None:
+            for path in (folder / name for name in names):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(f".{path.name}.part")
+                wanted = files[path.relative_to(folder).as_posix()]
+                if wanted.digest is None:
+                    part.unlink(missing_ok=True)  # nothing would tell whether it is of this file
+                self.download(path.relative_to(folder).as_posix(), part, wanted)
+                part.rename(path)
+
+        missing = {name: wanted.size_bytes or 0 for name, wanted in files.items() if not (folder / name).exists()}
+        self.side_by_side(title, missing, fetch, done=len(files) - len(missing), display=display)
+        return len(missing)
+
+    def side_by_side(
+        self,
+        title: str,
+        sizes: Mapping[str, int],
+        move: Callable[[list[str]], object],
+        *,
+        batch: int = 1,
+        done: int = 0,
+        display: bool = True,
+    ) -> None:
+        """Move files side by side, and show how far that is; the first error ends all transfers.
+
+        Args:
+            title: of the progress.
+            sizes: bytes by name.
+            move: moves some of them.
+            batch: how many at a time.
+            done: files that were moved before.
+            display: whether to show progress.
+        """
+        names, moved_bytes, total_bytes = list(sizes), 0, sum(sizes.values())
+        errors = list[BaseException]()
+        batches = [names[start : start + batch] for start in range(0, len(names), batch)]
+        with (
+            Progress(title, done + len(names), "files", done=done, shown=display) as progress,
+            ThreadPoolExecutor(PARALLEL) as pool,
+        ):
+
+            def moved(some: list[str]) -> list[str]:
+                try:
+                    if not self._stop.is_set():
+                        move(some)
+                except BaseException as error:
+                    errors.append(error)
+                    self._stop.set()  # here, before this thread takes its next job
+                    raise
+                return some
+
+            try:
+                for job in as_completed([pool.submit(moved, some) for some in batches]):
+                    some = job.result()
+                    moved_bytes += sum(sizes[name] for name in some)
+                    note = f"{moved_bytes / 1e6:.1f} of {total_bytes / 1e6:.1f} MB"
+                    progress.advance(len(some), note if moved_bytes else "")
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                self._stop.clear()
+                if errors:
+                    raise errors[0] from None  # the cause; those behind it were only stopped
+                raise
+
+    def _tries(self, url: str, *, writing: bool = False) -> Tries:
+        return Tries(url, self._storage, self._stop, writing=writing)
 
 
 def _plain(key: str) -> str:
     return "".join(c for c in key.lower() if c.isalnum())
 
 
-@functools.lru_cache
-def _file_system(name: str, timeout_s: float, process: int) -> Any:
-    """One instance a protocol and process (a forked child needs its own), with our time-outs and no own retries."""
+def _file_system(name: str, timeout_s: float) -> Any:
+    """A protocol's file system with our time-outs and none of its own retries; fsspec keeps one for each process."""
     import fsspec  # and what it brings: a second, for those alone that go to a URL
 
-    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    options: dict[str, Any] = {"use_listings_cache": False}
     configured = fsspec.config.conf.get(name, {})
-    if name in ("http", "https"):
+    if name in WEB:
         import aiohttp
 
         patience = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)

@@ -1,15 +1,16 @@
 """What the protocols raise: which of it is worth another try, and what it means in one line."""
 
+import errno
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from bowstore.config import StorageConfig
-from bowstore.errors import BowstoreError, CorruptError, MissingError, TransferError
-from bowstore.remote.answers import Problem
-from bowstore.remote.urls import shown
+from bowstore.errors import BowstoreError, MissingError, TransferError, UsageError
+from bowstore.remote.urls import protocol, shown
 
-OTHER_BYTES = "other bytes"
+T = TypeVar("T")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _NO_CONNECTION = {"ClientConnectorError", "EndpointConnectionError", "ConnectionRefusedError", "gaierror"}
 # What S3 answers with status 400, by the status that it stands for.
@@ -19,31 +20,36 @@ _CODES = {"RequestTimeout": 408, "ExpiredToken": 401, "InvalidToken": 401, "Toke
 class Tries:
     """Counts failures in a row, waits longer after each, and says at the end what was wrong."""
 
-    def __init__(
-        self,
-        url: str,
-        storage: StorageConfig,
-        stop: threading.Event,
-        retries: int | None = None,
-        *,
-        writing: bool = False,
-    ) -> None:
-        self._url, self._stop, self._timeout_s, self._writing = url, stop, storage.timeout_s, writing
-        self._retries = storage.retries if retries is None else retries
+    def __init__(self, url: str, storage: StorageConfig, stop: threading.Event, *, writing: bool = False) -> None:
+        self._url, self._stop, self._storage, self._writing = url, stop, storage, writing
         self._failures = 0
+
+    def run(self, action: Callable[[], T]) -> T:
+        """What an action returns in the end; what it raises last, as what a user can meet."""
+        while True:
+            try:
+                return action()
+            except (BowstoreError, MemoryError):  # said already; and no other try has more
+                raise
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk's, not the server's
+                    raise
+                self._failed(error)
+            except NotImplementedError as error:
+                raise UsageError(f"{protocol(self._url)}:// cannot be written; s3://, gs:// and hf:// can") from error
+            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+                self._failed(error)
 
     def succeeded(self) -> None:
         """Forget the failures: the transfer got on."""
         self._failures = 0
 
-    def failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:
         """Wait, or raise what the user can meet."""
-        if isinstance(error, MemoryError):  # no other try has more
-            raise error
         self._failures += 1
         status = status_of(error)
         hopeless = status is not None and 400 <= status < 500 and status not in (408, 429)
-        if hopeless or self._failures > self._retries or (isinstance(error, Problem) and error.final):
+        if hopeless or self._failures > self._storage.retries:
             raise self._final(error, status) from error
         wait_s = min(_FIRST_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
         # Jitter: ranks that failed together do not come back together.
@@ -64,14 +70,10 @@ class Tries:
             return TransferError(f"{url} may not be {what} ({status}, {tries}); check the credentials and the policy")
         if status is not None:
             return TransferError(f"{url}: the server answers {status} ({tries}); try again later")
-        if isinstance(error, Problem) and error.what == OTHER_BYTES:
-            return CorruptError(f"{url} is not the file that was recorded ({reason}; {tries}); copy it there again")
-        if isinstance(error, Problem):
-            return TransferError(f"{url}: the server sends {reason} ({tries}); check the server, or try again later")
         if any("Timeout" in name for name in names):
-            missing = "answer" if self._writing else "byte"
+            missing, patience_s = "answer" if self._writing else "byte", self._storage.timeout_s
             return TransferError(
-                f"{url}: no {missing} for {self._timeout_s:g} s ({tries}); try again later, or raise storage.timeout_s"
+                f"{url}: no {missing} for {patience_s:g} s ({tries}); try again later, or raise storage.timeout_s"
             )
         if names & _NO_CONNECTION:
             return TransferError(f"{url}: no connection ({reason}; {tries}); check the address and the network")

@@ -20,7 +20,7 @@ from bowstore.evaluate.features import Extraction
 from bowstore.evaluate.kept import FeatureSets
 from bowstore.evaluate.protocol import DataSets, Features, LabelledSplit
 from bowstore.models.pooling import POOLED, GridPool, Tap, WindowPool
-from bowstore.remote.cache import make_room
+from bowstore.remote.cache import reserve
 
 TAPS = {**POOLED, "all": Tap("all", GridPool(2, 2))}
 
@@ -266,10 +266,10 @@ def test_the_bound_of_the_cache_holds_and_what_is_in_use_stays(storage: StorageC
     features, _ = FeatureSets(storage).take(how(), DATA)
     tight = storage.model_copy(update={"cache_gb": 2e-6})
     with pytest.raises(Exception, match="are in use"):
-        make_room(1900, "something", tight)
+        reserve(1900, "something", tight)
     assert len(files(storage)) == 4
     del features
-    make_room(1900, "something", tight)
+    reserve(1900, "something", tight)
     assert files(storage) == []
 
 
