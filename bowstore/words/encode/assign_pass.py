@@ -21,10 +21,9 @@ from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 from bowstore.words.assign.assign import assign, prepare_words
 from bowstore.words.encode.crew import Crew, Work
-from bowstore.words.encode.forward import Clock
+from bowstore.words.encode.forward import Clock, Made, cut_units, in_bytes, through_teacher
 from bowstore.words.encode.job import Job
 from bowstore.words.encode.lanes import Maps, compute_workers, to_host
-from bowstore.words.encode.units import Made, cut_units, in_bytes, through_teacher
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.nearest import NearestImages, NearestSearch, load_nearest, save_nearest
 from bowstore.words.store.schema import NOT_WRITTEN
@@ -134,7 +133,8 @@ class _Nearest:
     An image that is among the nearest of all is among the nearest of those that one rank has seen, too: what a rank
     leaves out is never missed. To rank all that it has seen for each unit would take 4 to 10 % of the time that a GPU
     takes for 3072 images, and half of it for 256 (K = 20000, 2000 images/s). So cells are held against distances of
-    some time ago, which lets through half as many again, until as many have come as are kept.
+    some time ago until as many have come as are kept: 1 to 5 % and 4 to 10 %, once the first 6,000 images are through,
+    for half as many cells again to send.
     """
 
     def __init__(self, num_words: int) -> None:
