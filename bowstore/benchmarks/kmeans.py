@@ -9,8 +9,7 @@ from torch import Tensor
 from bowstore.benchmarks.config import KmeansBench
 from bowstore.benchmarks.result import BenchResult, Timing
 from bowstore.benchmarks.rounds import interleaved
-from bowstore.clustering.kmeans import Backend, default_backend, make_lloyd
-from bowstore.clustering.lloyd import Lloyd
+from bowstore.clustering.kmeans import Backend, Lloyd, default_backend, make_lloyd
 from bowstore.clustering.lloyd_torch import TorchLloyd
 from bowstore.environment import choose_device, cores, device_name
 from bowstore.errors import UsageError
@@ -34,7 +33,7 @@ def bench_kmeans(config: KmeansBench) -> BenchResult:
         if backend not in there:
             raise UsageError(f"--backend {backend} does not run {_why_not(backend)}; choose one of {', '.join(there)}")
     default = default_backend((vectors, dimensions), num_words, device)
-    chosen = tuple(backends) or (there if device.type == "cpu" else (default,))
+    chosen = tuple(backends) or there
     sample_Sp = _vectors(vectors, dimensions, device if set(chosen) == {"torch"} else torch.device("cpu"))
     ways: dict[str, Lloyd] = {
         backend: TorchLloyd(sample_Sp, num_words, 0, device)
@@ -61,18 +60,17 @@ def bench_kmeans(config: KmeansBench) -> BenchResult:
 
 def _there(num_words: int, dimensions: int, device: torch.device) -> tuple[Backend, ...]:
     """The backends that run on this machine, on that device, at that size."""
-    if find_spec("faiss") is None:
+    if device.type == "cuda" or find_spec("faiss") is None:
         return ("torch",)
     from bowstore.clustering.lloyd_faiss import SuperLloyd  # FAISS
 
-    suits = device.type == "cpu" and SuperLloyd.suits(num_words, dimensions)
-    return ("faiss", "super", "torch") if suits else ("faiss", "torch")
+    return ("faiss", "super", "torch") if SuperLloyd.suits(num_words, dimensions) else ("faiss", "torch")
 
 
 def _why_not(backend: Backend) -> str:
     if backend == "super" and find_spec("faiss") is not None:
         return "on a GPU, below 1024 words or 128 dimensions, or with a FAISS before 1.15"
-    return "without FAISS"
+    return "on a GPU, or without FAISS"
 
 
 def _vectors(count: int, dimensions: int, device: torch.device) -> Tensor:

@@ -7,17 +7,21 @@ Legend: S sampled vectors, p dimensions, K words.
 """
 
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bowstore.clustering.lloyd import Lloyd, far_vectors, identity
-from bowstore.clustering.lloyd_torch import TorchLloyd, kept_as
+from bowstore.clustering.lloyd import far_vectors, identity
+from bowstore.clustering.lloyd_torch import TorchLloyd
 from bowstore.progress import Progress
 
+if TYPE_CHECKING:  # with FAISS
+    from bowstore.clustering.lloyd_faiss import FaissLloyd, SuperLloyd
+
 Backend = Literal["faiss", "super", "torch"]
+Lloyd: TypeAlias = "FaissLloyd | SuperLloyd | TorchLloyd"
 _REFILL_ROUNDS = 8  # each costs one more search; iterations refill too, so that one or two are the rule
 
 
@@ -96,14 +100,12 @@ def kmeans(
 
 
 def default_backend(shape: tuple[int, int], num_words: int, device: torch.device) -> Backend:
-    """Torch on a GPU that holds a sample (S, p), and where there is no FAISS; else FAISS.
+    """For a sample (S, p): torch on a GPU, and where there is no FAISS; else FAISS.
 
-    On a CPU that is the search of its SuperKMeans, where K and p are large.
+    That is the search of its SuperKMeans, where K and p are large.
     """
-    if find_spec("faiss") is None:
+    if device.type == "cuda" or find_spec("faiss") is None:
         return "torch"
-    if device.type == "cuda":
-        return "torch" if kept_as(4 * shape[0] * shape[1], device) else "faiss"
     from bowstore.clustering.lloyd_faiss import SuperLloyd  # FAISS
 
     return "super" if SuperLloyd.suits(num_words, shape[1]) else "faiss"
@@ -112,12 +114,12 @@ def default_backend(shape: tuple[int, int], num_words: int, device: torch.device
 def make_lloyd(
     backend: Backend, sample_Sp: NDArray[np.float32], num_words: int, seed: int, device: torch.device
 ) -> Lloyd:
-    """Lloyd's iteration of one backend, before its first step."""
+    """Lloyd's iteration of one backend, before its first step; that of FAISS runs on a CPU."""
     if backend == "torch":
         return TorchLloyd(sample_Sp, num_words, seed, device)
     from bowstore.clustering.lloyd_faiss import FaissLloyd, SuperLloyd  # FAISS
 
-    return (SuperLloyd if backend == "super" else FaissLloyd)(sample_Sp, num_words, seed, device)
+    return (SuperLloyd if backend == "super" else FaissLloyd)(sample_Sp, num_words, seed)
 
 
 def distinct_rows(rows: NDArray[np.float32], enough: int) -> int:

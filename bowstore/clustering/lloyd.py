@@ -1,44 +1,21 @@
-"""What every implementation of Lloyd's iteration offers `kmeans`, and what they share.
+"""What the ways of Lloyd's iteration share: where words start, and where useless ones go.
+
+Each way (lloyd_faiss.py, lloyd_torch.py) is a class with four methods, which `kmeans` calls:
+
+    step()                        move every centroid to the mean of its vectors; gives the mean squared distance before
+                                  the move, and how many words without vectors were moved elsewhere
+    nearest()                     each vector's word, int64 (S,), and squared distance, float32 (S,), by exact search
+    centroids()                   float32 (K, p)
+    put(words_U, vectors_U)       put these words onto these vectors of the sample
 
 Legend: S sampled vectors, p dimensions, K words, U words or vectors that are moved or moved to.
 """
 
-from abc import ABC, abstractmethod
-
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-
-
-class Lloyd(ABC):
-    """Centroids and the iteration that moves them.
-
-    Attributes:
-        backend: what computes, with its version; kept with the words.
-    """
-
-    backend: str
-
-    @abstractmethod
-    def step(self) -> tuple[float, int]:
-        """Move every centroid to the mean of its vectors.
-
-        Returns:
-            The mean squared distance before the move, and how many words without vectors were moved elsewhere.
-        """
-
-    @abstractmethod
-    def nearest(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Nearest centroid of each vector, int64 (S,), and the squared distances, float32 (S,); by exact search."""
-
-    @abstractmethod
-    def centroids(self) -> NDArray[np.float32]:
-        """Float32 (K, p)."""
-
-    @abstractmethod
-    def put(self, words_U: NDArray[np.int64], vectors_U: NDArray[np.int64]) -> None:
-        """Put the given centroids onto vectors of the sample."""
 
 
 def first_vectors(vectors: int, num_words: int, seed: int) -> NDArray[np.int64]:
@@ -57,8 +34,7 @@ def far_vectors(
     order = far[np.argsort(rng.exponential(size=len(far)) / distance_S[far], kind="stable")]
     picked: dict[int, int] = {}
     for vector in order.tolist():
-        row = sample_Sp[vector]
-        picked.setdefault(identity(row.cpu().numpy() if isinstance(row, Tensor) else row), vector)
+        picked.setdefault(identity(torch.as_tensor(sample_Sp[vector]).cpu().numpy()), vector)
         if len(picked) == wanted:
             break
     return np.array(list(picked.values()), dtype=np.int64)

@@ -12,10 +12,9 @@ import faiss
 import numpy as np
 import scipy.fft
 import scipy.sparse
-import torch
 from numpy.typing import NDArray
 
-from bowstore.clustering.lloyd import Lloyd, far_vectors, first_vectors
+from bowstore.clustering.lloyd import far_vectors, first_vectors
 from bowstore.environment import cores
 
 _T = TypeVar("_T")
@@ -39,22 +38,14 @@ def _all_cores() -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-class FaissLloyd(Lloyd):
-    """FAISS's k-means, on all cores of the machine or on a GPU; the result is the same for any number of threads."""
+class FaissLloyd:
+    """FAISS's k-means, on all cores of the machine; the result is the same for any number of threads."""
 
-    def __init__(self, sample_Sp: NDArray[np.float32], num_words: int, seed: int, device: torch.device) -> None:
+    def __init__(self, sample_Sp: NDArray[np.float32], num_words: int, seed: int) -> None:
         vectors, dimensions = sample_Sp.shape
         self._sample = sample_Sp
-        gpu = device.type == "cuda" and hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
-        self._index: Any
-        if gpu:
-            self._resources = faiss.StandardGpuResources()  # has to outlive the index
-            config = faiss.GpuIndexFlatConfig()
-            config.device = device.index or 0
-            self._index = faiss.GpuIndexFlatL2(self._resources, dimensions, config)
-        else:
-            self._index = faiss.IndexFlatL2(dimensions)
-        self.backend = f"faiss {faiss.__version__} {'gpu' if gpu else 'cpu'}"
+        self._index: Any = faiss.IndexFlatL2(dimensions)
+        self.backend = f"faiss {faiss.__version__} cpu"
         # One iteration a call shows progress; FAISS continues from the centroids it holds, with the same result.
         self._clustering = faiss.Clustering(dimensions, num_words)
         self._clustering.niter = 1
@@ -91,7 +82,7 @@ class FaissLloyd(Lloyd):
         faiss.copy_array_to_vector(centroids_Kp.ravel(), self._clustering.centroids)
 
 
-class SuperLloyd(Lloyd):
+class SuperLloyd:
     """Lloyd's iteration with the search of FAISS's SuperKMeans (Kuffo et al. 2026, arXiv:2603.20009), on a CPU.
 
     Vectors and words are turned at random, which spreads every distance evenly over the dimensions. A matrix product
@@ -105,7 +96,7 @@ class SuperLloyd(Lloyd):
     the same for any number of cores. A second copy of the sample, turned, is kept in memory.
     """
 
-    def __init__(self, sample_Sp: NDArray[np.float32], num_words: int, seed: int, device: torch.device) -> None:
+    def __init__(self, sample_Sp: NDArray[np.float32], num_words: int, seed: int) -> None:
         vectors, dimensions = sample_Sp.shape
         self.backend = f"faiss {faiss.__version__} cpu superkmeans"
         self._sample_Sp = np.ascontiguousarray(sample_Sp)
@@ -117,7 +108,7 @@ class SuperLloyd(Lloyd):
         self._pool = ThreadPoolExecutor(cores(), "k-means", initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._turned_Sp = np.concatenate(self._each(lambda part: self._turn(self._sample_Sp[part])))
         self._centroids_Kp = self._sample_Sp[first_vectors(vectors, num_words, seed)]
-        self._word_S: NDArray[np.int32] | None = None
+        self._word_S = np.empty(0, np.int32)  # the first search finds them
         self._settings = _faiss.SuperKMeansParameters()
         shares = _faiss.precompute_ad_thresholds(dimensions, self._settings.ad_epsilon_factor / dimensions)
         self._shares = faiss.vector_to_array(shares)
@@ -131,8 +122,7 @@ class SuperLloyd(Lloyd):
 
     def step(self) -> tuple[float, int]:
         """Search, average in the order of the vectors, and move empty words onto vectors far from their own."""
-        distance_S = self._search() if self._word_S is None else self._prune()
-        assert self._word_S is not None
+        distance_S = self._prune() if len(self._word_S) else self._search()
         num_words, vectors = len(self._centroids_Kp), len(self._sample_Sp)
         counts_K = np.bincount(self._word_S, minlength=num_words)
         order_S = np.argsort(self._word_S.astype(np.uint16), kind="stable").astype(np.int32)
@@ -148,7 +138,6 @@ class SuperLloyd(Lloyd):
     def nearest(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """FAISS's exhaustive search, slice by slice."""
         distance_S = self._search()
-        assert self._word_S is not None
         return self._word_S.astype(np.int64), distance_S
 
     def centroids(self) -> NDArray[np.float32]:
@@ -178,7 +167,6 @@ class SuperLloyd(Lloyd):
 
     def _prune(self) -> NDArray[np.float32]:
         """Words that are nearer than the present ones, and squared distances, float32 (S,)."""
-        assert self._word_S is not None
         words_Kp, word_S = self._turn(self._centroids_Kp), self._word_S
         distance_S = np.empty(len(word_S), np.float32)
 

@@ -29,16 +29,7 @@ class Projection(NamedTuple):
     offset_p: NDArray[np.float32]
 
 
-class PreparedProjection(NamedTuple):
-    """A projection on a device.
-
-    Attributes:
-        matrix_cp: float32, A transposed.
-        offset_p: float32, b.
-    """
-
-    matrix_cp: Tensor
-    offset_p: Tensor
+PreparedProjection = tuple[Tensor, Tensor]  # on a device: A transposed (c, p), and b
 
 
 def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: bool) -> tuple[Projection, float]:
@@ -100,9 +91,10 @@ def project_sample(projection: Projection, sample_Sc: NDArray[np.float32]) -> ND
 def prepare_projection(projection: Projection, device: torch.device) -> PreparedProjection:
     """Lay a projection out on a device."""
     matrix_pc, offset_p = (torch.from_numpy(part).to(device) for part in projection)
-    return PreparedProjection(matrix_pc.T.contiguous(), offset_p)
+    return matrix_pc.T.contiguous(), offset_p
 
 
 def project(vectors_Nc: Tensor, projection: PreparedProjection) -> Tensor:
     """The components of vectors, float32 (N, p); call it inside `exact_float32`."""
-    return torch.addmm(projection.offset_p, vectors_Nc, projection.matrix_cp)
+    matrix_cp, offset_p = projection
+    return torch.addmm(offset_p, vectors_Nc, matrix_cp)
