@@ -99,7 +99,7 @@ def test_the_mean_bags_entropy_is_the_loss_of_the_best_constant_prediction(form:
     maps = words(200)
     bag = bags(maps, form)
     constant = torch.log(dense(bag).mean(0, keepdim=True).clamp_min(1e-30)).expand(200, -1)
-    mean = MeanBag(WORDS, form)
+    mean = MeanBag(WORDS)
     for start in range(0, 200, 64):
-        mean.add(maps[start : start + 64].reshape(-1, SLOTS))
+        mean.add(bags(maps[start : start + 64], form))
     assert mean.entropy() == pytest.approx(bow_cross_entropy(constant, bag).item(), abs=1e-4)

@@ -59,7 +59,7 @@ class WholeBag(BagForm):
     """The bag of the whole image, whatever the crop and the flip (paper, Eq. 3 and 4)."""
 
     def __init__(self, form: Form, num_words: int) -> None:
-        self._form, self._mean = form, MeanBag(num_words, form)
+        self._form, self._mean = form, MeanBag(num_words)
 
     def numbers(self, plan: Plan) -> tuple[NDArray[Any], ...]:
         """As `mix_bags` takes them."""
@@ -72,7 +72,7 @@ class WholeBag(BagForm):
 
     def add(self, words_BM: NDArray[np.uint16]) -> None:
         """As in the base class; mixing leaves the mean bag as it is."""
-        self._mean.add(words_BM)
+        self._mean.add(*self.make(torch.from_numpy(words_BM.view(np.int16))))
 
     def marginal_loss(self) -> float:
         """The entropy of the mean bag."""
@@ -96,7 +96,7 @@ class PyramidBags(BagForm):
     def __init__(self, num_words: int, grid: tuple[int, int], grids: tuple[int, ...], *, flip: bool) -> None:
         self._grid, self._grids, self._flip = grid, grids, flip
         self.bags = sum(cells**2 for cells in grids)
-        self._means = [MeanBag(num_words, "count") for _ in range(self.bags)]
+        self._means = [MeanBag(num_words) for _ in range(self.bags)]
 
     def numbers(self, plan: Plan) -> tuple[NDArray[Any], ...]:
         """Who is mirrored, and as `mix_bags` takes them, with the share of each cell that is kept."""
@@ -117,10 +117,10 @@ class PyramidBags(BagForm):
 
     def add(self, words_BM: NDArray[np.uint16]) -> None:
         """As in the base class: with flips, a cell of the output has half of its images' words from the other side."""
-        words_Bhw = torch.from_numpy(words_BM.view(np.int16)).view(-1, *self._grid)
+        words_Bhw = unpacked(torch.from_numpy(words_BM.view(np.int16))).view(-1, *self._grid)
         for seen_Bhw in (words_Bhw, words_Bhw.flip(2))[: 1 + self._flip]:
             for mean, words_Bm in zip(self._means, self._cells(seen_Bhw), strict=True):
-                mean.add(words_Bm.numpy().view(np.uint16))
+                mean.add(count_bag(words_Bm))
 
     def marginal_loss(self) -> float:
         """The mean of the entropies of the cells' mean bags."""
@@ -148,7 +148,7 @@ class ShownBag(BagForm):
 
     def __init__(self, form: Form, num_words: int, grid: CleanGrid, index: Index, view: ViewConfig, seed: int) -> None:
         self._form, self._grid, self._index, self._view, self._seed = form, grid, index, view, seed
-        self._mean, self._rows = MeanBag(num_words, form), 0
+        self._mean, self._rows = MeanBag(num_words), 0
 
     def numbers(self, plan: Plan) -> tuple[NDArray[Any], ...]:
         """What is seen of each cell; where images are mixed, also their partners, and what is seen of theirs."""
@@ -176,7 +176,7 @@ class ShownBag(BagForm):
         plan = plan_of(rows, self._index, self._view, Origin(self._seed, 0, self._rows))
         plan = replace(plan, partner=np.arange(len(rows), dtype=np.int32))
         numbers = map(torch.from_numpy, self.numbers(plan))
-        self._mean.add_bag(*self.make(torch.from_numpy(words_BM.view(np.int16)), *numbers))
+        self._mean.add(*self.make(torch.from_numpy(words_BM.view(np.int16)), *numbers))
         self._rows += len(rows)
 
     def marginal_loss(self) -> float:

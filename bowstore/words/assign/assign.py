@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
 from bowstore.gpu import runs_triton
-from bowstore.limits import MAX_WORDS
 
 if TYPE_CHECKING:
     from bowstore.words.assign.assign_triton import FastWords
@@ -43,18 +41,10 @@ class PreparedWords(NamedTuple):
 
 
 def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
-    """Lay out a float32 vocabulary (K, D) for `assign`, on the device where it lies.
+    """Lay out a float32 vocabulary (K, D), K <= 65535, for `assign`, on the device where it lies.
 
     On a GPU the first vocabulary of a width takes some seconds more: the search is compiled here, not in mid-run.
-
-    Raises:
-        UsageError: not a float32 matrix, or a number of words outside 1..65535.
     """
-    if vocabulary_KD.ndim != 2 or vocabulary_KD.dtype != torch.float32:
-        shape = tuple(vocabulary_KD.shape)
-        raise UsageError(f"a vocabulary is a float32 matrix (K, D), not {vocabulary_KD.dtype} {shape}")
-    if not 1 <= len(vocabulary_KD) <= MAX_WORDS:
-        raise UsageError(f"{len(vocabulary_KD)} words: a vocabulary holds from 1 to {MAX_WORDS}")
     half_norm_K = (vocabulary_KD.double().square().sum(dim=1) / 2).float()
     fast = None
     if runs_triton(vocabulary_KD.device):
@@ -79,13 +69,10 @@ def assign(features_ND: Tensor, words: PreparedWords) -> Tensor:
     Args:
         features_ND: float32 (N, D), in any layout.
         words: from `prepare_words`, on the same device.
-
-    Raises:
-        UsageError: features of another width or type than the words.
     """
+    assert features_ND.shape[1] == len(words.words_DK), "the kernels do not look"
     if words.fast is None:
         return assign_reference(features_ND, words)
-    _check_fit(features_ND, words)
     from bowstore.words.assign.assign_triton import nearest  # Triton
 
     found = nearest(features_ND, words.fast)
@@ -95,9 +82,7 @@ def assign(features_ND: Tensor, words: PreparedWords) -> Tensor:
 
 
 @torch.no_grad()
-def assign_reference(
-    features_ND: Tensor, words: PreparedWords, *, block: int | None = None, block_words: int | None = None
-) -> Tensor:
+def assign_reference(features_ND: Tensor, words: PreparedWords) -> Tensor:
     """What `assign` returns, by float32 products in blocks; the reference for every faster way.
 
     Since |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x.c), the word with the least |c|^2 / 2 - x.c is the nearest;
@@ -108,18 +93,12 @@ def assign_reference(
     Args:
         features_ND: float32 (N, D), in any layout.
         words: from `prepare_words`, on the same device.
-        block: scores held at a time (4 bytes each); None for the device's default.
-        block_words: words scored at a time; None for the device's default.
-
-    Raises:
-        UsageError: features of another width or type than the words.
     """
-    _check_fit(features_ND, words)
     rows, k = len(features_ND), words.words_DK.shape[1]
     gpu = features_ND.device.type == "cuda"
-    step_words = min(k, block_words or (_GPU_BLOCK_WORDS if gpu else _CPU_BLOCK_WORDS))
+    step_words = min(k, _GPU_BLOCK_WORDS if gpu else _CPU_BLOCK_WORDS)
     step_words = -(-step_words // words.group) * words.group
-    most = max(1, (block or (_GPU_BLOCK if gpu else _CPU_BLOCK)) // step_words)
+    most = max(1, (_GPU_BLOCK if gpu else _CPU_BLOCK) // step_words)
     blocks = max(1, -(-rows // most))
     step = max(1, -(-rows // blocks))  # even blocks: a last one of a few rows would be slow for its size
     ids_N = torch.empty(rows, dtype=torch.uint16, device=features_ND.device)
@@ -129,13 +108,6 @@ def assign_reference(
             part = slice(start, start + step)
             ids_N[part] = _nearest(features_ND[part], words, step_words, buffer).to(torch.uint16)
     return ids_N
-
-
-def _check_fit(features_ND: Tensor, words: PreparedWords) -> None:
-    width = words.words_DK.shape[0]
-    if features_ND.ndim != 2 or features_ND.shape[1] != width or features_ND.dtype != torch.float32:
-        shape = tuple(features_ND.shape)
-        raise UsageError(f"features {features_ND.dtype} {shape} do not fit words of {width} float32 dimensions")
 
 
 def _nearest(features_BD: Tensor, words: PreparedWords, step_words: int, buffer: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -142,30 +141,17 @@ class MeanBag:
     learned nothing about the images.
     """
 
-    def __init__(self, num_words: int, form: Form) -> None:
-        self._form = form
+    def __init__(self, num_words: int) -> None:
         self._total_K = np.zeros(num_words, np.float64)
         self._rows = 0
 
-    def add_bag(self, bag: Bag) -> None:
-        """Count bags that are there."""
-        words, weights = bag.words_BM.cpu().numpy().reshape(-1), bag.weights_BM.cpu().numpy().reshape(-1)
-        self._total_K += np.bincount(words, weights, len(self._total_K))
+    def add(self, bag: Bag) -> None:
+        """Count the bags of some rows."""
+        weights_BM = bag.weights_BM.double()
+        weights_BM /= weights_BM.sum(dim=1, keepdim=True)  # in float32 they sum to 1 only so far
+        words, weights = bag.words_BM.reshape(-1), weights_BM.reshape(-1)
+        self._total_K += np.bincount(words.cpu().numpy(), weights.cpu().numpy(), len(self._total_K))
         self._rows += len(bag.words_BM)
-
-    def add(self, words_BM: NDArray[np.uint16]) -> None:
-        """Count the bags of some rows, uint16 (B, M)."""
-        rows, slots = words_BM.shape
-        if self._form == "binary":
-            ordered_BM = np.sort(words_BM, axis=1)
-            first_BM = np.ones(ordered_BM.shape, np.bool_)
-            first_BM[:, 1:] = ordered_BM[:, 1:] != ordered_BM[:, :-1]
-            distinct_B = first_BM.sum(axis=1)
-            weights = np.repeat(1 / distinct_B, distinct_B)
-            self._total_K += np.bincount(ordered_BM[first_BM], weights, len(self._total_K))
-        else:
-            self._total_K += np.bincount(words_BM.reshape(-1), minlength=len(self._total_K)) / slots
-        self._rows += rows
 
     def entropy(self) -> float:
         """Entropy of the mean bag, nats."""
