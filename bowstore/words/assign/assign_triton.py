@@ -60,7 +60,7 @@ _SHORT_LIST = 16  # of eight ranges; there are kernels for these two lengths and
 _ROUNDED_ELEMENTS = 1 << 28  # of the half-precision copy of the features that exists at a time: 512 MiB
 _ROWS = 1 << 19  # searched at a time, so that what is listed for them takes no more than that
 _PROGRAMS_PER_PROCESSOR = 12  # reckoned, not measured: the last, partly filled wave of programs costs at most 8 %
-# At least four, so that the row blocks in flight should stay in the L2 cache (not measured); at most 64, for short lists.
+# At least four, so that row blocks in flight should stay in the L2 cache (not measured); at most 64, for short lists.
 _RANGES = 4, 64
 _TAU = kernels.PLACES.value * 2.0**-23
 _MOST_WORDS = 4 * kernels.PLACES.value  # of a tile
