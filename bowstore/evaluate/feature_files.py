@@ -26,7 +26,7 @@ from bowstore.evaluate.features import Arrays, Feature, variation
 from bowstore.files import check_plain_file, file_digest, leftovers, make_folder, open_new, temporary_path, waiting_lock
 from bowstore.progress import say
 from bowstore.remote.cache import (
-    features_folder,
+    cache_root,
     hold,
     is_as_recorded,
     lock_file,
@@ -123,7 +123,7 @@ def write_features(
 
 
 def _paths(key: str, count: int, storage: StorageConfig) -> list[Path]:
-    return [features_folder(storage) / f"{key}-{n}.npy" for n in range(count)]
+    return [cache_root(storage) / "features" / f"{key}-{n}.npy" for n in range(count)]
 
 
 def _new_array(path: Path, shape: tuple[int, int], dtype: FeatureType) -> "np.memmap[Any, Any]":

@@ -14,6 +14,7 @@ the record says, of a folder by the number and length of its files; none of that
 """
 
 import fcntl
+import itertools
 import os
 import shutil
 import time
@@ -35,7 +36,6 @@ from bowstore.files import (
     write_json,
 )
 
-_REMOTE, _WORDS, _FEATURES = "remote", "words", "features"
 _PART_SUFFIX = ".part"
 _REMEDY = "raise storage.cache_gb, or name a folder on a larger disk in storage.cache"
 
@@ -54,16 +54,6 @@ def cache_root(storage: StorageConfig) -> Path:
             f"the cache {place} cannot be found: this user has no home directory; name a folder in storage.cache or "
             f"BOWSTORE_CACHE, or set HOME"
         ) from error
-
-
-def copies_folder(storage: StorageConfig) -> Path:
-    """The folder below the cache that holds the copies of remote folders."""
-    return cache_root(storage) / _REMOTE
-
-
-def features_folder(storage: StorageConfig) -> Path:
-    """The folder below the cache that holds features of networks."""
-    return cache_root(storage) / _FEATURES
 
 
 def mark_used(path: Path) -> None:
@@ -187,7 +177,7 @@ def _size_of(path: Path) -> int:
 
 def _copies(root: Path) -> Iterator[tuple[int, int, Path]]:
     """What is bowstore's, whole copies and what is on its way: when it was last used (ns), its bytes, and its path."""
-    for path in (*root.glob(f"{_REMOTE}/*/*"), *root.glob(f"{_WORDS}/*"), *root.glob(f"{_FEATURES}/*")):
+    for path in itertools.chain.from_iterable(map(root.glob, ("remote/*/*", "words/*", "features/*"))):
         with suppress(FileNotFoundError, NotADirectoryError):
             if temporary_stem(path) or _is_part(path) or (path.name[0] != "." and is_as_recorded(path)):
                 yield _handle(path).stat().st_atime_ns, _size_of(path), path

@@ -29,7 +29,7 @@ class RemoteFolder:
 
     def __init__(self, url: Path | str, storage: StorageConfig | None = None) -> None:
         self.url, self.storage = url_of(url), storage or StorageConfig()
-        self.folder = cache.copies_folder(self.storage) / folder_name(self.url)
+        self.folder = cache.cache_root(self.storage) / "remote" / folder_name(self.url)
         self.remote = Remote(self.url, self.storage)
         self._turns: dict[Path, threading.Lock] = {}
 
@@ -45,7 +45,7 @@ class RemoteFolder:
             return False
         return True
 
-    def fetch(self, name: str, wanted: Wanted | None = None) -> Path:
+    def fetch(self, name: str, wanted: Wanted | None = None, *, reserved: bool = False) -> Path:
         """The local copy of a file, brought here if it is not there yet.
 
         With length and digest a copy is trusted for as long as nobody touches it. Without, the server is asked every
@@ -54,6 +54,7 @@ class RemoteFolder:
         Args:
             name: of the file, without folders.
             wanted: its recorded length and digest.
+            reserved: whether the cache has room for it already.
 
         Raises:
             MissingError: no such file there.
@@ -62,7 +63,18 @@ class RemoteFolder:
             TransferError: no access, no answer, or no end of broken transfers.
             UsageError: the cache can never hold it.
         """
-        return self._fetch(name, wanted, reserved=False)
+        path = self._path(name)
+        if wanted:
+            about: dict[str, Any] = {"digest": wanted.digest}
+        else:
+            size_bytes, version = self.remote.describe(name)
+            wanted, about = Wanted(size_bytes), {"version": version}
+        if not _is_copy(path, about):
+            with self._turn(path):
+                if not _is_copy(path, about):
+                    self._bring(path, wanted, about, reserved=reserved)
+        cache.mark_used(path)
+        return path
 
     def fetch_all(self, files: Mapping[str, Wanted], what: str, *, display: bool = True) -> None:
         """Fetch many files at once, ahead of need.
@@ -88,7 +100,7 @@ class RemoteFolder:
 
         def fetch(names: list[str]) -> None:
             for name in names:
-                self._fetch(name, files[name], reserved=True)
+                self.fetch(name, files[name], reserved=True)
 
         cache.reserve(sum(sizes.values()), what, self.storage)
         self.remote.side_by_side("fetch", sizes, fetch, display=display)
@@ -105,20 +117,6 @@ class RemoteFolder:
         # Silent: the process that brings it shows how far it is.
         with self._turns.setdefault(path, threading.Lock()), waiting_lock(cache.lock_file(path), "", shown=False):
             yield
-
-    def _fetch(self, name: str, wanted: Wanted | None, *, reserved: bool) -> Path:
-        path = self._path(name)
-        if wanted:
-            about: dict[str, Any] = {"digest": wanted.digest}
-        else:
-            there = self.remote.describe(name)
-            wanted, about = Wanted(there.size_bytes), {"version": there.version}
-        if not _is_copy(path, about):
-            with self._turn(path):
-                if not _is_copy(path, about):
-                    self._bring(path, wanted, about, reserved=reserved)
-        cache.mark_used(path)
-        return path
 
     def _bring(self, path: Path, wanted: Wanted, about: Mapping[str, Any], *, reserved: bool) -> None:
         """Bring a file, and record what it is: first, as the record of an old copy does not speak for the new one."""

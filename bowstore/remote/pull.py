@@ -49,7 +49,8 @@ def pull(url: Path, path: Path, *, storage: StorageConfig | None = None) -> tupl
     manifest = _whole(far)
     make_folder(path.parent)
     with exclusive_lock(lock_file(path), str(path)):
-        if path.is_symlink() or (path.exists() and not _is_empty(path)):
+        empty = path.is_dir() and not any(path.iterdir())
+        if path.is_symlink() or (path.exists() and not empty):
             _check_copy(path, manifest)
             return manifest, 0
         part = part_of(path.with_name(f"{path.name}.{xxhash.xxh3_64_hexdigest(manifest.text())}"))
@@ -74,10 +75,6 @@ def _whole(far: Remote) -> Manifest:
         f"{url} has no {MANIFEST_FILE}, so `bowstore push` did not put it there; check the URL, or open shards and "
         f"stores where they are, by --shards URL and --store URL"
     )
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 def _check_copy(path: Path, manifest: Manifest) -> None:

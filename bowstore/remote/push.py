@@ -76,11 +76,7 @@ def manifest_at(far: Remote, name: str = MANIFEST_FILE) -> Manifest | None:
 
 
 def _take(far: Remote, manifest: Manifest) -> bool:
-    """Make a URL the place of a copy; whether it is not whole there yet.
-
-    Raises:
-        MismatchError: it is the place of something else.
-    """
+    """Make a URL the place of a copy; whether it is not whole there yet."""
     for _ in range(_LOOKS):
         # In this order: who ends between the two looks is seen by the second.
         begun, whole = manifest_at(far, PUSHING_FILE), manifest_at(far)

@@ -66,20 +66,13 @@ def fetch_store(path: Path, storage: StorageConfig | None = None, *, display: bo
 
 
 def _metadata(remote: Remote) -> dict[str, bytes]:
-    """All metadata files of a remote store, by their names in it.
-
-    Raises:
-        MissingError: no store there.
-        MismatchError: a Zarr group that is no word store, or one of another version.
-        CorruptError: metadata that cannot be understood.
-        TransferError: no access, or no answer.
-    """
+    """All metadata files of a remote store, by their names in it."""
     url = shown(remote.url)
     try:
         root = remote.read(METADATA)
     except MissingError as error:
         raise MissingError(f"no word store at {url} (it has no {METADATA}); check the URL") from error
-    about = _attributes(root, url)
+    about = _parsed(root, url)["attributes"]
     layers = about.get("layers")
     if about.get("format") != FORMAT or not isinstance(layers, list) or not all(map(_is_plain, layers)):
         raise MismatchError(f"{url} is a Zarr group but not a bowstore word store; name another URL")
@@ -95,12 +88,9 @@ def _metadata(remote: Remote) -> dict[str, bytes]:
             return dict(zip(names, pool.map(remote.read, names), strict=True))
 
     found = {METADATA: root, **read([*STORE_ARRAYS, *layers])}
-    return found | read(f"{layer}/{array}" for layer in layers for array in _arrays(found[f"{layer}/{METADATA}"], url))
-
-
-def _arrays(layer: bytes, url: str) -> Iterable[str]:
-    """Names of a layer's arrays, by its metadata."""
-    return layer_arrays(projected=bool(_attributes(layer, url).get("projection")))
+    about_layers = {layer: _parsed(found[f"{layer}/{METADATA}"], f"{url}/{layer}")["attributes"] for layer in layers}
+    arrays = {layer: layer_arrays(projected=bool(its.get("projection"))) for layer, its in about_layers.items()}
+    return found | read(f"{layer}/{array}" for layer in layers for array in arrays[layer])
 
 
 def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, display: bool) -> None:
@@ -118,16 +108,12 @@ def _build(folder: RemoteFolder, copy: Path, metadata: dict[str, bytes], *, disp
 
 
 def _chunks(metadata: dict[str, bytes], url: str) -> tuple[list[str], int]:
-    """Names of all chunks of the arrays that are whole, and their bytes before compression, which saves words little.
-
-    Raises:
-        CorruptError: metadata that cannot be understood.
-    """
+    """Names of all chunks of the arrays that are whole, and their bytes, uncompressed: words shrink little."""
     names, size_bytes = list[str](), 0
     parsed = {name.removesuffix(METADATA): _parsed(text, f"{url}/{name}") for name, text in metadata.items()}
     for place, array in parsed.items():
         layer = parsed[f"{place.partition('/')[0]}/"] if place.count("/") == 2 else None
-        if array.get("node_type") == "group" or (layer and not layer.get("attributes", {}).get("complete")):
+        if array.get("node_type") == "group" or (layer and not layer["attributes"].get("complete")):
             continue
         try:
             grid, keys = array["chunk_grid"], array["chunk_key_encoding"]
@@ -148,29 +134,13 @@ def _chunks(metadata: dict[str, bytes], url: str) -> tuple[list[str], int]:
     return names, size_bytes
 
 
-def _attributes(text: bytes, what: str) -> dict[str, Any]:
-    """The attributes in a metadata file.
-
-    Raises:
-        CorruptError: it cannot be understood.
-    """
-    attributes = _parsed(text, what).get("attributes")
-    return attributes if isinstance(attributes, dict) else {}
-
-
 def _parsed(text: bytes, what: str) -> dict[str, Any]:
-    """A metadata file's content.
-
-    Raises:
-        CorruptError: it is no JSON object.
-    """
+    """A metadata file's content, attributes and all."""
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CorruptError(f"{what} is not valid JSON ({error}); encode anew") from error
-    if not isinstance(value, dict):
-        raise CorruptError(f"{what} holds a {type(value).__name__}, not metadata; encode anew")
-    return value
+        value = {"attributes": {}, **json.loads(text)}
+        return {**value, "attributes": dict(value["attributes"])}
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{what} is no metadata of Zarr ({error}); encode anew") from error
 
 
 def _is_plain(name: object) -> bool:

@@ -31,18 +31,6 @@ _SENT_IN_PARTS = {"s3fs": {"chunksize": _PART_BYTES, "max_concurrency": 1}, "gcs
 _VERSION_KEYS = ("etag", "lastmodified", "mtime", "modified", "created", "updated", "generation", "contentmd5")
 
 
-class FarFile(NamedTuple):
-    """What a server says of a file.
-
-    Attributes:
-        size_bytes: its length; None where the server does not say.
-        version: whatever changes when the file does; None where the server says nothing of the kind.
-    """
-
-    size_bytes: int | None
-    version: dict[str, str] | None
-
-
 class Wanted(NamedTuple):
     """What was recorded of a file that is wanted: its length, and its xxh3-128 as hex; None where nothing was."""
 
@@ -68,8 +56,8 @@ class Remote:
         self._commits = Lock()  # of two commits to a branch at the same time the hub refuses one
         self._fs = _file_system(self._protocol, storage.timeout_s)
 
-    def describe(self, name: str) -> FarFile:
-        """Ask for a file's length and version.
+    def describe(self, name: str) -> tuple[int | None, dict[str, str] | None]:
+        """Ask for a file's length, and for whatever changes when the file does; None for what the server does not say.
 
         Raises:
             MissingError: it is not there.
@@ -80,7 +68,7 @@ class Remote:
         if info.get("type") == "directory":
             raise MissingError(f"{shown(url)} is a folder, not a file; check the URL")
         version = {key: str(value) for key, value in info.items() if _plain(key) in _VERSION_KEYS and value}
-        return FarFile(info.get("size"), {"size": str(info.get("size")), **version} if version else None)
+        return info.get("size"), {"size": str(info.get("size")), **version} if version else None
 
     def read(self, name: str) -> bytes:
         """All bytes of a small file, as it is now.
