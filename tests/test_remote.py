@@ -227,6 +227,16 @@ def test_remote_file_of_another_length_is_refused_at_once(server: FolderServer, 
             RemoteFolder(server.url, storage(tmp_path)).fetch("a.tar", Wanted(size_bytes, "0" * 32))
 
 
+def test_remote_file_shorter_than_what_is_here_is_refused(server: FolderServer, tmp_path: Path) -> None:
+    data = put(server, "a.tar", 2 * BLOCK)
+    folder = RemoteFolder(server.url, storage(tmp_path))
+    folder.folder.mkdir(parents=True)
+    cache.part_of(folder.folder / "a.tar").write_bytes(bytes(3 * BLOCK))
+    with pytest.raises(MismatchError, match=rf"a\.tar has {2 * BLOCK} bytes, {4 * BLOCK} were recorded"):
+        folder.fetch("a.tar", Wanted(4 * BLOCK, "0" * 32))
+    assert fetch(folder, server, "a.tar").read_bytes() == data
+
+
 def test_remote_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(TransferError, match=r"no connection \(.*; 4 tries\); check the address and the network"):
         RemoteFolder("http://127.0.0.1:9/x", storage(tmp_path)).fetch("a.tar", Wanted(1, "0" * 32))

@@ -17,7 +17,7 @@ from bowstore.errors import CorruptError, MismatchError, MissingError, TransferE
 from bowstore.files import file_digest, fsync_path, open_end
 from bowstore.progress import Progress
 from bowstore.remote.hub import COMMIT_FILES, commit
-from bowstore.remote.tries import Tries
+from bowstore.remote.tries import Tries, status_of
 from bowstore.remote.urls import WEB, below, protocol, shown, url_of
 
 PARALLEL = 8  # transfers at once
@@ -179,7 +179,13 @@ class Remote:
         """Write what is missing of a file, up to its end."""
         if size_bytes is not None and file.tell() >= size_bytes:
             return
-        with closing(self._open(url, file.tell())) as source:
+        try:
+            opened = self._open(url, file.tell())
+        except Exception as error:
+            if status_of(error) == 416:  # the file there is shorter than what has arrived, maybe of another
+                file.seek(file.truncate(0))
+            raise
+        with closing(opened) as source:
             while block := source.read(BLOCK_BYTES):
                 if self._stop.is_set():
                     raise TransferError(f"{shown(url)}: stopped, because another transfer failed")
@@ -220,13 +226,13 @@ class Remote:
         """
 
         def fetch(names: list[str]) -> None:
-            for path in (folder / name for name in names):
+            for name in names:
+                path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part = path.with_name(f".{path.name}.part")
-                wanted = files[path.relative_to(folder).as_posix()]
-                if wanted.digest is None:
+                if files[name].digest is None:
                     part.unlink(missing_ok=True)  # nothing would tell whether it is of this file
-                self.download(path.relative_to(folder).as_posix(), part, wanted)
+                self.download(name, part, files[name])
                 part.rename(path)
 
         missing = {name: wanted.size_bytes or 0 for name, wanted in files.items() if not (folder / name).exists()}

@@ -48,7 +48,7 @@ class Tries:
         """Wait, or raise what the user can meet."""
         self._failures += 1
         status = status_of(error)
-        hopeless = status is not None and 400 <= status < 500 and status not in (408, 429)
+        hopeless = status is not None and 400 <= status < 500 and status not in (408, 416, 429)
         if hopeless or self._failures > self._storage.retries:
             raise self._final(error, status) from error
         wait_s = min(_FIRST_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
