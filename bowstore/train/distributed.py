@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from bowstore.environment import choose_device, cores_per_rank, device_name, warn_of_kinds
-from bowstore.errors import BowstoreError
+from bowstore.errors import BowstoreError, BusyError, MismatchError, UsageError
 from bowstore.torchrun import Ranks, ranks
 from bowstore.train.lifeline import REMEDY, Lifeline, connect
 
 _HANG_SECONDS = 600.0
 _INTERRUPTED = "it was interrupted"
+_REFUSALS = (UsageError, MismatchError, BusyError)  # what torchrun's next attempt would meet again
+_REFUSED = "bowstore/refused"
 _TIMEOUT = timedelta(seconds=_HANG_SECONDS + 60)  # of a collective; the lifeline is first, and names the rank
 
 
@@ -173,18 +175,28 @@ def beside_others() -> Iterator[None]:
         yield
         return
     with _lifeline(place, on_verdict=lambda: _thread.interrupt_main(signal.SIGTERM)):
-        yield
+        try:
+            yield
+        except BaseException:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the others end, too: no word of that in place of the cause
+            raise
 
 
 @contextmanager
 def _lifeline(place: Ranks, on_verdict: Callable[[], None] | None = None) -> Iterator[tuple[Any, Lifeline]]:
     """The job's store and a lifeline to its ranks; an error in the block ends them, too.
 
+    torchrun starts all ranks again whatever ended one. What would be refused each time is told once on each machine,
+    and later attempts end without a word.
+
     Raises:
         BowstoreError: another rank has ended, in place of the error that followed from it.
+        SystemExit: the job was refused, and the user knows.
     """
     with _explained(place):
         store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+        if store.check([_REFUSED]):
+            raise SystemExit(1)
         host = os.environ["MASTER_ADDR"]
         lifeline = connect(place.rank, place.size, host, store, hang_seconds=_HANG_SECONDS, on_verdict=on_verdict)
     try:
@@ -196,9 +208,14 @@ def _lifeline(place: Ranks, on_verdict: Callable[[], None] | None = None) -> Ite
         if (seconds := _verdict_seconds(error)) and (verdict := lifeline.wait_for_verdict(seconds)):
             if interrupted and _INTERRUPTED in verdict:  # Ctrl-C reaches all ranks, and each knows best what is kept
                 raise
+            if _refused(place, store):
+                raise BowstoreError(verdict) from error  # it has a remedy of its own
             raise BowstoreError(f"{verdict}; {REMEDY}") from error
         text = _INTERRUPTED if interrupted else " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, _REFUSALS):
+            store.set(_REFUSED, text)
         lifeline.failed(text)
+        _refused(place, store)
         if isinstance(error, dist.DistError) or "gloo" in text:
             raise BowstoreError(
                 f"rank {place.rank} of {place.size} has lost the others ({text[:200]}); {REMEDY}"
@@ -206,6 +223,19 @@ def _lifeline(place: Ranks, on_verdict: Callable[[], None] | None = None) -> Ite
         raise
     finally:
         lifeline.close()
+
+
+def _refused(place: Ranks, store: Any) -> bool:
+    """Whether the job was refused; ends this rank if another one of its machine is about to tell it."""
+    try:
+        if not store.check([_REFUSED]):
+            return False
+        asked = store.add(f"{_REFUSED}/{place.rank - place.local_rank}", 1)
+    except RuntimeError:  # without torchrun the store ends with rank 0
+        return False
+    if asked > 1:
+        raise SystemExit(1)
+    return True
 
 
 @contextmanager

@@ -138,6 +138,7 @@ def test_elastic_order_digest_tells_one_exchanged_pair(alone: tuple[Record, list
 
 
 def with_its_own_shards(rank: int, config: TrainConfig, folder: Path) -> None:
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # a machine each: each of them is told
     try:
         own = config.model_copy(update={"shards": places(folder / f"shards-{rank}")})
         recorded_train(own, folder, folder / f"own-{rank}")

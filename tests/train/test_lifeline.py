@@ -15,10 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bowstore.errors import BowstoreError, DataError
+from bowstore.errors import BowstoreError, BusyError, DataError, MismatchError, UsageError
 from bowstore.train import distributed, lifeline
 from bowstore.train.distributed import World
 from bowstore.train.lifeline import Lifeline, connect
+
+HashStore: Any = dist.HashStore  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -158,10 +160,13 @@ class Deaf:
         self.told.append("closed")
 
 
-def rank_1_of_2(monkeypatch: pytest.MonkeyPatch, line: Deaf) -> Deaf:
-    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+def rank_1_of_2(monkeypatch: pytest.MonkeyPatch, line: Deaf, store: Any = None, *, local_rank: int = 1) -> Deaf:
+    job = HashStore() if store is None else store
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(job, 1, 2)]))
     monkeypatch.setattr(distributed, "connect", lambda *_, **__: line)
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+    monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)  # this process does not end by an error
+    variables = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}
+    for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     return line
@@ -200,8 +205,41 @@ def test_errors_of_collectives_are_one_line_and_others_stay_what_they_are(
     assert line.told == [" ".join(str(error).split()), "closed"]
 
 
+@pytest.mark.parametrize("kind", [UsageError, MismatchError, BusyError])
+def test_a_refusal_is_told_once_on_each_machine_and_never_again(
+    kind: type[BowstoreError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun starts all ranks again; what another attempt may cure is told in each."""
+    store = HashStore()
+
+    def end(error: BaseException, verdict: str | None = None, local_rank: int = 1) -> tuple[str, list[str]]:
+        line = rank_1_of_2(monkeypatch, Deaf(verdict), store, local_rank=local_rank)
+
+        def work() -> None:
+            if verdict:  # another rank was refused
+                store.set("bowstore/refused", "")
+            raise error
+
+        with pytest.raises((BowstoreError, SystemExit)) as caught, distributed.beside_others():
+            work()
+        store.delete_key("bowstore/refused/0")
+        return f"{caught.type.__name__}: {caught.value}", line.told
+
+    for _ in range(2):
+        assert end(DataError("damaged")) == ("DataError: damaged", ["damaged", "closed"])
+    refusal = kind("give all the same")
+    assert end(refusal) == (f"{kind.__name__}: give all the same", ["give all the same", "closed"])
+    assert end(refusal) == ("SystemExit: 1", []), "the next attempt"
+    store.delete_key("bowstore/refused")
+    verdict = "rank 0 failed: give all the same"
+    assert end(KeyboardInterrupt(), verdict, local_rank=0) == (f"BowstoreError: {verdict}", ["closed"])
+    store.delete_key("bowstore/refused")
+    store.add("bowstore/refused/0", 1)
+    assert end(KeyboardInterrupt(), verdict) == ("SystemExit: 1", ["closed"]), "the same machine's second rank"
+
+
 def test_ranks_wait_for_each_other_without_a_collective() -> None:
-    store, there = dist.HashStore(), list[int]()
+    store, there = HashStore(), list[int]()
     store.set_timeout(timedelta(seconds=5))
     ranks = [World(rank, 2, torch.device("cpu"), store=store, token=7) for rank in range(2)]
 
