@@ -196,14 +196,13 @@ def _finish(job: Job) -> None:
     """Record statistics and nearest images of layers whose chunks are all written."""
     writer = StoreWriter(job.store)
     for layer in map(writer.layer, job.num_words):
-        if layer.complete:
-            continue
-        with Progress("count", layer.images) as progress:
-            statistics = word_statistics(_counted(layer, progress), layer.num_words)
-        nearest = nearest_so_far(writer, layer).result()
-        save_nearest(nearest_file(layer), nearest)  # what the store has recorded is gone before it is recorded anew
-        writer.mark_complete(layer.name, statistics, nearest)
-        nearest_file(layer).unlink()
+        if not layer.complete:
+            with Progress("count", layer.images) as progress:
+                statistics = word_statistics(_counted(layer, progress), layer.num_words)
+            nearest = nearest_so_far(writer, layer).result()
+            save_nearest(nearest_file(layer), nearest)  # what the store has recorded is gone before it is recorded anew
+            writer.mark_complete(layer.name, statistics, nearest)
+        nearest_file(layer).unlink(missing_ok=True)  # there after a death in between, too
     sweep_leftovers(job.store)
 
 
