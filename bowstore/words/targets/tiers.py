@@ -209,7 +209,7 @@ class StreamedTargets(HostTargets):
 
     def _block(self, start: int, stop: int) -> NDArray[np.uint16]:
         if self._store_row_N is None:
-            return super()._block(start, stop)
+            return super()._block(start, stop).copy()  # torch warns of arrays that cannot be written
         block_BM = np.empty((stop - start, self.slots), np.uint16)
         self._gather(np.arange(start, stop), block_BM)
         return block_BM
