@@ -17,7 +17,7 @@ from shard_sets import ShardMaker, encode_jpeg, textured_image, write_store
 from bowstore.cli import main
 from bowstore.config import ModelConfig
 from bowstore.data import images, shard_check
-from bowstore.data.sources import cifar, plain_pickle, walk
+from bowstore.data.sources import packed, plain_pickle, walk
 from bowstore.errors import BusyError, DataError, MissingError, UsageError, is_machine_error
 from bowstore.models import layouts, library
 from bowstore.models.registry import build_backbone
@@ -145,10 +145,12 @@ def test_weights_and_pickles_that_did_not_fit_into_memory_are_not_damaged(
 
 def test_a_source_that_could_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive is not taken for one of another kind, nor a file for no file."""
+    (tmp_path / "a.tar").write_bytes(b"")
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", failing(BAD_DISK))
         with pytest.raises(DataError, match=r"cannot read .*a\.tar: .*Input/output error; make it readable"):
-            cifar._first_folder(tmp_path / "a.tar")
+            packed.read_packed(tmp_path / "a.tar", ["a/b"])
+    (tmp_path / "a.tar").unlink()
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     with os.scandir(tmp_path) as entries:
         (loop,) = entries

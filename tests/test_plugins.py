@@ -19,7 +19,7 @@ from bowstore.plugins import Named, Registry, plugins_in_use, use_plugins
 
 SOURCE = """
 from functools import partial
-from bowstore.data.sources.base import Kind, ImageFile, Listing, Split, read_file
+from bowstore.data.sources.base import Kind, ImageFile, Listing, Split, read_image
 from bowstore.data.sources.folder import KIND as FOLDER  # imported, and so no second one
 
 def list_splits(source, options):
@@ -33,7 +33,7 @@ ONE_A_CLASS = Kind(
     example="bowstore shards images data/shards",
     recognise=lambda source: (source / "one-a-class.txt").is_file(),
     list_splits=list_splits,
-    open=lambda source: partial(read_file, source),
+    open=lambda source: partial(read_image, source),
 )
 """
 

@@ -1,17 +1,14 @@
 """One tar's part of the index: its samples, from one pass over its bytes.
 
-A sample is a run of neighbouring members with one key. Building the index and verifying shards both go through
-here: the first stops at what is wrong with the tar, the second notes it and goes on.
+A sample is a run of neighbouring members with one key. Building the index and verifying shards both go through here.
 
 Legend: n samples of one tar.
 """
 
 import json
-import re
 from array import array
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +23,6 @@ from bowstore.data.sources.base import NO_LABEL, NO_LABEL_FIELD
 from bowstore.data.sources.labels import usual_label, whole_number
 from bowstore.data.table import image_digest
 from bowstore.data.tar import (
-    BLOCK_BYTES,
-    BrokenTar,
     Member,
     RefusedMember,
     TarReader,
@@ -41,7 +36,6 @@ _LABEL_MEMBERS = ("cls", "json", "txt")
 _MAX_LABEL_BYTES = 1 << 20
 _EXAMPLES = 5
 _EXAMPLE_CHARACTERS = 40
-_USUAL_CHECKSUM = re.compile(rb"[0-7]{6}\0 |[0-7]{7}[\0 ]")
 _ARRAYS = {  # of a shard's part: type codes of `array`, and what they become
     "offset": ("q", np.int64),
     "size": ("i", np.int32),
@@ -89,14 +83,6 @@ class Refused(NamedTuple):
     digest: int | None
 
 
-class Fault(NamedTuple):
-    """Something wrong at a place in the tar, in one line."""
-
-    message: str
-    byte: int
-    member: str | None
-
-
 @dataclass
 class ShardTable:
     """What one tar holds.
@@ -115,8 +101,6 @@ class ShardTable:
         turned: images that an EXIF rotation would turn.
         turned_example: the name of one of them.
         several: extensions of the images in samples that hold several.
-        faults: what else is wrong, if it was asked not to stop there.
-        oddities: bytes that nobody reads and that are not what tar writers write; looked for along with faults.
     """
 
     columns: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -131,11 +115,9 @@ class ShardTable:
     turned: int = 0
     turned_example: str = ""
     several: Counter[str] = field(default_factory=Counter)
-    faults: list[Fault] = field(default_factory=list)
-    oddities: list[Fault] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.columns["offset"])
+        return len(self.columns.get("offset", ()))
 
 
 class _Image(NamedTuple):
@@ -171,43 +153,18 @@ class _ShardScan:
         self._arrays = {name: array(code) for name, (code, _) in _ARRAYS.items()}
         self._keys = bytearray()
         self._seen: set[str] = set()
-        self._sample, self._strict = _Sample(""), True
+        self._sample = _Sample("")
         self.table = ShardTable()
 
-    def run(self, report: Callable[[int], None], resume_at: Sequence[int] | None) -> ShardTable:
-        """Read the tar from end to end; with `resume_at`, note what is wrong and go on at the next such byte."""
-        self._strict, resume_at = resume_at is None, resume_at or ()
+    def run(self, report: Callable[[int], None]) -> ShardTable:
+        """Read the tar from end to end."""
         with open_tar_file(self._path) as file:
             tar = TarReader(file, self._path, report)
-            while True:
-                try:
-                    member = tar.next_member()
-                    if member is None:
-                        break
-                    self._add(tar, member)
-                    if not self._strict:
-                        self._note_oddities(tar, member)
-                except (BrokenTar, RefusedMember) as error:
-                    self._note(error)
-                    if tar.position > error.byte:
-                        continue
-                    place = bisect_right(resume_at, error.byte)
-                    if place == len(resume_at):
-                        break
-                    tar.position = resume_at[place]
+            while member := tar.next_member():
+                self._add(tar, member)
             self._end_sample()
             self.table.size_bytes, self.table.digest = tar.size_bytes, tar.digest()
         return self._finished()
-
-    def _note_oddities(self, tar: TarReader, member: Member) -> None:
-        first, last = member.offset + member.size, tar.position - 1
-        if bytes(tar.view(first, last + 1)).strip(b"\0"):
-            what = f"stray bytes behind member {member.name!r}, between byte {first} and byte {last}"
-            self.table.oddities.append(Fault(what, first, member.name))
-        if not _USUAL_CHECKSUM.fullmatch(tar.checksum):
-            first = member.offset - BLOCK_BYTES
-            what = f"a damaged checksum in the header of member {member.name!r}, at byte {first}"
-            self.table.oddities.append(Fault(what, first, member.name))
 
     def _finished(self) -> ShardTable:
         table = self.table
@@ -299,8 +256,7 @@ class _ShardScan:
             self._without_image(sample)
             return
         if sample.key in self._seen:
-            self._note(self._refused(sample.images[0].member, f"has a key that occurs twice, {sample.key!r}"))
-            return
+            raise self._refused(sample.images[0].member, f"has a key that occurs twice, {sample.key!r}")
         self._seen.add(sample.key)
         self._count_labels(sample)
         if len(sample.images) == 1:
@@ -347,16 +303,9 @@ class _ShardScan:
         extensions = ", ".join(split_key(name)[1] for name in sample.names[:_EXAMPLES])
         first = Member(sample.names[0], sample.offset, 0)
         if sample.key in self._seen:
-            self._note(self._refused(first, "lies apart from the image of its key; `bowstore shards` writes them anew"))
-            return
+            raise self._refused(first, "lies apart from the image of its key; `bowstore shards` writes them anew")
         wanted = "image" if not self._settings.image_ext else f"image {' or '.join(self._settings.image_ext)}"
         self.table.left_out.append(Refused(first.name, f"no {wanted} beside {extensions}", first.offset, 0, None))
-
-    def _note(self, error: BrokenTar | RefusedMember) -> None:
-        """Stop at what is wrong, or note it and go on."""
-        if self._strict:
-            raise error
-        self.table.faults.append(Fault(str(error), error.byte, error.member))
 
     def _refused(self, member: Member, what: str) -> RefusedMember:
         return RefusedMember(f"{self._path}: member {member.name!r} at byte {member.offset} {what}").at(
@@ -370,7 +319,6 @@ def scan_shard(
     report: Callable[[int], None],
     *,
     known_bad: Mapping[str, tuple[int, str]] | None = None,
-    resume_at: Sequence[int] | None = None,
     inspect: Inspect | None = None,
 ) -> ShardTable:
     """Samples of one tar from its headers, the headers of its images, and its labels.
@@ -380,12 +328,10 @@ def scan_shard(
         settings: which member is the image and which the label.
         report: hears the number of further bytes read.
         known_bad: digest and reason of members (by name) that are to be left out.
-        resume_at: None stops at the first thing that is wrong; bytes of headers, ascending: what is wrong goes into
-            `faults`, and reading goes on at the next of these.
         inspect: says of an image's bytes what is wrong with them, or None.
 
     Raises:
-        BrokenTar: the tar is cut or damaged (not with `resume_at`).
-        RefusedMember: a member that no shard may hold (not with `resume_at`).
+        BrokenTar: the tar is cut or damaged.
+        RefusedMember: a member that no shard may hold.
     """
-    return _ShardScan(path, settings, known_bad or {}, inspect).run(report, resume_at)
+    return _ShardScan(path, settings, known_bad or {}, inspect).run(report)

@@ -130,17 +130,18 @@ class TarReader:
     """One tar, read once from front to back in large blocks, and digested on the way.
 
     Attributes:
-        position: byte of the next header; after an error it may be moved on to a header known to lie further on.
+        position: byte of the next header.
         size_bytes: length of the tar.
-        checksum: the field of the last header, as it stands there.
     """
 
-    def __init__(self, file: io.FileIO, path: Path, report: Callable[[int], None]) -> None:
-        """Start at the first byte of `file`; `report` hears the number of further bytes read."""
-        self.position, self.checksum = 0, b""
+    def __init__(
+        self, file: io.FileIO, name: Path | str, report: Callable[[int], None], buffer_bytes: int = _READ_BYTES
+    ) -> None:
+        """Start at the first byte of `file`, which messages call `name`; `report` hears of further bytes read."""
+        self.position = 0
         self.size_bytes = os.fstat(file.fileno()).st_size
-        self._file, self._path, self._report = file, path, report
-        self._buffer, self._first, self._end = memoryview(bytearray(_READ_BYTES)), 0, 0
+        self._file, self._path, self._report = file, name, report
+        self._buffer, self._first, self._end = memoryview(bytearray(buffer_bytes)), 0, 0
         self._digest = xxhash.xxh3_128()
 
     def next_member(self) -> Member | None:
@@ -199,6 +200,10 @@ class TarReader:
                 member.offset, member.name
             )
         return data
+
+    def beginning(self, member: Member, count: int) -> bytes:
+        """The first bytes of the member last handed out."""
+        return self._bytes(member.offset, member.offset + min(count, member.size))
 
     def digest(self) -> str:
         """Read what is left; xxh3-128 of the whole tar, hex."""
@@ -259,7 +264,6 @@ class TarReader:
             raise BrokenTar(f"{self._path} is no tar: it has {len(start)} bytes, and a header has {BLOCK_BYTES}").at(0)
 
     def _check_sum(self, header: bytes) -> None:
-        self.checksum = header[_CHECKSUM]
         if _sum_is_right(header):
             return
         if not self.position:
@@ -330,7 +334,7 @@ class TarReader:
         """Bytes from `start` to `stop`, or to the end of the file; overwritten when the reader goes on."""
         if stop > self._end:
             self._load(start, stop)
-        if start < self._first:  # behind an error, the way may lead back into bytes that are gone
+        if start < self._first:  # labels are read once all members are known
             return memoryview(os.pread(self._file.fileno(), stop - start, start))
         return self._buffer[start - self._first : min(stop, self._end) - self._first]
 

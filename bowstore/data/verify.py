@@ -122,13 +122,9 @@ def verify_remote(root: Path, storage: StorageConfig, *, deep: bool = False, rep
     remote = RemoteFolder(root, storage)
     remote.fetch(INDEX_FILE)
     index = read_index(remote.folder, remote, storage)
-    report, trusted = FolderReport(index.root, shards=len(index.shards)), True
-    try:
-        check_columns(index)
-    except CorruptError as error:
-        trusted = False
-        report.add("index", str(error))
-    text_labels = bool(trusted and (index.label != NO_LABEL).all())
+    report = FolderReport(index.root, shards=len(index.shards))
+    trusted = _check_columns(report, index)
+    text_labels = trusted and bool((index.label != NO_LABEL).all())
     with Progress("verify", sum(entry.size_bytes for entry in index.shards), "bytes") as progress:
         for number, entry in enumerate(index.shards):
             try:
@@ -176,12 +172,17 @@ def _check_index(report: FolderReport, manifest: Manifest | None) -> tuple[Index
             f"{report.root / INDEX_FILE} has {len(index)} images of {len(index.classes)} classes, the manifest "
             f"{manifest.written} of {len(manifest.classes)}; `bowstore index {report.root}` makes it anew",
         )
+    return index, _check_columns(report, index)
+
+
+def _check_columns(report: FolderReport, index: Index) -> bool:
+    """Whether the columns are those that were written."""
     try:
         check_columns(index)
     except CorruptError as error:
         report.add("index", str(error))
-        return index, False
-    return index, True
+        return False
+    return True
 
 
 def _jobs(

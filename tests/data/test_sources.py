@@ -126,7 +126,7 @@ def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"cannot read folder .*: Permission denied; make it readable"):
+    with pytest.raises(DataError, match=r"cannot read .*: Permission denied; make it readable"):
         list_splits(tmp_path)
 
 

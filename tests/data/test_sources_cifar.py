@@ -4,7 +4,6 @@ import gzip
 import io
 import os
 import pickle
-import shutil
 import tarfile
 from pathlib import Path, PurePath
 from typing import Any
@@ -72,14 +71,11 @@ def test_cifar100_has_its_fine_labels(tmp_path: Path) -> None:
 
 def test_packed_and_extracted_are_the_same_source(archive: Path, tmp_path: Path) -> None:
     folder = _extracted(tmp_path / "x", FOLDER_10, cifar10_files())
-    renamed = archive.with_name("downloaded.tgz")
-    shutil.copy(archive, renamed)
     make_shards(archive, tmp_path / "out", ShardsConfig(workers=1))
     for source in (
         folder,
         folder.parent,
         write_file(tmp_path / "y" / archive.name, archive.read_bytes()).parent,
-        renamed,
     ):
         assert [report.new for report in make_shards(source, tmp_path / "out", ShardsConfig(workers=1))] == [
             False,
@@ -183,14 +179,17 @@ def _damaged(name: str, **changes: Any) -> dict[str, bytes]:
     return files | {name: pickle.dumps({key: item for key, item in value.items() if item is not None}, protocol=2)}
 
 
+_NOT_FIT = r"pixels \(data\) and labels are not those of 3 images of 3 classes"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": cifar_pixels(2, 0)}, r"pixels of shape \(2, 3072\) for 3 file names, expected \(3, 3072\)"),
-        ({"data": None}, r"pixels of shape None for 3 file names, .*"),
-        ({"labels": [0, 1]}, "no list of 3 labels"),
-        ({"labels": [0, 1, 3]}, "1 labels are not between 0 and 2, for example 3"),
-        ({"labels": [0, True, -1]}, "2 labels are not between 0 and 2, for example True"),
+        ({"data": cifar_pixels(2, 0)}, _NOT_FIT),
+        ({"data": None}, _NOT_FIT),
+        ({"labels": [0, 1]}, _NOT_FIT),
+        ({"labels": [0, 1, 3]}, _NOT_FIT),
+        ({"labels": [0, True, -1]}, _NOT_FIT),
         ({"filenames": None}, "has no list of names"),
         ({"filenames": [1, 2, 3]}, "has no list of names"),
     ],

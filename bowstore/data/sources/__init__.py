@@ -19,6 +19,7 @@ from bowstore.data.sources.base import (
     Reader,
     Source,
     Split,
+    reading,
 )
 from bowstore.data.sources.keys import MAX_KEY_BYTES, make_keys
 from bowstore.data.sources.walk import PassedOver, look, passed_over
@@ -177,7 +178,8 @@ def list_source(
         UsageError: an option that the kind does not have.
         MissingError, DataError: as `find_source` and the kind's own module.
     """
-    source = find_source(path, kind, listed=bool(lists), folders=folders)
+    with reading(path):
+        source = find_source(path, kind, listed=bool(lists), folders=folders)
     found = KINDS.get(source.kind)
     if lists and found.name != LIST:
         raise UsageError(f"source {found.name} takes no --list; leave it out, or take --source {LIST}")
@@ -187,7 +189,8 @@ def list_source(
     ):
         if given and found.name not in takers:
             raise UsageError(f"source {found.name} takes no {option}; {' and '.join(takers)} do")
-    listing = found.list_splits(source.path, Options(tuple(lists), label_field, folders, named=bool(kind)))
+    with reading(path):
+        listing = found.list_splits(source.path, Options(tuple(lists), label_field, folders, named=bool(kind)))
     return Listed(source, listing.splits, _passed_over(path, source, listing))
 
 

@@ -1,7 +1,8 @@
 """What all kinds of sources share: an image where it lies, a split, and what a kind must be able to do."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import xxhash
 
-from bowstore.errors import DataError
+from bowstore.errors import BowstoreError, DataError, MissingError
 from bowstore.files import check_plain_file
 from bowstore.plugins import Plugin
 
@@ -176,52 +177,44 @@ def some(cases: Sequence[object]) -> str:
     return ", ".join(shown(str(case)) for case in cases[:EXAMPLES]) + (", ..." if len(cases) > EXAMPLES else "")
 
 
-def read_file(source: Path, image: ImageFile) -> bytes:
-    """Bytes of an image that is a file of its own.
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name the file of whatever the machine cannot read in the block; `path` where the error does not say.
 
     Raises:
-        DataError: it cannot be read, or has another length than when it was listed.
+        MissingError: for a file that is not there.
+        DataError: for any other OSError that is not bowstore's own.
     """
-    path = os.path.join(source, image.path)
-    check_plain_file(Path(path))
     try:
-        with open(path, "rb") as file:
-            data = file.read(image.size_bytes + 1)
+        yield
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}; make it readable, or remove it and start anew"
-        ) from error
-    if len(data) != image.size_bytes:
-        raise source_changed(path, f"has {os.path.getsize(path)} bytes, {image.size_bytes} when it was listed")
-    return data
-
-
-def read_member(source: Path, image: ImageFile) -> bytes:
-    """The bytes of a member of a tar.
-
-    Args:
-        source: the tar, or the folder that `image.container` is relative to.
-        image: what was listed.
-
-    Raises:
-        DataError: the tar cannot be read, or changed after listing.
-    """
-    path = source if source.is_file() else source / image.container
-    try:
-        with open(path, "rb") as file:
-            stamp = os.fstat(file.fileno()).st_mtime_ns
-            file.seek(image.place)
-            data = file.read(image.size_bytes)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
-    if stamp != image.stamp or len(data) != image.size_bytes:
-        raise source_changed(str(path), "changed after it was listed")
-    return data
+        if isinstance(error, BowstoreError):
+            raise
+        where = error.filename or path
+        if isinstance(error, FileNotFoundError):
+            raise MissingError(f"{where} is not there; bring it there, or name another") from error
+        raise DataError(f"cannot read {where}: {error.strerror or error}; make it readable, or move it away") from error
 
 
 def read_image(source: Path, image: ImageFile) -> bytes:
-    """Bytes of an image that is a file of its own, or a member of a tar; errors as theirs."""
-    return read_member(source, image) if image.container else read_file(source, image)
+    """Bytes of an image that is a file of its own, or a member of a tar.
+
+    Args:
+        source: the tar, or the folder that the image's path or container is relative to.
+        image: what was listed.
+
+    Raises:
+        DataError: it cannot be read, or changed after it was listed.
+    """
+    path = source if source.is_file() else source / (image.container or image.path)
+    check_plain_file(path)
+    with reading(path), open(path, "rb") as file:
+        stamp = os.fstat(file.fileno()).st_mtime_ns
+        file.seek(image.place)
+        data = file.read(image.size_bytes)
+    if stamp != image.stamp or len(data) != image.size_bytes:
+        raise source_changed(str(path), "changed after it was listed")
+    return data
 
 
 def source_changed(path: str, how: str) -> DataError:

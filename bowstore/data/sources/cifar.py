@@ -5,11 +5,8 @@ Nothing is extracted to disk. A batch's pixels become PNG, which loses nothing.
 Legend: N images, D values of an image (channel, row, column).
 """
 
-import gzip
 import io
-import tarfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -23,12 +20,12 @@ from PIL import Image
 
 from bowstore.data.sources.base import ImageFile, Kind, Listing, Split, source_changed
 from bowstore.data.sources.keys import make_keys
+from bowstore.data.sources.packed import read_packed
 from bowstore.data.sources.plain_pickle import read_plain_pickle
-from bowstore.errors import CorruptError, DataError, MissingError, is_machine_error
+from bowstore.errors import CorruptError, MissingError
 
 _SIDE = 32  # pixels
 _IMAGE_BYTES = 3 * _SIDE * _SIDE
-_MAX_MEMBER_BYTES = 1 << 30  # CIFAR-100's train batch has 155 MB
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,11 @@ class _Layout:
     meta: str
     names: str
     labels: str
+
+    @property
+    def files(self) -> list[str]:
+        """All files that there must be."""
+        return [self.meta, *chain(*self.batches.values())]
 
 
 _LAYOUTS = {
@@ -83,59 +85,20 @@ class _Batch:
 
 def _place(source: Path, layout: _Layout) -> Path | None:
     """The folder of batches or the archive that a source means, or None."""
-    batches = list(chain(*layout.batches.values()))
     for folder in (source, source / layout.folder):
-        if (folder / layout.meta).is_file() and any((folder / name).is_file() for name in batches):
+        if sum((folder / name).is_file() for name in layout.files) > 1:
             return folder
     for archive in (source, source / layout.archive):
-        if archive.is_file() and (archive.name == layout.archive or _first_folder(archive) == layout.folder):
+        if archive.is_file() and archive.name == layout.archive:
             return archive
     return None
 
 
-def _first_folder(archive: Path) -> str:
-    """The folder that a tar's first member lies in; empty where there is no tar."""
-    try:
-        with tarfile.open(archive) as tar:
-            first = tar.next()
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        if is_machine_error(error):
-            raise DataError(f"cannot read {archive}: {error}; make it readable") from error
-        return ""
-    return first.name.removeprefix("./").partition("/")[0] if first else ""
-
-
 def _read_files(place: Path, layout: _Layout) -> dict[str, bytes]:
     """The bytes of the layout's files that are there."""
-    wanted = {layout.meta}.union(*layout.batches.values())
-    try:
-        if place.is_dir():
-            return {name: (place / name).read_bytes() for name in sorted(wanted) if (place / name).is_file()}
-        with tarfile.open(place) as tar:
-            return dict(_wanted_members(tar, place, layout.folder, wanted))
-    except (EOFError, zlib.error, tarfile.TarError, gzip.BadGzipFile) as error:
-        raise CorruptError(f"{place} is cut or damaged: {' '.join(str(error).split())}; fetch it anew") from error
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename or place}: {error.strerror}; make it readable") from error
-
-
-def _wanted_members(tar: tarfile.TarFile, place: Path, folder: str, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-    for info in tar:
-        above, _, name = info.name.removeprefix("./").rpartition("/")
-        if above != folder or name not in wanted:
-            continue
-        if not info.isreg() or info.size > _MAX_MEMBER_BYTES:
-            raise DataError(
-                f"{place}: member {info.name!r} is no file of at most {_MAX_MEMBER_BYTES} bytes; fetch it anew"
-            )
-        file = tar.extractfile(info)
-        assert file, "a regular file"
-        data = file.read()
-        if len(data) != info.size:
-            raise CorruptError(
-                f"{place} is cut: member {info.name!r} has {len(data)} of {info.size} bytes; fetch it anew"
-            )
-        yield name, data
+    if place.is_dir():
+        return {name: (place / name).read_bytes() for name in layout.files if (place / name).is_file()}
+    return read_packed(place, [f"{layout.folder}/{name}" for name in layout.files])
 
 
 class _Batches:
@@ -154,8 +117,7 @@ class _Batches:
                 "name one of them, or the folder that holds it"
             )
         files = _read_files(place, layout)
-        missing = [name for name in (layout.meta, *chain(*layout.batches.values())) if name not in files]
-        if missing:
+        if missing := [name for name in layout.files if name not in files]:
             raise MissingError(f"{place} has no {', '.join(missing)}; fetch it anew")
         values = {name: read_plain_pickle(files.pop(name), place / name) for name in list(files)}
         classes = _texts(values.pop(layout.meta).get(layout.names), place / layout.meta)
@@ -197,18 +159,11 @@ def _batch(value: dict[str, Any], layout: _Layout, classes: int, path: Path) -> 
     """
     names = _texts(value.get("filenames"), path)
     pixels: Any = value.get("data")
-    labels = value.get(layout.labels)
-    if getattr(pixels, "shape", None) != (len(names), _IMAGE_BYTES):
+    labels: Any = value.get(layout.labels)
+    whole = getattr(pixels, "shape", None) == (len(names), _IMAGE_BYTES) and isinstance(labels, list)
+    if not whole or len(labels) != len(names) or not all(type(n) is int and 0 <= n < classes for n in labels):
         raise CorruptError(
-            f"{path}: pixels of shape {getattr(pixels, 'shape', None)} for {len(names)} file names, "
-            f"expected {(len(names), _IMAGE_BYTES)}; fetch the archive anew"
-        )
-    if not isinstance(labels, list) or len(labels) != len(names):
-        raise CorruptError(f"{path}: no list of {len(names)} {layout.labels}; fetch the archive anew")
-    wrong = [label for label in labels if type(label) is not int or not 0 <= label < classes]
-    if wrong:
-        raise CorruptError(
-            f"{path}: {len(wrong)} {layout.labels} are not between 0 and {classes - 1}, for example {wrong[0]!r}; "
+            f"{path}: pixels (data) and {layout.labels} are not those of {len(names)} images of {classes} classes; "
             "fetch the archive anew"
         )
     return _Batch(pixels, labels, names)
@@ -234,7 +189,7 @@ def _used(source: Path, layout: _Layout) -> tuple[str, ...]:
     """The files that were read, relative to the source."""
     place = _place(source, layout)
     assert place, "the batches have been read"
-    read = [place / name for name in (layout.meta, *chain(*layout.batches.values()))] if place.is_dir() else [place]
+    read = [place / name for name in layout.files] if place.is_dir() else [place]
     return tuple(path.relative_to(source).as_posix() for path in read)
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bowstore.data.sources.base import some
+from bowstore.data.sources.base import reading, some
 from bowstore.data.sources.labels import Draft
 from bowstore.data.sources.names import split_of
-from bowstore.errors import DataError, MissingError, UsageError
+from bowstore.errors import DataError, UsageError
 from bowstore.progress import Progress, say
 
 IMAGE_COLUMNS = ("image", "path", "filename", "file_name", "filepath")
@@ -51,11 +51,8 @@ def read_list(path: Path, label_field: str | None = None) -> list[Entry]:
         DataError: not UTF-8, no line, lines that cannot be read, no column of images or labels.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise MissingError(f"no list {path}; name a file with a line an image") from error
-    except OSError as error:
-        raise DataError(f"cannot read list {path}: {error.strerror}; name a file with a line an image") from error
+        with reading(path):
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"list {path}: byte {error.start} is not UTF-8; save the list as UTF-8") from error
     lines = text.split("\n")  # names may hold the other characters that `splitlines` breaks at

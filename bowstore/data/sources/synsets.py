@@ -7,25 +7,19 @@ of Tiny-ImageNet.
 import csv
 import io
 import re
-import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bowstore.beginnings import foreign_kind
-from bowstore.data.sources.base import some
-from bowstore.data.sources.names import is_system
-from bowstore.errors import CorruptError, DataError
-from bowstore.files import check_plain_file
+from bowstore.data.sources.base import reading, some
+from bowstore.data.sources.packed import read_packed
+from bowstore.errors import CorruptError, DataError, is_machine_error
 
 WNID = re.compile(r"n\d{8}")
 VAL_NAME = "ILSVRC2012_val_{:08d}"
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
-_BEGINNING_BYTES = 512
-_MAX_DEVKIT_FILE_BYTES = 1 << 26  # meta.mat has 0.2 MB
 
 
 class Synsets(NamedTuple):
@@ -77,46 +71,17 @@ def read_devkit(path: Path) -> tuple[Synsets, Truth]:
 
 def _devkit_files(path: Path) -> dict[str, bytes]:
     """The devkit's two files by name."""
-    if not path.is_dir():
-        check_plain_file(path)
-    try:
-        if path.is_dir():
-            # Some unpackers make a folder of the archive's name around the folder in it.
-            inner = path / path.name if (path / path.name).is_dir() else path
-            found = [inner / "data" / name for name in (_META, _TRUTH)]
-            return {file.name: file.read_bytes() for file in found if file.is_file()}
-        with tarfile.open(path) as tar:
-            return dict(_members(tar, path))
-    except (EOFError, zlib.error, tarfile.TarError) as error:
-        with open(path, "rb") as file:
-            kind = foreign_kind(file.read(_BEGINNING_BYTES))
-        if kind and not kind.startswith("compressed"):  # as it should be
-            raise CorruptError(f"{path} is no archive but {kind}") from error
-        raise CorruptError(f"{path} is cut or damaged: {' '.join(str(error).split())}; fetch it anew") from error
-    except OSError as error:
-        # gzip's own errors are without a number
-        reason = error.strerror or " ".join(str(error).split())
-        raise DataError(
-            f"cannot read {error.filename or path}: {reason}; make it readable, or fetch it anew"
-        ) from error
-
-
-def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[str, bytes]]:
-    for info in tar:
-        name = info.name.rpartition("/")[2]
-        if name not in (_META, _TRUTH) or is_system(name) or not info.isreg():
-            continue
-        if info.size > _MAX_DEVKIT_FILE_BYTES:
-            raise CorruptError(f"{path}: {info.name!r} has {info.size} bytes; fetch it anew")
-        file = tar.extractfile(info)
-        assert file, "a regular file"
-        yield name, file.read()
+    if path.is_dir():
+        # Some unpackers make a folder of the archive's name around the folder in it.
+        inner = path / path.name if (path / path.name).is_dir() else path
+        found = [inner / "data" / name for name in (_META, _TRUTH)]
+        return {file.name: file.read_bytes() for file in found if file.is_file()}
+    return read_packed(path, [f"data/{name}" for name in (_META, _TRUTH)])
 
 
 def _read_meta(data: bytes, path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """WNIDs by ILSVRC2012_ID, as text, and what people call them by WNID: of the synsets without children."""
     from scipy.io import loadmat  # half a second, for those alone that read the devkit
-    from scipy.io.matlab import MatReadError
 
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(data), squeeze_me=True, variable_names=["synsets"])["synsets"])
@@ -125,17 +90,9 @@ def _read_meta(data: bytes, path: Path) -> tuple[dict[str, str], dict[str, str]]
             for synset in synsets
             if int(synset["num_children"]) == 0
         ]
-    except (
-        MatReadError,
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        TypeError,
-        IndexError,
-        NotImplementedError,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # a damaged file ends in any exception: MatReadError, KeyError, zlib.error...
+        if is_machine_error(error):
+            raise
         raise CorruptError(
             f"{path}: {_META} holds no synsets ({' '.join(str(error).split())}); fetch it anew"
         ) from error
@@ -208,8 +165,7 @@ def _truth(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Truth:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
+        with reading(path):
+            return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; fetch it anew") from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bowstore.data.sources.base import DANGLING, shown
+from bowstore.data.sources.base import DANGLING, reading, shown
 from bowstore.data.sources.names import SIGNATURE_BYTES, has_image_suffix, is_image, is_system
 from bowstore.errors import DataError
 
@@ -79,28 +79,26 @@ def holds_image(source: Path, start: str = "") -> bool:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"cannot read folder {error.filename}: {error.strerror}; make it readable") from error
+    with reading(Path(folder)), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return _is_there(entry, entry.is_dir)
+    return _is_there(entry.path, entry.is_dir)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    return _is_there(entry, entry.is_file)
+    return _is_there(entry.path, entry.is_file)
 
 
-def _is_there(entry: os.DirEntry[str], ask: Callable[[], bool]) -> bool:
-    try:
-        return ask()
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # links in a circle
-            return False
-        raise DataError(f"cannot read {entry.path}: {error.strerror}; make it readable, or move it away") from error
+def _is_there(path: str, ask: Callable[[], bool]) -> bool:
+    with reading(Path(path)):
+        try:
+            return ask()
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # links in a circle
+                return False
+            raise
 
 
 def _is_image_file(entry: os.DirEntry[str]) -> bool:
@@ -111,11 +109,8 @@ def _is_image_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _first_bytes(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(SIGNATURE_BYTES)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable, or move it away") from error
+    with reading(Path(path)), open(path, "rb") as file:
+        return file.read(SIGNATURE_BYTES)
 
 
 @dataclass

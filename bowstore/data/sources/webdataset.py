@@ -5,15 +5,15 @@ extensions, labels as text or JSON, and images that want a check.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from bowstore.data.sources.arrange import split_folders
-from bowstore.data.sources.base import LABEL_FIELDS, SPLIT_NAMES, Kind, Listing, Options, some
+from bowstore.data.sources.base import LABEL_FIELDS, SPLIT_NAMES, Kind, Listing, Options, reading, some
 from bowstore.data.sources.labels import Draft, finish_splits, text_is_label, whole_number
 from bowstore.data.sources.names import split_of, splits_in
-from bowstore.data.sources.tars import TarContent, TarImage, read_tar, total_bytes
+from bowstore.data.sources.tars import TarImage, read_tar, total_bytes
 from bowstore.data.sources.walk import SYSTEM, holds_image, look
 from bowstore.data.tar import split_key
 from bowstore.errors import DataError, MissingError
@@ -100,7 +100,8 @@ def _list_splits(source: Path, options: Options) -> Listing:
         for split, paths in tars.items():
             found[split] = []
             for path in paths:
-                stamp, content = _scan(path, options, progress.advance)
+                with reading(path):
+                    stamp, content = path.stat().st_mtime_ns, read_tar(path, options.label_field, progress.advance)
                 found[split] += [_Found(path, stamp, image) for image in content.images]
                 empty += [f"{path.name}/{key}" for key in content.empty]
                 system += len(content.system)
@@ -118,14 +119,6 @@ def _list_splits(source: Path, options: Options) -> Listing:
     splits = finish_splits(drafts, where=source, unlabelled=options.unlabelled)
     _tell(source, drafts, empty, options)
     return Listing(splits, passed_over={_EMPTY_SAMPLES: len(empty), f"{SYSTEM} members of tars": system})
-
-
-def _scan(path: Path, options: Options, report: Callable[[int], None]) -> tuple[int, TarContent]:
-    """When the tar last changed, and what it holds."""
-    try:
-        return path.stat().st_mtime_ns, read_tar(path, options.label_field, report)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable, or take it away") from error
 
 
 def _drafts(source: Path, found: Sequence[_Found], options: Options, *, as_text: bool) -> list[Draft]:
