@@ -159,7 +159,7 @@ class _ShardScan:
     def run(self, report: Callable[[int], None]) -> ShardTable:
         """Read the tar from end to end."""
         with open_tar_file(self._path) as file:
-            tar = TarReader(file, self._path, report)
+            tar = TarReader(file, self._path, report, digested=True)
             while member := tar.next_member():
                 self._add(tar, member)
             self._end_sample()
@@ -207,7 +207,7 @@ class _ShardScan:
             size = image_size(data)
         except UnusableImage as error:
             return _Image(extension, member, digest, None, str(error))
-        reason = self._inspect(bytes(data), size) if self._inspect else None
+        reason = self._inspect(data, size) if self._inspect else None
         return _Image(extension, member, digest, size, reason or "", is_turned(data))
 
     def _add_label(self, tar: TarReader, member: Member, extension: str) -> None:
@@ -219,7 +219,7 @@ class _ShardScan:
         wanted = self._settings.label_field
         if wanted == NO_LABEL_FIELD or (wanted and extension != "json"):
             return
-        data = bytes(tar.read(member)).strip() if member.size <= _MAX_LABEL_BYTES else b""
+        data = tar.read(member).strip() if member.size <= _MAX_LABEL_BYTES else b""
         if extension != "json":
             number = whole_number(data.decode("ascii", "replace"))
             if number is None and extension == "cls":

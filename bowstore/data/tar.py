@@ -75,7 +75,7 @@ class BrokenTar(_Placed, CorruptError):
 
 
 class RefusedMember(_Placed, DataError):
-    """A member that no shard may hold: a link, a device, a name that climbs out, a size that lies."""
+    """A member that no shard may hold: a link, a device, a size that lies."""
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -127,35 +127,58 @@ def open_tar_file(path: Path) -> io.FileIO:
 
 
 class TarReader:
-    """One tar, read once from front to back in large blocks, and digested on the way.
+    """One tar, or one that is a member of another, read once from front to back.
 
     Attributes:
-        position: byte of the next header.
+        name: for messages: the file, and the member in it.
+        start: its first byte in the file; all other places are counted from here.
         size_bytes: length of the tar.
+        position: byte of the next header.
     """
 
     def __init__(
-        self, file: io.FileIO, name: Path | str, report: Callable[[int], None], buffer_bytes: int = _READ_BYTES
+        self,
+        file: io.FileIO,
+        name: Path | str,
+        report: Callable[[int], None],
+        *,
+        start: int = 0,
+        size_bytes: int | None = None,
+        digested: bool = False,
     ) -> None:
-        """Start at the first byte of `file`, which messages call `name`; `report` hears of further bytes read."""
-        self.position = 0
-        self.size_bytes = os.fstat(file.fileno()).st_size
-        self._file, self._path, self._report = file, name, report
-        self._buffer, self._first, self._end = memoryview(bytearray(buffer_bytes)), 0, 0
-        self._digest = xxhash.xxh3_128()
+        """Start at the first byte.
+
+        Args:
+            file: of `open_tar_file`.
+            name: as above.
+            report: hears the number of further bytes that lie behind.
+            start: as above.
+            size_bytes: as above; None for the whole file.
+            digested: whether all bytes are read, for `digest`; otherwise headers and what is asked for.
+        """
+        self.name, self.start, self.position = str(name), start, 0
+        self.size_bytes = os.fstat(file.fileno()).st_size if size_bytes is None else size_bytes
+        self._file, self._report, self._passed = file, report, 0
+        self._digest = xxhash.xxh3_128() if digested else None
+
+    def inside(self, member: Member) -> "TarReader":
+        """A member that is a tar itself."""
+        start, name = self.start + member.offset, f"{self.name}: {member.name}"
+        return TarReader(self._file, name, lambda _: None, start=start, size_bytes=member.size)
 
     def next_member(self) -> Member | None:
         """The next regular file; None behind the last.
 
         Raises:
             BrokenTar: the archive is cut, a header is damaged, or a zeroed block hides the rest; with the byte.
-            RefusedMember: a link, a device, a sparse file, a name that climbs out, sizes that contradict each other.
+            RefusedMember: a link, a device, a sparse file, sizes that contradict each other.
         """
         long_name: str | None = None
         long_size: int | None = None
         while True:
             start = self.position
-            header = self._bytes(start, start + BLOCK_BYTES)
+            self._pass(start)
+            header = self.part(start, start + BLOCK_BYTES)
             if header == _ZEROS or len(header) < BLOCK_BYTES:
                 if not start:
                     self._refuse_foreign(header)
@@ -168,7 +191,6 @@ class TarReader:
                     name = self._agreed_name(name, long_name)
                 if long_size is not None:
                     size = self._agreed_size(name, size, long_size)
-                self._refuse_escape(name)
                 if kind in _REGULAR and not (kind == b"\0" and name.endswith("/")):
                     return self._regular(name, size)
                 self.position = start + BLOCK_BYTES
@@ -188,70 +210,89 @@ class TarReader:
                 what = _REFUSED_KINDS.get(kind, f"of the unknown type {kind!r}, not a plain file")
                 raise self._refused(name, f"is {what}")
 
-    def read(self, member: Member) -> memoryview:
-        """Bytes of the member last handed out; overwritten when the reader goes on.
+    def read(self, member: Member) -> bytes:
+        """Bytes of a member.
 
         Raises:
             BrokenTar: the file got shorter while it was read.
         """
-        data = self.view(member.offset, member.offset + member.size)
+        data = self.part(member.offset, member.offset + member.size)
         if len(data) != member.size:
-            raise BrokenTar(f"{self._path} got shorter while it was read; run again once it is at rest").at(
+            raise BrokenTar(f"{self.name} got shorter while it was read; run again once it is at rest").at(
                 member.offset, member.name
             )
         return data
 
     def beginning(self, member: Member, count: int) -> bytes:
-        """The first bytes of the member last handed out."""
-        return self._bytes(member.offset, member.offset + min(count, member.size))
+        """The first bytes of a member."""
+        return self.part(member.offset, member.offset + min(count, member.size))
+
+    def part(self, start: int, stop: int) -> bytes:
+        """Bytes from `start` to `stop`, or to the end."""
+        count = max(0, min(stop, self.size_bytes) - start)
+        return os.pread(self._file.fileno(), count, self.start + start)
 
     def digest(self) -> str:
-        """Read what is left; xxh3-128 of the whole tar, hex."""
-        self._load(self.size_bytes, self.size_bytes)
+        """xxh3-128 of the whole tar, hex."""
+        assert self._digest, "asked for at the start"
+        self._pass(self.size_bytes)
         return self._digest.hexdigest()
+
+    def _pass(self, byte: int) -> None:
+        """Report what lies before a byte, and digest it: read again where it was read just now, and so is in memory."""
+        while self._passed < byte:
+            stop = min(byte, self._passed + _READ_BYTES)
+            if self._digest:
+                data = self.part(self._passed, stop)
+                stop = self._passed + len(data)
+                if not data:
+                    return
+                self._digest.update(data)
+            self._report(stop - self._passed)
+            self._passed = stop
 
     def _regular(self, name: str, size: int) -> Member:
         offset = self.position + BLOCK_BYTES
         end = offset + size + -size % BLOCK_BYTES
         if end > self.size_bytes:
             raise BrokenTar(
-                f"{self._path} is cut, or the size of member {name!r} is wrong: its header at byte "
+                f"{self.name} is cut, or the size of member {name!r} is wrong: its header at byte "
                 f"{self.position} says that it ends at byte {end} of {self.size_bytes}"
             ).at(self.position, name)
         self.position = end
         return Member(name, offset, size)
 
     def _refused(self, name: str, what: str) -> RefusedMember:
-        return RefusedMember(f"{self._path}: member {name!r} at byte {self.position} {what}").at(self.position, name)
+        return RefusedMember(f"{self.name}: member {name!r} at byte {self.position} {what}").at(self.position, name)
 
     def _broken(self, what: str) -> BrokenTar:
         return BrokenTar(
-            f"{self._path} is not a whole tar: the header at byte {self.position} of {self.size_bytes} {what}"
+            f"{self.name} is not a whole tar: the header at byte {self.position} of {self.size_bytes} {what}"
         ).at(self.position)
 
     def _check_end(self) -> None:
         start = position = self.position
-        while block := self._bytes(position, min(position + _READ_BYTES, self.size_bytes)):
+        while block := self.part(position, min(position + _READ_BYTES, self.size_bytes)):
             if rest := block.lstrip(b"\0"):
                 raise self._not_the_end(start, position + len(block) - len(rest))
             position += len(block)
         if not self.size_bytes:
-            raise BrokenTar(f"{self._path} is empty (0 bytes): its download or copy did not happen").at(start)
+            raise BrokenTar(f"{self.name} is empty (0 bytes): its download or copy did not happen").at(start)
         if self.size_bytes - start < 2 * BLOCK_BYTES:
-            message = f"{self._path} is cut: no end-of-archive mark at byte {start} of {self.size_bytes}"
+            message = f"{self.name} is cut: no end-of-archive mark at byte {start} of {self.size_bytes}"
             raise BrokenTar(message).at(start)
 
     def _not_the_end(self, start: int, first: int) -> BrokenTar:
         """The error for zeros at byte `start` that are followed by something, first at byte `first`."""
-        if first % BLOCK_BYTES == start % BLOCK_BYTES and _sum_is_right(self._bytes(first, first + BLOCK_BYTES)):
+        if first % BLOCK_BYTES == start % BLOCK_BYTES and _sum_is_right(self.part(first, first + BLOCK_BYTES)):
             message = (
-                f"{self._path} has zeros from byte {start} on, and a member behind them at byte {first}: archives that "
+                f"{self.name} has zeros from byte {start} on, and a member behind them at byte {first}: archives that "
                 "were joined, of which most readers see the first alone (`tar --concatenate` joins them well, or keep "
                 "them as files of their own), or a damaged one"
             )
         else:
             message = (
-                f"{self._path} has a zeroed block at byte {start}: data follows the end-of-archive mark, first at byte "
+                f"{self.name} has a zeroed block at byte {start}: data follows the end-of-archive mark, first at byte "
                 f"{first}"
             )
         return BrokenTar(message).at(start)
@@ -259,9 +300,9 @@ class TarReader:
     def _refuse_foreign(self, start: bytes) -> None:
         """Name what a file is that cannot be a tar by its first bytes."""
         if kind := foreign_kind(start):
-            raise BrokenTar(f"{self._path} is no tar but {kind}").at(0)
+            raise BrokenTar(f"{self.name} is no tar but {kind}").at(0)
         if len(start) < BLOCK_BYTES and start.strip(b"\0"):
-            raise BrokenTar(f"{self._path} is no tar: it has {len(start)} bytes, and a header has {BLOCK_BYTES}").at(0)
+            raise BrokenTar(f"{self.name} is no tar: it has {len(start)} bytes, and a header has {BLOCK_BYTES}").at(0)
 
     def _check_sum(self, header: bytes) -> None:
         if _sum_is_right(header):
@@ -287,7 +328,7 @@ class TarReader:
         """Data of a PAX header or a GNU long name."""
         if size > _MAX_EXTENDED_BYTES:
             raise self._refused(name, f"is an extended header of {size} bytes, more than {_MAX_EXTENDED_BYTES}")
-        return bytes(self.read(self._regular(name, size)))
+        return self.read(self._regular(name, size))
 
     def _pax_records(self, start: int, data: bytes, *, shared: bool) -> dict[str, bytes]:
         """What a PAX header tells of name and size of the member behind it (`shared`: of all members)."""
@@ -303,9 +344,9 @@ class TarReader:
             records[field.decode("ascii", "replace")] = value
             data = data[length:]
         if any(field.startswith("GNU.sparse") for field in records):
-            raise RefusedMember(f"{self._path}: the member behind byte {start} is a sparse file").at(start)
+            raise RefusedMember(f"{self.name}: the member behind byte {start} is a sparse file").at(start)
         if shared and not records.keys().isdisjoint(("path", "size")):
-            message = f"{self._path}: the PAX header at byte {start} renames or resizes all members"
+            message = f"{self.name}: the PAX header at byte {start} renames or resizes all members"
             raise RefusedMember(message).at(start)
         return records
 
@@ -320,49 +361,6 @@ class TarReader:
         if long != plain and (plain or long < _OCTAL_LIMIT):
             raise self._refused(name, f"has {plain} bytes by its header, {long} by PAX")
         return long
-
-    def _refuse_escape(self, name: str) -> None:
-        if name.startswith("/"):
-            raise self._refused(name, "has an absolute name")
-        if ".." in name.split("/"):
-            raise self._refused(name, "climbs out of the archive")
-
-    def _bytes(self, start: int, stop: int) -> bytes:
-        return bytes(self.view(start, stop))
-
-    def view(self, start: int, stop: int) -> memoryview:
-        """Bytes from `start` to `stop`, or to the end of the file; overwritten when the reader goes on."""
-        if stop > self._end:
-            self._load(start, stop)
-        if start < self._first:  # labels are read once all members are known
-            return memoryview(os.pread(self._file.fileno(), stop - start, start))
-        return self._buffer[start - self._first : min(stop, self._end) - self._first]
-
-    def _load(self, start: int, stop: int) -> None:
-        """Read on until byte `stop` is in the buffer, or the file ends; what lies before `start` may go."""
-        while self._end < stop:
-            if start > self._end:  # a member that nobody reads, of any size: digested in pieces
-                count = self._file.readinto(self._buffer[: min(start - self._end, _READ_BYTES)])
-                if not count:
-                    return
-                self._take(self._buffer[:count])
-                self._first = self._end
-                continue
-            first = min(max(start, self._first), self._end)
-            kept = self._buffer[first - self._first : self._end - self._first]
-            room = self._buffer if stop - first <= len(self._buffer) else memoryview(bytearray(stop - first))
-            room[: len(kept)] = kept
-            self._buffer, self._first = room, first
-            count = self._file.readinto(room[len(kept) :])
-            if not count:
-                return
-            self._take(room[len(kept) : len(kept) + count])
-
-    def _take(self, data: memoryview) -> None:
-        """Count bytes that were just read."""
-        self._digest.update(data)
-        self._end += len(data)
-        self._report(len(data))
 
 
 def _sum_is_right(header: bytes) -> bool:

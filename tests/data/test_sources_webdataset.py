@@ -248,9 +248,9 @@ def test_hostile_members_are_refused(tmp_path: Path) -> None:
     for kind, what in (kinds | {tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a FIFO"}).items():
         with pytest.raises(DataError, match=rf"a\.tar: member 'l\.jpg' at byte \d+ is {what}, not a plain file"):
             list_splits(_with(tmp_path / "a.tar", "l.jpg", kind, linkname="/etc/passwd"))
-    for name, what in (("../up.jpg", "climbs out"), ("a/../../up.jpg", "climbs out"), ("/abs.jpg", "has an absolute")):
-        with pytest.raises(DataError, match=rf"a\.tar: member '{name}' at byte \d+ {what}"):
-            list_splits(_with(tmp_path / "a.tar", name, tarfile.REGTYPE, size=1))
+    for name in ("../up.jpg", "a/../../up.jpg", "/abs.jpg"):
+        keys = [image.key for image in list_splits(_with(tmp_path / "a.tar", name, tarfile.REGTYPE, size=1))[0].images]
+        assert not any(key.startswith("/") or "." in key for key in keys)
     for name in ("ok.jpg", "./ok.jpg", "ok.JPG"):
         with pytest.raises(DataError, match=r"a\.tar: '.*' is there twice \(at bytes 512 and \d+\); names in a tar"):
             list_splits(_with(tmp_path / "a.tar", name, tarfile.REGTYPE, size=1))

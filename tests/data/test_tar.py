@@ -17,10 +17,10 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 def members_of(path: Path) -> tuple[list[tuple[Member, bytes]], str]:
     reported: list[int] = []
     with open(path, "rb", buffering=0) as file:
-        reader = TarReader(file, path, reported.append)
+        reader = TarReader(file, path, reported.append, digested=True)
         found = []
         while member := reader.next_member():
-            found.append((member, bytes(reader.read(member))))
+            found.append((member, reader.read(member)))
         digest = reader.digest()
     assert sum(reported) == path.stat().st_size
     return found, digest

@@ -15,13 +15,12 @@ from bowstore.data.sources.base import SPLIT_NAMES, Kind, Listing, Options, read
 from bowstore.data.sources.kaggle import SOLUTION
 from bowstore.data.sources.labels import Draft
 from bowstore.data.sources.names import SIGNATURE_BYTES, has_image_suffix, is_image, is_system_member, split_of
-from bowstore.data.sources.nested import NestedTar
 from bowstore.data.sources.synsets import WNID, Synsets, Truth, read_devkit, read_solution
 from bowstore.data.sources.tars import total_bytes
 from bowstore.data.sources.walk import SYSTEM, holds_image, look
 from bowstore.data.sources.wnids import Drafts, above, add_folder, finish, lies_flat
-from bowstore.data.tar import open_tar_file
-from bowstore.errors import DataError, MissingError, UsageError
+from bowstore.data.tar import BrokenTar, Member, TarReader, open_tar_file
+from bowstore.errors import CorruptError, DataError, MissingError, UsageError
 from bowstore.progress import Progress, say
 
 ARCHIVES = {split: f"ILSVRC2012_img_{split}.tar" for split in ("train", "val")}
@@ -185,7 +184,7 @@ def _add_tars(drafts: Drafts, source: Path, name: str, truth: Truth | None, pass
         for path in paths:
             with reading(path), open_tar_file(path) as file:
                 listed = _Listed(path, source, passed, progress.advance)
-                tar = NestedTar(file, path)
+                tar = TarReader(file, path, lambda _: None)
                 if class_tars:
                     drafts.add_class(tar.name, path.stem, listed.images(tar))
                 elif drafts.split == "train":
@@ -195,6 +194,15 @@ def _add_tars(drafts: Drafts, source: Path, name: str, truth: Truth | None, pass
                 listed.advance(tar.size_bytes)
 
 
+def _members(tar: TarReader) -> Iterator[Member]:
+    try:
+        while member := tar.next_member():
+            yield member._replace(name=member.name.removeprefix("./"))
+    except BrokenTar as error:
+        remedy = "" if ";" in str(error) else "; fetch it anew"  # some have their own: unpack it first
+        raise CorruptError(f"{error}{remedy}") from error
+
+
 class _Listed:
     """The listing of one tar on disk."""
 
@@ -202,9 +210,9 @@ class _Listed:
         self._container, self._stamp = path.relative_to(source).as_posix(), path.stat().st_mtime_ns
         self._passed, self._report, self._position = passed, report, 0
 
-    def images(self, tar: NestedTar, inside: str = "") -> Iterator[Draft]:
+    def images(self, tar: TarReader, inside: str = "") -> Iterator[Draft]:
         """Images in a tar, by the last part of their names; `inside` is the tar's path in the file."""
-        for member in tar.members():
+        for member in _members(tar):
             place = tar.start + member.offset
             self.advance(place + member.size)
             if is_system_member(member.name):
@@ -222,10 +230,10 @@ class _Listed:
             else:
                 self._passed[_NO_IMAGES] += 1
 
-    def add_classes(self, drafts: Drafts, tar: NestedTar) -> None:
+    def add_classes(self, drafts: Drafts, tar: TarReader) -> None:
         """Take the images of a tar of class tars."""
         classes: set[str] = set()
-        for member in tar.members():
+        for member in _members(tar):
             wnid = member.name.rpartition("/")[2].removesuffix(".tar")
             if is_system_member(member.name):
                 self._passed[f"{SYSTEM} members of tars"] += 1

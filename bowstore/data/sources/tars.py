@@ -64,7 +64,7 @@ def read_tar(path: Path, label_field: str | None, report: Callable[[int], None])
 
     Raises:
         CorruptError: the archive is cut or damaged.
-        DataError: a link, a device, a name that climbs out or comes twice, a label that cannot be read.
+        DataError: a link, a device, a name that comes twice, a label that cannot be read.
     """
     samples: dict[str, _Sample] = {}
     with open_tar_file(path) as file:
@@ -166,7 +166,7 @@ class _Labels:
                 f"or its JSON may have; name another field, or --label-field {NO_LABEL_FIELD}"
             )
         try:
-            return bytes(self._tar.read(member)).decode()
+            return self._tar.read(member).decode()
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{self._path}: byte {error.start} of {member.name!r} is not UTF-8; write it anew, or name another "
