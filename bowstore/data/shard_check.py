@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bowstore.data.image_header import ImageSize, UnusableImage
 from bowstore.data.images import prepare
+from bowstore.data.index import Index
 from bowstore.data.records import ShardEntry
 from bowstore.data.scan import Refused, ScanSettings, ShardTable, scan_shard
 from bowstore.data.sources.base import NO_LABEL
@@ -51,24 +52,6 @@ class Problem:
     last_byte: int | None = None
 
 
-class Rows(NamedTuple):
-    """The rows of the index that belong to one tar, each column (n,)."""
-
-    offset: NDArray[np.int64]
-    size: NDArray[np.int32]
-    height: NDArray[np.int32]
-    width: NDArray[np.int32]
-    label: NDArray[np.int32]
-    key_hash: NDArray[np.uint64]
-    digest: NDArray[np.uint64]
-    key_start: NDArray[np.int64]  # (n + 1,)
-    key_bytes: NDArray[np.uint8]
-
-    def key(self, row: int) -> str:
-        """Key of a row."""
-        return self.key_bytes[self.key_start[row] : self.key_start[row + 1]].tobytes().decode("ascii")
-
-
 class CheckJob(NamedTuple):
     """One tar to check.
 
@@ -84,7 +67,7 @@ class CheckJob(NamedTuple):
 
     path: Path
     entry: ShardEntry | None
-    rows: Rows | None
+    rows: Index | None
     settings: ScanSettings
     known_bad: Mapping[str, tuple[int, str]]
     deep: bool
@@ -172,7 +155,7 @@ def _inspect(odd: Counter[str], data: bytes, size: ImageSize) -> str | None:
     return None
 
 
-def _compare(findings: Findings, table: ShardTable, rows: Rows, *, text_labels: bool) -> None:
+def _compare(findings: Findings, table: ShardTable, rows: Index, *, text_labels: bool) -> None:
     """The rows of the index against the tar's bytes at their places, and against what a scan has found in it.
 
     Of a tar that is cut or damaged the scan has found nothing (an empty table): its rows are then looked at alone.
@@ -245,7 +228,7 @@ class _Bytes(NamedTuple):
     """A tar's bytes at the places of its rows."""
 
     descriptor: int
-    rows: Rows
+    rows: Index
 
     def image(self, row: int) -> bytes:
         return os.pread(self.descriptor, int(self.rows.size[row]), int(self.rows.offset[row]))

@@ -7,9 +7,10 @@ are, the index is compared with what the tar says.
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,9 @@ from bowstore.data.records import (
     written_here,
 )
 from bowstore.data.scan import Refused, ScanSettings
-from bowstore.data.shard_check import COMPARED, UNREAD, CheckJob, Findings, Problem, Rows, check_shard
+from bowstore.data.shard_check import UNREAD, CheckJob, Findings, Problem, check_shard
 from bowstore.data.sources.base import NO_LABEL, some
-from bowstore.data.table import INDEX_FILE
+from bowstore.data.table import COLUMNS, INDEX_FILE
 from bowstore.data.tar import TARS
 from bowstore.data.workers import run_jobs, worker_count
 from bowstore.errors import BowstoreError, CorruptError, DataError, MissingError
@@ -223,12 +224,13 @@ def _jobs(
     return jobs
 
 
-def _rows(index: Index, shard: int) -> Rows:
-    """The part of the index that belongs to one tar."""
+def _rows(index: Index, shard: int) -> Index:
+    """The part of the index that belongs to one tar, in memory of its own, as it goes to a worker."""
     first, last = np.searchsorted(index.shard, [shard, shard + 1]).tolist()
-    columns = {name: np.asarray(getattr(index, name)[first:last]) for name in ("offset", *COMPARED)}
     start = np.asarray(index.key_start[first : last + 1])
-    return Rows(**columns, key_start=start - start[0], key_bytes=np.asarray(index.key_bytes[start[0] : start[-1]]))
+    columns: dict[str, Any] = {name: np.asarray(getattr(index, name)[first:last]) for name in COLUMNS}
+    columns |= {"key_start": start - start[0], "key_bytes": np.asarray(index.key_bytes[start[0] : start[-1]])}
+    return replace(index, folders=(), **columns)
 
 
 def _take(report: FolderReport, name: str, findings: Findings) -> None:
