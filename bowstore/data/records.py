@@ -54,25 +54,6 @@ class IndexMeta(BaseModel):
     columns: str
 
 
-class _Source(BaseModel):
-    images: Count
-    size_bytes: Count
-    listing: str
-    kind: str = ""
-    labels: str = ""
-
-
-class Identity(BaseModel):
-    """What a split is made of and how, as plan and manifest record it."""
-
-    format: str
-    version: int
-    split: str
-    source: _Source
-    settings: dict[str, int]
-    classes: list[str]
-
-
 class _Counts(BaseModel):
     found: Count
     written: Count
@@ -80,16 +61,20 @@ class _Counts(BaseModel):
     quarantined: Count
 
 
-class _Shard(BaseModel):
-    name: TarName
-    samples: Count
-    size_bytes: Count
-    digest: str
+class Manifest(BaseModel):
+    """What `bowstore shards` recorded of a folder when it was complete, as far as it is read again.
 
+    Attributes:
+        settings: seed and images a shard.
+        classes: class names in label order.
+        counts: images by what became of them.
+        shards: the tars.
+    """
 
-class _ManifestFile(Identity):
+    settings: dict[str, int]
+    classes: list[str]
     counts: _Counts
-    shards: list[_Shard]
+    shards: list[ShardEntry]
 
 
 def _left_out(line: dict[str, str]) -> dict[str, str]:
@@ -102,22 +87,6 @@ def _left_out(line: dict[str, str]) -> dict[str, str]:
 
 
 LeftOut = Annotated[dict[str, str], AfterValidator(_left_out)]
-
-
-class Manifest(NamedTuple):
-    """What `bowstore shards` recorded of a folder when it was complete.
-
-    Attributes:
-        shards: the tars.
-        classes: class names in label order.
-        written: images in all tars.
-        values: all of it.
-    """
-
-    shards: tuple[ShardEntry, ...]
-    classes: tuple[str, ...]
-    written: int
-    values: dict[str, Any]
 
 
 def checked(kind: type[T], text: str | bytes) -> T:
@@ -151,33 +120,6 @@ def read_checked(kind: type[T], path: Path) -> T:
     return checked(kind, path.read_bytes())
 
 
-def read_identity(path: Path, version: int) -> dict[str, Any] | None:
-    """What a plan or manifest says that its split is made of; {} or whatever it holds if bowstore did not write it.
-
-    Args:
-        path: the file.
-        version: of the format that is read; the rest of others is not looked at.
-
-    Returns:
-        All of the file; None where there is none.
-
-    Raises:
-        CorruptError: it is not what `bowstore shards` writes, or no JSON.
-    """
-    try:
-        recorded = read_json(path)
-        if not isinstance(recorded, dict):
-            return {}
-        if (recorded.get("format"), recorded.get("version")) == (MANIFEST_FORMAT, version):
-            read_checked(Identity, path)
-        return recorded
-    except MissingError:
-        return None
-    except ValueError as error:  # CorruptError, too
-        root = path.parent if path.name == MANIFEST_FILE else path.parent.parent
-        raise CorruptError(f"{path} is damaged ({error}); move it away, or remove {root} to make it anew") from error
-
-
 def read_manifest(root: Path) -> Manifest | None:
     """The manifest of a folder that `bowstore shards` wrote; None where there is none.
 
@@ -187,21 +129,18 @@ def read_manifest(root: Path) -> Manifest | None:
     path = root / MANIFEST_FILE
     try:
         values = read_json(path)
-        if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:
-            return None
-        found = read_checked(_ManifestFile, path)
+        ours = isinstance(values, dict) and values.get("format") == MANIFEST_FORMAT
+        return read_checked(Manifest, path) if ours else None
     except MissingError:
         return None
     except ValueError as error:  # CorruptError, too
         raise CorruptError(f"{path} is damaged ({error}); `bowstore verify {root} --repair` sets it aside") from error
-    shards = tuple(ShardEntry(shard.name, shard.samples, shard.size_bytes, shard.digest) for shard in found.shards)
-    return Manifest(shards, tuple(found.classes), found.counts.written, values)
 
 
 def known_classes(root: Path) -> tuple[str, ...]:
     """Class names of a folder that bowstore wrote (its manifest), or none."""
     manifest = read_manifest(root)
-    return manifest.classes if manifest else ()
+    return tuple(manifest.classes) if manifest else ()
 
 
 def written_here(root: Path) -> bool:

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import xxhash
+from typing import Any, NamedTuple
 
 from bowstore.data.image_header import MAX_IMAGE_BYTES, UnusableImage
 from bowstore.data.images import Prepared, prepare
@@ -21,7 +19,6 @@ from bowstore.data.workers import Report, run_jobs
 from bowstore.files import atomic_file, file_digest, write_json
 from bowstore.progress import say
 
-_REPORT_EVERY_IMAGES = 50
 _USUAL_SUFFIXES = {"jpg": ("jpg", "jpeg", "jpe", "jfif"), "png": ("png", "apng"), "webp": ("webp",)}
 
 
@@ -113,22 +110,8 @@ def _reader(source: Source) -> Reader:
     return open_source(source)
 
 
-class _DigestingFile:
-    """Passes bytes on to a file, counting and digesting them."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = xxhash.xxh3_128()
-        self.size_bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size_bytes += len(data)
-        return self._file.write(data)
-
-
 def _write_shard(read: Reader, job: ShardJob, report: Report) -> Record:
-    """Write one tar and its record; `report` hears of every few images and may raise to stop."""
+    """Write one tar and its record; `report` hears of each image and may raise to stop."""
     if record := _finished(job):
         report(len(job.images))
         return record
@@ -139,9 +122,8 @@ def _write_shard(read: Reader, job: ShardJob, report: Report) -> Record:
     changed: Counter[str] = Counter()
     quarantined: list[LeftOut] = []
     with atomic_file(path) as file:
-        target = _DigestingFile(file)
-        with TarWriter(target, encoder=False, mtime=0) as tar:
-            for number, image in enumerate(job.images, start=1):
+        with TarWriter(file, encoder=False, mtime=0) as tar:
+            for image in job.images:
                 try:
                     prepared = prepare(_read(read, image))
                 except UnusableImage as error:
@@ -149,15 +131,12 @@ def _write_shard(read: Reader, job: ShardJob, report: Report) -> Record:
                 else:
                     _write_sample(tar, image, prepared)
                     changed.update(_changes(image, prepared))
-                if number % _REPORT_EVERY_IMAGES == 0:
-                    report(_REPORT_EVERY_IMAGES)
-    report(len(job.images) % _REPORT_EVERY_IMAGES)
-    samples = len(job.images) - len(quarantined)
-    size_bytes = target.size_bytes if samples else 0
+                report(1)
+    samples, digest, size_bytes = len(job.images) - len(quarantined), file_digest(path), path.stat().st_size
     if not samples:
         path.unlink()  # readers stumble over a tar without members
-    digest, kinds = target.digest.hexdigest(), dict(sorted(changed.items()))
-    record = Record(job.plan, job.name, samples, size_bytes, digest, kinds, quarantined)
+    kinds = dict(sorted(changed.items()))
+    record = Record(job.plan, job.name, samples, size_bytes if samples else 0, digest, kinds, quarantined)
     write_json(job.record_path, asdict(record))
     return record
 

@@ -13,14 +13,11 @@ A process killed at any moment leaves finished shards with records, and perhaps 
 worker; the next run goes on with the shards that have no record, or are not what their record says.
 """
 
-import errno
 import json
 import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,20 +27,28 @@ import xxhash
 from PIL import __version__ as pillow_version
 
 from bowstore import __version__
+from bowstore.config import value_differences
 from bowstore.data.config import ShardsConfig
 from bowstore.data.index import build_index, open_index
-from bowstore.data.records import MANIFEST_FILE, PARTS_FOLDER, PLAN_FILE, QUARANTINE_FILE, read_identity, read_manifest
-from bowstore.data.shard_writer import Record, ShardJob, read_record, write_shards
+from bowstore.data.records import (
+    MANIFEST_FILE,
+    MANIFEST_FORMAT,
+    PARTS_FOLDER,
+    PLAN_FILE,
+    QUARANTINE_FILE,
+    Manifest,
+    read_manifest,
+)
+from bowstore.data.shard_writer import Record, ShardJob, write_shards
 from bowstore.data.shards_report import ShardsReport
 from bowstore.data.sources import FOLDER, PassedOver, Source, Split, list_source
 from bowstore.data.table import INDEX_FILE
 from bowstore.data.tar import TARS
-from bowstore.errors import BowstoreError, DataError, MismatchError, UsageError
-from bowstore.files import atomic_file, exclusive_lock, make_folder, sweep_temporary, write_json
-from bowstore.progress import Progress, say
+from bowstore.errors import DataError, MismatchError, UsageError
+from bowstore.files import atomic_file, exclusive_lock, make_folder, read_json, sweep_temporary, write_json
+from bowstore.progress import Progress
 
 FORMAT_VERSION = 1
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def make_shards(
             change underneath.
         MismatchError: `out` holds shards of another source or with other settings.
         BusyError: another process writes to `out`.
-        BowstoreError: the disk is full, `out` cannot be written, a worker died.
+        BowstoreError: a worker died.
+        OSError: the disk is full, or `out` cannot be written.
     """
     found = list_source(
         source, config.source, lists=config.lists, label_field=config.label_field, folders=config.folders
@@ -111,7 +117,7 @@ def make_shards(
         _Plan(found.source, out / split.name, split, _identity(found.source.kind, split, settings))
         for split in found.splits
     ]
-    with _full_disk(out), exclusive_lock(out / ".lock", str(out)):
+    with exclusive_lock(out / ".lock", str(out)):
         for plan in plans:  # refuse before the first hour of work, not after it
             _refuse_other_content(plan)
         reports = []
@@ -129,7 +135,7 @@ def _identity(kind: str, split: Split, settings: dict[str, int]) -> dict[str, An
     if kind != FOLDER:  # there, paths and classes say all; and its manifests of before kinds stay valid
         source |= {"kind": kind, "labels": split.label_digest()}
     return {
-        "format": "bowstore-shards",
+        "format": MANIFEST_FORMAT,
         "version": FORMAT_VERSION,
         "split": split.name,
         "source": source,
@@ -149,20 +155,6 @@ def _check_places(source: Path, out: Path, splits: Sequence[Split]) -> None:
             raise UsageError(f"the source {source} lies in {out / split.name}, where shards would go; take another OUT")
 
 
-@contextmanager
-def _full_disk(out: Path) -> Iterator[None]:
-    """A full disk as one line that says what is kept; what else the machine could not do has its own remedy."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, BowstoreError) or error.errno not in _NO_SPACE:
-            raise
-        raise BowstoreError(
-            f"no space left for {out} ({error.strerror}); finished shards are kept: free some space and run the same "
-            "command again"
-        ) from error
-
-
 def _refuse_other_content(plan: _Plan) -> None:
     """Refuse a folder that holds other shards than the plan's, saying what differs."""
     tars = sorted(path.name for path in plan.folder.glob(TARS))
@@ -179,7 +171,7 @@ def _refuse_other_content(plan: _Plan) -> None:
     if recorded is None:
         difference = f"that `bowstore shards` did not write, for example {tars[0]}"
     else:
-        difference = _difference(recorded, plan)
+        difference = _difference(recorded, plan.identity)
     if difference:
         raise MismatchError(
             f"{plan.folder} holds shards {difference}; take another OUT, or remove {plan.folder} to make it anew"
@@ -187,34 +179,20 @@ def _refuse_other_content(plan: _Plan) -> None:
 
 
 def _recorded_identity(folder: Path) -> dict[str, Any] | None:
-    paths = (folder / MANIFEST_FILE, folder / PARTS_FOLDER / PLAN_FILE)
-    return next((found for path in paths if (found := read_identity(path, FORMAT_VERSION)) is not None), None)
+    """What a manifest or a plan says that shards are made of; {} for something else, None where there is neither."""
+    for path in (folder / MANIFEST_FILE, folder / PARTS_FOLDER / PLAN_FILE):
+        if os.path.lexists(path):
+            recorded = read_json(path)
+            return recorded if isinstance(recorded, dict) else {}
+    return None
 
 
-def _difference(recorded: dict[str, Any], plan: _Plan) -> str:
+def _difference(recorded: dict[str, Any], wanted: dict[str, Any]) -> str:
     """What a recorded plan has otherwise, as the end of a sentence; empty if nothing."""
-    wanted = plan.identity
-    for name in ("format", "version", "split"):
-        if recorded.get(name) != wanted[name]:
-            return f"with {name} {recorded.get(name)}, not {wanted[name]}"
-    for name, value in wanted["settings"].items():
-        if recorded["settings"].get(name) != value:
-            return f"made with {name} {recorded['settings'].get(name)}, not {value}"
-    before, now = recorded["source"], wanted["source"]
-    kinds = [source.get("kind", FOLDER) for source in (before, now)]
-    if kinds[0] != kinds[1]:
-        return f"of a source of kind {kinds[0]}, not {kinds[1]}"
-    if before != now and before | {"labels": now.get("labels")} == now:
-        return f"of the same {now['images']} images with other labels or keys"
-    if before != now:
-        return (
-            f"of {before['images']} images in {before['size_bytes']} bytes (listing {before['listing'][:8]}), "
-            f"but {plan.source.path} now has {now['images']} in {now['size_bytes']} bytes ({now['listing'][:8]})"
-        )
-    had, has = len(recorded["classes"]), len(wanted["classes"])
-    if recorded["classes"] != wanted["classes"]:
-        return f"of {had} other classes, not of these {has}" if had and has else f"of {had} classes, not of {has}"
-    return ""
+    known = {name: recorded.get(name) for name in wanted}
+    if found := value_differences(known, wanted, free=("classes",)):
+        return f"of something else ({', '.join(found)})"
+    return "" if known["classes"] == wanted["classes"] else f"of other classes, not of these {len(wanted['classes'])}"
 
 
 def _make_split(plan: _Plan, passed_over: PassedOver, workers: int) -> ShardsReport:
@@ -226,18 +204,18 @@ def _make_split(plan: _Plan, passed_over: PassedOver, workers: int) -> ShardsRep
     if manifest is None:
         _prepare_folder(plan)
         manifest = _finish(plan, _write_missing(plan, workers))
-    counts = manifest["counts"]
+    counts = manifest.counts
     return ShardsReport(
         split=plan.split.name,
         folder=folder,
         classes=len(plan.split.classes),
-        found=counts["found"],
-        written=counts["written"],
-        changed=counts["changed"],
-        quarantined=counts["quarantined"],
+        found=counts.found,
+        written=counts.written,
+        changed=counts.changed,
+        quarantined=counts.quarantined,
         without_images=plan.split.classes_without_images(),
         passed_over=passed_over,
-        shards=len(manifest["shards"]),
+        shards=len(manifest.shards),
         new=new,
         seconds=time.monotonic() - start,
     )
@@ -257,7 +235,7 @@ def _prepare_folder(plan: _Plan) -> None:
     write_json(folder / PARTS_FOLDER / PLAN_FILE, plan.identity)
 
 
-def _complete_manifest(folder: Path) -> dict[str, Any] | None:
+def _complete_manifest(folder: Path) -> Manifest | None:
     """The manifest, if index and shards are there as it says, and no shard was written to after it."""
     manifest = read_manifest(folder)
     if manifest is None:
@@ -268,25 +246,17 @@ def _complete_manifest(folder: Path) -> dict[str, Any] | None:
         later = any((folder / entry.name).stat().st_mtime_ns > written for entry in found)
     except (FileNotFoundError, DataError):  # MissingError, too
         return None
-    return None if later or found != manifest.shards else manifest.values
+    return None if later or list(found) != manifest.shards else manifest
 
 
 def _write_missing(plan: _Plan, workers: int) -> list[Record]:
     """Write the shards that have no record, or are not what it says; return the records of all, in order."""
     jobs = plan.jobs()
-    _warn_if_tight(plan.folder, [job for job in jobs if not read_record(job)])
     with Progress(f"shards {plan.split.name}", len(plan.split.images)) as progress:
         return list(write_shards(plan.source, jobs, workers, progress.advance))
 
 
-def _warn_if_tight(folder: Path, missing: Sequence[ShardJob]) -> None:
-    needed = sum(max(image.size_bytes, 0) for job in missing for image in job.images)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        say(f"warning: {folder} has {free / 2**30:.2f} GiB free, the images to write take {needed / 2**30:.2f} GiB")
-
-
-def _finish(plan: _Plan, records: Sequence[Record]) -> dict[str, Any]:
+def _finish(plan: _Plan, records: Sequence[Record]) -> Manifest:
     """Quarantine list, index and manifest of a split whose shards are all there."""
     quarantined = sorted((line for record in records for line in record.quarantined), key=lambda line: line["path"])
     with atomic_file(plan.folder / QUARANTINE_FILE) as file:
@@ -322,4 +292,4 @@ def _finish(plan: _Plan, records: Sequence[Record]) -> dict[str, Any]:
         }
     )
     write_json(plan.folder / MANIFEST_FILE, manifest)
-    return manifest
+    return Manifest.model_validate(manifest)

@@ -167,11 +167,11 @@ def _check_index(report: FolderReport, manifest: Manifest | None) -> tuple[Index
     except BowstoreError as error:
         report.add("index", str(error))
         return None, False
-    if manifest and (len(index), index.classes) != (manifest.written, manifest.classes):
+    if manifest and (len(index), list(index.classes)) != (manifest.counts.written, manifest.classes):
         report.add(
             "index",
             f"{report.root / INDEX_FILE} has {len(index)} images of {len(index.classes)} classes, the manifest "
-            f"{manifest.written} of {len(manifest.classes)}; `bowstore index {report.root}` makes it anew",
+            f"{manifest.counts.written} of {len(manifest.classes)}; `bowstore index {report.root}` makes it anew",
         )
     return index, _check_columns(report, index)
 
@@ -280,7 +280,7 @@ def _repair_own(report: FolderReport, manifest: Manifest | None) -> None:
             "bytes that it had"
         )
     elif any(problem.kind == "index" for problem in report.problems):
-        build_index(root, classes=manifest.classes)
+        build_index(root, classes=tuple(manifest.classes))
         report.left = [problem for problem in report.left if problem.kind != "index"]
         report.repairs.append(f"{root}: the index was built anew from the shards, which match their manifest")
     else:

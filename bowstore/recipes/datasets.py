@@ -168,7 +168,7 @@ def _use(stage: str, place: Path, storage: StorageConfig) -> Supply:
 
 def _as_made(stage: str, place: Path) -> list[str]:
     manifest = None if is_remote(place) else read_manifest(place / "train")
-    made = manifest.values["settings"] if manifest else {}
+    made = manifest.settings if manifest else {}
     return [f"stages.{stage}.shards.{key}={made[key]}" for key in ("seed", "per_shard") if key in made]
 
 

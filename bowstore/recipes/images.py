@@ -191,7 +191,7 @@ class ShardsStage(Stage):
             if manifest is None:
                 begun |= (folder / PARTS_FOLDER / PLAN_FILE).exists()
                 continue
-            made = manifest.values["settings"]
+            made = manifest.settings
             for name in ("seed", "per_shard"):
                 if made[name] != (value := getattr(self.shards, name)):
                     return State("done", f"{folder} was made with {name} {made[name]}, not {value}")

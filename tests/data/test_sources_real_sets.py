@@ -206,7 +206,7 @@ def test_shards_with_labels_and_without_are_told_apart(tmp_path: Path) -> None:
     source = _fill(tmp_path / "source", "ant/1.jpg", "bee/1.jpg")
     assert set(shards_of(source, tmp_path / "out", label_field="none")["train"]) == {"ant/1", "bee/1"}
     assert classes_of(tmp_path / "out/train") == ()
-    with pytest.raises(MismatchError, match=r"holds shards of 0 classes, not of 2; take another OUT"):
+    with pytest.raises(MismatchError, match=r"holds shards of other classes, not of these 2; take another OUT"):
         shards_of(source, tmp_path / "out")
 
 
