@@ -27,7 +27,7 @@ from bowstore.data.image_header import (
     jpeg_without_end,
     refuse_false_size,
 )
-from bowstore.data.tiff import check_tiff, grey_levels, unread_tiff
+from bowstore.data.tiff import check_tiff, grey_levels
 from bowstore.errors import is_machine_error
 
 JPEG_QUALITY = 95
@@ -36,8 +36,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what a shard may hold
 
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
-_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_SIGNATURES = (_JPEG_SIGNATURE, b"\x89PNG", b"RIFF", b"GIF8", b"BM", *_TIFF_SIGNATURES)
+_SIGNATURES = (_JPEG_SIGNATURE, b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _JXL_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
 _BEGINNING_BYTES = 512
@@ -132,15 +131,7 @@ def _why_unread(data: bytes) -> str:
         return "JPEG XL, which Pillow does not read; convert it to JPEG or PNG"
     if not data.startswith(_SIGNATURES):
         return f"not an image: {foreign_kind(data[:_BEGINNING_BYTES]) or f'it starts with {data[:16]!r}'}"
-    layout = unread_tiff(data) if data.startswith(_TIFF_SIGNATURES) else ""
-    if data.startswith(_JPEG_SIGNATURE):
-        try:
-            JpegImageFile(io.BytesIO(data)).close()
-        except Exception as error:
-            if is_machine_error(error):
-                raise
-            layout = f"a JPEG that Pillow does not read: {error}" if "cannot handle" in str(error) else ""
-    return layout or "damaged or cut header"
+    return "a damaged or cut header, or a layout that Pillow does not read (a JPEG of 12 bits, a TIFF of 10 or 14)"
 
 
 def _prepare(image: Image.Image, data: bytes) -> Prepared:

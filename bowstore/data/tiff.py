@@ -1,33 +1,26 @@
-"""TIFF: what the numbers of a grey image mean, which Pillow leaves to its caller, and what is not read at all.
+"""TIFF: what the numbers of a grey image mean, which Pillow leaves to its caller.
 
 Legend: H height, W width.
 """
 
 import ctypes
-import io
-import warnings
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImagePalette, TiffImagePlugin, TiffTags, _imaging
-from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+from PIL import Image, ImagePalette, TiffImagePlugin, _imaging
+from PIL.TiffImagePlugin import TiffImageFile
 
 from bowstore.data.image_header import UnusableImage
-from bowstore.errors import is_machine_error
 
 # Pillow's own way for uncompressed files takes separate planes of 16 bits for 8 bits, forgets WhiteIsZero in them, and
 # does not know subsampled YCbCr. libtiff, which it uses for all others, reads those too.
 TiffImagePlugin.READ_LIBTIFF = True
 
-_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANES, _COLOUR_MAP, _INK_SET, _EXTRA, _SAMPLE_FORMAT = (
-    258, 259, 262, 277, 284, 320, 332, 338, 339
-)  # fmt: skip
-_TOLD = (_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _PHOTOMETRIC, _SAMPLES, _EXTRA, _COMPRESSION)
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _COLOUR_MAP, _INK_SET, _SAMPLE_FORMAT = 258, 262, 284, 320, 332, 339
 _WHITE_IS_ZERO = 0
 _SIGNED = 2
 _CMYK_INKS = 1
-_BIG = 43  # third byte of a BigTIFF, whose header is twice as long
 
 
 def check_tiff(image: TiffImageFile) -> None:
@@ -65,23 +58,6 @@ def grey_levels(image: Image.Image) -> NDArray[np.uint8]:
         photometric = image.tag_v2.get(_PHOTOMETRIC, _WHITE_IS_ZERO)  # as Pillow has it for fewer bits
     grey_HW = (values_HW >> (bits - 8)).astype(np.uint8)
     return ~grey_HW if photometric == _WHITE_IS_ZERO else grey_HW
-
-
-def unread_tiff(data: bytes) -> str:
-    """Why Pillow does not open a TIFF: its layout by the tags that decide, or that there are none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tags = ImageFileDirectory_v2(data[: 16 if data[2] == _BIG else 8])
-            file = io.BytesIO(data)
-            file.seek(tags.next)
-            tags.load(file)
-            layout = [f"{TiffTags.lookup(tag).name} {tags[tag]}" for tag in _TOLD if tag in tags]
-    except Exception as error:
-        if is_machine_error(error):
-            raise
-        layout = []
-    return f"a TIFF of a layout that Pillow does not read: {', '.join(layout)}" if layout else ""
 
 
 @cache

@@ -368,7 +368,7 @@ def _passes(data: bytes) -> Prepared | None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_cut_images_are_refused(kind: str, percent: int) -> None:
     data = _encode(_noise(), kind)
-    with pytest.raises(UnusableImage, match=r"cannot be decoded: |damaged or cut header"):
+    with pytest.raises(UnusableImage, match=r"cannot be decoded: |a damaged or cut header"):
         prepare(data[: len(data) * percent // 100])
 
 
@@ -395,7 +395,7 @@ def test_cut_images_are_refused(kind: str, percent: int) -> None:
             _encode(Image.fromarray(np.zeros((4, 4), np.int32)), "TIFF"),
             "signed pixels .SampleFormat 2. have no known range",
         ),
-        (_JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "does not read: cannot handle 12-bit layers"),
+        (_JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "a layout that Pillow does not read"),
         (_with_wrong_checksum(_encode(_RGB, "PNG")), "damaged: the checksum of a PNG chunk with pixels is wrong"),
         (_png([], (20_000, 20_000), depth=8, colour=0), f"more than {MAX_PIXELS}"),
         (_png([], (100_000, 1790), depth=8, colour=0), f"more than {MAX_PIXELS}"),

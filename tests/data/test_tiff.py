@@ -110,7 +110,7 @@ def test_grey(bits: int, photometric: int, way: str) -> None:
     written = 2**bits - 1 - values if photometric == WHITE_IS_ZERO else values
     data = tiff(written[..., None], bits, photometric, **WAYS[way])
     if (bits, photometric) == (12, WHITE_IS_ZERO) or ((bits, photometric) in _ONLY_LITTLE and way == "big endian"):
-        with pytest.raises(UnusableImage, match=rf"does not read: BitsPerSample \({bits},\), .*Photometric\w+ \d"):
+        with pytest.raises(UnusableImage, match="a layout that Pillow does not read"):
             prepare(data)
         return
     assert np.array_equal(decoded(data), np.stack([_narrowed(values, bits)] * 3, -1))
@@ -177,9 +177,9 @@ def test_ycbcr(compression: int) -> None:
         ((GREY * 256 - 32768) % 65536, 16, {339: [_SIGNED]}, r"signed pixels \(SampleFormat 2\) have no known range"),
         ((GREY / 255).astype(np.float32).view(np.uint32), 32, {339: [_FLOAT]}, "mode F have no known range"),
         (GREY << 24, 32, {}, "mode I have no known range"),
-        (GREY << 2, 10, {}, r"a TIFF of a layout that Pillow does not read: BitsPerSample \(10,\), Photometric"),
-        (GREY << 6, 14, {}, r"a TIFF of a layout that Pillow does not read: BitsPerSample \(14,\), Photometric"),
-        (GREY, 8, {339: [4]}, r"does not read: BitsPerSample \(8,\), SampleFormat \(4,\)"),
+        (GREY << 2, 10, {}, "a layout that Pillow does not read"),
+        (GREY << 6, 14, {}, "a layout that Pillow does not read"),
+        (GREY, 8, {339: [4]}, "a layout that Pillow does not read"),
     ],
 )
 def test_what_has_no_known_range_is_refused(

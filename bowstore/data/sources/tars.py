@@ -4,6 +4,7 @@ Nothing is extracted, and no member is decoded but JSON: pickles and arrays in a
 """
 
 import json
+import os
 import posixpath
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ class TarImage(NamedTuple):
     """An image in a tar.
 
     Attributes:
+        tar: the tar.
+        stamp: when it last changed, nanoseconds.
         member: its name, first byte and length.
         sample: key of its sample.
         component: what tells it from the sample's other images; empty where it is alone.
@@ -30,6 +33,8 @@ class TarImage(NamedTuple):
         text: what the sample's .txt holds, a label or a caption; empty where there is none.
     """
 
+    tar: Path
+    stamp: int
     member: Member
     sample: str
     component: str
@@ -45,11 +50,11 @@ class _Sample(NamedTuple):
 
 
 class TarContent(NamedTuple):
-    """What was found in a tar: images in the order of the archive, keys of samples without one, names of systems."""
+    """What was found in tars: images in order, samples without one, and how many members are of systems."""
 
     images: list[TarImage]
     empty: list[str]
-    system: list[str]
+    system: int
 
 
 def read_tar(path: Path, label_field: str | None, report: Callable[[int], None]) -> TarContent:
@@ -67,22 +72,26 @@ def read_tar(path: Path, label_field: str | None, report: Callable[[int], None])
         DataError: a link, a device, a name that comes twice, a label that cannot be read.
     """
     samples: dict[str, _Sample] = {}
+    images: list[TarImage] = []
+    empty: list[str] = []
+    system = 0
     with open_tar_file(path) as file:
-        tar = TarReader(file, path, report)
-        content = TarContent([], [], [])
+        tar, stamp = TarReader(file, path, report), os.fstat(file.fileno()).st_mtime_ns
         while member := tar.next_member():
             if is_system_member(name := posixpath.normpath(member.name)):
-                content.system.append(name)
+                system += 1
             else:
                 _add(samples, tar, member._replace(name=name), path)
         for key, sample in samples.items():
             if not sample.images:
-                content.empty.append(key)
+                empty.append(f"{path.name}/{key}")
             labels = _Labels(tar, path, key, sample.members, label_field)
             for extension in sample.images:
                 component = _component(extension)
-                content.images.append(
+                images.append(
                     TarImage(
+                        path,
+                        stamp,
                         sample.members[extension],
                         key,
                         component if len(sample.images) > 1 else "",
@@ -90,7 +99,7 @@ def read_tar(path: Path, label_field: str | None, report: Callable[[int], None])
                         labels.text(),
                     )
                 )
-    return content
+    return TarContent(images, empty, system)
 
 
 def _add(samples: dict[str, _Sample], tar: TarReader, member: Member, path: Path) -> None:

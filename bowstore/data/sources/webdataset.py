@@ -6,8 +6,8 @@ extensions, labels as text or JSON, and images that want a check.
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from bowstore.data.sources.arrange import split_folders
 from bowstore.data.sources.base import LABEL_FIELDS, SPLIT_NAMES, Kind, Listing, Options, reading, some
@@ -57,30 +57,17 @@ def _tars(source: Path, options: Options) -> dict[str, list[Path]]:
 
 
 def _by_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        splits = splits_in(path.stem)
-        if len(splits) > 1:
-            raise DataError(
-                f"the name of {path} tells {len(splits)} splits, {' and '.join(sorted(splits))}; put the tars into "
-                f"folders {', '.join(SPLIT_NAMES)}"
-            )
-        found.setdefault(splits.pop() if splits else "", []).append(path)
-    if "" in found and len(found) > 1:
-        unclear = [path.name for path in found[""]]
+    told = {path: splits_in(path.stem) for path in paths}
+    if not any(told.values()):
+        return {"train": list(paths)}
+    if unclear := [path.name for path, splits in told.items() if len(splits) != 1]:
         raise DataError(
-            f"{len(unclear)} of {len(paths)} tars do not tell their split by name as the others do: {some(unclear)}; "
-            f"put the tars into folders {', '.join(SPLIT_NAMES)}"
+            f"{len(unclear)} of {len(paths)} tars in {paths[0].parent} do not tell one split by name as the others do: "
+            f"{some(unclear)}; put the tars into folders {', '.join(SPLIT_NAMES)}"
         )
-    return {"train": found[""]} if "" in found else found
-
-
-class _Found(NamedTuple):
-    """An image, and the tar that holds it."""
-
-    tar: Path
-    stamp: int
-    image: TarImage
+    return {
+        split: [path for path in paths if told[path] == {split}] for split in SPLIT_NAMES if {split} in told.values()
+    }
 
 
 def _list_splits(source: Path, options: Options) -> Listing:
@@ -92,7 +79,7 @@ def _list_splits(source: Path, options: Options) -> Listing:
         DataError: members that no shard may hold, no image, labels that cannot be read, an archive of class folders.
     """
     tars = _tars(source, options)
-    found: dict[str, list[_Found]] = {}
+    found: dict[str, list[TarImage]] = {}
     empty: list[str] = []
     system = 0
     size_bytes = total_bytes(path for paths in tars.values() for path in paths)
@@ -101,15 +88,15 @@ def _list_splits(source: Path, options: Options) -> Listing:
             found[split] = []
             for path in paths:
                 with reading(path):
-                    stamp, content = path.stat().st_mtime_ns, read_tar(path, options.label_field, progress.advance)
-                found[split] += [_Found(path, stamp, image) for image in content.images]
-                empty += [f"{path.name}/{key}" for key in content.empty]
-                system += len(content.system)
+                    content = read_tar(path, options.label_field, progress.advance)
+                found[split] += content.images
+                empty += content.empty
+                system += content.system
     for split, images in found.items():
         if not images:
             raise DataError(f"no images in the {len(tars[split])} tars of split {split} in {source}; name other tars")
         _refuse_class_folders(source, images)
-    everywhere = [image for images in found.values() for _, _, image in images]
+    everywhere = list(chain.from_iterable(found.values()))
     as_text = text_is_label(
         samples=len(everywhere),
         numbers=sum(whole_number(image.text) is not None for image in everywhere),
@@ -121,27 +108,27 @@ def _list_splits(source: Path, options: Options) -> Listing:
     return Listing(splits, passed_over={_EMPTY_SAMPLES: len(empty), f"{SYSTEM} members of tars": system})
 
 
-def _drafts(source: Path, found: Sequence[_Found], options: Options, *, as_text: bool) -> list[Draft]:
+def _drafts(source: Path, found: Sequence[TarImage], options: Options, *, as_text: bool) -> list[Draft]:
     """Drafts with names that differ: a sample's key alone, with the component, or with the tar before it."""
-    has_labels = any(image.label for _, _, image in found)
+    has_labels = any(image.label for image in found)
     if options.label_field and not options.unlabelled and not has_labels:
         raise DataError(
             f"no sample of {source} has a label in {options.label_field!r}, neither as a member's extension nor in its "
             "JSON; name another --label-field, or none"
         )
-    names = ["/".join(filter(None, (image.sample, image.component))) for _, _, image in found]
+    names = ["/".join(filter(None, (image.sample, image.component))) for image in found]
     often = Counter(names)
     drafts = []
-    for name, (tar, stamp, image) in zip(names, found, strict=True):
-        container = tar.name if source.is_file() else tar.relative_to(source).as_posix()
+    for name, image in zip(names, found, strict=True):
+        container = image.tar.name if source.is_file() else image.tar.relative_to(source).as_posix()
         suffix = split_key(image.member.name)[1].rpartition(".")[2]
         drafts.append(
             Draft(
                 path=f"{container}/{image.member.name}",
-                name=f"{tar.stem}/{name}.{suffix}" if often[name] > 1 else f"{name}.{suffix}",
+                name=f"{image.tar.stem}/{name}.{suffix}" if often[name] > 1 else f"{name}.{suffix}",
                 label=image.text if as_text else image.label,
                 size_bytes=image.member.size,
-                stamp=stamp,
+                stamp=image.stamp,
                 container=container,
                 place=image.member.offset,
             )
@@ -149,9 +136,9 @@ def _drafts(source: Path, found: Sequence[_Found], options: Options, *, as_text:
     return drafts
 
 
-def _refuse_class_folders(source: Path, found: Sequence[_Found]) -> None:
+def _refuse_class_folders(source: Path, found: Sequence[TarImage]) -> None:
     """A tar of train/CLASS and val/CLASS, or of SET/train and SET/val, would become one split without labels."""
-    folders = [image.sample.split("/")[:-1] for _, _, image in found]
+    folders = [image.sample.split("/")[:-1] for image in found]
     shared = [len(set(names)) == 1 for names in zip(*folders, strict=False)]
     around = (*shared, False).index(False)
     splits = sorted({path[around] for path in folders if len(path) > around and split_of(path[around])})
