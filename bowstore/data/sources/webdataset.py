@@ -65,9 +65,8 @@ def _by_name(paths: Sequence[Path]) -> dict[str, list[Path]]:
             f"{len(unclear)} of {len(paths)} tars in {paths[0].parent} do not tell one split by name as the others do: "
             f"{some(unclear)}; put the tars into folders {', '.join(SPLIT_NAMES)}"
         )
-    return {
-        split: [path for path in paths if told[path] == {split}] for split in SPLIT_NAMES if {split} in told.values()
-    }
+    found = {split: [path for path in paths if told[path] == {split}] for split in SPLIT_NAMES}
+    return {split: same for split, same in found.items() if same}
 
 
 def _list_splits(source: Path, options: Options) -> Listing:
