@@ -159,7 +159,7 @@ def test_an_index_that_took_a_caption_for_a_label_is_found(tmp_path: Path) -> No
         lambda name: iter([columns[name]]),
     )
     (problem,) = verify_folder(tmp_path, repair=True).problems
-    assert problem.message.endswith("sample 'a' at byte 512 has label -1, the index says 2012")
+    assert problem.message.endswith("member 'a.jpg' at byte 512 has label -1, the index says 2012")
     assert open_index(tmp_path).label.tolist() == [-1, -1]
 
 
