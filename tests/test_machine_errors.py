@@ -140,7 +140,7 @@ def test_weights_and_pickles_that_did_not_fit_into_memory_are_not_damaged(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", failing(BAD_DISK))
         with pytest.raises(OSError, match="Input/output error"):
-            next(load_nearest([tmp_path / "n.npz"]))
+            load_nearest(tmp_path / "n.npz")
 
 
 def test_a_source_that_could_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bowstore.errors import CorruptError
-from bowstore.words.store.nearest import NearestImages, NearestSearch, load_nearest, save_nearest
+from bowstore.words.store.nearest import NearestImages, NearestSearch, joined, load_nearest, save_nearest
 
 
 def plain(words: np.ndarray, distance: np.ndarray, k: int, kept: int) -> list[list[tuple[float, int, int]]]:
@@ -54,10 +54,30 @@ def test_parts_of_several_processes_make_the_whole(tmp_path: Path) -> None:
         one = NearestSearch(4)
         one.add_batch(np.arange(40)[part], words[part], distance[part])
         save_nearest(tmp_path / f"{part.start}.npz", one.result())
-    for found in load_nearest(sorted(tmp_path.glob("*.npz"))):
-        merged.merge(found)
+    for path in sorted(tmp_path.glob("*.npz")):
+        merged.merge(load_nearest(path))
     for one_array, other in zip(whole.result(), merged.result(), strict=True):
         assert np.array_equal(one_array, other, equal_nan=True)
+
+
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 4), kept=st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_what_ranks_return_is_all_that_is_needed(seed: int, k: int, kept: int) -> None:
+    """Units in any order, all made twice, of which the first result counts."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, k, (24, 5)).astype(np.uint16)
+    distance = rng.integers(0, 6, (24, 5)).astype(np.float32)
+    ranks, whole = [NearestSearch(k, kept) for _ in range(3)], NearestSearch(k, kept)
+    made: set[int] = set()
+    for unit in [*rng.permutation(8).tolist(), *range(8)]:
+        rows = np.arange(3 * unit, 3 * unit + 3)
+        search = ranks[rng.integers(3)]
+        parts = [search.add_batch(rows[:2], words[rows[:2]], distance[rows[:2]])]
+        parts.append(search.add_batch(rows[2:], words[rows[2:]], distance[rows[2:]]))
+        if unit not in made:
+            whole.add(joined(parts))
+        made.add(unit)
+    assert as_lists(whole.result()) == plain(words, distance, k, kept)
 
 
 def test_words_of_no_image_have_none() -> None:
@@ -73,4 +93,4 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     for damaged in (b"", b"no archive", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
         with pytest.raises(CorruptError, match=re.escape(f"{path} is damaged") + ".*run the same command again"):
-            list(load_nearest([path]))
+            load_nearest(path)

@@ -19,7 +19,7 @@ from teacher_sets import IMAGES, write_shards, write_teacher
 from bowstore.errors import BusyError, MismatchError
 from bowstore.words.store.store import open_store
 from bowstore.words.store.verify import digest, verify
-from bowstore.words.store.writer import StoreWriter, work_folder
+from bowstore.words.store.writer import StoreWriter
 
 
 @pytest.fixture
@@ -188,11 +188,11 @@ def test_an_unfinished_store_of_the_engine_before_is_refused(
 ) -> None:
     """It kept what it had seen of the nearest images in a folder beside the store; without that, they would be lost."""
     store = Path(shutil.copytree(clean, values["store"]))
-    work_folder(store).mkdir()
+    (work := store.with_name(f".{store.name}.work")).mkdir()
     assert all(layer["already_complete"] for layer in run_encode(**values).layers)
     StoreWriter(store).discard_chunks("block3", [4])
     message = rf"layer 'block3' of word store {store} is not complete and was begun by an earlier version, which kept"
-    with pytest.raises(MismatchError, match=rf"{message} in {work_folder(store)} .* --vocabulary {store} --store NEW"):
+    with pytest.raises(MismatchError, match=rf"{message} in {work} .* --vocabulary {store} --store NEW"):
         run_encode(**values)
     new = run_encode(**{**values, "vocabulary": store, "store": tmp_path / "new.zarr"}).store
     assert np.array_equal(open_store(new).load_words("block3"), open_store(clean).load_words("block3"))

@@ -25,7 +25,7 @@ from bowstore.words.encode.forward import Clock, Made, cut_units, in_bytes, thro
 from bowstore.words.encode.job import Job
 from bowstore.words.encode.lanes import Maps, compute_workers, to_host
 from bowstore.words.store.layer import Layer
-from bowstore.words.store.nearest import NearestImages, NearestSearch, load_nearest, save_nearest
+from bowstore.words.store.nearest import Cells, NearestSearch, joined, load_nearest, save_nearest
 from bowstore.words.store.schema import NOT_WRITTEN
 from bowstore.words.store.writer import StoreWriter
 
@@ -81,25 +81,26 @@ def _plan(job: Job, layers: Sequence[Layer], ranks: int) -> dict[str, NDArray[An
 def _part(job: Job, plan: Arrays) -> tuple[list[NDArray[np.int64]], Work, Clock]:
     """The units of a plan, a rank's work on them, and the clock that counts it."""
     units = [np.arange(start, stop) for start, stop in plan["units"].tolist()]
-    quantizers, nearest = {}, {}
+    quantizers, nearest = {}, {}  # of the nearest images a rank sends what may count beside all that it has seen
     for name in job.num_words:
         if (centroids_Kp := plan.get(f"{name}/vocabulary")) is not None:
             matrix = plan.get(f"{name}/projection")
             projection = None if matrix is None else Projection(matrix, plan[f"{name}/offset"])
             quantizers[name] = quantizer(centroids_Kp, projection, job.device)
-            nearest[name] = _Nearest(len(centroids_Kp))
+            nearest[name] = NearestSearch(len(centroids_Kp))
 
     def quantized(_rows_B: NDArray[np.int64], maps: Maps) -> dict[str, Words]:
         return {name: quantize(maps[name]) for name, quantize in quantizers.items()}
 
     def packed(made: Made[dict[str, Words]]) -> bytes:
         arrays: dict[str, NDArray[Any]] = {}
-        for name, seen in nearest.items():
+        for name, search in nearest.items():
             arrays[f"{name}/words"] = np.concatenate([found[name][0] for _, found in made])
-            near = seen.of_unit([(rows_B, found[name]) for rows_B, found in made])
-            place = np.flatnonzero(near.row_Kn >= 0)  # a small part of them
-            arrays |= {f"{name}/{part}": values.ravel()[place] for part, values in near._asdict().items()}
-            arrays[f"{name}/place"] = place
+            near = []
+            for rows_B, found in made:
+                words_Bhw, distance_BM = found[name]
+                near.append(search.add_batch(rows_B, words_Bhw.reshape(distance_BM.shape), distance_BM))
+            arrays |= {f"{name}/near/{part}": values for part, values in joined(near)._asdict().items()}
         return in_bytes(arrays)
 
     clock = Clock(compute_workers(job.device))
@@ -127,37 +128,6 @@ def quantizer(
     return quantize
 
 
-class _Nearest:
-    """What a rank has seen of the images nearest to a layer's words; it sends rank 0 no more than may count.
-
-    An image that is among the nearest of all is among the nearest of those that one rank has seen, too: what a rank
-    leaves out is never missed. To rank all that it has seen for each unit would take 4 to 10 % of the time that a GPU
-    takes for 3072 images, and half of it for 256 (K = 20000, 2000 images/s). So cells are held against distances of
-    some time ago until as many have come as are kept: 1 to 5 % and 4 to 10 %, once the first 6,000 images are through,
-    for half as many cells again to send.
-    """
-
-    def __init__(self, num_words: int) -> None:
-        self._seen, self._come = NearestSearch(num_words), 0
-        self._farthest_K = np.full(num_words, np.inf, np.float32)
-
-    def of_unit(self, made: Made[Words]) -> NearestImages:
-        unit = NearestSearch(len(self._farthest_K))
-        for rows_B, (words_Bhw, distance_BM) in made:
-            words_BM = words_Bhw.reshape(distance_BM.shape)
-            near = distance_BM <= self._farthest_K[words_BM]
-            unit.add_batch(
-                rows_B, words_BM, np.where(near, distance_BM, np.float32(np.nan))
-            )  # which is near to nothing
-        found = unit.result()
-        self._seen.merge(found)
-        self._come += int((found.row_Kn >= 0).sum())
-        if self._come >= found.row_Kn.size:
-            farthest_K = self._seen.result().distance_Kn[:, -1]
-            self._farthest_K, self._come = np.where(np.isnan(farthest_K), np.float32(np.inf), farthest_K), 0
-        return found
-
-
 class _Keeper:
     """Rank 0's side of the pass: chunks that fill, and the images nearest to the words."""
 
@@ -171,10 +141,7 @@ class _Keeper:
         """Put a unit's words into their chunks, and commit those that are full."""
         unit = slice(int(rows[0]), int(rows[-1]) + 1)
         for layer in self._layers:
-            near = NearestSearch(layer.num_words).result()
-            for part, values in near._asdict().items():
-                values.ravel()[arrays[f"{layer.name}/place"]] = arrays[f"{layer.name}/{part}"]
-            self._nearest[layer.name].merge(near)
+            self._nearest[layer.name].add(Cells(*(arrays[f"{layer.name}/near/{part}"] for part in Cells._fields)))
             for chunk in layer.chunks_of(unit):
                 if (layer.name, chunk) in self._missing:
                     self._fill(layer, chunk, unit.start, arrays[f"{layer.name}/words"])
@@ -199,7 +166,7 @@ def nearest_so_far(writer: StoreWriter, layer: Layer) -> NearestSearch:
     search = NearestSearch(layer.num_words)
     search.merge(writer.nearest(layer.name))
     if (file := nearest_file(layer)).exists():
-        search.merge(next(load_nearest([file])))
+        search.merge(load_nearest(file))
     return search
 
 

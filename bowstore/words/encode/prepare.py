@@ -26,7 +26,7 @@ from bowstore.words.encode.teacher import TeacherLayer
 from bowstore.words.store.layer import Layer, LayerSpec
 from bowstore.words.store.statistics import perplexity
 from bowstore.words.store.store import Store
-from bowstore.words.store.writer import StoreWriter, create_store, work_folder
+from bowstore.words.store.writer import StoreWriter, create_store
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def layers_there(job: Job) -> list[Layer]:
     there = [writer.layer(name) for name in job.num_words if name in writer.layers]
     for layer in there:
         job.check_settings(layer)
-        if not layer.complete and (old := work_folder(job.store)).exists():
+        if not layer.complete and (old := job.store.with_name(f".{job.store.name}.work")).exists():
             raise MismatchError(
                 f"layer {layer.name!r} of word store {job.store} is not complete and was begun by an earlier version, "
                 f"which kept in {old} what it had seen; remove both to encode anew, or encode into a new store: "

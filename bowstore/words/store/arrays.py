@@ -16,13 +16,14 @@ import numpy as np
 import xxhash
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest
 from zarr.codecs import ZstdCodec
-from zarr.core.buffer import Buffer
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import GroupNotFoundError
 from zarr.storage import LocalStore
 
 from bowstore.errors import BowstoreError, CorruptError, MismatchError, is_machine_error
-from bowstore.files import atomic_file, make_folder, sweep_temporary, temporary_stem
+from bowstore.files import atomic_file, check_plain_file, make_folder, sweep_temporary, temporary_stem
 from bowstore.words.store.schema import ArraySpec, Writer
 
 _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is for
@@ -35,7 +36,30 @@ _OBJECT = re.compile(r"(?:.+/)?zarr\.json|(?:.+/)?c(?:/[0-9]+)*")  # of Zarr, by
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a chunk that is gone is never taken for one that is all fill
 
 
-class DurableStore(LocalStore):
+class PlainStore(LocalStore):
+    """Zarr's local store, which opens plain files alone: on a pipe under an object's name it would wait for ever."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Read one object."""
+        self._refuse_pipe(key)
+        return await super().get(key, prototype, byte_range)
+
+    def get_sync(
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Read one object."""
+        self._refuse_pipe(key)
+        return super().get_sync(key, prototype=prototype, byte_range=byte_range)
+
+    def _refuse_pipe(self, key: str) -> None:
+        path = self.root / key
+        if not path.is_dir():  # which Zarr takes for a missing object
+            check_plain_file(path)
+
+
+class DurableStore(PlainStore):
     """Zarr's local store with durable writes: each object is whole or absent, even after a power cut."""
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -67,7 +91,7 @@ def open_group(path: Path, *, writable: bool) -> zarr.Group:
         MismatchError: no Zarr group lies there.
         CorruptError: its metadata cannot be read.
     """
-    store = DurableStore(path) if writable else LocalStore(path, read_only=True)
+    store = DurableStore(path) if writable else PlainStore(path, read_only=True)
     with reading(f"word store {path}"):
         try:
             return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)

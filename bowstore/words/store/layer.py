@@ -77,11 +77,6 @@ def chunk_rows(images: int, grid: tuple[int, int]) -> int:
     return max(1, min(rows, images))
 
 
-def bytes_per_image(grid: tuple[int, int]) -> int:
-    """The most that words, key hash and digest of an image take on a disk."""
-    return 2 * grid[0] * grid[1] + 16
-
-
 def map_text(channels: int, grid: tuple[int, int]) -> str:
     """A map's shape, for messages."""
     return f"{channels} x {grid[0]} x {grid[1]}"

@@ -8,7 +8,7 @@ Legend: B batch, M cells of an image, K words, n images kept for each word.
 
 import io
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,12 +48,15 @@ class NearestSearch:
         self._row_Kn = np.full((num_words, kept), NO_ROW, np.int64)
         self._cell_Kn = np.full((num_words, kept), NO_ROW, np.int64)
         self._farthest_K = self._distance_Kn[:, -1].copy()
-        self._waiting: list[_Cells] = []
+        self._waiting: list[Cells] = []
 
     def add_batch(
         self, rows_B: NDArray[np.int64], words_BM: NDArray[np.uint16], distance_BM: NDArray[np.float32]
-    ) -> None:
-        """Consider all cells of some images.
+    ) -> "Cells":
+        """Consider all cells of some images; return those that may be among the nearest.
+
+        An image that is among the nearest of all is among those of any part of the images, too: what several searches
+        return for their parts is all that a search over all of them needs.
 
         Args:
             rows_B: int64, rows of the store.
@@ -62,12 +65,17 @@ class NearestSearch:
         """
         # Most cells are farther off than what is kept already: one comparison is all that they cost.
         image, cell = np.nonzero(distance_BM <= self._farthest_K[words_BM])
-        self._add(_Cells(words_BM[image, cell].astype(np.int64), rows_B[image], cell, distance_BM[image, cell]))
+        found = Cells(words_BM[image, cell].astype(np.int64), rows_B[image], cell, distance_BM[image, cell])
+        return self._wait(found.nearest_of_images())
+
+    def add(self, cells: "Cells") -> None:
+        """Consider what another search returned."""
+        self._wait(cells.at(np.flatnonzero(cells.distance <= self._farthest_K[cells.word])))
 
     def merge(self, other: NearestImages) -> None:
         """Consider what another search kept."""
         word, place = np.nonzero(other.row_Kn >= 0)
-        self._add(_Cells(word, other.row_Kn[word, place], other.cell_Kn[word, place], other.distance_Kn[word, place]))
+        self.add(Cells(word, other.row_Kn[word, place], other.cell_Kn[word, place], other.distance_Kn[word, place]))
 
     def result(self) -> NearestImages:
         """What was kept, as a copy."""
@@ -76,29 +84,29 @@ class NearestSearch:
         distance_Kn = np.where(none, np.float32(np.nan), self._distance_Kn)
         return NearestImages(self._row_Kn.copy(), self._cell_Kn.copy(), distance_Kn)
 
-    def _add(self, cells: "_Cells") -> None:
-        if len(cells.word):
-            self._waiting.append(cells.nearest_of_images())
+    def _wait(self, cells: "Cells") -> "Cells":
+        self._waiting.append(cells)
         if sum(len(each.word) for each in self._waiting) >= self._row_Kn.size:
             self._rank()
+        return cells
 
     def _rank(self) -> None:
         """Keep the nearest of what is kept and what waits."""
         if not self._waiting:
             return
-        come = _joined(self._waiting)
+        come = joined(self._waiting)
         self._waiting = []
         touched = np.flatnonzero(np.bincount(come.word, minlength=len(self._row_Kn)))
         place, rank = np.nonzero(self._row_Kn[touched] >= 0)
         word = touched[place]
-        have = _Cells(word, self._row_Kn[word, rank], self._cell_Kn[word, rank], self._distance_Kn[word, rank])
-        cells = _joined([have, come])
+        have = Cells(word, self._row_Kn[word, rank], self._cell_Kn[word, rank], self._distance_Kn[word, rank])
+        cells = joined([have, come])
         self._keep(touched, cells.nearest_first())
         ordered_Tn = np.sort(self._row_Kn[touched], axis=1)
         if ((ordered_Tn[:, 1:] == ordered_Tn[:, :-1]) & (ordered_Tn[:, 1:] >= 0)).any():
             self._keep(touched, cells.nearest_of_images().nearest_first())  # images that came twice
 
-    def _keep(self, touched: NDArray[np.intp], cells: "_Cells") -> None:
+    def _keep(self, touched: NDArray[np.intp], cells: "Cells") -> None:
         """Take the first n of each of these words."""
         starts = np.flatnonzero(_first_of_runs(cells.word))
         place = np.arange(len(cells.word)) - np.repeat(starts, np.diff(starts, append=len(cells.word)))
@@ -114,7 +122,7 @@ class NearestSearch:
         self._farthest_K[touched] = self._distance_Kn[touched, -1]
 
 
-class _Cells(NamedTuple):
+class Cells(NamedTuple):
     """Cells of images: int64 word, row of the store and place in the grid, float32 distance to the word, at least 0."""
 
     word: NDArray[np.int64]
@@ -122,27 +130,29 @@ class _Cells(NamedTuple):
     cell: NDArray[np.int64]
     distance: NDArray[np.float32]
 
-    def nearest_of_images(self) -> "_Cells":
+    def nearest_of_images(self) -> "Cells":
         """Of each word and image the nearest cell, of equally near ones the lowest."""
         order = np.lexsort((self.cell, self._word_and_distance(), self.row))
-        return self._of(order[_first_of_runs(self.word[order], self.row[order])])
+        return self.at(order[_first_of_runs(self.word[order], self.row[order])])
 
-    def nearest_first(self) -> "_Cells":
+    def nearest_first(self) -> "Cells":
         """By word, then by distance, then by row."""
-        return self._of(np.lexsort((self.row, self._word_and_distance())))
+        return self.at(np.lexsort((self.row, self._word_and_distance())))
 
     def _word_and_distance(self) -> NDArray[np.int64]:
         """One number to sort by: floats of one sign are ordered as their bits are."""
         ordered: NDArray[np.int64] = (self.word << 32) | np.abs(self.distance).view(np.uint32).astype(np.int64)
         return ordered
 
-    def _of(self, order: NDArray[np.intp]) -> "_Cells":
-        return _Cells(self.word[order], self.row[order], self.cell[order], self.distance[order])
+    def at(self, order: NDArray[np.intp]) -> "Cells":
+        """Those at these places."""
+        return Cells(self.word[order], self.row[order], self.cell[order], self.distance[order])
 
 
-def _joined(parts: Sequence[_Cells]) -> _Cells:
+def joined(parts: Sequence[Cells]) -> Cells:
+    """The cells of all parts, of which there is at least one."""
     word, row, cell, distance = zip(*parts, strict=True)
-    return _Cells(np.concatenate(word), np.concatenate(row), np.concatenate(cell), np.concatenate(distance))
+    return Cells(np.concatenate(word), np.concatenate(row), np.concatenate(cell), np.concatenate(distance))
 
 
 def _first_of_runs(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -160,17 +170,16 @@ def save_nearest(path: Path, nearest: NearestImages) -> None:
         file.write(buffer.getbuffer())
 
 
-def load_nearest(paths: Iterable[Path]) -> Iterator[NearestImages]:
-    """The results that `save_nearest` wrote.
+def load_nearest(path: Path) -> NearestImages:
+    """What `save_nearest` wrote.
 
     Raises:
-        CorruptError: a file that is not one.
+        CorruptError: it is no such file.
     """
-    for path in paths:
-        try:
-            with np.load(io.BytesIO(path.read_bytes())) as values:  # of a damaged file NumPy forgets to close
-                yield NearestImages(**values)
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            if is_machine_error(error):
-                raise
-            raise CorruptError(f"{path} is damaged ({error}); remove it and run the same command again") from error
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as values:  # of a damaged file NumPy forgets to close
+            return NearestImages(**values)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if is_machine_error(error):
+            raise
+        raise CorruptError(f"{path} is damaged ({error}); remove it and run the same command again") from error

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import bowstore
-from bowstore.errors import BowstoreError, UsageError
+from bowstore.errors import UsageError
 from bowstore.files import exclusive_lock, fsync_path, leftovers, temporary_path
 from bowstore.words.store.arrays import (
     array_digest,
@@ -223,20 +223,6 @@ def create_store(
     return StoreWriter(path)
 
 
-def check_room(path: Path, needed: int) -> None:
-    """Refuse to begin what would fill the disk of a store, which need not be there.
-
-    Raises:
-        BowstoreError: there is less room.
-    """
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise BowstoreError(
-            f"{path.parent} has {free / 1e6:,.2f} MB free, the words need {needed / 1e6:,.2f} MB; free some, or choose "
-            "another place for the store"
-        )
-
-
 def store_lock(path: Path) -> AbstractContextManager[None]:
     """Be the one process that writes a store, which need not be there, for the length of a block.
 
@@ -244,11 +230,6 @@ def store_lock(path: Path) -> AbstractContextManager[None]:
         BusyError: another process writes it.
     """
     return exclusive_lock(path.with_name(f".{path.name}.lock"), f"word store {path}")
-
-
-def work_folder(path: Path) -> Path:
-    """Where what an unfinished encoding has seen of nearest images lies, beside its store."""
-    return path.with_name(f".{path.name}.work")
 
 
 def sweep_leftovers(path: Path) -> None:
