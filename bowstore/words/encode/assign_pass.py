@@ -81,7 +81,7 @@ def _plan(job: Job, layers: Sequence[Layer], ranks: int) -> dict[str, NDArray[An
 def _part(job: Job, plan: Arrays) -> tuple[list[NDArray[np.int64]], Work, Clock]:
     """The units of a plan, a rank's work on them, and the clock that counts it."""
     units = [np.arange(start, stop) for start, stop in plan["units"].tolist()]
-    quantizers, nearest = {}, {}  # of the nearest images a rank sends what may count beside all that it has seen
+    quantizers, nearest = {}, {}
     for name in job.num_words:
         if (centroids_Kp := plan.get(f"{name}/vocabulary")) is not None:
             matrix = plan.get(f"{name}/projection")
@@ -96,6 +96,8 @@ def _part(job: Job, plan: Arrays) -> tuple[list[NDArray[np.int64]], Work, Clock]
         arrays: dict[str, NDArray[Any]] = {}
         for name, search in nearest.items():
             arrays[f"{name}/words"] = np.concatenate([found[name][0] for _, found in made])
+            # What a rank leaves out is farther than n images that it has seen, so rank 0 misses nothing; after the
+            # first thousands of images that is nearly all, and messages are little more than words.
             near = []
             for rows_B, found in made:
                 words_Bhw, distance_BM = found[name]
@@ -135,6 +137,7 @@ class _Keeper:
         self._writer, self._layers = writer, layers
         self._nearest = {layer.name: nearest_so_far(writer, layer) for layer in layers}
         self._missing = {(layer.name, int(n)) for layer in layers for n in np.flatnonzero(layer.chunk_digests() == 0)}
+        # Units of several ranks come in any order, so several chunks fill at once: as many as units are under way.
         self._filling: dict[tuple[str, int], NDArray[np.uint16]] = {}
 
     def keep(self, rows: NDArray[np.int64], arrays: Arrays) -> None:
@@ -143,7 +146,7 @@ class _Keeper:
         for layer in self._layers:
             self._nearest[layer.name].add(Cells(*(arrays[f"{layer.name}/near/{part}"] for part in Cells._fields)))
             for chunk in layer.chunks_of(unit):
-                if (layer.name, chunk) in self._missing:
+                if (layer.name, chunk) in self._missing:  # layers of unlike chunks are encoded together, and one had it
                     self._fill(layer, chunk, unit.start, arrays[f"{layer.name}/words"])
 
     def _fill(self, layer: Layer, chunk: int, start: int, words_Nhw: NDArray[np.uint16]) -> None:

@@ -142,6 +142,7 @@ class _Deal:
             self._send(work(iter([unit]), self._wanted))
 
     def _dealt(self) -> Iterator[int]:
+        # `add` is one step of the store: no two ranks get one number, and nobody has to deal them out.
         while (unit := self._store.add("next", 1) - 1) < self._units:
             yield unit
 
@@ -167,7 +168,7 @@ class _Deal:
     def _send(self, made: Iterable[tuple[int, bytes]]) -> None:
         """Hand over units; while too many of this rank are not kept, it makes no others."""
         for unit, result in made:
-            key = f"{unit}/{self._crew.rank}"
+            key = f"{unit}/{self._crew.rank}"  # two ranks may make one unit: neither writes over the other's pieces
             _put(self._store, key, result)
             self._store.queue_push("done", key)
             self._mine.append(unit)
@@ -243,6 +244,7 @@ class _Stage:
             if (unit := int(key.partition("/")[0])) in self._left:  # or another rank was faster
                 self._keep(unit, _got(self._store, key))
                 self._left.discard(unit)
+            # Only now: until a rank sees this it sends no more than one further result.
             _delete(self._store, key)
         if self._published > len(self._left) and self._store.add("next", 0) >= self._units:
             self._published = len(self._left)

@@ -56,7 +56,7 @@ def workers(count: int) -> ThreadPoolExecutor:
 
 def to_host(*tensors: Tensor) -> list[NDArray[Any]]:
     """Arrays of tensors of one device; from a GPU through pinned memory, with one wait for the current stream."""
-    if not tensors[0].is_cuda:
+    if not tensors[0].is_cuda:  # the array is the tensor's own memory
         return [tensor.numpy() for tensor in tensors]
     arrived = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # which PyTorch pins
     _event(torch.cuda.current_stream(tensors[0].device)).synchronize()
@@ -111,6 +111,7 @@ class GpuLanes:
             use: of the maps, which need not be finite; its result must have left the GPU, or is read by a caller that
                 waits for nothing more.
         """
+        # One trunk after the other: two at once would take turns at every kernel, and hold twice the memory.
         with self._launching, torch.cuda.stream(self._trunk):
             self._trunk.wait_event(ready)
             images_BCHW.record_stream(self._trunk)
@@ -126,6 +127,7 @@ class GpuLanes:
             # Finite values may have an infinite sum, others never a finite one; a sum takes a quarter of the time.
             sums = torch.stack([map_Bchw.sum() for map_Bchw in maps.values()])
             finite = sums.isfinite().all().to("cpu", non_blocking=True)
+            # Launched before anybody knows whether the maps are finite: to ask now would wait for the trunk.
             result = use(maps)
             ended = _event(own)
             ended.synchronize()
@@ -138,7 +140,7 @@ class GpuLanes:
         )
 
     def _stream_of_worker(self) -> torch.cuda.Stream:
-        if not hasattr(self._own, "stream"):
+        if not hasattr(self._own, "stream"):  # numbers, not threads, name streams: the next pass has other threads
             self._own.stream = _stream(self._device, next(self._numbers), priority=_FIRST)
         stream: torch.cuda.Stream = self._own.stream
         return stream

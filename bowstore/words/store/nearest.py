@@ -96,18 +96,22 @@ class NearestSearch:
             return
         come = joined(self._waiting)
         self._waiting = []
+        # Only words of which cells have come are looked at: late in a pass these are few of the K.
         touched = np.flatnonzero(np.bincount(come.word, minlength=len(self._row_Kn)))
         place, rank = np.nonzero(self._row_Kn[touched] >= 0)
         word = touched[place]
         have = Cells(word, self._row_Kn[word, rank], self._cell_Kn[word, rank], self._distance_Kn[word, rank])
         cells = joined([have, come])
         self._keep(touched, cells.nearest_first())
+        # An image that is there already with another cell may take two of the n places. That is rare (a unit that was
+        # made twice), and to look for it before would be a second sort of everything each time.
         ordered_Tn = np.sort(self._row_Kn[touched], axis=1)
         if ((ordered_Tn[:, 1:] == ordered_Tn[:, :-1]) & (ordered_Tn[:, 1:] >= 0)).any():
             self._keep(touched, cells.nearest_of_images().nearest_first())  # images that came twice
 
     def _keep(self, touched: NDArray[np.intp], cells: "Cells") -> None:
         """Take the first n of each of these words."""
+        # The cells are sorted: a cell's rank among those of its word is its distance from where their run starts.
         starts = np.flatnonzero(_first_of_runs(cells.word))
         place = np.arange(len(cells.word)) - np.repeat(starts, np.diff(starts, append=len(cells.word)))
         kept = place < self._row_Kn.shape[1]

@@ -144,6 +144,7 @@ class ResidentTargets(Targets):
         self, layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: torch.device, *, shown: bool = True
     ) -> None:
         super().__init__(layer, len(store_row_N), device)
+        # In the order of the index, not of the store: the join is paid once, and a batch is one gather.
         self._words_NM = _load(layer, store_row_N, device, shown=shown)
 
     def ahead(self, rows_B: NDArray[np.int64]) -> None:
@@ -281,7 +282,7 @@ def _load(layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: 
         for chunk, digest in enumerate(digests):
             rows = layer.rows(chunk)
             first, last = np.searchsorted(sorted_N, (rows.start, rows.stop)).tolist()
-            if first < last:
+            if first < last:  # chunks of which no row is wanted are not even read
                 words = layer.read_chunk(chunk, digest).reshape(-1, slots)[sorted_N[first:last] - rows.start]
                 places = torch.from_numpy(order_N[first:last]).to(device)
                 words_NM[places] = torch.from_numpy(words.view(np.int16)).to(device)
