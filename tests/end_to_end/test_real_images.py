@@ -95,7 +95,7 @@ def test_resnet50_words_have_the_papers_size(photographs: Path, tmp_path: Path) 
         batch=8,
     )
     (report,) = encode(words, shards=photographs, store=tmp_path / "words.zarr").layers
-    assert (report.grid, report.words) == ((14, 14), 64)
+    assert (report["grid"], report["words"]) == ((14, 14), 64)
     assert open_store(tmp_path / "words.zarr").load_words("conv4").shape == (24, 14, 14)
 
 
