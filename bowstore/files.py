@@ -40,6 +40,7 @@ _STEM_BYTES = 180  # of the final name in a temporary one: names have 255 at mos
 # Of another machine nobody can tell whether a process lives; none goes on after a week without a byte.
 _SILENT_SECONDS = 7 * 24 * 3600
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OWNER = re.compile(rb"process [0-9]+ on [^\n]*")
 _MOVE_AWAY = "move it away, or name another folder"
 _WITHOUT_LOCKS: set[int] = set()  # devices of which the user was told
@@ -139,7 +140,8 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        if error.filename == str(temporary):  # which no user knows
+        # No user knows the temporary name, and a write that did not fit tells no name at all.
+        if error.filename == str(temporary) or (error.filename is None and error.errno in _NO_ROOM):
             error.filename = str(path)
         raise
     if durable:

@@ -224,6 +224,14 @@ def test_a_lock_file_of_somebody_else_is_locked_and_left_as_it_is(tmp_path: Path
     assert path.read_bytes() == PRECIOUS
 
 
+@pytest.mark.parametrize(("number", "named"), [(errno.ENOSPC, True), (errno.EFBIG, True), (errno.ECONNRESET, False)])
+def test_what_did_not_fit_is_named_and_errors_of_others_are_not(tmp_path: Path, number: int, named: bool) -> None:
+    with pytest.raises(OSError) as caught, atomic_file(tmp_path / "final"):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.filename == (str(tmp_path / "final") if named else None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_on_a_full_disk_is_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
