@@ -226,7 +226,7 @@ def test_a_lock_file_of_somebody_else_is_locked_and_left_as_it_is(tmp_path: Path
 
 @pytest.mark.parametrize(("number", "named"), [(errno.ENOSPC, True), (errno.EFBIG, True), (errno.ECONNRESET, False)])
 def test_what_did_not_fit_is_named_and_errors_of_others_are_not(tmp_path: Path, number: int, named: bool) -> None:
-    with pytest.raises(OSError) as caught, atomic_file(tmp_path / "final"):
+    with pytest.raises(OSError, match=os.strerror(number)) as caught, atomic_file(tmp_path / "final"):
         raise OSError(number, os.strerror(number))
     assert caught.value.filename == (str(tmp_path / "final") if named else None)
     assert not list(tmp_path.iterdir())
