@@ -14,14 +14,14 @@ from left_behind import left_behind
 from numpy.typing import NDArray
 
 from bowstore.errors import BusyError, CorruptError, MismatchError, MissingError, UsageError
-from bowstore.words.store.arrays import array_digest, remove
+from bowstore.words.store.arrays import array_digest, remove, sweep_leftovers
 from bowstore.words.store.join import join_rows
 from bowstore.words.store.layer import LayerSpec, chunk_rows
 from bowstore.words.store.nearest import NearestSearch
 from bowstore.words.store.statistics import word_statistics
 from bowstore.words.store.store import Store, open_store
 from bowstore.words.store.verify import digest, discard_damaged, verify
-from bowstore.words.store.writer import StoreWriter, create_store, store_lock, sweep_leftovers
+from bowstore.words.store.writer import StoreWriter, create_store, store_lock
 
 N, GRID, K, C = 70, (3, 2), 11, 4
 KEYS = [f"img{i:04d}" for i in range(N)]

@@ -39,11 +39,12 @@ from bowstore.words.encode.prepare import layers_there, make_layers
 from bowstore.words.encode.report import EncodeReport, report_layer
 from bowstore.words.encode.sample import draw_samples, plan_samples
 from bowstore.words.encode.teacher import Teacher, freeze_teacher
+from bowstore.words.store.arrays import sweep_leftovers
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.nearest import save_nearest
 from bowstore.words.store.statistics import word_statistics
 from bowstore.words.store.store import Store
-from bowstore.words.store.writer import StoreWriter, store_lock, sweep_leftovers
+from bowstore.words.store.writer import StoreWriter, store_lock
 
 # What may differ between ranks: where files lie on their machines, and what changes no result.
 _OWN_SETTINGS = {"teacher", "weights", "vocabulary", "device", "threads"}

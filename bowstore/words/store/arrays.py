@@ -104,8 +104,8 @@ def stored_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def sweep(path: Path) -> None:
-    """Remove what killed writers left below `path`."""
+def sweep_leftovers(path: Path) -> None:
+    """Remove what killed writers left below `path`; under the lock of its store."""
     for folder in [path, *(found for found in path.rglob("*") if found.is_dir())]:
         sweep_temporary(folder)
 

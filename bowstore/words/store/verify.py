@@ -16,11 +16,12 @@ from bowstore.data.index import Index, open_index
 from bowstore.errors import BowstoreError, CorruptError, MismatchError
 from bowstore.progress import Progress
 from bowstore.runs import descent_of_words
+from bowstore.words.store.arrays import sweep_leftovers
 from bowstore.words.store.join import check_images, rows_of
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.schema import Writer
 from bowstore.words.store.store import REMEDY, Store, open_store
-from bowstore.words.store.writer import StoreWriter, store_lock, sweep_leftovers
+from bowstore.words.store.writer import StoreWriter, store_lock
 
 _EXAMPLES = 5
 

@@ -27,7 +27,6 @@ from bowstore.words.store.arrays import (
     reading,
     remove,
     subgroup,
-    sweep,
 )
 from bowstore.words.store.layer import Layer, LayerSpec, chunk_rows
 from bowstore.words.store.nearest import NearestImages, NearestSearch
@@ -230,8 +229,3 @@ def store_lock(path: Path) -> AbstractContextManager[None]:
         BusyError: another process writes it.
     """
     return exclusive_lock(path.with_name(f".{path.name}.lock"), f"word store {path}")
-
-
-def sweep_leftovers(path: Path) -> None:
-    """Remove what killed writers left in a store; under its lock."""
-    sweep(path)
