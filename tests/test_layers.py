@@ -194,7 +194,7 @@ import importlib, sys
 
 for name in ("faiss", "numcodecs", "nvidia.dali", "pydantic", "torchvision", "webdataset", "zarr"):
     sys.modules[name] = None  # as if it were not there
-for name in ("words.assign.assign", "words.assign.assign_triton", "words.assign.assign_kernels", "words.encode.lanes",
+for name in ("words.assign.assign", "words.assign.assign_triton", "words.assign.assign_kernels", "words.encode.workers",
              "benchmarks.assign"):
     importlib.import_module("bowstore." + name)
 import torch

@@ -19,7 +19,7 @@ from bowstore.environment import cores, device_name
 from bowstore.exact import cpu_threads, exact_float32
 from bowstore.progress import say
 from bowstore.words.assign.assign import PreparedWords, assign, assign_reference, prepare_words
-from bowstore.words.encode.lanes import compute_workers, workers
+from bowstore.words.encode.workers import compute_workers, workers
 
 if TYPE_CHECKING:
     from bowstore.words.assign.assign_triton import FastWords, Tiles

@@ -32,8 +32,8 @@ from bowstore.words.encode.assign_pass import lead_pass
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.crew import join
 from bowstore.words.encode.job import Job, view_values
-from bowstore.words.encode.lanes import compute_workers, workers
 from bowstore.words.encode.teacher import freeze_teacher
+from bowstore.words.encode.workers import compute_workers, workers
 from bowstore.words.store.layer import LayerSpec
 from bowstore.words.store.writer import StoreWriter, create_store
 

@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from served import SERVER
 
 from bowstore.errors import MismatchError, UsageError
 from bowstore.models import compiled
+from bowstore.torchrun import Ranks
 from bowstore.verify import verify_path
+from bowstore.words.encode import arithmetic
+from bowstore.words.encode.arithmetic import run_in
 from bowstore.words.encode.teacher import Teacher
 from bowstore.words.store.store import Store, open_store
 from bowstore.words.store.verify import digest, verify
@@ -173,6 +177,17 @@ def test_compiling_that_is_asked_for_and_cannot_be_had(
     run(store=path)
     assert "the network is run as it is, not compiled: there is no C++ compiler" in capsys.readouterr().err
     assert verify(path).arithmetic["block3"]["trunk"] == "eager"
+
+
+def test_a_rank_that_cannot_compile_as_rank_0_has_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(batch: int) -> None:
+        raise compiled.CannotCompileError("no compiler")
+
+    job: Any = SimpleNamespace(teacher=SimpleNamespace(compiled_for=fail), batch=2, seconds={})
+    monkeypatch.setattr(arithmetic, "ranks", lambda: Ranks(3, 4, 3, 4))
+    told = r"^rank 3 cannot compile the teacher as rank 0 has \(no compiler\); encode on machines that can, or with "
+    with pytest.raises(MismatchError, match=told):
+        run_in(job, compiled.FROZEN)
 
 
 def test_images_under_the_words_of_another_store_go_the_way_of_those_there(

@@ -15,8 +15,8 @@ from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.runs import BACKBONE_FILE, descent, descent_of_words, write_lineage
-from bowstore.words.encode.lanes import workers
 from bowstore.words.encode.teacher import TeacherLayer
+from bowstore.words.encode.workers import workers
 
 CPU = torch.device("cpu")
 

@@ -39,34 +39,30 @@ def in_one_way(job: Job, begun: Sequence[Layer] = ()) -> Job:
 
 
 def run_in(job: Job, way: str) -> Job:
-    """The job, its teacher compiled if that is the way and it can be had."""
+    """The job, its teacher compiled if that is the way and it can be had; other ranks must run it as rank 0 does.
+
+    Raises:
+        MismatchError: this is another rank, and cannot compile.
+        UsageError: compiling was asked for, and is not possible.
+    """
     if way != FROZEN:
         return job
-    if ranks().first:
+    rank = ranks()
+    if rank.first:
         say("compiling the teacher (10 to 50 s)")
     try:
         with timed(job.seconds, "compile"):
             return replace(job, teacher=job.teacher.compiled_for(job.batch))
     except CannotCompileError as error:
+        if not rank.first:
+            raise MismatchError(
+                f"rank {rank.rank} cannot compile the teacher as rank 0 has ({error}); encode on machines that can, or "
+                "with --compile false"
+            ) from error
         if job.config.compile is True:
             raise UsageError(f"{error}; leave --compile out to do without") from error
         tell_fallback(str(error))
         return job
-
-
-def as_rank_0(job: Job, way: str) -> Job:
-    """The job, its teacher run as on rank 0.
-
-    Raises:
-        MismatchError: that is not possible here.
-    """
-    found = run_in(job, way)
-    if found.teacher.trunk != way:
-        raise MismatchError(
-            f"rank {ranks().rank} cannot compile the teacher as rank 0 has; encode on machines that can, or with "
-            "--compile false"
-        )
-    return found
 
 
 def _check_same(layer: Layer, now: Mapping[str, str]) -> None:

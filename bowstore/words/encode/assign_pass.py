@@ -21,9 +21,9 @@ from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 from bowstore.words.assign.assign import assign, prepare_words
 from bowstore.words.encode.crew import Crew, Work
-from bowstore.words.encode.forward import Clock, Made, cut_units, in_bytes, through_teacher
+from bowstore.words.encode.forward import Clock, Made, Maps, cut_units, in_bytes, through_teacher
 from bowstore.words.encode.job import Job
-from bowstore.words.encode.lanes import Maps, compute_workers, to_host
+from bowstore.words.encode.workers import compute_workers
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.nearest import Cells, NearestSearch, joined, load_nearest, save_nearest
 from bowstore.words.store.schema import NOT_WRITTEN
@@ -124,8 +124,7 @@ def quantizer(
                 vectors = project(vectors, before)
             ids = assign(vectors, words)
             distance = torch.linalg.vector_norm(vectors - centroids[ids.long()], dim=1)
-        words_Bhw, distance_BM = to_host(ids.view(batch, h, w), distance.view(batch, -1))
-        return words_Bhw, distance_BM
+        return ids.view(batch, h, w).cpu().numpy(), distance.view(batch, -1).cpu().numpy()
 
     return quantize
 

@@ -1,9 +1,8 @@
 """Images through the teacher: decoding, network and use of its maps run side by side, in order, in bounded memory.
 
-lanes.py decides what runs where. Ranks share the images by units, which are runs of batches. Batches are cut before any
-rank takes one, and a batch is never split: what is made of an image does not depend on who makes it, nor on how many
-ranks there are. How many batches a unit has does; a rank gets several units, however few images there are, so that all
-ranks end at nearly the same time.
+Ranks share the images by units, which are runs of batches. Batches are cut before any rank takes one, and a batch is
+never split: what is made of an image does not depend on who makes it, nor on how many ranks there are. How many batches
+a unit has does; a rank gets several units, however few images there are, so that all ranks end at nearly the same time.
 
 Legend: B batch, C channels, H W pixels, c channels of a map, h w its cells.
 """
@@ -14,9 +13,8 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,9 +29,10 @@ from bowstore.errors import DataError
 from bowstore.exact import cpu_threads, exact_float32
 from bowstore.words.encode.crew import Work
 from bowstore.words.encode.job import Job
-from bowstore.words.encode.lanes import GpuLanes, Maps, workers
+from bowstore.words.encode.workers import workers
 
 T = TypeVar("T")
+Maps = Mapping[str, Tensor]
 Made = list[tuple[NDArray[np.int64], T]]  # rows, and what was made of them
 _UNITS_A_RANK = 16  # at least, where there are so many batches: the last one to end is late by a small part of it
 
@@ -44,15 +43,13 @@ class Clock:
 
     Attributes:
         workers: threads that compute.
-        seconds: by stage. `teacher` and what the maps are used for are the workers' own time, on a GPU the GPU's;
-            `start`, `images` and `write` are the time that the pass waited for the first images, for further ones, or
-            for the disk.
-        one_at_a_time: stages in which the workers take turns.
+        seconds: by stage. `teacher` and what the maps are used for are the workers' own time, on a GPU with that for
+            which each waits for the others' work; `start`, `images` and `write` are the time that the pass waited for
+            the first images, for further ones, or for the disk.
     """
 
     workers: int
     seconds: dict[str, float] = field(default_factory=dict)
-    one_at_a_time: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _begun: float = field(default_factory=time.perf_counter)
 
@@ -63,19 +60,15 @@ class Clock:
         try:
             yield
         finally:
-            self.add(stage, time.perf_counter() - begun)
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Add seconds to a stage."""
-        with self._lock:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+            with self._lock:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
 
     def shares(self) -> dict[str, float]:
         """Each stage's share, 0 to 1: of the workers' time for computing, of the pass's time for waiting."""
         elapsed = max(time.perf_counter() - self._begun, 1e-9)
         with self._lock:
             found = dict(self.seconds)
-        alone = {"start", "images", "write", *self.one_at_a_time}
+        alone = {"start", "images", "write"}
         return {
             stage: min(1.0, spent / elapsed / (1 if stage in alone else self.workers)) for stage, spent in found.items()
         }
@@ -108,8 +101,7 @@ def forward(
         job: says which teacher, images and device, and how many images a batch has at most; batches of very large
             images are split further, by the index alone.
         batches: rows of each batch; asked for a few batches ahead, in another thread.
-        use: called with rows and maps (B, c, h, w) by layer, in a worker's thread. On a CPU maps are finite; on a GPU,
-            for which nothing waits meanwhile, what was made from others is found and dropped afterwards.
+        use: called with rows and maps (B, c, h, w) by layer, all finite, in a worker's thread.
         clock: counts the time.
         stage: the clock's name for the time of `use`.
 
@@ -117,25 +109,15 @@ def forward(
         DataError: an image that does not decode, or maps that are not finite; names the images.
     """
     own, index, device = threading.local(), job.index, job.device
-    lanes = GpuLanes(device) if device.type == "cuda" else None
-    clock.one_at_a_time = {"teacher"} if lanes else set()
+    # Workers launch one trunk after the other: two at once would hold twice the memory.
+    launching: Any = threading.Lock() if device.type == "cuda" else nullcontext()
 
-    def maps_of(images_BCHW: Tensor) -> Maps:
+    def work(rows_B: NDArray[np.int64], images_BCHW: Tensor) -> T:
         if not hasattr(own, "teacher"):
             own.teacher = job.teacher.replica()
-        maps: Maps = own.teacher.maps(images_BCHW)
-        return maps
-
-    def work(rows_B: NDArray[np.int64], images_BCHW: Tensor, ready: Any) -> T:
-        if lanes:
-            done = lanes.run(images_BCHW, ready, maps_of, partial(use, rows_B))
-            if not done.finite:
-                _check_finite(index, rows_B, done.maps)
-            clock.add("teacher", done.trunk_seconds)
-            clock.add(stage, done.use_seconds)
-            return done.result
         with clock.time("teacher"):
-            maps = maps_of(images_BCHW)
+            with launching:
+                maps: Maps = own.teacher.maps(images_BCHW)
             _check_finite(index, rows_B, maps)
         with clock.time(stage):
             return use(rows_B, maps)
@@ -153,9 +135,8 @@ def forward(
                 if found is None:
                     break
                 rows_B, images_BCHW = found
-                # A copy, on the pipeline's own stream: the pipeline refills its buffer while workers still read.
-                copy_BCHW = images_BCHW.clone()
-                waiting.append((rows_B, pool.submit(work, rows_B, copy_BCHW, lanes.mark() if lanes else None)))
+                # A copy: the pipeline refills its buffer while workers still read.
+                waiting.append((rows_B, pool.submit(work, rows_B, images_BCHW.clone())))
                 if len(waiting) > clock.workers:
                     done, future = waiting.popleft()
                     yield done, future.result()

@@ -18,9 +18,9 @@ from bowstore.environment import available_memory
 from bowstore.errors import UsageError
 from bowstore.progress import Progress, timed
 from bowstore.words.encode.crew import Crew
-from bowstore.words.encode.forward import Clock, Made, cut_units, in_bytes, through_teacher
+from bowstore.words.encode.forward import Clock, Made, Maps, cut_units, in_bytes, through_teacher
 from bowstore.words.encode.job import Job
-from bowstore.words.encode.lanes import Maps, compute_workers
+from bowstore.words.encode.workers import compute_workers
 
 # An image gives at least this many vectors: fewer would mean a pass over all of a large set for no better words.
 _POSITIONS_PER_IMAGE = 16
