@@ -43,23 +43,22 @@ def encode(given: dict[str, Any], shards: tuple[Path, ...], store: Path | None, 
     from bowstore.words.encode.encode import encode as run_encode
     from bowstore.workspace import only_store, resolve_teacher
 
-    if append:
-        raise UsageError(
-            "stores do not grow by --append any more; give the new images a store of their own, under the same words "
-            "(bowstore encode --vocabulary OLD --shards MORE --store NEW), and train on both (bowstore train --shards "
-            "FIRST --shards MORE --store OLD --store NEW)"
-        )
     interrupt_on_sigterm()
-    workspace = load_workspace()
-    if workspace.recipe and not (given.get("layers") or given.get("vocabulary")):
-        stage = next_encoding(workspace_plan(workspace, "--layer LAYER"))
-        shards, store = shards or stage.shards, store or stage.place
-        given = {**stage.given, **given}
-    teacher = resolve_teacher(workspace, given.get("teacher"), seed=given.get("seed"))
-    config = validate(EncodeConfig, {**given, "teacher": teacher}, "encode")
-    with beside_others():
+    with beside_others():  # from here on: under torchrun a mistake of the call is told once, not by every rank
+        if append:
+            raise UsageError(
+                "stores do not grow by --append any more; give the new images a store of their own, under the same "
+                "words (bowstore encode --vocabulary OLD --shards MORE --store NEW), and train on both (bowstore train "
+                "--shards FIRST --shards MORE --store OLD --store NEW)"
+            )
+        workspace = load_workspace()
+        if workspace.recipe and not (given.get("layers") or given.get("vocabulary")):
+            stage = next_encoding(workspace_plan(workspace, "--layer LAYER"))
+            shards, store = shards or stage.shards, store or stage.place
+            given = {**stage.given, **given}
+        teacher = resolve_teacher(workspace, given.get("teacher"), seed=given.get("seed"))
         report = run_encode(
-            config,
+            validate(EncodeConfig, {**given, "teacher": teacher}, "encode"),
             shards=shards or workspace.shards,
             store=store or only_store(workspace, "name the one to write by --store"),
             storage=workspace.storage,

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from bowstore.environment import choose_device, cores_per_rank, device_name, warn_of_kinds
-from bowstore.errors import BowstoreError, BusyError, MismatchError, UsageError
+from bowstore.errors import BowstoreError, BusyError, MismatchError, MissingError, UsageError
 from bowstore.torchrun import Ranks, ranks
 from bowstore.train.lifeline import REMEDY, Lifeline, connect
 
 _HANG_SECONDS = 600.0
 _INTERRUPTED = "it was interrupted"
-_REFUSALS = (UsageError, MismatchError, BusyError)  # what torchrun's next attempt would meet again
+_REFUSALS = (UsageError, MissingError, MismatchError, BusyError)  # what torchrun's next attempt would meet again
 _REFUSED = "bowstore/refused"
 _TIMEOUT = timedelta(seconds=_HANG_SECONDS + 60)  # of a collective; the lifeline is first, and names the rank
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bowstore.errors import BowstoreError, BusyError, DataError, MismatchError, UsageError
+from bowstore.errors import BowstoreError, BusyError, DataError, MismatchError, MissingError, UsageError
 from bowstore.train import distributed, lifeline
 from bowstore.train.distributed import World
 from bowstore.train.lifeline import Lifeline, connect
@@ -205,7 +205,7 @@ def test_errors_of_collectives_are_one_line_and_others_stay_what_they_are(
     assert line.told == [" ".join(str(error).split()), "closed"]
 
 
-@pytest.mark.parametrize("kind", [UsageError, MismatchError, BusyError])
+@pytest.mark.parametrize("kind", [UsageError, MissingError, MismatchError, BusyError])
 def test_a_refusal_is_told_once_on_each_machine_and_never_again(
     kind: type[BowstoreError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
