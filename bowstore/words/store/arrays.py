@@ -4,13 +4,12 @@ The one place that turns a path into a Zarr store. Zarr's own local writes are a
 a missing chunk as fill values; its errors name no chunk.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -33,11 +32,15 @@ READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError
 
 _OBJECT = re.compile(r"(?:.+/)?zarr\.json|(?:.+/)?c(?:/[0-9]+)*")  # of Zarr, by its name in a group
 
+_Kind = TypeVar("_Kind", zarr.Group, zarr.Array[Any])
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a chunk that is gone is never taken for one that is all fill
 
 
-class PlainStore(LocalStore):
-    """Zarr's local store, which opens plain files alone: on a pipe under an object's name it would wait for ever."""
+class SafeStore(LocalStore):
+    """Zarr's local store whose objects are whole or absent, even after a power cut.
+
+    It opens plain files alone: on a pipe under an object's name it would wait for ever.
+    """
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -58,10 +61,6 @@ class PlainStore(LocalStore):
         if not path.is_dir():  # which Zarr takes for a missing object
             check_plain_file(path)
 
-
-class DurableStore(PlainStore):
-    """Zarr's local store with durable writes: each object is whole or absent, even after a power cut."""
-
     async def set(self, key: str, value: Buffer) -> None:
         """Write one object."""
         self.set_sync(key, value)
@@ -73,6 +72,7 @@ class DurableStore(PlainStore):
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Write one object, fsync it and every folder that gained an entry."""
+        self._check_writable()
         path = self.root / key
         make_folder(path.parent)
         with atomic_file(path) as file:
@@ -81,7 +81,7 @@ class DurableStore(PlainStore):
 
 def new_group(path: Path, attributes: dict[str, Any]) -> zarr.Group:
     """Create a group at a path where nothing is."""
-    return zarr.create_group(DurableStore(path), attributes=attributes, zarr_format=3)
+    return zarr.create_group(SafeStore(path), attributes=attributes, zarr_format=3)
 
 
 def open_group(path: Path, *, writable: bool) -> zarr.Group:
@@ -91,10 +91,11 @@ def open_group(path: Path, *, writable: bool) -> zarr.Group:
         MismatchError: no Zarr group lies there.
         CorruptError: its metadata cannot be read.
     """
-    store = DurableStore(path) if writable else PlainStore(path, read_only=True)
     with reading(f"word store {path}"):
         try:
-            return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
+            return zarr.open_group(
+                SafeStore(path, read_only=not writable), mode="r+" if writable else "r", zarr_format=3
+            )
         except GroupNotFoundError as error:
             raise MismatchError(f"{path} is not a word store: it is no Zarr group; name another path") from error
 
@@ -111,14 +112,12 @@ def sweep_leftovers(path: Path) -> None:
 
 
 def foreign_file(path: Path) -> Path | None:
-    """A file at or below a path that Zarr did not write: neither metadata nor a chunk; None if there is none."""
-    for parent, folders, names in os.walk(path):
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        for name in (*names, *links):
-            file = Path(parent, name)
-            if not (_OBJECT.fullmatch(file.relative_to(path).as_posix()) or temporary_stem(file)) or name in links:
-                return file
-    return path if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()) else None
+    """What lies at or below a path and is none of Zarr's folders, metadata and chunks; None if nothing does."""
+    for found in (path, *path.rglob("*")):
+        ours = found.is_dir() or _OBJECT.fullmatch(found.relative_to(path).as_posix()) or temporary_stem(found)
+        if found.is_symlink() or (found.exists() and not ours):
+            return found
+    return None
 
 
 def remove(path: Path) -> None:
@@ -129,27 +128,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def subgroup(group: zarr.Group, name: str) -> zarr.Group:
-    """A group below a group."""
+def member(group: zarr.Group, name: str, kind: type[_Kind]) -> _Kind:
+    """What is below a group, refused if it is not of this kind."""
     item = group.get(name)
-    if not isinstance(item, zarr.Group):
-        raise ValueError(f"group {name} is missing")
+    if not isinstance(item, kind):
+        raise ValueError(f"{kind.__name__.lower()} {name} is missing")
     return item
-
-
-def chunk_length(group: zarr.Group, name: str) -> int:
-    """Rows of a chunk of an array, which only the array knows."""
-    item = group.get(name)
-    if not isinstance(item, zarr.Array):
-        raise ValueError(f"array {name} is missing")
-    return int(item.chunks[0])
 
 
 def array(group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int]) -> zarr.Array[Any]:
     """An array below a group, refused if it is not as the table has it."""
-    item = group.get(name)
-    if not isinstance(item, zarr.Array):
-        raise ValueError(f"array {name} is missing")
+    item = member(group, name, zarr.Array)
     if item.shape != spec.shape(sizes):
         raise ValueError(f"{name} has shape {item.shape}, not {spec.shape(sizes)}")
     if item.dtype != spec.dtype or not np.array_equal(item.fill_value, spec.fill, equal_nan=True):
@@ -170,11 +159,6 @@ def create(group: zarr.Group, spec: ArraySpec, sizes: Mapping[str, int], values:
     )
     if values is not None:
         made[:] = values
-
-
-def read(array: zarr.Array[Any], rows: slice = slice(None)) -> NDArray[Any]:
-    """Rows of an array, in memory."""
-    return np.asarray(array[rows])
 
 
 def array_digest(array: NDArray[Any]) -> int:
@@ -200,28 +184,26 @@ def read_checked(
     Raises:
         CorruptError: missing, undecodable, or other than what was recorded; says whether it can be made good.
     """
-    what = f"array {name} of word store {path}"
-    try:
-        with reading(what):
-            values = read(array(group, name, spec, sizes))
+    what, lost = f"array {name} of word store {path}", spec.writer is Writer.CREATION
+    with reading(what, "restore it from a copy, or encode into a new store" if lost else repair_of(path)):
+        values = np.asarray(array(group, name, spec, sizes)[:])
         if hex_digest(values) != digest:
             raise CorruptError(f"{what} differs from its recorded digest {digest}")
-    except CorruptError as error:
-        lost = spec.writer is Writer.CREATION
-        remedy = "restore it from a copy, or encode into a new store" if lost else repair_of(path)
-        raise CorruptError(f"{error}; {remedy}") from error
     return values
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn whatever Zarr raises for damage into one line that names the place."""
+def reading(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn whatever Zarr raises for damage into one line that names the place, and says what to do about it."""
+    then = f"; {remedy}" if remedy else ""
     try:
         yield
+    except CorruptError as error:
+        raise CorruptError(f"{error}{then}") from error
     except BowstoreError:
         raise
     except READ_ERRORS as error:
         if is_machine_error(error):  # a chunk that could not be read now is not damaged: a repair would discard it
             raise
         first = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CorruptError(f"{what} cannot be read ({first})") from error
+        raise CorruptError(f"{what} cannot be read ({first}){then}") from error

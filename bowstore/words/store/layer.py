@@ -16,16 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.errors import CorruptError
-from bowstore.words.store.arrays import (
-    array,
-    array_digest,
-    chunk_length,
-    read,
-    read_checked,
-    reading,
-    repair_of,
-    subgroup,
-)
+from bowstore.words.store.arrays import array, array_digest, member, read_checked, reading, repair_of
 from bowstore.words.store.nearest import NearestImages
 from bowstore.words.store.schema import NOT_WRITTEN, layer_arrays, layer_sizes
 
@@ -108,7 +99,7 @@ class Layer:
         self.path, self.name, self.images = path, name, images
         with reading(f"layer {name!r} of word store {path}"):
             self._root = group
-            attributes: dict[str, Any] = subgroup(group, name).attrs.asdict()
+            attributes: dict[str, Any] = member(group, name, zarr.Group).attrs.asdict()
             self.attributes = attributes
             self.grid = (int(attributes["grid"][0]), int(attributes["grid"][1]))
             self.num_words = int(attributes["words"])
@@ -118,7 +109,7 @@ class Layer:
             projection = attributes["projection"]
             self.arrays = layer_arrays(projected=projection is not None)
             dimensions = int(projection["dimensions"]) if projection else self.channels
-            self.chunk_rows = chunk_length(group, f"{name}/words")
+            self.chunk_rows = int(member(group, f"{name}/words", zarr.Array).chunks[0])
             self._sizes = layer_sizes(images, self.grid, self.num_words, self.channels, dimensions, self.chunk_rows)
             self.chunks = self._sizes["chunks"]
             self._words, self._digests = self.array("words"), self.array("chunk_digest")
@@ -199,11 +190,8 @@ class Layer:
         return int(self._read_digests(slice(chunk, chunk + 1))[0])
 
     def _read_digests(self, chunks: slice) -> NDArray[np.uint64]:
-        try:
-            with reading(f"array {self.name}/chunk_digest of word store {self.path}"):
-                return read(self._digests, chunks)
-        except CorruptError as error:
-            raise CorruptError(f"{error}; {repair_of(self.path)}") from error
+        with reading(f"array {self.name}/chunk_digest of word store {self.path}", repair_of(self.path)):
+            return np.asarray(self._digests[chunks])
 
     def chunks_of(self, rows: slice) -> range:
         """The chunks that hold any of the rows."""
@@ -216,17 +204,14 @@ class Layer:
             CorruptError: missing, undecodable, or not what was committed; names the chunk and its rows.
         """
         what = f"chunk {self.place(chunk)} of word store {self.path}"
-        try:
-            with reading(what):
-                words = read(self._words, self.rows(chunk))
+        with reading(what, repair_of(self.path)):
+            words = np.asarray(self._words[self.rows(chunk)])
             if digest == 0:
                 raise CorruptError(f"{what} was never committed")
             if array_digest(words) != digest:
                 missing = int((words == NOT_WRITTEN).sum())
                 half = f"is missing or half written ({missing} words hold the fill value)"
                 raise CorruptError(f"{what} {half if missing else 'differs from its recorded digest'}")
-        except CorruptError as error:
-            raise CorruptError(f"{error}; {repair_of(self.path)}") from error
         return words
 
     def read_words(self) -> NDArray[np.uint16]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
 import bowstore
@@ -23,10 +24,10 @@ from bowstore.words.store.arrays import (
     create,
     foreign_file,
     hex_digest,
+    member,
     new_group,
     reading,
     remove,
-    subgroup,
 )
 from bowstore.words.store.layer import Layer, LayerSpec, chunk_rows
 from bowstore.words.store.nearest import NearestImages, NearestSearch
@@ -133,7 +134,7 @@ class StoreWriter:
         done = self.committed_chunks(layer)
         if not done.all():
             raise UsageError(f"layer {layer!r} has {int(done.sum())} of {len(done)} chunks; write the others first")
-        group = subgroup(self._group, layer)
+        group = member(self._group, layer, zarr.Group)
         digests: dict[str, Any] = {}
         found: dict[str, NDArray[Any]] = {
             "document_frequency": statistics.document_frequency_K,
@@ -171,7 +172,7 @@ class StoreWriter:
             nearest: also forget what was seen of the nearest images.
         """
         lost = dict.fromkeys(("nearest_digest", "nearest_distance_digest")) if nearest else {}
-        subgroup(self._group, layer).update_attributes({"complete": False, **lost})
+        member(self._group, layer, zarr.Group).update_attributes({"complete": False, **lost})
         digests = self.layer(layer).array("chunk_digest")
         for chunk in chunks:
             remove(self.path / layer / "chunk_digest" / "c" / str(chunk))
