@@ -94,7 +94,7 @@ def kind_of(path: Path) -> Kind:
 def _check_complete(path: Path) -> None:
     from bowstore.words.store.store import Store  # Zarr, for a store alone
 
-    layers = Store(path).every_layer()
+    layers = Store(path).every_layer.values()
     if unfinished := next((layer.name for layer in layers if not layer.complete), None):
         raise MismatchError(
             f"layer {unfinished!r} of word store {path} is not complete; run its `bowstore encode` again first"

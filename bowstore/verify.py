@@ -140,7 +140,7 @@ def _verify_store(
     from bowstore.words.store.store import REMEDY
 
     report = verify.verify(path, shards, storage, reencoded=reencoded)
-    layers = [f"{name} ({in_words(report.arithmetic[name])})" for name in report.layers]
+    layers = [f"{name} ({in_words(way)})" for name, way in report.arithmetic.items()]
     checked = f"{report.images} images, {report.chunks} chunks, layers {', '.join(layers) or 'none'}"
     problems = [Problem(message, "store") for message in report.problems]
     repairs = []

@@ -99,7 +99,7 @@ def test_remote_store_that_changed_is_fetched_anew(server: FolderServer, tmp_pat
     index_like = open_store(old)
 
     class Rows:
-        fingerprint, key_hash, label = "f" * 32, index_like.key_hash()[:50], np.zeros(50, np.int32)
+        fingerprint, key_hash, label = "f" * 32, index_like.read_array("key_hash")[:50], np.zeros(50, np.int32)
         digest = key_hash
 
         def __len__(self) -> int:

@@ -107,7 +107,7 @@ class EncodeStage(Stage):
         """By the layers and how they were made."""
         if is_remote(self.place) or not self.place.exists():
             return TO_DO
-        layers = {layer.name: layer for layer in Store(self.place).every_layer()}
+        layers = Store(self.place).every_layer
         there = [layers[name] for name in self.config.layers if name in layers]
         whole = len(there) == len(self.config.layers) and all(layer.complete for layer in there)
         if problem := next(self._problems(layers), ""):
@@ -211,4 +211,5 @@ def complete_layer(store: Path | None, name: str | None) -> Layer | None:
     """A layer that is here and complete."""
     if not name or store is None or is_remote(store) or not store.exists():
         return None
-    return next((layer for layer in Store(store).every_layer() if layer.name == name and layer.complete), None)
+    layer = Store(store).every_layer.get(name)
+    return layer if layer and layer.complete else None

@@ -1,7 +1,7 @@
 """What a page of words shows: which words, how they are used, their nearest images, which words go together.
 
 Counts come from one pass over a layer's chunks, one chunk in memory at a time. Only the hashes of keys grow with
-the images (8 bytes each), and only while a store is joined with shards other than its own.
+the images (8 bytes each), and only while the shards are searched for those that are shown.
 
 Legend: N images, M cells of an image, h w word grid, K words, S words whose co-occurrence is counted, n images kept for
 each word, U distinct rows that are looked up.
@@ -17,11 +17,11 @@ from scipy.sparse import csr_array
 
 from bowstore.data.index import Index
 from bowstore.data.views import CleanView
-from bowstore.errors import MissingError, UsageError
+from bowstore.errors import MismatchError, MissingError, UsageError
 from bowstore.progress import Progress, say
 from bowstore.report.config import Wish
 from bowstore.words.store.arrays import reading
-from bowstore.words.store.join import index_rows
+from bowstore.words.store.join import other_images, rows_of
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.nearest import NearestImages
 from bowstore.words.store.statistics import health_warnings
@@ -171,7 +171,7 @@ def collect(store: Store, index: Index, wish: Wish) -> tuple[LayerWords, ...]:
         CorruptError: a damaged chunk, or metadata that cannot be used.
     """
     if wish.layer is None:
-        left_out = [layer.name for layer in store.every_layer() if not layer.complete]
+        left_out = [layer.name for layer in store.every_layer.values() if not layer.complete]
         if left_out:
             say(f"not complete, left out: {', '.join(left_out)}")
     layers = [store.layer(name) for name in ([wish.layer] if wish.layer else store.layers)]
@@ -189,7 +189,7 @@ def _collect_layer(store: Store, layer: Layer, index: Index, wish: Wish) -> Laye
     with reading(f"layer {layer.name!r} of word store {store.path}"):
         values = layer.attributes["view"]
         view = CleanView(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-    document_frequency_K = store.document_frequency(layer.name)
+    document_frequency_K = layer.read_array("document_frequency")
     galleries = choose_words(document_frequency_K, wish)
     shown = tuple(dict.fromkeys(word for gallery in galleries for word in gallery.words))
     usage = count_words(layer, shown)
@@ -316,10 +316,12 @@ class _Images:
 
     def __init__(self, store: Store, layer: Layer, index: Index, words: Sequence[int], *, reencoded: bool) -> None:
         self._index, self._columns = index, layer.grid[1]
-        self._nearest: NearestImages = store.nearest(layer.name)
+        self._nearest: NearestImages = layer.read_nearest()
         row_Kn = self._nearest.row_Kn[list(words)]
         rows_U = np.unique(row_Kn[row_Kn >= 0])
-        found_U = index_rows(store, index, rows_U, reencoded=reencoded)
+        found_U = rows_of(store.read_array("key_hash")[rows_U], index.key_hash)
+        if not reencoded and (problem := other_images(store, index, found_U, rows_U)):
+            raise MismatchError(problem)
         self._found = dict(zip(rows_U.tolist(), found_U.tolist(), strict=True))
         self.looked_up, self.missing = len(rows_U), int((found_U < 0).sum())
 

@@ -21,7 +21,8 @@ from bowstore.data.index import open_index
 from bowstore.errors import CorruptError, MismatchError, MissingError
 from bowstore.report.config import Wish
 from bowstore.report.page import WordsReport, write_words_page
-from bowstore.report.words import choose_words, collect, count_words, index_rows, strongest_neighbours
+from bowstore.report.words import choose_words, collect, count_words, strongest_neighbours
+from bowstore.words.store.join import rows_of
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.store import open_store
 from bowstore.words.store.writer import StoreWriter
@@ -38,7 +39,7 @@ def test_every_example_holds_its_word_at_that_cell(store: Path, report: WordsRep
     opened = open_store(store)
     assert [layer.layer.name for layer in report.layers] == ["block1", "block3"]
     for layer in report.layers:
-        nearest = opened.nearest(layer.layer.name)
+        nearest = layer.layer.read_nearest()
         for word in layer.words.values():
             assert len(word.examples) == min(8, word.images)
             for place, example in enumerate(word.examples):
@@ -143,14 +144,14 @@ def test_images_that_the_shards_lack_are_left_out_and_counted(store: Path, tmp_p
     looked_up = {
         row
         for word in {*layer.words, *(n.word for w in layer.words.values() for n in w.neighbours)}
-        for row in opened.nearest("block3").row_Kn[word].tolist()
+        for row in opened.layer("block3").read_nearest().row_Kn[word].tolist()
         if row >= 0
     }
     missing = {row for row in looked_up if row >= 60}
     assert missing
     assert (layer.looked_up, layer.missing) == (len(looked_up), len(missing))
     for word in layer.words.values():
-        kept = [row for row in opened.nearest("block3").row_Kn[word.word].tolist() if 0 <= row < 60]
+        kept = [row for row in opened.layer("block3").read_nearest().row_Kn[word.word].tolist() if 0 <= row < 60]
         assert [opened.row(example.key) for example in word.examples] == kept[:8]
         assert [index.key(example.index_row) for example in word.examples] == [e.key for e in word.examples]
     line = f"{layer.missing} of the {layer.looked_up} images that lie nearest are not in these shards"
@@ -175,10 +176,10 @@ def test_other_shards_are_told(store: Path, shards: Path, tmp_path: Path, report
 def test_rows_of_shards_in_another_order(store: Path, tmp_path: Path, shards: Path) -> None:
     opened, index = open_store(store), open_index(shards)
     others = open_index(write_shards(tmp_path / "more", 200))
-    rows = np.array([95, 0, 41])
-    assert index_rows(opened, index, rows).tolist() == [95, 0, 41]
-    assert [others.key(row) for row in index_rows(opened, others, rows)] == [index.key(row) for row in rows]
-    assert index_rows(opened, others, rows[:0]).tolist() == []
+    rows, hashes = np.array([95, 0, 41]), opened.read_array("key_hash")
+    assert rows_of(hashes[rows], index.key_hash).tolist() == [95, 0, 41]
+    assert [others.key(row) for row in rows_of(hashes[rows], others.key_hash)] == [index.key(row) for row in rows]
+    assert rows_of(hashes[:0], others.key_hash).tolist() == []
 
 
 def test_a_store_and_shards_on_a_server(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,12 +220,12 @@ def permuted_config(make_config: Make, tmp_path: Path, monkeypatch: pytest.Monke
     assert config.task.store is not None
     store = open_store(config.task.store[0])
     order = np.random.default_rng(3).permutation(len(store))
-    images = store.image_digest()
+    images = store.read_array("image_digest")
     assert images is not None
     write_words(
         tmp_path / "permuted.zarr",
         store.load_words()[order],
-        key_hash_N=store.key_hash()[order],
+        key_hash_N=store.read_array("key_hash")[order],
         image_digest_N=images[order],
     )
 

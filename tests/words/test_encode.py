@@ -72,7 +72,7 @@ def test_report(run: Any, shards: Path, clean: Path) -> None:
     assert layer["vocabulary_bytes"] > 24 * 64 * 2
     assert report.warnings == []
     assert digest(report.store) == digest(clean)
-    frequency = open_store(report.store).document_frequency()
+    frequency = open_store(report.store).layer().read_array("document_frequency")
     words = open_store(report.store).load_words()
     assert frequency.tolist() == [int((words == k).any(axis=(1, 2)).sum()) for k in range(24)]
 
@@ -342,7 +342,7 @@ def test_pca_and_whitening_come_before_the_words(run: Any, teacher_file: Path, s
     store, index = open_store(report.store), open_index(shards)
     assert store.vocabulary().shape == (24, 6)
     assert store.layer().attributes["projection"] == {"kind": "pca", "dimensions": 6, "whiten": True}
-    matrix, offset = store.projection() or (None, None)
+    matrix, offset = store.layer().read_projection() or (None, None)
     teacher = load_teacher(teacher_file, ("block3",), CPU)
     for rows, images in clean_batches(ShardReader(index), teacher.view, np.array([40]), batch=1, device=CPU):
         vectors = teacher.maps(images)["block3"][0].flatten(1).T.double().numpy() @ matrix.T + offset
@@ -386,7 +386,7 @@ def test_k_is_one_for_all_layers_or_one_for_each(run: Any, tmp_path: Path) -> No
 
 def test_the_nearest_images_are_those_of_the_store(clean: Path, teacher_file: Path, shards: Path) -> None:
     index, store = open_index(shards), open_store(clean)
-    nearest, words, centres = store.nearest(), store.load_words(), store.vocabulary().astype(np.float64)
+    nearest, words, centres = store.layer().read_nearest(), store.load_words(), store.vocabulary().astype(np.float64)
     assert nearest.row_Kn.shape == (24, 16)
     teacher = load_teacher(teacher_file, ("block3",), CPU)
     distance = np.empty((IMAGES, 16))

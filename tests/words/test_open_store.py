@@ -85,7 +85,6 @@ def test_words_and_bag_of_a_key(path: Path, shards: Path) -> None:
     words = store.load_words("block3")
     for row in (0, 17, IMAGES - 1):
         key = index.key(row)
-        assert key in store
         assert store.row(key) == row
         assert np.array_equal(store.words(key, "block3"), words[row])
         bag = store.bag(key, "block3")
@@ -105,7 +104,7 @@ def test_iterate_and_vocabulary(path: Path, shards: Path) -> None:
     assert [hash_ for hash_, _ in found] == [key_hash(key) for key in open_index(shards).keys()]
     assert np.array_equal(np.stack([words for _, words in found]), store.load_words("block3"))
     assert store.vocabulary("block3").shape == (24, 5)
-    projection = store.projection("block3")
+    projection = store.layer("block3").read_projection()
     assert projection is not None
     assert [part.shape for part in projection] == [(5, 64), (5,)]
     assert len(store) == IMAGES
@@ -113,7 +112,6 @@ def test_iterate_and_vocabulary(path: Path, shards: Path) -> None:
 
 def test_what_is_not_there_is_one_line(path: Path, shards: Path) -> None:
     store = bowstore.open_store(path)
-    assert "no/such" not in store
     with pytest.raises(MissingError, match=r"has no key 'no/such'; a key is the image's path in its shard without the"):
         store.words("no/such", "block3")
     with pytest.raises(UsageError, match=r"has 2 layers, name one; its layers: block2, block3"):
@@ -140,7 +138,7 @@ def test_plain_zarr_reads_it_and_nothing_of_bowstore(path: Path, shards: Path, t
         assert layer["K"] == store.layer(name).num_words
         assert layer["vocabulary"] == [layer["K"], 5]
         assert layer["holds"] == 3  # the cell nearest to word 3 holds word 3
-        assert layer["document_frequency"] == store.document_frequency(name).tolist()
+        assert layer["document_frequency"] == store.layer(name).read_array("document_frequency").tolist()
         assert layer["projection"]
 
 

@@ -23,7 +23,9 @@ def test_lost_nearest_images_are_found_again(store: Path, teacher_file: Path, sh
     assert verify(store).sound
     assert digest(store) == digest(whole)
     for layer in LAYERS["layers"]:
-        for found, wanted in zip(open_store(store).nearest(layer), open_store(whole).nearest(layer), strict=True):
+        for found, wanted in zip(
+            *(open_store(path).layer(layer).read_nearest() for path in (store, whole)), strict=True
+        ):
             np.testing.assert_array_equal(found, wanted)
 
 

@@ -106,7 +106,7 @@ def test_reads_back_what_was_written(path: Path) -> None:
     assert np.array_equal(store.load_words(), some_words())
     assert store.load_words().dtype == np.uint16
     assert np.array_equal(store.vocabulary("conv4"), some_vocabulary())
-    assert store.document_frequency("conv4")[3] == (some_words() == 3).any(axis=(1, 2)).sum()
+    assert store.layer().read_array("document_frequency")[3] == (some_words() == 3).any(axis=(1, 2)).sum()
     assert store.layer().attributes["teacher"]["arch"] == "wrn-10-1"
 
 
@@ -433,5 +433,5 @@ def test_store_needs_neither_faiss_nor_networks() -> None:
 
 def test_length_and_hashes(path: Path) -> None:
     store = Store(path)
-    assert np.array_equal(store.key_hash(), Keys(KEYS).key_hash)
+    assert np.array_equal(store.read_array("key_hash"), Keys(KEYS).key_hash)
     assert store.fingerprint == "f" * 32

@@ -123,7 +123,7 @@ def _given(config: EncodeConfig, index: Index, opened: OpenedNetwork, device: to
 
 def _layers(config: EncodeConfig, source: Store | None) -> tuple[str, ...]:
     """Names of the layers: those asked for, or all that the other store has words of."""
-    names = config.layers or tuple(layer.name for layer in (source.every_layer() if source else ()))
+    names = config.layers or tuple(source.every_layer if source else ())
     if not names:
         raise UsageError(
             "no layer was named; give --layer, for example --layer conv4; `bowstore layers ARCH` lists them"

@@ -6,8 +6,8 @@ those of another, as those of the folders do in an index (`bowstore.data.index.j
 Legend: N rows of an index, U some rows of a store, M images of which both have the key.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,13 +108,9 @@ class JoinedStore:
         first = self._stores[0].layer(name)
         return JoinedLayer([first, *(store.layer(first.name) for store in self._stores[1:])])
 
-    def key_hash(self) -> NDArray[np.uint64]:
+    def read_array(self, name: str) -> NDArray[np.uint64]:
         """As of a store."""
-        return np.concatenate([store.key_hash() for store in self._stores])
-
-    def image_digest(self) -> NDArray[np.uint64]:
-        """As of a store."""
-        return np.concatenate([store.image_digest() for store in self._stores])
+        return np.concatenate([store.read_array(name) for store in self._stores])
 
 
 def open_stores(paths: Sequence[Path]) -> Store | JoinedStore:
@@ -138,80 +134,73 @@ def join_rows(store: Store | JoinedStore, index: "Index", *, reencoded: bool = F
         MismatchError: keys that the store lacks, or holds twice, or under which it holds the words of other images;
             with counts and five examples.
     """
-    wanted_N, have = index.key_hash, store.key_hash()
-    if index.fingerprint == store.fingerprint and len(wanted_N) == len(have):
-        return np.arange(len(have), dtype=np.int64)
-    rows_N, values_and_counts = rows_of(wanted_N, have), np.unique(have, return_counts=True)
-    twice = values_and_counts[0][values_and_counts[1] > 1]
+    if index.fingerprint == store.fingerprint and len(index.key_hash) == len(store):
+        return np.arange(len(store), dtype=np.int64)
+    rows_N = rows_of(index.key_hash, store.read_array("key_hash"))
+    for problem in join_problems(store, index, rows_N, reencoded=reencoded):
+        raise MismatchError(problem)
+    return rows_N
+
+
+def join_problems(
+    store: Store | JoinedStore, index: "Index", rows_N: NDArray[np.int64], *, reencoded: bool
+) -> Iterator[str]:
+    """Why the store's rows cannot be those of an index, a line for each reason; arguments as of `join_rows`.
+
+    Args:
+        store: the words.
+        index: the images.
+        rows_N: int64, what `rows_of` finds of the index's keys in the store.
+        reencoded: whether images are not compared.
+    """
+    wanted_N = index.key_hash
+    values, counts = np.unique(store.read_array("key_hash"), return_counts=True)
     for wrong_N, problem, remedy in (
         (rows_N < 0, "missing from", "encode these shards, or train on those that were encoded"),
         (
-            np.isin(wanted_N, twice),
+            np.isin(wanted_N, values[counts > 1]),
             "more than once in",
             "encode these shards into one store, or name stores of other keys",
         ),
     ):
         if wrong_N.any():
-            raise MismatchError(
+            yield (
                 f"{int(wrong_N.sum())} of {len(wanted_N)} keys of the shards are {problem} word store {store.path}, "
-                f"for example {_names(index, np.flatnonzero(wrong_N))}; {remedy}"
+                f"for example {listed(map(index.key, np.flatnonzero(wrong_N).tolist()))}; {remedy}"
             )
-    if not reencoded:
-        check_images(store, index, np.arange(len(rows_N)), rows_N)
-    return rows_N
+    if not reencoded and (others := other_images(store, index, np.arange(len(rows_N)), rows_N)):
+        yield others
 
 
-def index_rows(
-    store: Store, index: "Index", rows_U: NDArray[np.int64], *, reencoded: bool = False
-) -> NDArray[np.int64]:
-    """Rows of an index that hold the images of rows of a store, int64 (U,); -1 for images that the shards lack.
-
-    Args:
-        store: whose rows they are.
-        index: of the shards, which may hold other images too, in another order.
-        rows_U: int64.
-        reencoded: the shards hold other encodings of the store's images: keys alone count.
-
-    Raises:
-        MismatchError: other images lie under the store's keys.
-    """
-    if index.fingerprint == store.fingerprint and len(index.key_hash) == len(store):
-        return rows_U.copy()
-    found_U = rows_of(store.key_hash()[rows_U], index.key_hash)
-    if not reencoded:
-        there_U = found_U >= 0
-        check_images(store, index, found_U[there_U], rows_U[there_U])
-    return found_U
-
-
-def check_images(
+def other_images(
     store: Store | JoinedStore, index: "Index", rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]
-) -> None:
-    """Refuse rows whose images are not those that the store's rows were made of.
+) -> str | None:
+    """What is wrong with rows whose images are not those that the store's rows were made of; None if all are.
 
     Keys are names of files, and the splits of a data set often use the same ones.
 
     Args:
         store: the words.
         index: the images.
-        rows_M: int64, rows of the index.
-        store_rows_M: int64, the store's rows with the same keys.
-
-    Raises:
-        MismatchError: with the number of such images and five examples.
+        rows_M: int64, rows of the index; -1 for none.
+        store_rows_M: int64, the store's rows with the same keys; -1 for none.
     """
-    other = rows_M[np.flatnonzero(store.image_digest()[store_rows_M] != index.digest[rows_M])]
-    if len(other):
-        raise MismatchError(
-            f"{len(other)} of {len(rows_M)} images of the shards are not those that word store {store.path} was made "
-            f"of, though they have their keys, for example {_names(index, other)}; use the shards that were encoded, "
-            "encode these into a store of their own, or if they are copies of the same pictures (resized, compressed "
-            "anew) say so: --set task.reencoded=true in training, --reencoded elsewhere"
-        )
+    both_M = (rows_M >= 0) & (store_rows_M >= 0)
+    rows_M, digest_M = rows_M[both_M], store.read_array("image_digest")[store_rows_M[both_M]]
+    other = rows_M[digest_M != index.digest[rows_M]]
+    if not len(other):
+        return None
+    return (
+        f"{len(other)} of {len(rows_M)} images of the shards are not those that word store {store.path} was made of, "
+        f"though they have their keys, for example {listed(map(index.key, other.tolist()))}; use the shards that were "
+        "encoded, encode these into a store of their own, or if they are copies of the same pictures (resized, "
+        "compressed anew) say so: --set task.reencoded=true in training, --reencoded elsewhere"
+    )
 
 
-def _names(index: "Index", rows: NDArray[np.int64]) -> str:
-    return ", ".join(index.key(row) for row in rows[:_EXAMPLES].tolist())
+def listed(examples: Iterable[object]) -> str:
+    """The first few, for a message."""
+    return ", ".join(map(str, islice(examples, _EXAMPLES)))
 
 
 def rows_of(wanted: NDArray[np.uint64], have: NDArray[np.uint64]) -> NDArray[np.int64]:

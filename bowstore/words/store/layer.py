@@ -16,7 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.errors import CorruptError
-from bowstore.words.store.arrays import array, array_digest, member, read_checked, reading, repair_of
+from bowstore.words.store.arrays import array, array_digest, as_stored, member, read_checked, reading, repair_of
 from bowstore.words.store.nearest import NearestImages
 from bowstore.words.store.schema import NOT_WRITTEN, layer_arrays, layer_sizes
 
@@ -128,7 +128,7 @@ class Layer:
         root = self._root.attrs.asdict()
         text = json.dumps([[root.get(name) for name in _ABOUT_ROWS], self.name, own], sort_keys=True)
         digest = xxhash.xxh3_128(text.encode())
-        digest.update(self.chunk_digests().astype("<u8").data)
+        digest.update(as_stored(self.chunk_digests()))
         return digest.hexdigest()
 
     def content_problem(self) -> str | None:

@@ -15,11 +15,11 @@ import numpy as np
 import xxhash
 import zarr
 from numpy.typing import NDArray
+from zarr.errors import GroupNotFoundError
 
 from bowstore.errors import CorruptError, MismatchError, MissingError, UsageError
-from bowstore.words.store.arrays import open_group, read_checked, reading
+from bowstore.words.store.arrays import SafeStore, read_checked, reading
 from bowstore.words.store.layer import Layer
-from bowstore.words.store.nearest import NearestImages
 from bowstore.words.store.schema import FORMAT, FORMAT_VERSION, STORE_ARRAYS, store_sizes
 
 REMEDY = "run `bowstore encode` again with the same settings"  # where chunks are missing
@@ -45,6 +45,7 @@ class Store:
     Attributes:
         path: the store.
         fingerprint: of the data set.
+        every_layer: its layers by name, those that are not complete too.
         layers: names of its complete layers.
     """
 
@@ -57,8 +58,9 @@ class Store:
         with reading(f"word store {path}"):
             self.fingerprint = str(self._attributes["dataset"]["fingerprint"])
             self._images = int(self._attributes["dataset"]["images"])
-            self._all = {name: Layer(path, self._group, name, self._images) for name in self._attributes["layers"]}
-        self.layers = tuple(name for name, layer in self._all.items() if layer.complete)
+            names = self._attributes["layers"]
+            self.every_layer = {name: Layer(path, self._group, name, self._images) for name in names}
+        self.layers = tuple(name for name, layer in self.every_layer.items() if layer.complete)
 
     def __len__(self) -> int:
         return self._images
@@ -75,10 +77,10 @@ class Store:
         known = f"its layers: {', '.join(self.layers) or 'none'}"
         if name is None and len(self.layers) > 1:
             raise UsageError(f"word store {self.path} has {len(self.layers)} layers, name one; {known}")
-        name = name or next(iter(self.layers or self._all), "")
-        if name not in self._all:
+        name = name or next(iter(self.layers or self.every_layer), "")
+        if name not in self.every_layer:
             raise MissingError(f"word store {self.path} has no layer {name!r}; {known}")
-        layer = self._all[name]
+        layer = self.every_layer[name]
         if not layer.complete:
             done = int((layer.chunk_digests() != 0).sum())
             raise MismatchError(
@@ -93,12 +95,8 @@ class Store:
 
     def vocabulary_layer(self, name: str) -> Layer:
         """A layer by name, for its vocabulary: it need not be complete; otherwise as `layer`."""
-        layer = self._all.get(name)
+        layer = self.every_layer.get(name)
         return layer if layer and not layer.complete else self.layer(name)
-
-    def every_layer(self) -> tuple[Layer, ...]:
-        """All layers, those that are not complete too."""
-        return tuple(self._all.values())
 
     def load_words(self, layer: str | None = None) -> NDArray[np.uint16]:
         """All words of a layer, uint16 (N, h, w), every chunk checked against its digest."""
@@ -111,7 +109,7 @@ class Store:
             MissingError: no such key.
         """
         if self._order is None:
-            hashes = self.key_hash()
+            hashes = self.read_array("key_hash")
             order = np.argsort(hashes, kind="stable")
             self._order = order, hashes[order]
         order, ordered = self._order
@@ -123,13 +121,6 @@ class Store:
                 "extension"
             )
         return int(order[place])
-
-    def __contains__(self, key: str) -> bool:
-        try:
-            self.row(key)
-        except MissingError:
-            return False
-        return True
 
     def words(self, key: str, layer: str | None = None) -> NDArray[np.uint16]:
         """Words of one image, uint16 (h, w); reads its chunk and checks it against its digest.
@@ -159,7 +150,7 @@ class Store:
         Raises:
             CorruptError: a chunk is damaged.
         """
-        what, hashes = self.layer(layer), self.key_hash()
+        what, hashes = self.layer(layer), self.read_array("key_hash")
         for chunk, digest in enumerate(what.chunk_digests().tolist()):
             rows = what.rows(chunk)
             yield from zip(hashes[rows].tolist(), what.read_chunk(chunk, digest), strict=True)
@@ -168,27 +159,12 @@ class Store:
         """The centroids, float32 (K, p); p = c, the channels of the map, where there is no projection."""
         return self.layer(layer).read_array("vocabulary")
 
-    def projection(self, layer: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """A (p, c) and b (p,) of y = A x + b, which takes a map's vector to the words' space; None for none."""
-        return self.layer(layer).read_projection()
+    def read_array(self, name: str) -> NDArray[np.uint64]:
+        """`key_hash` or `image_digest` of the rows, uint64 (N,), checked against the recorded digest.
 
-    def nearest(self, layer: str | None = None) -> NearestImages:
-        """The images nearest to each word."""
-        return self.layer(layer).read_nearest()
-
-    def document_frequency(self, layer: str | None = None) -> NDArray[np.int64]:
-        """Images that hold each word, int64 (K,)."""
-        return self.layer(layer).read_array("document_frequency")
-
-    def key_hash(self) -> NDArray[np.uint64]:
-        """Hashes of the rows' keys, uint64 (N,), checked against the recorded digest."""
-        return self._read_checked("key_hash")
-
-    def image_digest(self) -> NDArray[np.uint64]:
-        """Digests of the rows' images, uint64 (N,), checked against the recorded digest."""
-        return self._read_checked("image_digest")
-
-    def _read_checked(self, name: str) -> NDArray[np.uint64]:
+        Raises:
+            CorruptError: missing, undecodable, or other than what was recorded.
+        """
         digest = self._attributes.get(f"{name}_digest")
         return read_checked(self.path, self._group, name, STORE_ARRAYS[name], store_sizes(len(self)), digest)
 
@@ -220,7 +196,12 @@ def open_root(path: Path, *, writable: bool) -> tuple[zarr.Group, dict[str, Any]
     """Group and attributes of a store, once its format is known to be this one."""
     if not path.exists():
         raise MissingError(f"no word store {path}; `bowstore encode --layer LAYER --K WORDS` makes one")
-    group = open_group(path, writable=writable)
+    with reading(f"word store {path}"):
+        try:
+            store = SafeStore(path, read_only=not writable)
+            group = zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
+        except GroupNotFoundError as error:
+            raise MismatchError(f"{path} is not a word store: it is no Zarr group; name another path") from error
     attributes: dict[str, Any] = group.attrs.asdict()
     if attributes.get("format") != FORMAT:
         raise MismatchError(f"{path} is a Zarr group but not a bowstore word store; name another path")

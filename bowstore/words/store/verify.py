@@ -3,27 +3,24 @@
 Legend: N images, h w word grid, K words.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from bowstore.config import SomePaths, StorageConfig
 from bowstore.data.index import Index, open_index
-from bowstore.errors import BowstoreError, CorruptError, MismatchError
+from bowstore.errors import BowstoreError, CorruptError
 from bowstore.progress import Progress
 from bowstore.runs import descent_of_words
-from bowstore.words.store.arrays import sweep_leftovers
-from bowstore.words.store.join import check_images, rows_of
+from bowstore.words.store.arrays import as_stored, sweep_leftovers
+from bowstore.words.store.join import join_problems, listed, rows_of
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.schema import Writer
 from bowstore.words.store.store import REMEDY, Store, open_store
 from bowstore.words.store.writer import StoreWriter, store_lock
-
-_EXAMPLES = 5
 
 
 @dataclass
@@ -33,24 +30,18 @@ class VerifyReport:
     Attributes:
         path: the store.
         images: N.
-        layers: names of all its layers.
         chunks: words chunks that were read.
         problems: one line each; empty means sound.
         damaged: the committed chunks to encode again, by layer; none for a layer that only needs counting.
-        lost: layers whose vocabulary or projection is damaged.
-        unseen: layers whose nearest images are damaged.
         arithmetic: how each layer's words were computed.
         descent: how each layer's words came about (`bowstore.runs.descent_of_words`).
     """
 
     path: Path
     images: int = 0
-    layers: tuple[str, ...] = ()
     chunks: int = 0
     problems: list[str] = field(default_factory=list)
     damaged: dict[str, list[int]] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)
-    unseen: set[str] = field(default_factory=set)
     arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
     descent: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -58,11 +49,6 @@ class VerifyReport:
     def sound(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
-
-    def all_again(self, layer: Layer) -> None:
-        """Have all words of a layer made anew, and what was seen on the way."""
-        self.damaged[layer.name] = list(range(layer.chunks))
-        self.unseen.add(layer.name)
 
 
 def verify(
@@ -87,8 +73,7 @@ def verify(
     except BowstoreError as error:
         report.problems.append(str(error))
         return report
-    layers = store.every_layer()
-    report.images, report.layers = len(store), tuple(layer.name for layer in layers)
+    report.images, layers = len(store), store.every_layer.values()
     report.arithmetic = {layer.name: layer.arithmetic for layer in layers}
     report.descent = {layer.name: descent_of_words(layer.lineage) for layer in layers}
     if not layers:
@@ -97,18 +82,9 @@ def verify(
         for layer in layers:
             _check_layer(layer, report, progress)
     try:
-        key_hash_N, _ = store.key_hash(), store.image_digest()
+        report.problems += _key_problems(store, index, reencoded=reencoded)
     except CorruptError as error:
         report.problems.append(str(error))
-        return report
-    _check_keys(key_hash_N, index, report)
-    if index is not None and not reencoded:
-        store_row_N = rows_of(index.key_hash, key_hash_N)
-        held = np.flatnonzero(store_row_N >= 0)
-        try:
-            check_images(store, index, held, store_row_N[held])
-        except MismatchError as error:
-            report.problems.append(str(error))
     return report
 
 
@@ -122,7 +98,7 @@ def discard_damaged(path: Path, report: VerifyReport) -> int:
         writer = StoreWriter(path)
         sweep_leftovers(path)
         for layer, chunks in report.damaged.items():
-            writer.discard_chunks(layer, chunks, nearest=layer in report.unseen)
+            writer.discard_chunks(layer, chunks)
     return sum(len(chunks) for chunks in report.damaged.values())
 
 
@@ -135,41 +111,47 @@ def digest(path: Path) -> str:
         CorruptError: a chunk or an array that cannot be trusted.
     """
     store, total = open_store(path), xxhash.xxh3_128()
-
-    def add(array: NDArray[Any]) -> None:
-        total.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
-
     for name in sorted(store.layers):
         layer = store.layer(name)
-        for array in (store.vocabulary(name), *(store.projection(name) or ())):
+        for array in (layer.read_array("vocabulary"), *(layer.read_projection() or ())):
             total.update(f"{name} {array.dtype.name} {array.shape};".encode())
-            add(array)
+            total.update(as_stored(array))
         total.update(f"{name} uint16 {(layer.images, *layer.grid)};".encode())
         for chunk, value in enumerate(layer.chunk_digests().tolist()):
-            add(layer.read_chunk(chunk, value))
+            total.update(as_stored(layer.read_chunk(chunk, value)))
     return total.hexdigest()
 
 
 def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None:
-    committed = 0
+    committed, damaged, broken = 0, list[int](), set[Writer]()
     for chunk in range(layer.chunks):
         try:
             committed += _check_chunk(layer, chunk)
         except CorruptError as error:
             report.problems.append(str(error))
-            report.damaged.setdefault(layer.name, []).append(chunk)
+            damaged.append(chunk)
         progress.advance()
     report.chunks += layer.chunks if layer.complete else committed
-    _check_arrays(layer, report)
+    for name, spec in layer.arrays.items():
+        there = spec.writer is Writer.CREATION or layer.complete or layer.attributes.get(f"{name}_digest")
+        if there and spec.writer is not Writer.CHUNKS:
+            try:
+                layer.read_array(name)
+            except CorruptError as error:
+                report.problems.append(str(error))
+                broken.add(spec.writer)
     if not layer.complete:
         report.problems.append(
             f"layer {layer.name!r} is not complete: {committed} of {layer.chunks} chunks are written; {REMEDY}"
         )
     elif problem := _content_problem(layer):
         report.problems.append(problem)
-        report.all_again(layer)  # it cannot be told which of its files are of another state
-    if layer.name in report.lost:  # without its vocabulary nothing can be encoded again
-        report.damaged.pop(layer.name, None)
+        broken.add(Writer.PASS)  # it cannot be told which of its files are of another state
+    if Writer.PASS in broken:
+        damaged = list(range(layer.chunks))
+    # Words are counted again at no cost; without its vocabulary nothing can be encoded again.
+    if (damaged or broken) and Writer.CREATION not in broken:
+        report.damaged[layer.name] = damaged
 
 
 def _check_chunk(layer: Layer, chunk: int) -> bool:
@@ -183,27 +165,6 @@ def _check_chunk(layer: Layer, chunk: int) -> bool:
     return True
 
 
-def _check_arrays(layer: Layer, report: VerifyReport) -> None:
-    """Vocabulary, projection, and what is recorded over all words.
-
-    Words are counted again at no cost; which images are nearest is only known once all are encoded again.
-    """
-    for name, spec in layer.arrays.items():
-        recorded = layer.attributes.get(f"{name}_digest") or layer.complete
-        if spec.writer is Writer.CHUNKS or not (recorded or spec.writer is Writer.CREATION):
-            continue
-        try:
-            layer.read_array(name)
-        except CorruptError as error:
-            report.problems.append(str(error))
-            if spec.writer is Writer.CREATION:
-                report.lost.add(layer.name)
-            elif spec.writer is Writer.COUNT:
-                report.damaged.setdefault(layer.name, [])
-            else:
-                report.all_again(layer)
-
-
 def _content_problem(layer: Layer) -> str | None:
     try:
         return layer.content_problem()
@@ -211,30 +172,22 @@ def _content_problem(layer: Layer) -> str | None:
         return None
 
 
-def _check_keys(key_hash_N: NDArray[np.uint64], index: Index | None, report: VerifyReport) -> None:
-    values, counts = np.unique(key_hash_N, return_counts=True)
-    if len(values) < len(key_hash_N):
-        rows = np.flatnonzero(np.isin(key_hash_N, values[counts > 1]))
-        report.problems.append(
-            f"array key_hash: {int((counts > 1).sum())} keys occur more than once, for example in rows "
-            f"{_listed(rows)}; encode into a new store"
-        )
+def _key_problems(store: Store, index: Index | None, *, reencoded: bool) -> Iterator[str]:
+    """What is wrong with the store's keys, and with its rows where an index is to have the same."""
+    key_hash_N, _ = store.read_array("key_hash"), store.read_array("image_digest")
     if index is None:
+        values, counts = np.unique(key_hash_N, return_counts=True)
+        if len(values) < len(key_hash_N):
+            rows = np.flatnonzero(np.isin(key_hash_N, values[counts > 1])).tolist()
+            yield (
+                f"array key_hash: {int((counts > 1).sum())} keys occur more than once, for example in rows "
+                f"{listed(rows)}; encode into a new store"
+            )
         return
-    missing = np.flatnonzero(~np.isin(index.key_hash, values))
-    if len(missing):
-        names = ", ".join(index.key(row) for row in missing[:_EXAMPLES].tolist())
-        report.problems.append(
-            f"{len(missing)} of {len(index)} keys of {index.place} are missing from the store, for example "
-            f"{names}; encode these shards into a new store"
-        )
-    extra = np.flatnonzero(~np.isin(key_hash_N, index.key_hash))
-    if len(extra):
-        report.problems.append(
+    yield from join_problems(store, index, rows_of(index.key_hash, key_hash_N), reencoded=reencoded)
+    extra = np.flatnonzero(rows_of(key_hash_N, index.key_hash) < 0).tolist()
+    if extra:
+        yield (
             f"{len(extra)} of the store's {len(key_hash_N)} keys are not in {index.place}, for example those "
-            f"of rows {_listed(extra)}; encode these shards into a new store"
+            f"of rows {listed(extra)}; encode these shards into a new store"
         )
-
-
-def _listed(rows: NDArray[np.int64]) -> str:
-    return ", ".join(str(row) for row in rows[:_EXAMPLES].tolist())

@@ -20,12 +20,12 @@ import bowstore
 from bowstore.errors import UsageError
 from bowstore.files import exclusive_lock, fsync_path, leftovers, temporary_path
 from bowstore.words.store.arrays import (
+    SafeStore,
     array_digest,
     create,
     foreign_file,
     hex_digest,
     member,
-    new_group,
     reading,
     remove,
 )
@@ -161,17 +161,14 @@ class StoreWriter:
             return NearestSearch(what.num_words).result()
         return what.read_nearest()
 
-    def discard_chunks(self, layer: str, chunks: Sequence[int], *, nearest: bool = False) -> None:
-        """Take chunks back: the layer is incomplete again, and encoding writes just these anew.
+    def discard_chunks(self, layer: str, chunks: Sequence[int]) -> None:
+        """Take chunks back, by their numbers: the layer is incomplete again, and encoding writes just these anew.
 
-        Without chunks only what is counted over all of them is made anew.
-
-        Args:
-            layer: of which chunks.
-            chunks: their numbers.
-            nearest: also forget what was seen of the nearest images.
+        Without chunks only what is counted over all of them is made anew. With all of them all images are seen again,
+        and what was seen of the nearest ones is forgotten.
         """
-        lost = dict.fromkeys(("nearest_digest", "nearest_distance_digest")) if nearest else {}
+        all_again = len(chunks) == self.layer(layer).chunks
+        lost = dict.fromkeys(("nearest_digest", "nearest_distance_digest")) if all_again else {}
         member(self._group, layer, zarr.Group).update_attributes({"complete": False, **lost})
         digests = self.layer(layer).array("chunk_digest")
         for chunk in chunks:
@@ -204,7 +201,7 @@ def create_store(
         shutil.rmtree(old, ignore_errors=True)
     temporary = temporary_path(path)
     try:
-        group = new_group(temporary, {
+        group = zarr.create_group(SafeStore(temporary), zarr_format=3, attributes={
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "bowstore_version": bowstore.__version__,
