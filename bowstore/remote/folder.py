@@ -1,6 +1,5 @@
 """A remote folder and its local copy, file by file."""
 
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from bowstore.errors import DataError, MissingError
 from bowstore.files import fsync_path, waiting_lock
 from bowstore.remote import cache
 from bowstore.remote.transfer import Remote, Wanted
-from bowstore.remote.urls import below, folder_name, shown, url_of
+from bowstore.remote.urls import below, folder_name, is_plain, shown, url_of
 
 
 class RemoteFolder:
@@ -106,8 +105,8 @@ class RemoteFolder:
         self.remote.side_by_side("fetch", sizes, fetch, display=display)
 
     def _path(self, name: str) -> Path:
-        """Where a file's copy lies; names come from the other side, and must not lead elsewhere."""
-        if not name or name.startswith(".") or "/" in name or "\0" in name:
+        """Where a file's copy lies."""
+        if not is_plain(name):
             raise DataError(f"{shown(self.url)} names a file {name!r}, which is no plain file name; index it again")
         return self.folder / name
 
@@ -137,9 +136,9 @@ class RemoteFolder:
 
 
 def settle(part: Path, path: Path) -> None:
-    """Give a folder whose files have all arrived its name; the files are on the disk, and now their names are."""
-    for parent, _, _ in os.walk(part):
-        fsync_path(Path(parent))
+    """Give a folder whose files have all arrived its name, once all of it is on the disk."""
+    for path_below in (part, *part.rglob("*")):
+        fsync_path(path_below)
     part.rename(path)
     fsync_path(path.parent)
 

@@ -18,6 +18,7 @@ from bowstore.errors import CorruptError, DataError, MismatchError, UsageError
 from bowstore.files import file_digest
 from bowstore.limits import text_problem
 from bowstore.progress import Progress
+from bowstore.remote.urls import is_plain
 
 MANIFEST_FILE = "bowstore.json"
 PUSHING_FILE = "bowstore.json.part"  # the same, of a push under way
@@ -57,8 +58,8 @@ class Manifest(BaseModel):
     @field_validator("files")
     @classmethod
     def _stay_below(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        for name in files:  # they come from the other side, and must not lead elsewhere
-            if text_problem(name) or name in _OWN or any(part[:1] in ("", ".") for part in name.split("/")):
+        for name in files:
+            if name in _OWN or not all(map(is_plain, name.split("/"))):
                 raise ValueError(f"{name!r} is no name of a file in a copy")
         return files
 

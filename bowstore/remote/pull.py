@@ -11,7 +11,7 @@ import xxhash
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
-from bowstore.files import atomic_file, exclusive_lock, make_folder
+from bowstore.files import exclusive_lock, make_folder
 from bowstore.remote.cache import lock_file, part_of
 from bowstore.remote.folder import settle
 from bowstore.remote.manifest import MANIFEST_FILE, PUSHING_FILE, Manifest
@@ -58,8 +58,7 @@ def pull(url: Path, path: Path, *, storage: StorageConfig | None = None) -> tupl
         _check_room(far, part, manifest)
         files = {name: Wanted(entry.size_bytes, entry.digest) for name, entry in manifest.files.items()}
         brought = far.fetch_into(part, files, "pull: fetch")
-        with atomic_file(part / MANIFEST_FILE) as file:
-            file.write(manifest.text())
+        (part / MANIFEST_FILE).write_bytes(manifest.text())
         settle(part, path)
     return manifest, brought
 

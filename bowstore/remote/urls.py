@@ -10,6 +10,7 @@ from urllib.parse import quote
 import xxhash
 
 from bowstore.errors import UsageError
+from bowstore.limits import text_problem
 
 # Two letters at least, so that a drive letter is no protocol; fsspec's names may hold + - and dots.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
@@ -53,6 +54,11 @@ def below(url: str, name: str) -> str:
     """URL of a file below a folder's URL; what follows a `?` (a signature) stays behind the name."""
     folder, mark, query = url.partition("?")
     return f"{folder}/{quote(name) if protocol(url) in WEB else name}{mark}{query}"
+
+
+def is_plain(name: object) -> bool:
+    """Whether what the other side names is one file or folder, in sight: it must not lead elsewhere."""
+    return isinstance(name, str) and not text_problem(name) and name[0] != "." and "/" not in name
 
 
 def shown(url: str) -> str:
