@@ -144,10 +144,10 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def is_as_recorded(path: Path) -> bool:
-    """Whether a file is the one that was recorded, and nobody has written to it since."""
+def is_as_recorded(path: Path, **what: Any) -> bool:
+    """Whether a copy is the one that was recorded, with all of this, and nobody has written to it since."""
     try:
-        return read_record(path).items() >= _state(path).items()
+        return read_record(path).items() >= {**_state(path), **what}.items()
     except FileNotFoundError:
         return False
 

@@ -1,8 +1,7 @@
 """A remote folder and its local copy, file by file."""
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,10 @@ class RemoteFolder:
         else:
             size_bytes, version = self.remote.describe(name)
             wanted, about = Wanted(size_bytes), {"version": version}
-        if not _is_copy(path, about):
-            with self._turn(path):
-                if not _is_copy(path, about):
+        if not cache.is_as_recorded(path, **about):
+            # One thread here, and one process of this machine, brings it; that one shows how far it is.
+            with self._turns.setdefault(path, threading.Lock()), waiting_lock(cache.lock_file(path), "", shown=False):
+                if not cache.is_as_recorded(path, **about):
                     self._bring(path, wanted, about, reserved=reserved)
         cache.mark_used(path)
         return path
@@ -91,15 +91,14 @@ class RemoteFolder:
         cache.check_fits(sum(sizes.values()), what, self.storage)
         for name in files:
             path = self._path(name)
-            if _is_copy(path, {"digest": files[name].digest}):
+            if cache.is_as_recorded(path, digest=files[name].digest):
                 cache.mark_used(path)  # before others make room
                 del sizes[name]
         if not sizes:
             return
 
-        def fetch(names: list[str]) -> None:
-            for name in names:
-                self.fetch(name, files[name], reserved=True)
+        def fetch(name: str) -> None:
+            self.fetch(name, files[name], reserved=True)
 
         cache.reserve(sum(sizes.values()), what, self.storage)
         self.remote.side_by_side("fetch", sizes, fetch, display=display)
@@ -110,13 +109,6 @@ class RemoteFolder:
             raise DataError(f"{shown(self.url)} names a file {name!r}, which is no plain file name; index it again")
         return self.folder / name
 
-    @contextmanager
-    def _turn(self, path: Path) -> Iterator[None]:
-        """Be the only one who brings a file: of the threads here, and of the processes of this machine."""
-        # Silent: the process that brings it shows how far it is.
-        with self._turns.setdefault(path, threading.Lock()), waiting_lock(cache.lock_file(path), "", shown=False):
-            yield
-
     def _bring(self, path: Path, wanted: Wanted, about: Mapping[str, Any], *, reserved: bool) -> None:
         """Bring a file, and record what it is: first, as the record of an old copy does not speak for the new one."""
         if path.exists() and not cache.read_record(path):
@@ -125,8 +117,6 @@ class RemoteFolder:
                 f"name another folder in storage.cache"
             )
         part = cache.part_of(path)
-        if wanted.digest is None:
-            part.unlink(missing_ok=True)  # nothing would tell whether it is of this file
         if not reserved:
             cache.reserve(wanted.size_bytes or 0, shown(below(self.url, path.name)), self.storage, arrived=part)
         self.remote.download(path.name, part, wanted)
@@ -141,9 +131,3 @@ def settle(part: Path, path: Path) -> None:
         fsync_path(path_below)
     part.rename(path)
     fsync_path(path.parent)
-
-
-def _is_copy(path: Path, about: Mapping[str, Any]) -> bool:
-    """Whether a copy is still as it arrived, and what this says; what says nothing is true of none."""
-    known = None not in about.values() and cache.is_as_recorded(path)
-    return known and cache.read_record(path).items() >= about.items()

@@ -13,8 +13,6 @@ from bowstore.remote.manifest import MANIFEST_FILE, PUSHING_FILE, Kind, Manifest
 from bowstore.remote.transfer import Remote
 from bowstore.remote.urls import WEB, below, is_remote, protocol, shown, url_of
 
-_LOOKS = 3  # at what is there: before we put our name there, after, and once more where somebody ended between
-
 
 def push(
     folder: Path, url: Path, *, kind: Kind, licence: str, storage: StorageConfig | None = None
@@ -77,25 +75,24 @@ def manifest_at(far: Remote, name: str = MANIFEST_FILE) -> Manifest | None:
 
 def _take(far: Remote, manifest: Manifest) -> bool:
     """Make a URL the place of a copy; whether it is not whole there yet."""
-    for _ in range(_LOOKS):
-        # In this order: who ends between the two looks is seen by the second.
-        begun, whole = manifest_at(far, PUSHING_FILE), manifest_at(far)
-        if whole:
-            _check_same(manifest, whole, f"{shown(far.url)} holds another copy", "name another URL")
-            if begun:  # by whoever ended before it could tidy up
-                far.remove(PUSHING_FILE)
-            return False
-        if begun:
-            what = f"{shown(far.url)} holds the beginning of another push"
-            _check_same(manifest, begun, what, "end that one, or name another URL")
-            return True
-        if others := sorted(far.sizes().keys() & manifest.files):
-            raise MismatchError(
-                f"{shown(below(far.url, others[0]))} is there already, and `bowstore push` did not put it there; it is "
-                f"left as it is: name another URL"
-            )
+    # In this order: who ends between the two looks is seen by the second.
+    begun, whole = manifest_at(far, PUSHING_FILE), manifest_at(far)
+    if whole:
+        _check_same(manifest, whole, f"{shown(far.url)} holds another copy", "name another URL")
+        if begun:  # by whoever ended before it could tidy up
+            far.remove(PUSHING_FILE)
+    elif begun:
+        what = f"{shown(far.url)} holds the beginning of another push"
+        _check_same(manifest, begun, what, "end that one, or name another URL")
+    elif others := sorted(far.sizes().keys() & manifest.files):
+        raise MismatchError(
+            f"{shown(below(far.url, others[0]))} is there already, and `bowstore push` did not put it there; it is "
+            f"left as it is: name another URL"
+        )
+    else:
         far.upload(PUSHING_FILE, manifest.text(), new=True)
-    raise TransferError(f"{shown(below(far.url, PUSHING_FILE))} was written and is not there; try again later")
+        return _take(far, manifest)  # others may have come between
+    return not whole
 
 
 def _check_same(mine: Manifest, its: Manifest, what: str, remedy: str) -> None:

@@ -4,6 +4,7 @@ The one place that knows fsspec's file systems; what their errors mean is said i
 """
 
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
@@ -16,6 +17,7 @@ from bowstore.config import StorageConfig
 from bowstore.errors import CorruptError, MismatchError, MissingError, TransferError, UsageError
 from bowstore.files import file_digest, fsync_path, open_end
 from bowstore.progress import Progress
+from bowstore.remote.cache import part_of
 from bowstore.remote.hub import COMMIT_FILES, commit
 from bowstore.remote.tries import Tries, status_of
 from bowstore.remote.urls import WEB, below, protocol, shown, url_of
@@ -56,8 +58,8 @@ class Remote:
         self._commits = Lock()  # of two commits to a branch at the same time the hub refuses one
         self._fs = _file_system(self._protocol, storage.timeout_s)
 
-    def describe(self, name: str) -> tuple[int | None, dict[str, str] | None]:
-        """Ask for a file's length, and for whatever changes when the file does; None for what the server does not say.
+    def describe(self, name: str) -> tuple[int | None, dict[str, str]]:
+        """Ask for a file's length, None where the server does not say, and for whatever changes when the file does.
 
         Raises:
             MissingError: it is not there.
@@ -68,7 +70,8 @@ class Remote:
         if info.get("type") == "directory":
             raise MissingError(f"{shown(url)} is a folder, not a file; check the URL")
         version = {key: str(value) for key, value in info.items() if _plain(key) in _VERSION_KEYS and value}
-        return info.get("size"), {"size": str(info.get("size")), **version} if version else None
+        version = version or {"asked_ns": str(time.time_ns())}  # of what says nothing no two answers are the same
+        return info.get("size"), {"size": str(info.get("size")), **version}
 
     def read(self, name: str) -> bytes:
         """All bytes of a small file, as it is now.
@@ -106,7 +109,7 @@ class Remote:
 
         self._tries(url, writing=True).run(put)
 
-    def send(self, folder: Path, names: list[str]) -> None:
+    def send(self, folder: Path, *names: str) -> None:
         """Write files of a folder of this machine, `at_once` at most, each as `upload` does.
 
         Raises:
@@ -142,7 +145,7 @@ class Remote:
         return {name[start:]: int(info["size"]) for name, info in self._tries(self.url).run(find).items()}
 
     def download(self, name: str, path: Path, wanted: Wanted) -> None:
-        """Bring a file to `path`, going on from the bytes that lie there; fsynced, and checked.
+        """Bring a file to `path`, fsynced, and checked; with a digest, going on from the bytes that lie there.
 
         Args:
             name: of the file.
@@ -156,6 +159,8 @@ class Remote:
             TransferError: no access, no answer, or no end of broken transfers.
         """
         url = below(self.url, name)
+        if wanted.digest is None:
+            path.unlink(missing_ok=True)  # nothing would tell whether it is of this file
         for _ in range(2):  # what lay there may have been of another file, and bytes may change on the way
             if wanted.size_bytes is not None and path.exists() and path.stat().st_size > wanted.size_bytes:
                 path.unlink()
@@ -225,15 +230,11 @@ class Remote:
             BowstoreError: as `download`.
         """
 
-        def fetch(names: list[str]) -> None:
-            for name in names:
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f".{path.name}.part")
-                if files[name].digest is None:
-                    part.unlink(missing_ok=True)  # nothing would tell whether it is of this file
-                self.download(name, part, files[name])
-                part.rename(path)
+        def fetch(name: str) -> None:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.download(name, part_of(path), files[name])
+            part_of(path).rename(path)
 
         missing = {name: wanted.size_bytes or 0 for name, wanted in files.items() if not (folder / name).exists()}
         self.side_by_side(title, missing, fetch, done=len(files) - len(missing), display=display)
@@ -243,7 +244,7 @@ class Remote:
         self,
         title: str,
         sizes: Mapping[str, int],
-        move: Callable[[list[str]], object],
+        move: Callable[..., object],
         *,
         batch: int = 1,
         done: int = 0,
@@ -260,7 +261,6 @@ class Remote:
             display: whether to show progress.
         """
         names, moved_bytes, total_bytes = list(sizes), 0, sum(sizes.values())
-        errors = list[BaseException]()
         batches = [names[start : start + batch] for start in range(0, len(names), batch)]
         with (
             Progress(title, done + len(names), "files", done=done, shown=display) as progress,
@@ -270,9 +270,10 @@ class Remote:
             def moved(some: list[str]) -> list[str]:
                 try:
                     if not self._stop.is_set():
-                        move(some)
-                except BaseException as error:
-                    errors.append(error)
+                        move(*some)
+                except BaseException:
+                    if self._stop.is_set():
+                        return []  # it was only stopped, by the error that is raised
                     self._stop.set()  # here, before this thread takes its next job
                     raise
                 return some
@@ -287,8 +288,6 @@ class Remote:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
                 self._stop.clear()
-                if errors:
-                    raise errors[0] from None  # the cause; those behind it were only stopped
                 raise
 
     def _tries(self, url: str, *, writing: bool = False) -> Tries:
