@@ -71,7 +71,7 @@ def fetch_store(path: Path, storage: StorageConfig | None = None, *, display: bo
 
 def _whole_arrays(remote: Remote, place: Path) -> "list[zarr.Array[Any]]":
     """Bring the metadata of a store, all of it, to a folder; its arrays, but for those of layers without all words."""
-    from bowstore.words.store.arrays import array, reading, subgroup  # Zarr, for a store alone
+    from bowstore.words.store.arrays import array, reading  # Zarr, for a store alone
     from bowstore.words.store.store import Store, open_root
 
     def bring(names: Iterable[str]) -> None:
@@ -79,17 +79,18 @@ def _whole_arrays(remote: Remote, place: Path) -> "list[zarr.Array[Any]]":
 
     bring([METADATA])
     group, about = open_root(place, writable=False)
-    with reading(f"word store {place}"):
+    with reading(f"word store {place}", "encode anew"):
         layers = list(about["layers"])
         if not all(map(is_plain, layers)):
             raise ValueError(f"layers {layers}")
         bring(f"{name}/{METADATA}" for name in (*STORE_ARRAYS, *layers))
         for layer in layers:
-            projected = bool(subgroup(group, layer).attrs.get("projection"))
+            projected = bool(group[layer].attrs.get("projection"))
             bring(f"{layer}/{name}/{METADATA}" for name in layer_arrays(projected=projected))
         store = Store(place)
         own = [array(group, name, spec, store_sizes(len(store))) for name, spec in STORE_ARRAYS.items()]
-        return own + [layer.array(name) for layer in store.every_layer() if layer.complete for name in layer.arrays]
+        whole = [store.every_layer[name] for name in store.layers]
+        return own + [layer.array(name) for layer in whole for name in layer.arrays]
 
 
 def _build(folder: RemoteFolder, copy: Path, metadata: Path, arrays: "list[zarr.Array[Any]]", *, display: bool) -> None:
