@@ -15,8 +15,8 @@ from bowstore.progress import Progress
 from bowstore.remote import fetch_store
 from bowstore.words.store.join import join_rows
 from bowstore.words.store.store import open_store
-from bowstore.words.targets.bags import count_bag, unpacked
-from bowstore.words.targets.tiers import TIERS, Targets, choose_tier, open_targets, words_bytes
+from bowstore.words.targets.bags import count_bag, unpacked, words_bytes
+from bowstore.words.targets.tiers import TIERS, Targets, choose_tier
 
 
 def bench_targets(
@@ -30,7 +30,7 @@ def bench_targets(
     device, batch, batches, rounds = choose_device(config.device), config.batch, config.batches, config.rounds
     opened, index = open_store(fetch_store(store, storage)), open_index(shards, storage)
     what, store_row_N = opened.layer(layer), join_rows(opened, index)
-    tiers = {tier: open_targets(tier, what, store_row_N, device, storage=storage) for tier in TIERS}
+    tiers = {tier: Targets(tier, what, store_row_N, device, storage=storage) for tier in TIERS}
     rates: dict[str, list[float]] = {tier: [] for tier in TIERS}
     ahead: dict[str, list[float]] = {tier: [] for tier in TIERS}
     step: dict[str, list[float]] = {tier: [] for tier in TIERS}
@@ -44,8 +44,8 @@ def bench_targets(
                     step[tier] += step_s
                 progress.advance()
     micro = {tier: (1e6 * float(np.median(ahead[tier])), 1e6 * float(np.median(step[tier]))) for tier in TIERS}
-    size = words_bytes(what, len(index))
-    choice = choose_tier("auto", size, device)
+    size = words_bytes(len(index), what.grid)
+    chosen, reason = choose_tier("auto", size, device)
     return BenchResult(
         protocol="bench/targets",
         device=f"{device_name(device)}, {cores()} cores",
@@ -60,7 +60,7 @@ def bench_targets(
             **{f"microseconds_ahead_{tier}": micro[tier][0] for tier in TIERS},
             **{f"microseconds_step_{tier}": micro[tier][1] for tier in TIERS},
         },
-        notes=[f"auto takes {choice.tier} here: {size / 1e6:.4g} MB of words, {choice.reason}"],
+        notes=[f"auto takes {chosen} here: {size / 1e6:.4g} MB of words, {reason}"],
     )
 
 

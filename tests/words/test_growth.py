@@ -12,6 +12,7 @@ import torch
 import zarr
 from encoding import run_encode
 from growing import LAYERS, resealed, small_chunks_patch
+from numpy.typing import NDArray
 from teacher_sets import write_shards
 
 from bowstore.config import StorageConfig
@@ -21,7 +22,7 @@ from bowstore.words.store.join import JoinedLayer, join_rows, open_stores
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.store import open_store
 from bowstore.words.store.verify import digest, verify
-from bowstore.words.targets.tiers import TIERS, Targets, Tier, open_targets, words_digest
+from bowstore.words.targets.tiers import TIERS, Targets, Tier
 
 CPU = torch.device("cpu")
 FIRST, LATER = 40, 30  # the first ends where a chunk and a batch end, so that both ways cut the same batches
@@ -52,7 +53,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path) -> Grown
 def targets_of(stores: Sequence[Path], shards: Sequence[Path], tier: Tier, cache: Path) -> Targets:
     store, index = open_stores(stores), open_index(shards)
     rows = join_rows(store, index)
-    return open_targets(tier, store.layer("block3"), rows, CPU, storage=StorageConfig(cache=cache), shown=False)
+    return Targets(tier, store.layer("block3"), rows, CPU, storage=StorageConfig(cache=cache), shown=False)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -63,8 +64,9 @@ def test_growth_gives_the_targets_of_one_store_of_all(grown: Grown, tmp_path: Pa
     for stores in (grown.stores, grown.stores[::-1]):
         both = targets_of(stores, shards, tier, tmp_path)
         assert len(both) == FIRST + LATER
-        assert words_digest(both, shown=False) == words_digest(one, shown=False)
-        assert [len(block) for block in both.blocks()] == [20, 20, 20, 10]
+        blocks = list[NDArray[np.uint16]]()
+        assert both.digest(blocks.append, shown=False) == one.digest(shown=False)
+        assert list(map(len, blocks)) == [20, 20, 20, 10]
         rows_B = np.random.default_rng(0).integers(0, len(both), 33)
         assert torch.equal(both.words(rows_B), one.words(rows_B))
 

@@ -22,17 +22,7 @@ from bowstore.words.store.layer import Layer
 from bowstore.words.store.store import open_store
 from bowstore.words.targets import tiers as targets
 from bowstore.words.targets.bags import unpacked
-from bowstore.words.targets.tiers import (
-    TIERS,
-    HostTargets,
-    StreamedTargets,
-    Targets,
-    Tier,
-    choose_tier,
-    describe,
-    open_targets,
-    words_digest,
-)
+from bowstore.words.targets.tiers import TIERS, Targets, Tier, choose_tier, describe
 
 ROWS, GRID, WORDS = 110, (3, 4), 65535
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -68,7 +58,7 @@ def open_tier(store: Path, tmp_path: Path) -> Open:
 
     def open_tier(tier: Tier, join: str = "identity") -> Targets:
         storage = StorageConfig(cache=tmp_path / "cache")
-        return open_targets(tier, open_store(store).layer(), JOINS[join], CPU, storage=storage)
+        return Targets(tier, open_store(store).layer(), JOINS[join], CPU, storage=storage)
 
     return open_tier
 
@@ -93,18 +83,17 @@ def test_all_tiers_have_the_same_identity_and_hand_on_the_same_words(open_tier: 
     for tier in TIERS:
         opened, blocks = open_tier(tier, join), list[NDArray[np.uint16]]()
         assert len(opened) == len(ordered)
-        assert words_digest(opened, blocks.append, used=30) == expected
-        assert words_digest(opened) == expected
+        assert opened.digest(blocks.append, used=30) == expected
+        assert opened.digest() == expected
         assert np.array_equal(np.concatenate(blocks), ordered[:30].reshape(30, -1))
 
 
 def test_nothing_is_copied_for_a_join(open_tier: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streamed keeps a number a row; the others read only the chunks that are wanted, into their places."""
     streamed = open_tier("streamed", "permuted")
-    assert isinstance(streamed, StreamedTargets)
     assert streamed._store_row_N is not None
     assert streamed._store_row_N.dtype == np.uint8
-    assert open_tier("streamed", "identity")._store_row_N is None  # type: ignore[attr-defined]
+    assert open_tier("streamed", "identity")._store_row_N is None
     read_chunk, chunks = Layer.read_chunk, []
 
     def noting(self: Layer, chunk: int, digest: int) -> NDArray[np.uint16]:
@@ -136,16 +125,16 @@ from pathlib import Path
 import numpy as np, torch
 from bowstore.config import StorageConfig
 from bowstore.words.store.store import open_store
-from bowstore.words.targets.tiers import open_targets, words_digest
+from bowstore.words.targets.tiers import Targets
 torch.set_num_threads(1)
 storage, cpu = StorageConfig(cache=Path(sys.argv[2])), torch.device("cpu")
 def layer(): return open_store(Path(sys.argv[1])).layer()
 def run(tier, layer, rows):
-    targets = open_targets(tier, layer, rows, cpu, storage=storage)
+    targets = Targets(tier, layer, rows, cpu, storage=storage)
     for seed in range(20):
         rows_B = np.random.default_rng(seed).integers(0, len(targets), 64)
         targets.words(rows_B, targets.ahead(rows_B))
-    return words_digest(targets)
+    return targets.digest()
 small = open_store(Path(sys.argv[3])).layer()
 run("streamed", small, np.arange(small.images))  # threads and their stacks
 data_kb = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
@@ -181,7 +170,7 @@ def test_the_host_gathers_a_batch_in_time() -> None:
         read_chunk=lambda chunk, digest: words,
         chunk_digests=lambda: np.ones(1, np.uint64),
     )
-    opened = HostTargets(layer, np.arange(rows), CPU)  # type: ignore[arg-type]
+    opened = Targets("host", layer, np.arange(rows), CPU, storage=StorageConfig())  # type: ignore[arg-type]
     ahead_s, step_s = time_batches(opened, batch=256, batches=200, seed=0)
     assert len(ahead_s) == len(step_s) == 200
     assert np.median(ahead_s) < 400e-6
@@ -205,9 +194,9 @@ def test_the_tier_follows_from_sizes(
     monkeypatch: pytest.MonkeyPatch, setting: Tier, size: int, device: torch.device, tier: Tier, reason: str
 ) -> None:
     machine(monkeypatch)
-    choice = choose_tier(setting, size * 10**9, device)
-    assert choice.tier == tier
-    line = describe(choice, size * 10**9)
+    chosen, why = choose_tier(setting, size * 10**9, device)
+    assert chosen == tier
+    line = describe(chosen, why, size * 10**9)
     assert re.match(rf"targets: {tier}, {size}\.00 GB of words \({reason}", line), line
 
 

@@ -20,17 +20,8 @@ from bowstore.train.schedule import images_in_use
 from bowstore.train.tasks.forms import BagForm, PyramidBags, ShownBag, WholeBag
 from bowstore.train.tasks.settings import WordsSettings
 from bowstore.train.tasks.task import Dead, Job, Logits, Network, Task, placed, pooled
-from bowstore.words.targets.bags import Bag, bag_entropy, bow_cross_entropy, weight_at
-from bowstore.words.targets.tiers import (
-    TIERS,
-    Targets,
-    TierChoice,
-    choose_tier,
-    describe,
-    open_targets,
-    words_bytes,
-    words_digest,
-)
+from bowstore.words.targets.bags import Bag, bag_entropy, bow_cross_entropy, weight_at, words_bytes
+from bowstore.words.targets.tiers import TIERS, Targets, choose_tier, describe
 
 if TYPE_CHECKING:  # with Zarr
     from bowstore.words.store.join import JoinedLayer
@@ -61,7 +52,7 @@ def build(settings: WordsSettings, job: Job) -> Task:
     for source in sources:
         name = "words" if len(sources) == 1 else f"words of {source.lineage['layer']}"
         add = source.form.add if world.first else None
-        inputs[name] = words_digest(source.targets, add, used=used, shown=world.first)
+        inputs[name] = source.targets.digest(add, used=used, shown=world.first)
     heads = [
         class_head(settings.head, job.backbone.features, source.lineage["num_words"], settings.gamma)
         for source in sources
@@ -162,19 +153,19 @@ def _open(settings: WordsSettings, job: Job) -> list[Source]:
     for layer in layers:
         settings.check_map(layer.name, layer.grid)
     store_row_N = join_rows(store, job.index, reencoded=settings.reencoded)
-    size_bytes = sum(words_bytes(layer, len(store_row_N)) for layer in layers)
-    choice = choose_tier(config.runtime.targets, size_bytes, world.device)
+    size_bytes = sum(words_bytes(len(store_row_N), layer.grid) for layer in layers)
+    chosen, reason = choose_tier(config.runtime.targets, size_bytes, world.device)
     # All ranks measure before any of them loads, and all take the tier of the one with the least room.
-    needed = [tier for tier in TIERS if world.any(choice.tier == tier)][-1]
-    if needed != choice.tier:
-        choice = TierChoice(needed, f"another rank has no room for {choice.tier}")
+    tier = [tier for tier in TIERS if world.any(chosen == tier)][-1]
+    if tier != chosen:
+        reason = f"another rank has no room for {chosen}"
     if world.first:
-        say(describe(choice, size_bytes))
+        say(describe(tier, reason, size_bytes))
     storage = config.runtime.storage or StorageConfig()
     return [
         Source(
             layer.lineage,
-            open_targets(choice.tier, layer, store_row_N, world.device, storage=storage, shown=world.first),
+            Targets(tier, layer, store_row_N, world.device, storage=storage, shown=world.first),
             _form(settings, job, layer),
         )
         for layer in layers

@@ -33,6 +33,11 @@ def unpacked(packed_BM: Tensor) -> Tensor:
     return packed_BM.long() & 0xFFFF
 
 
+def words_bytes(images: int, grid: tuple[int, int]) -> int:
+    """Size of the words of some images, bytes."""
+    return 2 * images * grid[0] * grid[1]
+
+
 def bag_of(words_BM: Tensor, form: Form) -> Bag:
     """Bags (paper, Eq. 3 or 4, then L1-normalised) of words, int64 (B, M)."""
     return binary_bag(words_BM) if form == "binary" else count_bag(words_BM)

@@ -22,6 +22,7 @@ from bowstore.remote.cache import cache_root, hold, is_as_recorded, lock_file, m
 from bowstore.words.store.arrays import array_digest
 from bowstore.words.store.join import JoinedLayer
 from bowstore.words.store.layer import Layer
+from bowstore.words.targets.bags import words_bytes
 
 SUFFIX = ".u16"
 
@@ -45,9 +46,10 @@ class FlatWords:
     def announce(self, rows_B: NDArray[np.int64]) -> None:
         """Tell the kernel which rows will be read, so that a disk works on all of them at once."""
         row_bytes = self.words_NM.strides[0]
-        for start in (row_bytes * rows_B).tolist():
-            page = start - start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)
+        runs = np.flatnonzero(np.diff(rows_B, prepend=-2) != 1)  # rows in a row are one request
+        for start, rows in zip(rows_B[runs].tolist(), np.diff(runs, append=len(rows_B)).tolist(), strict=True):
+            page = row_bytes * start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, row_bytes * (start + rows) - page)
 
 
 def open_flat(layer: Layer | JoinedLayer, storage: StorageConfig, *, shown: bool = True) -> FlatWords:
@@ -77,17 +79,12 @@ def open_flat(layer: Layer | JoinedLayer, storage: StorageConfig, *, shown: bool
                     say(f"{path} {problem}: unpacking the words again")
                 for old in (path, *leftovers(path, own=True)):
                     old.unlink(missing_ok=True)
-                reserve(flat_bytes(layer), f"the file of unpacked words of {layer.name}", storage)
+                reserve(words_bytes(layer.images, layer.grid), f"the file of unpacked words of {layer.name}", storage)
                 _unpack(layer, path, digests)
     if not is_as_recorded(path):
         with suppress(OSError):  # another user's cache can still be read
             write_record(path)
     return FlatWords(path, layer)
-
-
-def flat_bytes(layer: Layer | JoinedLayer) -> int:
-    """Size of the file of a layer's words, bytes."""
-    return 2 * layer.images * layer.grid[0] * layer.grid[1]
 
 
 def _problem(path: Path, layer: Layer | JoinedLayer, digests: NDArray[np.uint64], *, shown: bool) -> str | None:
@@ -96,8 +93,8 @@ def _problem(path: Path, layer: Layer | JoinedLayer, digests: NDArray[np.uint64]
         size_bytes = path.stat().st_size
     except FileNotFoundError:
         return "is missing"
-    if size_bytes != flat_bytes(layer):
-        return f"has {size_bytes} bytes, not {flat_bytes(layer)}"
+    if size_bytes != (whole := words_bytes(layer.images, layer.grid)):
+        return f"has {size_bytes} bytes, not {whole}"
     words_NM = FlatWords(path, layer).words_NM
     with Progress("check unpacked words", len(digests), "chunks", shown=shown and size_bytes > QUIET_BYTES) as progress:
         for chunk, digest in enumerate(digests.tolist()):
