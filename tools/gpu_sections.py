@@ -336,7 +336,7 @@ def targets(check: Check) -> None:
 def head(check: Check) -> None:
     """The loss against its dense form, logits in float32; then head, bag and optimiser alone."""
     from bowstore.models.heads import CosineHead
-    from bowstore.words.targets.bags import bow_cross_entropy, count_bag, mix_bags
+    from bowstore.words.targets.bags import bag_of, bow_cross_entropy, mix_bags
 
     device, (batch, features, k, slots) = (
         check.device,
@@ -347,7 +347,7 @@ def head(check: Check) -> None:
     pooled_BC = torch.rand(batch, features, device=device, requires_grad=True)
     words_BM = torch.randint(k, (batch, slots), device=device)
     partner_B, kept_B = torch.randperm(batch, device=device), torch.rand(batch, device=device)
-    bag = mix_bags(count_bag(words_BM), partner_B, kept_B)
+    bag = mix_bags(bag_of(words_BM, "count"), partner_B, kept_B)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logits_BK = network(pooled_BC)
     check.claim("logits in float32", logits_BK.dtype == torch.float32, str(logits_BK.dtype))

@@ -15,7 +15,7 @@ from bowstore.progress import Progress
 from bowstore.remote import fetch_store
 from bowstore.words.store.join import join_rows
 from bowstore.words.store.store import open_store
-from bowstore.words.targets.bags import count_bag, unpacked, words_bytes
+from bowstore.words.targets.bags import bag_of, unpacked, words_bytes
 from bowstore.words.targets.tiers import TIERS, Targets, choose_tier
 
 
@@ -72,7 +72,7 @@ def time_batches(targets: Targets, *, batch: int, batches: int, seed: int) -> tu
         begun = time.perf_counter()
         ahead = targets.ahead(rows_B)
         gathered = time.perf_counter()
-        count_bag(unpacked(targets.words(rows_B, ahead)))
+        bag_of(unpacked(targets.words(rows_B, ahead)), "count")
         if targets.device.type == "cuda":
             torch.cuda.synchronize(targets.device)
         ahead_s.append(gathered - begun)

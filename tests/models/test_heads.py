@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bowstore.config import ModelConfig
 from bowstore.models.heads import CosineHead, RotationHead
 from bowstore.models.registry import build_backbone
-from bowstore.words.targets.bags import bow_cross_entropy, count_bag
+from bowstore.words.targets.bags import bag_of, bow_cross_entropy
 
 WORDS_BM = torch.randint(0, 300, (16, 9), generator=torch.Generator().manual_seed(1))
 
@@ -56,7 +56,7 @@ def test_logits_and_gradients_are_those_of_normalised_weights(gamma: float) -> N
     head, features_BC = cosine(torch.float32, gamma)
     single = head(features_BC)
     assert off(single.detach(), expected.detach()) < 1e-6
-    loss = bow_cross_entropy(single, count_bag(WORDS_BM))
+    loss = bow_cross_entropy(single, bag_of(WORDS_BM, "count"))
     for found, wanted in zip(gradients(loss, [features_BC, head.weight, head.gamma]), exact, strict=True):
         assert off(found, wanted) < 3e-6
 
@@ -80,7 +80,7 @@ def test_logits_are_float32_under_autocast(gamma: float) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits_BK = head(features_BC.bfloat16())
     assert logits_BK.dtype == torch.float32
-    loss = bow_cross_entropy(logits_BK, count_bag(WORDS_BM))
+    loss = bow_cross_entropy(logits_BK, bag_of(WORDS_BM, "count"))
     (found,) = gradients(loss, [head.weight])
     assert off(found, exact[1]) < 1e-5
 

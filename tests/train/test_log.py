@@ -299,7 +299,7 @@ def test_the_loss_is_the_mean_of_all_steps_and_scalars_are_those_of_the_lines_st
 
     entropy = words_module.bag_entropy
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(words_module, "bag_entropy", lambda bag: entropies.append(entropy(bag)) or entropies[-1])
+    monkeypatch.setattr(words_module, "bag_entropy", lambda *given: entropies.append(entropy(*given)) or entropies[-1])
     config = make_config(runtime={"log_every_steps": 5, "checkpoint_every_steps": 100})
     loop.train(config, tmp_path / "runs")
     lines = log_of(tmp_path / "runs" / config.name)

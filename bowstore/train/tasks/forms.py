@@ -16,17 +16,7 @@ from bowstore.config import ViewConfig
 from bowstore.data.index import Index
 from bowstore.data.plan import Origin, Plan, plan_of
 from bowstore.data.shown import CleanGrid, shown
-from bowstore.words.targets.bags import (
-    Bag,
-    Form,
-    MeanBag,
-    bag_of,
-    bag_of_shown,
-    count_bag,
-    mix_bags,
-    unpacked,
-    words_in_cells,
-)
+from bowstore.words.targets.bags import Bag, Form, MeanBag, bag_of, mix_bags, unpacked, words_in_cells
 
 
 class BagForm(ABC):
@@ -109,7 +99,7 @@ class PyramidBags(BagForm):
         words_Bhw = unpacked(packed_BM).view(-1, *self._grid)
         # A partner is mirrored by its own flip: the one that its words are given here, before they are mixed.
         words_Bhw = torch.where(mirror_B[:, None, None], words_Bhw.flip(2), words_Bhw)
-        bags = [count_bag(words_Bm) for words_Bm in self._cells(words_Bhw)]
+        bags = [bag_of(words_Bm, "count") for words_Bm in self._cells(words_Bhw)]
         if not mixed:
             return bags
         partner_B, kept_BP = mixed
@@ -120,7 +110,7 @@ class PyramidBags(BagForm):
         words_Bhw = unpacked(torch.from_numpy(words_BM.view(np.int16))).view(-1, *self._grid)
         for seen_Bhw in (words_Bhw, words_Bhw.flip(2))[: 1 + self._flip]:
             for mean, words_Bm in zip(self._means, self._cells(seen_Bhw), strict=True):
-                mean.add(count_bag(words_Bm))
+                mean.add(bag_of(words_Bm, "count"))
 
     def marginal_loss(self) -> float:
         """The mean of the entropies of the cells' mean bags."""
@@ -159,11 +149,11 @@ class ShownBag(BagForm):
     def make(self, packed_BM: Tensor, *numbers: Tensor) -> list[Bag]:
         """One bag."""
         words_BM, (own_BM, *mixed) = unpacked(packed_BM), numbers
-        own = bag_of_shown(words_BM, own_BM, self._form)
+        own = bag_of(words_BM, self._form, own_BM)
         if not mixed:
             return [own]
         partner_B, pasted_BM = mixed
-        pasted = bag_of_shown(words_BM[partner_B], pasted_BM, self._form)
+        pasted = bag_of(words_BM[partner_B], self._form, pasted_BM)
         return [Bag(*(torch.cat(parts, dim=1) for parts in zip(own, pasted, strict=True)))]
 
     def add(self, words_BM: NDArray[np.uint16]) -> None:

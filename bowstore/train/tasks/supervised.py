@@ -12,7 +12,7 @@ from bowstore.models.heads import CosineHead, LinearHead
 from bowstore.train.tasks.labels import read_labels
 from bowstore.train.tasks.settings import SupervisedSettings
 from bowstore.train.tasks.task import Dead, Job, Network, Task, mixing, pooled
-from bowstore.words.targets.bags import Bag, bow_cross_entropy, count_bag, mix_bags, weight_at
+from bowstore.words.targets.bags import Bag, bag_of, bow_cross_entropy, mix_bags, weight_at
 
 
 def build(settings: SupervisedSettings, job: Job) -> Task:
@@ -46,7 +46,7 @@ def build(settings: SupervisedSettings, job: Job) -> Task:
 
 def make_classes(images_BCHW: Tensor, label_B: Tensor, *mixed: Tensor) -> tuple[Tensor, Bag]:
     """The images, and the bag of each one's class, mixed where the images are."""
-    bag = count_bag(label_B[:, None])
+    bag = bag_of(label_B[:, None], "count")
     return images_BCHW, mix_bags(bag, *mixed) if mixed else bag
 
 

@@ -84,7 +84,9 @@ def build(settings: WordsSettings, job: Job) -> Task:
     def scalars(logits: Logits, bags: Bags) -> dict[str, Tensor]:
         pairs = list(_pairs(logits, bags))
         found = {
-            "excess_loss": _mean([bow_cross_entropy(logits_BK, bag) - bag_entropy(bag) for logits_BK, bag in pairs]),
+            "excess_loss": _mean(
+                [bow_cross_entropy(logits_BK, bag) - bag_entropy(bag, logits_BK.shape[1]) for logits_BK, bag in pairs]
+            ),
             "top_word_weight": _mean([weight_at(bag, logits_BK.argmax(1)) for logits_BK, bag in pairs]),
         }
         # Of several the one nearest to zero, where a head is dead; far below zero it is not.

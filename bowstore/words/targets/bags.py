@@ -9,6 +9,7 @@ of a cell, K words.
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy.special
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -38,32 +39,18 @@ def words_bytes(images: int, grid: tuple[int, int]) -> int:
     return 2 * images * grid[0] * grid[1]
 
 
-def bag_of(words_BM: Tensor, form: Form) -> Bag:
-    """Bags (paper, Eq. 3 or 4, then L1-normalised) of words, int64 (B, M)."""
-    return binary_bag(words_BM) if form == "binary" else count_bag(words_BM)
-
-
-def count_bag(words_BM: Tensor) -> Bag:
-    """Each location counts 1/M (paper, Eq. 3): a word's frequency is the sum over its slots."""
-    return Bag(words_BM, torch.full(words_BM.shape, 1 / words_BM.shape[1], device=words_BM.device))
-
-
-def binary_bag(words_BM: Tensor) -> Bag:
-    """Each distinct word counts once (paper, Eq. 4): later slots of the same word weigh 0."""
-    words_BM = words_BM.sort(dim=1).values
-    first_BM = torch.ones_like(words_BM, dtype=torch.float32)
-    first_BM[:, 1:] = (words_BM[:, 1:] != words_BM[:, :-1]).float()
-    return Bag(words_BM, first_BM / first_BM.sum(dim=1, keepdim=True))
-
-
-def bag_of_shown(words_BM: Tensor, shown_BM: Tensor, form: Form) -> Bag:
-    """Bags of what is seen of each location: of the whole row's weight, that is the sum of its shares (not of 1).
+def bag_of(words_BM: Tensor, form: Form, shown_BM: Tensor | None = None) -> Bag:
+    """Bags of words (paper, Eq. 3 or 4, then L1-normalised), or of what is seen of them.
 
     Args:
         words_BM: int64.
-        shown_BM: float32, share of the view in which the location is seen.
-        form: count: a location weighs its share; binary: each distinct word of which anything is seen weighs the same.
+        form: count: a location weighs its share, and a word's frequency is the sum over its slots; binary: each
+            distinct word of which anything is seen weighs the same, in one slot.
+        shown_BM: float32, share of the view in which a location is seen; a row weighs their sum (not 1). None for the
+            whole image, of which every location has the same share.
     """
+    if shown_BM is None:
+        shown_BM = torch.full(words_BM.shape, 1 / words_BM.shape[1], device=words_BM.device)
     if form == "count":
         return Bag(words_BM, shown_BM)
     # Of equal words those that are seen come first, so that the first of them says whether any is.
@@ -122,14 +109,10 @@ class _BowCrossEntropy(torch.autograd.Function):
         return grad_BK.mul_(grad / len(logits_BK)), None, None
 
 
-def bag_entropy(bag: Bag) -> Tensor:
+def bag_entropy(bag: Bag, num_words: int) -> Tensor:
     """Mean entropy of the bags, nats: the least value the loss can take."""
-    words_BM, order_BM = bag.words_BM.sort(dim=1)
-    weights_BM = bag.weights_BM.gather(1, order_BM)
-    # Sum the weights of equal words: number the runs of equal words and add into them.
-    run_BM = torch.cat([torch.zeros_like(words_BM[:, :1]), (words_BM[:, 1:] != words_BM[:, :-1]).long()], 1).cumsum(1)
-    mass_BM = torch.zeros_like(weights_BM).scatter_add_(1, run_BM, weights_BM)
-    entropy_B: Tensor = torch.special.entr(mass_BM).sum(dim=1)
+    dense_BK = bag.weights_BM.new_zeros(len(bag.words_BM), num_words).scatter_add_(1, bag.words_BM, bag.weights_BM)
+    entropy_B: Tensor = torch.special.entr(dense_BK).sum(dim=1)
     return entropy_B.mean()
 
 
@@ -148,17 +131,13 @@ class MeanBag:
 
     def __init__(self, num_words: int) -> None:
         self._total_K = np.zeros(num_words, np.float64)
-        self._rows = 0
 
     def add(self, bag: Bag) -> None:
-        """Count the bags of some rows."""
-        weights_BM = bag.weights_BM.double()
-        weights_BM /= weights_BM.sum(dim=1, keepdim=True)  # in float32 they sum to 1 only so far
-        words, weights = bag.words_BM.reshape(-1), weights_BM.reshape(-1)
-        self._total_K += np.bincount(words.cpu().numpy(), weights.cpu().numpy(), len(self._total_K))
-        self._rows += len(bag.words_BM)
+        """Count the bags of some rows, which lie on a CPU."""
+        words, weights = (part.flatten().numpy() for part in bag)
+        self._total_K += np.bincount(words, weights, len(self._total_K))
 
     def entropy(self) -> float:
         """Entropy of the mean bag, nats."""
-        mean_K = self._total_K[self._total_K > 0] / self._rows
-        return float(-(mean_K * np.log(mean_K)).sum())
+        mean_K = self._total_K / self._total_K.sum()  # in float32 the bags' weights sum to 1 only so far
+        return float(scipy.special.entr(mean_K).sum())
