@@ -218,7 +218,7 @@ def _small_kmeans(check: Check) -> None:
     sample = rectified(count, 64, 1, check.device)[0].cpu().numpy()
 
     def found(device: torch.device, backend: Any) -> Any:
-        return cluster(sample, k, seed=0, iterations=10, device=device, backend=backend, shown=False)
+        return cluster(sample, k, seed=0, iterations=10, device=device, backend=backend)
 
     first, again = (found(check.device, "torch") for _ in range(2))
     check.claim("the same centroids twice", (first.centroids_Kp == again.centroids_Kp).all().item())

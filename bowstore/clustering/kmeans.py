@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bowstore.clustering.lloyd import far_vectors, identity
+from bowstore.clustering.lloyd import distinct_rows, put_far
 from bowstore.clustering.lloyd_torch import TorchLloyd
 from bowstore.progress import Progress
 
@@ -59,7 +59,6 @@ def kmeans(
     iterations: int,
     device: torch.device,
     backend: Backend | None = None,
-    shown: bool = True,
 ) -> Clusters:
     """Cluster a sample into K words, starting from random vectors of it, and move words that nothing is nearest to.
 
@@ -72,13 +71,12 @@ def kmeans(
         iterations: of Lloyd's algorithm; each refill adds one.
         device: where it runs.
         backend: None for `default_backend`.
-        shown: whether to show progress.
     """
     lloyd = make_lloyd(
         backend or default_backend(sample_Sp.shape, num_words, device), sample_Sp, num_words, seed, device
     )
     history, splits = [], []
-    with Progress("k-means", iterations, "iterations", shown=shown) as progress:
+    with Progress("k-means", iterations, "iterations") as progress:
         for _ in range(iterations):
             inertia, split = lloyd.step()
             history.append(inertia)
@@ -94,7 +92,7 @@ def kmeans(
         inertia_history=history,
         splits=splits,
         refilled=refilled,
-        duplicates=num_words - distinct_rows(centroids_Kp, num_words),
+        duplicates=num_words - len(distinct_rows(centroids_Kp, num_words)),
         backend=lloyd.backend,
     )
 
@@ -122,16 +120,6 @@ def make_lloyd(
     return (SuperLloyd if backend == "super" else FaissLloyd)(sample_Sp, num_words, seed)
 
 
-def distinct_rows(rows: NDArray[np.float32], enough: int) -> int:
-    """Number of distinct rows, counted up to `enough`."""
-    seen: set[int] = set()
-    for row in np.ascontiguousarray(rows):
-        seen.add(identity(row))
-        if len(seen) == enough:
-            break
-    return len(seen)
-
-
 def _refill(
     lloyd: Lloyd, sample_Sp: NDArray[np.float32], num_words: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
@@ -139,25 +127,13 @@ def _refill(
     rng, refilled = np.random.default_rng([seed, 3]), 0
     word_S, distance_S = lloyd.nearest()
     for _ in range(_REFILL_ROUNDS):
-        useless_U = _useless(lloyd.centroids(), np.bincount(word_S, minlength=num_words))
-        vectors_U = far_vectors(sample_Sp, distance_S, len(useless_U), rng)
-        useless_U = useless_U[: len(vectors_U)]
-        if not len(useless_U):
+        counts_K = np.bincount(word_S, minlength=num_words)
+        useful = [word for word in distinct_rows(lloyd.centroids(), num_words) if counts_K[word]]
+        useless_U = np.setdiff1d(np.arange(num_words), useful)
+        moved = put_far(lloyd.put, useless_U, sample_Sp, distance_S, rng)
+        if not moved:
             break
-        lloyd.put(useless_U, vectors_U)
         lloyd.step()
-        refilled += len(useless_U)
+        refilled += moved
         word_S, distance_S = lloyd.nearest()
     return word_S, distance_S, refilled
-
-
-def _useless(centroids_Kp: NDArray[np.float32], counts_K: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Words that no vector is nearest to, or that are copies of a word before them."""
-    seen: set[int] = set()
-    useless = []
-    for word, row in enumerate(np.ascontiguousarray(centroids_Kp)):
-        key = identity(row)
-        if counts_K[word] == 0 or key in seen:
-            useless.append(word)
-        seen.add(key)
-    return np.array(useless, dtype=np.int64)

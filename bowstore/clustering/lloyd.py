@@ -11,6 +11,8 @@ Each way (lloyd_faiss.py, lloyd_torch.py) is a class with four methods, which `k
 Legend: S sampled vectors, p dimensions, K words, U words or vectors that are moved or moved to.
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 import xxhash
@@ -23,23 +25,34 @@ def first_vectors(vectors: int, num_words: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng([seed, 2]).choice(vectors, num_words, replace=False))
 
 
-def far_vectors(
-    sample_Sp: NDArray[np.float32] | Tensor, distance_S: NDArray[np.float32], wanted: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Up to U distinct vectors that are no centroid themselves, drawn by their squared distance, as k-means++ draws."""
-    if not wanted:
-        return np.empty(0, np.int64)
+def put_far(
+    put: Callable[[NDArray[np.int64], NDArray[np.int64]], None],
+    words_U: NDArray[np.int64],
+    sample_Sp: NDArray[np.float32] | Tensor,
+    distance_S: NDArray[np.float32],
+    rng: np.random.Generator,
+) -> int:
+    """Put words onto vectors that are no centroid themselves, drawn by their squared distance, as k-means++ draws.
+
+    Returns:
+        How many words: as many as there are distinct such vectors.
+    """
+    if not len(words_U):
+        return 0
     far = np.flatnonzero(distance_S > 0)
     # The smallest of exponential variables with these rates: draws without replacement, and without sums that saturate.
     order = far[np.argsort(rng.exponential(size=len(far)) / distance_S[far], kind="stable")]
-    picked: dict[int, int] = {}
-    for vector in order.tolist():
-        picked.setdefault(identity(torch.as_tensor(sample_Sp[vector]).cpu().numpy()), vector)
-        if len(picked) == wanted:
+    rows = (torch.as_tensor(sample_Sp[vector]).cpu().numpy() for vector in order)
+    vectors_U = order[distinct_rows(rows, len(words_U))]
+    put(words_U[: len(vectors_U)], vectors_U)
+    return len(vectors_U)
+
+
+def distinct_rows(rows: Iterable[NDArray[np.float32]], enough: int) -> list[int]:
+    """Places of distinct rows, each the first of its equals, up to `enough`; an unequal row is missed once in 2^64."""
+    seen: dict[int, int] = {}
+    for place, row in enumerate(rows):
+        seen.setdefault(xxhash.xxh3_64_intdigest(np.ascontiguousarray(row).data), place)
+        if len(seen) == enough:
             break
-    return np.array(list(picked.values()), dtype=np.int64)
-
-
-def identity(row: NDArray[np.float32]) -> int:
-    """Equal for equal rows, and for others with a chance of 1 in 2^64."""
-    return xxhash.xxh3_64_intdigest(row.data)
+    return list(seen.values())

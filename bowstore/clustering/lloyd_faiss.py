@@ -3,10 +3,9 @@
 Legend: S sampled vectors, p dimensions, K words, B vectors of a slice, U words or vectors that are moved or moved to.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import faiss
 import numpy as np
@@ -14,28 +13,13 @@ import scipy.fft
 import scipy.sparse
 from numpy.typing import NDArray
 
-from bowstore.clustering.lloyd import far_vectors, first_vectors
+from bowstore.clustering.lloyd import first_vectors, put_far
 from bowstore.environment import cores
 
-_T = TypeVar("_T")
 _faiss: Any = faiss  # its type stubs do not know all of it
 _SUPER_WORDS, _SUPER_DIMENSIONS = 1024, 128  # from where its authors recommend SuperKMeans (faiss/SuperKMeans.h)
 _SLICE = 2048, 8192  # vectors that one thread searches at a time: enough slices for 16 cores, and few layouts
 _TURNS = 2  # of signs and cosines: one already mixes well, two leave no trace of the features' own axes
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """FAISS's calls take all cores: torchrun leaves a process one, but while this one makes words, the others wait.
-
-    PyTorch may share the setting, and a training that follows in this process must round as it does in one of its own.
-    """
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(cores())
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 class FaissLloyd:
@@ -52,11 +36,13 @@ class FaissLloyd:
         self._clustering.seed = seed % 2**31
         self._clustering.min_points_per_centroid, self._clustering.max_points_per_centroid = 1, vectors
         self._done = 0
+        # All cores: torchrun leaves a process one, but while this one makes words, the others wait. A thread of its
+        # own, because the number is a setting of the thread that makes it, which PyTorch may share.
+        self._pool = ThreadPoolExecutor(1, "k-means", initializer=faiss.omp_set_num_threads, initargs=(cores(),))
 
     def step(self) -> tuple[float, int]:
         """One call of FAISS with one iteration; it splits large clusters for words that ran empty."""
-        with _all_cores():
-            self._clustering.train(self._sample, self._index)
+        self._pool.submit(self._clustering.train, self._sample, self._index).result()
         stats: Any = self._clustering.iteration_stats  # a C++ vector
         last = stats.at(self._done)
         self._done += 1
@@ -66,8 +52,7 @@ class FaissLloyd:
         """FAISS's exhaustive search."""
         self._index.reset()
         self._index.add(self.centroids())
-        with _all_cores():
-            distance_S, word_S = self._index.search(self._sample, 1)
+        distance_S, word_S = self._pool.submit(self._index.search, self._sample, 1).result()
         return word_S[:, 0], np.maximum(distance_S[:, 0], 0)
 
     def centroids(self) -> NDArray[np.float32]:
@@ -104,7 +89,7 @@ class SuperLloyd:
         self._signs = self._rng.choice(np.array([-1, 1], np.float32), (_TURNS, dimensions))
         step = min(max(vectors // 64, _SLICE[0]), _SLICE[1])
         self._slices = [slice(start, min(start + step, vectors)) for start in range(0, vectors, step)]
-        # The number of OpenMP threads is a setting of the thread that makes it: one each, as the pool has the cores.
+        # Here each thread of the pool has one of OpenMP, and the pool the cores.
         self._pool = ThreadPoolExecutor(cores(), "k-means", initializer=faiss.omp_set_num_threads, initargs=(1,))
         self._turned_Sp = np.concatenate(self._each(lambda part: self._turn(self._sample_Sp[part])))
         self._centroids_Kp = self._sample_Sp[first_vectors(vectors, num_words, seed)]
@@ -131,9 +116,8 @@ class SuperLloyd:
         used_U = np.flatnonzero(counts_K)
         self._centroids_Kp[used_U] = (chooses @ self._sample_Sp)[used_U] / counts_K[used_U, None].astype(np.float32)
         dead_U = np.flatnonzero(counts_K == 0)
-        vectors_U = far_vectors(self._sample_Sp, distance_S, len(dead_U), self._rng)
-        self.put(dead_U[: len(vectors_U)], vectors_U)
-        return float(distance_S.mean(dtype=np.float64)), len(vectors_U)
+        moved = put_far(self.put, dead_U, self._sample_Sp, distance_S, self._rng)
+        return float(distance_S.mean(dtype=np.float64)), moved
 
     def nearest(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """FAISS's exhaustive search, slice by slice."""
@@ -148,7 +132,7 @@ class SuperLloyd:
         """The next search finds what is nearest to them."""
         self._centroids_Kp[words_U] = self._sample_Sp[vectors_U]
 
-    def _each(self, work: Callable[[slice], _T]) -> list[_T]:
+    def _each(self, work: Callable[[slice], Any]) -> list[Any]:
         return list(self._pool.map(work, self._slices))
 
     def _turn(self, vectors_Bp: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bowstore.clustering.lloyd import far_vectors, first_vectors
+from bowstore.clustering.lloyd import first_vectors, put_far
 from bowstore.gpu import free_memory
 from bowstore.words.assign.assign import PreparedWords, assign, assign_reference, prepare_words
 
@@ -94,9 +94,7 @@ class TorchLloyd:
         dead_U = (counts_K == 0).nonzero()[:, 0].cpu().numpy()
         ids = iter(torch.split(ids_S, self._block))
         distances = [_squared_distances(part_Bp, before_Kp, next(ids)) for part_Bp in self._parts()]
-        vectors_U = far_vectors(self._sample_Sp, torch.cat(distances).cpu().numpy(), len(dead_U), self._rng)
-        self.put(dead_U[: len(vectors_U)], vectors_U)
-        return len(vectors_U)
+        return put_far(self.put, dead_U, self._sample_Sp, torch.cat(distances).cpu().numpy(), self._rng)
 
     def _likely(self, part_Bp: Tensor, words: PreparedWords) -> Tensor:
         """The nearest word, int64 (B,), but without proof where there are tensor cores."""

@@ -3,6 +3,7 @@
 Legend: N vectors, S sampled vectors, R of a block, c channels of the map, p components.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,9 +28,6 @@ class Projection(NamedTuple):
 
     matrix_pc: NDArray[np.float32]
     offset_p: NDArray[np.float32]
-
-
-PreparedProjection = tuple[Tensor, Tensor]  # on a device: A transposed (c, p), and b
 
 
 def fit_projection(sample_Sc: NDArray[np.float32], dimensions: int, *, whiten: bool) -> tuple[Projection, float]:
@@ -88,13 +86,8 @@ def project_sample(projection: Projection, sample_Sc: NDArray[np.float32]) -> ND
     return projected_Sp
 
 
-def prepare_projection(projection: Projection, device: torch.device) -> PreparedProjection:
-    """Lay a projection out on a device."""
+def prepare_projection(projection: Projection, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What gives the components, float32 (N, p), of vectors (N, c) on a device; call it inside `exact_float32`."""
     matrix_pc, offset_p = (torch.from_numpy(part).to(device) for part in projection)
-    return matrix_pc.T.contiguous(), offset_p
-
-
-def project(vectors_Nc: Tensor, projection: PreparedProjection) -> Tensor:
-    """The components of vectors, float32 (N, p); call it inside `exact_float32`."""
-    matrix_cp, offset_p = projection
-    return torch.addmm(offset_p, vectors_Nc, matrix_cp)
+    matrix_cp = matrix_pc.T.contiguous()
+    return lambda vectors_Nc: torch.addmm(offset_p, vectors_Nc, matrix_cp)

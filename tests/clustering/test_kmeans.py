@@ -12,7 +12,8 @@ import xxhash
 
 from bowstore.clustering import kmeans as module
 from bowstore.clustering import lloyd_faiss
-from bowstore.clustering.kmeans import distinct_rows, kmeans
+from bowstore.clustering.kmeans import kmeans
+from bowstore.clustering.lloyd import distinct_rows
 from bowstore.clustering.lloyd_faiss import FaissLloyd, SuperLloyd
 from bowstore.clustering.lloyd_torch import TorchLloyd
 from bowstore.errors import UsageError
@@ -27,7 +28,7 @@ def sample(n: int = 3000, d: int = 16) -> np.ndarray:
 
 
 def run(vectors: np.ndarray, k: int, **values: Any) -> module.Clusters:
-    return kmeans(vectors, k, **{"seed": 0, "iterations": 6, "device": CPU, "shown": False, **values})
+    return kmeans(vectors, k, **{"seed": 0, "iterations": 6, "device": CPU, **values})
 
 
 def test_one_step_of_both_backends_gives_the_same_words() -> None:
@@ -98,7 +99,7 @@ def test_super_does_not_depend_on_the_process() -> None:
     code = (
         "import faiss, numpy, torch; from bowstore.clustering.kmeans import kmeans; faiss.omp_set_num_threads(3)\n"
         "x = numpy.random.default_rng(0).normal(size=(2100, 128)).astype('f')\n"
-        "found = kmeans(x, 1024, seed=1, iterations=3, device=torch.device('cpu'), shown=False)\n"
+        "found = kmeans(x, 1024, seed=1, iterations=3, device=torch.device('cpu'))\n"
         "print(found.backend, xxhash.xxh3_64_hexdigest(found.centroids_Kp.tobytes()))"
     )
     other = subprocess.run(
@@ -166,8 +167,8 @@ def test_dead_words_and_copies_are_put_elsewhere(backend: str) -> None:
 
 def test_distinct_rows() -> None:
     rows = np.array([[1, 2], [1, 2], [3, 4], [0.0, 1], [3, 4]], np.float32)
-    assert distinct_rows(rows, 10) == 3
-    assert distinct_rows(rows, 2) == 2
+    assert distinct_rows(rows, 10) == [0, 2, 3]
+    assert distinct_rows(rows, 2) == [0, 2]
 
 
 def test_what_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def test_kmeans_needs_no_faiss_for_torch() -> None:
         "import torch, numpy; from bowstore.benchmarks.kmeans import bench_kmeans\n"
         "from bowstore.benchmarks.config import KmeansBench\n"
         "from bowstore.clustering.kmeans import kmeans; cpu = torch.device('cpu'); x = numpy.eye(9, dtype='f')\n"
-        "print(kmeans(x, 3, seed=0, iterations=2, device=cpu, backend='torch', shown=False).backend)\n"
+        "print(kmeans(x, 3, seed=0, iterations=2, device=cpu, backend='torch').backend)\n"
         "bench_kmeans(KmeansBench(vectors=50, dimensions=4, num_words=3, iterations=2, rounds=1, device='cpu', "
         "backends=['torch']))"
     )

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from bowstore.clustering.projection import Projection, fit_projection, prepare_projection, project, project_sample
+from bowstore.clustering.projection import Projection, fit_projection, prepare_projection, project_sample
 from bowstore.errors import DataError, UsageError
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.prepare import build_vocabulary
@@ -46,10 +46,8 @@ def test_all_channels_whitened_equal_scikit_learn() -> None:
 def test_sample_and_pass_are_projected_alike() -> None:
     vectors = sample()
     projection, _ = fit_projection(vectors, 4, whiten=True)
-    prepared = prepare_projection(projection, CPU)
-    assert np.allclose(
-        project(torch.from_numpy(vectors), prepared).numpy(), project_sample(projection, vectors), atol=1e-4
-    )
+    project = prepare_projection(projection, CPU)
+    assert np.allclose(project(torch.from_numpy(vectors)).numpy(), project_sample(projection, vectors), atol=1e-4)
     assert isinstance(projection, Projection)
 
 

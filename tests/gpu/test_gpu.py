@@ -113,7 +113,7 @@ def test_features_of_more_than_32_bit_offsets() -> None:
 
 def test_kmeans_on_a_gpu_settles_where_faiss_does() -> None:
     sample = rectified(20_000, 64, 1)[0].cpu().numpy()
-    found = [kmeans(sample, 200, seed=0, iterations=10, device=device, shown=False) for device in (GPU, GPU, CPU)]
+    found = [kmeans(sample, 200, seed=0, iterations=10, device=device) for device in (GPU, GPU, CPU)]
     assert default_backend((20_000, 64), 200, GPU) == "torch"
     assert np.array_equal(found[0].centroids_Kp, found[1].centroids_Kp)
     assert found[0].inertia == pytest.approx(found[2].inertia, rel=0.05)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
-from bowstore.clustering.kmeans import distinct_rows, kmeans
+from bowstore.clustering.kmeans import kmeans
+from bowstore.clustering.lloyd import distinct_rows
 from bowstore.data.pipeline import clean_batches
 from bowstore.data.plan import Schedule
 from bowstore.data.reader import ShardReader, fetched
@@ -218,7 +219,7 @@ class Clusters(Renewal):
                 f"{what} hold NaN or infinity in {bad} of them; lower optim.lr and run again with --resume, or under "
                 f"another --name from the start"
             )
-        if (distinct := distinct_rows(feature_NC, clusters)) < clusters:
+        if (distinct := len(distinct_rows(feature_NC, clusters))) < clusters:
             return (
                 f"{what} are only {distinct} distinct ones, too few for {clusters} clusters: the network has collapsed "
                 f"(lower optim.lr and train under another --name), or the images are copies (lower task.clusters)"

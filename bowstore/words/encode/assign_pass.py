@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 from torch import Tensor
 
-from bowstore.clustering.projection import Projection, prepare_projection, project
+from bowstore.clustering.projection import Projection, prepare_projection
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 from bowstore.words.assign.assign import assign, prepare_words
@@ -121,7 +121,7 @@ def quantizer(
         vectors = map_Bchw.permute(0, 2, 3, 1).reshape(-1, channels)
         with exact_float32():
             if before:
-                vectors = project(vectors, before)
+                vectors = before(vectors)
             ids = assign(vectors, words)
             distance = torch.linalg.vector_norm(vectors - centroids[ids.long()], dim=1)
         return ids.view(batch, h, w).cpu().numpy(), distance.view(batch, -1).cpu().numpy()

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bowstore.clustering.kmeans import distinct_rows, kmeans
+from bowstore.clustering.kmeans import kmeans
+from bowstore.clustering.lloyd import distinct_rows
 from bowstore.clustering.projection import Projection, fit_projection, project_sample
 from bowstore.errors import DataError, MismatchError
 from bowstore.progress import say, timed
@@ -129,7 +130,7 @@ def build_vocabulary(
     if config.pca is not None:
         projection, share = fit_projection(sample_Sc, config.pca, whiten=config.whiten)
         sample_Sc, about = project_sample(projection, sample_Sc), {"explained_variance": share}
-    distinct = distinct_rows(sample_Sc, num_words)
+    distinct = len(distinct_rows(sample_Sc, num_words))
     if distinct < num_words:
         raise DataError(
             f"the sample's {len(sample_Sc)} feature vectors hold only {distinct} distinct ones, too few for "
