@@ -36,7 +36,7 @@ from bowstore.files import (
     write_json,
 )
 
-_PART_SUFFIX = ".part"
+_PART_SUFFIX, _LOCK_SUFFIX = ".part", ".lock"
 _REMEDY = "raise storage.cache_gb, or name a folder on a larger disk in storage.cache"
 
 
@@ -102,7 +102,7 @@ def reserve(size_bytes: int, what: str, storage: StorageConfig, *, arrived: Path
     """
     check_fits(size_bytes, what, storage)
     bound, root = int(storage.cache_gb * 1e9), cache_root(storage)
-    needed = max(0, size_bytes - (_size_of(arrived) if arrived else 0))
+    needed = max(0, size_bytes - (_state(arrived)["size_bytes"] if arrived and arrived.exists() else 0))
     with waiting_lock(root / ".room.lock", f"cache {root}", shown=False):
         copies = sorted(_copies(root))
         total = sum(taken for _, taken, _ in copies)
@@ -154,43 +154,21 @@ def is_as_recorded(path: Path, **what: Any) -> bool:
 
 def _state(path: Path) -> dict[str, int]:
     """What changes when somebody writes into a file, or puts one into a folder; of a link its own."""
-    if path.is_dir() and not path.is_symlink():
-        sizes = list(_sizes(path))
-        return {"files": len(sizes), "size_bytes": sum(sizes)}
-    found = path.lstat()
-    return {"size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
-
-
-def _sizes(path: Path) -> Iterator[int]:
-    """Bytes of a file, or of each file below a folder; those that vanish meanwhile are left out."""
-    files = (
-        [path] if not path.is_dir() else (Path(parent, name) for parent, _, names in os.walk(path) for name in names)
-    )
-    for file in files:
-        with suppress(FileNotFoundError):
-            yield file.lstat().st_size
-
-
-def _size_of(path: Path) -> int:
-    return sum(_sizes(path))
+    if path.is_symlink() or not path.is_dir():
+        found = path.lstat()
+        return {"size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+    sizes = [file.lstat().st_size for file in path.rglob("*") if not file.is_dir()]
+    return {"files": len(sizes), "size_bytes": sum(sizes)}
 
 
 def _copies(root: Path) -> Iterator[tuple[int, int, Path]]:
     """What is bowstore's, whole copies and what is on its way: when it was last used (ns), its bytes, and its path."""
     for path in itertools.chain.from_iterable(map(root.glob, ("remote/*/*", "words/*", "features/*"))):
         with suppress(FileNotFoundError, NotADirectoryError):
-            if temporary_stem(path) or _is_part(path) or (path.name[0] != "." and is_as_recorded(path)):
-                yield _handle(path).stat().st_atime_ns, _size_of(path), path
-
-
-def _is_part(path: Path) -> bool:
-    """Whether a file or folder is what has arrived of a copy: nobody else puts a lock beside it."""
-    return path.name.startswith(".") and path.suffix == _PART_SUFFIX and lock_file(_whole(path)).exists()
-
-
-def _whole(part: Path) -> Path:
-    """The copy that a part is to become."""
-    return part.with_name(part.name[1:].removesuffix(_PART_SUFFIX))
+            # Of what has arrived of a copy: nobody else puts a lock beside it.
+            is_part = path.match(f".*{_PART_SUFFIX}") and path.with_suffix(_LOCK_SUFFIX).exists()
+            if temporary_stem(path) or is_part or (path.name[0] != "." and is_as_recorded(path)):
+                yield _handle(path).stat().st_atime_ns, _state(path)["size_bytes"], path
 
 
 def _handle(path: Path) -> Path:
@@ -205,7 +183,7 @@ def _remove(path: Path) -> bool:
             if not is_leftover(path):
                 return False
         elif path.name.startswith("."):  # its writer holds the lock
-            stack.enter_context(exclusive_lock(lock_file(_whole(path)), str(path)))
+            stack.enter_context(exclusive_lock(path.with_suffix(_LOCK_SUFFIX), str(path)))
         else:
             descriptor = os.open(_handle(path), os.O_RDWR | os.O_NOFOLLOW)
             stack.callback(os.close, descriptor)
@@ -229,7 +207,7 @@ def part_of(path: Path) -> Path:
 
 def lock_file(path: Path) -> Path:
     """The lock of a copy's writer."""
-    return path.with_name(f".{path.name}.lock")
+    return path.with_name(f".{path.name}{_LOCK_SUFFIX}")
 
 
 def record_file(path: Path) -> Path:
