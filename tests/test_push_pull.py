@@ -544,9 +544,9 @@ def test_push_and_pull_with_the_hub(here: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_push_without_the_hubs_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_name: str) -> None:
+    def missing(_url: str, **_options: object) -> None:
         raise ImportError("Install huggingface_hub to access HfFileSystem")
 
-    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    monkeypatch.setattr(fsspec, "url_to_fs", missing)
     with pytest.raises(UsageError, match=r"^hf needs huggingface_hub; pip install 'bowstore\[remote\]'$"):
         send(here, url=Path("hf://datasets/name/data/words"))

@@ -157,7 +157,7 @@ def test_remote_file_longer_than_recorded_is_refused(server: FolderServer, tmp_p
         RemoteFolder(server.url, storage(tmp_path)).fetch("a.tar", Wanted(2 * BLOCK, "0" * 32))
 
 
-@pytest.mark.parametrize("url", ["ftp://host/shards", "sftp://host/x", "github://a/b", "webhdfs://x/y", "zip://x"])
+@pytest.mark.parametrize("url", ["ftp://host/shards", "sftp://host/x", "github://a/b", "zip://x"])
 def test_remote_protocols_that_want_more_than_a_url_are_told(tmp_path: Path, url: str) -> None:
     with pytest.raises(
         UsageError, match=rf"^{url.partition(':')[0]}(:// cannot be used \(.*\); copy the folder| needs)"

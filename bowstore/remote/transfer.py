@@ -3,7 +3,6 @@
 The one place that knows fsspec's file systems; what their errors mean is said in `tries`.
 """
 
-import inspect
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -56,7 +55,7 @@ class Remote:
         self._parts: dict[str, Any] = _SENT_IN_PARTS.get(package, {})
         self.at_once = COMMIT_FILES if package == _HUB else 1
         self._commits = Lock()  # of two commits to a branch at the same time the hub refuses one
-        self._fs = _file_system(self._protocol, storage.timeout_s)
+        self._fs = _file_system(self.url, storage.timeout_s)
 
     def describe(self, name: str) -> tuple[int | None, dict[str, str]]:
         """Ask for a file's length, None where the server does not say, and for whatever changes when the file does.
@@ -236,6 +235,7 @@ class Remote:
             self.download(name, part_of(path), files[name])
             part_of(path).rename(path)
 
+        self._fs.invalidate_cache()  # others may have changed files since this process last looked
         missing = {name: wanted.size_bytes or 0 for name, wanted in files.items() if not (folder / name).exists()}
         self.side_by_side(title, missing, fetch, done=len(files) - len(missing), display=display)
         return len(missing)
@@ -298,10 +298,11 @@ def _plain(key: str) -> str:
     return "".join(c for c in key.lower() if c.isalnum())
 
 
-def _file_system(name: str, timeout_s: float) -> Any:
-    """A protocol's file system with our time-outs and none of its own retries; fsspec keeps one for each process."""
+def _file_system(url: str, timeout_s: float) -> Any:
+    """A URL's file system with our time-outs and none of its own retries; fsspec keeps one for each process."""
     import fsspec  # and what it brings: a second, for those alone that go to a URL
 
+    name = protocol(url)
     options: dict[str, Any] = {"use_listings_cache": False}
     configured = fsspec.config.conf.get(name, {})
     if name in WEB:
@@ -316,11 +317,7 @@ def _file_system(name: str, timeout_s: float) -> Any:
     elif name in ("file", "local"):
         options["auto_mkdir"] = True
     try:
-        made = inspect.signature(fsspec.get_filesystem_class(name).__init__).parameters.values()
-        required = (p.name for p in made if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
-        if wanted := [name for name in required if name not in {"self", *options, *configured}]:
-            raise ValueError(f"it wants {', '.join(wanted)} beside the URL")
-        system = fsspec.filesystem(name, **options)
+        system, _ = fsspec.url_to_fs(url, **options)
     except ImportError as error:
         package = _PACKAGES.get(name)
         remedy = f"{package}; pip install 'bowstore[remote]'" if package else f"another package: {error}"

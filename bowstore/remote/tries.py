@@ -31,13 +31,11 @@ class Tries:
                 return action()
             except (BowstoreError, MemoryError):  # said already; and no other try has more
                 raise
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk's, not the server's
-                    raise
-                self._failed(error)
             except NotImplementedError as error:
                 raise UsageError(f"{protocol(self._url)}:// cannot be written; s3://, gs:// and hf:// can") from error
-            except Exception as error:  # noqa: BLE001 - every protocol has errors of its own
+            except Exception as error:  # every protocol has errors of its own
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # not the server's
+                    raise
                 self._failed(error)
 
     def succeeded(self) -> None:
@@ -49,11 +47,9 @@ class Tries:
         self._failures += 1
         status = status_of(error)
         hopeless = status is not None and 400 <= status < 500 and status not in (408, 416, 429)
-        if hopeless or self._failures > self._storage.retries:
-            raise self._final(error, status) from error
         wait_s = min(_FIRST_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
-        # Jitter: ranks that failed together do not come back together.
-        if self._stop.wait(wait_s * random.uniform(0.5, 1.0)):
+        wait_s *= random.uniform(0.5, 1.0)  # ranks that failed together do not come back together
+        if hopeless or self._failures > self._storage.retries or self._stop.wait(wait_s):
             raise self._final(error, status) from error
 
     def _final(self, error: Exception, status: int | None) -> BowstoreError:
