@@ -220,7 +220,7 @@ def test_remote_failures_have_their_own_messages(
     assert not (folder.folder / "a.tar").exists()
 
 
-def test_remote_file_of_another_length_is_refused_at_once(server: FolderServer, tmp_path: Path) -> None:
+def test_remote_file_of_another_length_is_refused(server: FolderServer, tmp_path: Path) -> None:
     put(server, "a.tar", 5000)
     for size_bytes in (5001, 4 * BLOCK):
         with pytest.raises(MismatchError, match=rf"a\.tar has 5000 bytes, {size_bytes} were recorded: it changed"):

@@ -158,25 +158,22 @@ class Remote:
             TransferError: no access, no answer, or no end of broken transfers.
         """
         url = below(self.url, name)
-        if wanted.digest is None:
-            path.unlink(missing_ok=True)  # nothing would tell whether it is of this file
-        for _ in range(2):  # what lay there may have been of another file, and bytes may change on the way
-            if wanted.size_bytes is not None and path.exists() and path.stat().st_size > wanted.size_bytes:
-                path.unlink()
-            tries = self._tries(url)
-            with open_end(path) as file:
+        tries = self._tries(url)
+        with open_end(path) as file:
+            if wanted.digest is None:
+                file.seek(file.truncate(0))  # nothing would tell whether what lies there is of this file
+            for _ in range(2):  # what lay there may have been of another file, and bytes may change on the way
                 tries.run(partial(self._go_on, url, file, wanted.size_bytes, tries))
-                found_bytes = file.tell()
-            if wanted.size_bytes not in (None, found_bytes):
-                path.unlink()
-                raise MismatchError(
-                    f"{shown(url)} has {found_bytes} bytes, {wanted.size_bytes} were recorded: it changed, or was not "
-                    f"copied whole; copy the folder there again, index and all"
-                )
-            if wanted.digest is None or file_digest(path) == wanted.digest:
-                fsync_path(path)
-                return
-            path.unlink()
+                found_bytes, digest = file.tell(), wanted.digest and file_digest(path)
+                if wanted.size_bytes in (None, found_bytes) and digest == wanted.digest:
+                    fsync_path(path)
+                    return
+                file.seek(file.truncate(0))
+        if wanted.size_bytes != found_bytes:
+            raise MismatchError(
+                f"{shown(url)} has {found_bytes} bytes, {wanted.size_bytes} were recorded: it changed, or was not "
+                f"copied whole; copy the folder there again, index and all"
+            )
         raise CorruptError(f"{shown(url)} is not the file that was recorded: other bytes, twice; copy it there again")
 
     def _go_on(self, url: str, file: IO[bytes], size_bytes: int | None, tries: Tries) -> None:
