@@ -10,25 +10,21 @@ from bowstore.errors import DataError, MissingError
 from bowstore.files import fsync_path, waiting_lock
 from bowstore.remote import cache
 from bowstore.remote.transfer import Remote, Wanted
-from bowstore.remote.urls import below, folder_name, is_plain, shown, url_of
+from bowstore.remote.urls import below, folder_name, is_plain, shown
 
 
-class RemoteFolder:
+class RemoteFolder(Remote):
     """Files of a folder on another machine, fetched into the cache when they are wanted.
 
     Safe for threads and for many processes: one of them fetches a file, the others wait for it.
 
     Attributes:
-        url: of the folder.
         folder: its local copy.
-        storage: settings of cache and transfers.
-        remote: what reads the URL.
     """
 
     def __init__(self, url: Path | str, storage: StorageConfig | None = None) -> None:
-        self.url, self.storage = url_of(url), storage or StorageConfig()
+        super().__init__(url, storage or StorageConfig())
         self.folder = cache.cache_root(self.storage) / "remote" / folder_name(self.url)
-        self.remote = Remote(self.url, self.storage)
         self._turns: dict[Path, threading.Lock] = {}
 
     def exists(self, name: str) -> bool:
@@ -38,7 +34,7 @@ class RemoteFolder:
             TransferError: nobody answers.
         """
         try:
-            self.remote.describe(name)
+            self.describe(name)
         except MissingError:
             return False
         return True
@@ -65,7 +61,7 @@ class RemoteFolder:
         if wanted:
             about: dict[str, Any] = {"digest": wanted.digest}
         else:
-            size_bytes, version = self.remote.describe(name)
+            size_bytes, version = self.describe(name)
             wanted, about = Wanted(size_bytes), {"version": version}
         if not cache.is_as_recorded(path, **about):
             # One thread here, and one process of this machine, brings it; that one shows how far it is.
@@ -96,12 +92,8 @@ class RemoteFolder:
                 del sizes[name]
         if not sizes:
             return
-
-        def fetch(name: str) -> None:
-            self.fetch(name, files[name], reserved=True)
-
         cache.reserve(sum(sizes.values()), what, self.storage)
-        self.remote.side_by_side("fetch", sizes, fetch, display=display)
+        self.side_by_side("fetch", sizes, lambda name: self.fetch(name, files[name], reserved=True), display=display)
 
     def _path(self, name: str) -> Path:
         """Where a file's copy lies."""
@@ -119,7 +111,7 @@ class RemoteFolder:
         part = cache.part_of(path)
         if not reserved:
             cache.reserve(wanted.size_bytes or 0, shown(below(self.url, path.name)), self.storage, arrived=part)
-        self.remote.download(path.name, part, wanted)
+        self.download(path.name, part, wanted)
         cache.write_record(path, of=part, **about)
         part.replace(path)
         fsync_path(path.parent)

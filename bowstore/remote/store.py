@@ -53,7 +53,7 @@ def fetch_store(path: Path, storage: StorageConfig | None = None, *, display: bo
     with TemporaryDirectory() as temporary:
         metadata = Path(temporary)
         try:
-            arrays = _whole_arrays(folder.remote, metadata)
+            arrays = _whole_arrays(folder, metadata)
         except BowstoreError as error:  # of the copy of the metadata
             raise type(error)(str(error).replace(temporary, shown(folder.url))) from error
         for name, text in sorted((str(f.relative_to(metadata)), f.read_bytes()) for f in metadata.rglob(METADATA)):
@@ -103,7 +103,7 @@ def _build(folder: RemoteFolder, copy: Path, metadata: Path, arrays: "list[zarr.
         for array in arrays
         for chunk in product(*map(range, array.cdata_shape))
     )
-    folder.remote.fetch_into(part, dict.fromkeys(chunks, Wanted()), "word store: fetch", display=display)
+    folder.fetch_into(part, dict.fromkeys(chunks, Wanted()), "word store: fetch", display=display)
     shutil.copytree(metadata, part, dirs_exist_ok=True)
     cache.write_record(copy, of=part)
     settle(part, copy)

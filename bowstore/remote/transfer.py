@@ -13,7 +13,7 @@ from threading import Event, Lock
 from typing import IO, Any, NamedTuple
 
 from bowstore.config import StorageConfig
-from bowstore.errors import CorruptError, MismatchError, MissingError, TransferError, UsageError
+from bowstore.errors import CorruptError, MismatchError, TransferError, UsageError
 from bowstore.files import file_digest, fsync_path, open_end
 from bowstore.progress import Progress
 from bowstore.remote.cache import part_of
@@ -28,8 +28,9 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": _
 # aiohttp's time-out for an answer runs while a part is sent, so parts are the smallest that S3 takes.
 _PART_BYTES = 5 << 20
 _SENT_IN_PARTS = {"s3fs": {"chunksize": _PART_BYTES, "max_concurrency": 1}, "gcsfs": {"chunksize": _PART_BYTES}}
-# Keys by which protocols say which version of a file this is, in small letters alone.
-_VERSION_KEYS = ("etag", "lastmodified", "mtime", "modified", "created", "updated", "generation", "contentmd5")
+# By which protocols say which version of a file this is.
+_VERSION_KEYS = {"ETag", "etag", "Content-MD5", "generation", "blob_id", "created", "updated", "modified", "mtime"}
+_VERSION_KEYS |= {"Last-Modified", "LastModified", "last_modified"}
 
 
 class Wanted(NamedTuple):
@@ -44,6 +45,7 @@ class Remote:
 
     Attributes:
         url: of the folder.
+        storage: settings of transfers, and of the cache.
         at_once: files that `send` takes.
     """
 
@@ -51,7 +53,7 @@ class Remote:
         self.url = url_of(url)
         self._protocol = protocol(self.url)
         package = _PACKAGES.get(self._protocol, "")
-        self._storage, self._stop = storage, Event()
+        self.storage, self._stop = storage, Event()
         self._parts: dict[str, Any] = _SENT_IN_PARTS.get(package, {})
         self.at_once = COMMIT_FILES if package == _HUB else 1
         self._commits = Lock()  # of two commits to a branch at the same time the hub refuses one
@@ -66,9 +68,7 @@ class Remote:
         """
         url = below(self.url, name)
         info = self._tries(url).run(lambda: self._fs.info(url))
-        if info.get("type") == "directory":
-            raise MissingError(f"{shown(url)} is a folder, not a file; check the URL")
-        version = {key: str(value) for key, value in info.items() if _plain(key) in _VERSION_KEYS and value}
+        version = {key: str(value) for key, value in info.items() if key in _VERSION_KEYS and value}
         version = version or {"asked_ns": str(time.time_ns())}  # of what says nothing no two answers are the same
         return info.get("size"), {"size": str(info.get("size")), **version}
 
@@ -288,11 +288,7 @@ class Remote:
                 raise
 
     def _tries(self, url: str, *, writing: bool = False) -> Tries:
-        return Tries(url, self._storage, self._stop, writing=writing)
-
-
-def _plain(key: str) -> str:
-    return "".join(c for c in key.lower() if c.isalnum())
+        return Tries(url, self.storage, self._stop, writing=writing)
 
 
 def _file_system(url: str, timeout_s: float) -> Any:
