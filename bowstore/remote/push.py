@@ -47,9 +47,8 @@ def push(
         return manifest, 0
     missing = _missing(far, manifest)
     sizes = {name: manifest.files[name].size_bytes for name in missing}
-    done = len(manifest.files) - len(missing)
     try:
-        far.side_by_side("push: send", sizes, partial(far.send, folder), batch=far.at_once, done=done)
+        far.side_by_side("push: send", sizes, partial(far.send, folder), batch=far.at_once)
     finally:
         check_unchanged(folder, states)  # where sending failed, too: then that is why
     if lost := _missing(far, manifest):

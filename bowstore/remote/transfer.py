@@ -234,7 +234,7 @@ class Remote:
 
         self._fs.invalidate_cache()  # others may have changed files since this process last looked
         missing = {name: wanted.size_bytes or 0 for name, wanted in files.items() if not (folder / name).exists()}
-        self.side_by_side(title, missing, fetch, done=len(files) - len(missing), display=display)
+        self.side_by_side(title, missing, fetch, display=display)
         return len(missing)
 
     def side_by_side(
@@ -244,7 +244,6 @@ class Remote:
         move: Callable[..., object],
         *,
         batch: int = 1,
-        done: int = 0,
         display: bool = True,
     ) -> None:
         """Move files side by side, and show how far that is; the first error ends all transfers.
@@ -254,15 +253,11 @@ class Remote:
             sizes: bytes by name.
             move: moves some of them.
             batch: how many at a time.
-            done: files that were moved before.
             display: whether to show progress.
         """
         names, moved_bytes, total_bytes = list(sizes), 0, sum(sizes.values())
         batches = [names[start : start + batch] for start in range(0, len(names), batch)]
-        with (
-            Progress(title, done + len(names), "files", done=done, shown=display) as progress,
-            ThreadPoolExecutor(PARALLEL) as pool,
-        ):
+        with Progress(title, len(names), "files", shown=display) as progress, ThreadPoolExecutor(PARALLEL) as pool:
 
             def moved(some: list[str]) -> list[str]:
                 try:

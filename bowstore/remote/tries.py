@@ -36,21 +36,17 @@ class Tries:
             except Exception as error:  # every protocol has errors of its own
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # not the server's
                     raise
-                self._failed(error)
+                self._failures += 1
+                status = status_of(error)
+                hopeless = status is not None and 400 <= status < 500 and status not in (408, 416, 429)
+                wait_s = min(_FIRST_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
+                wait_s *= random.uniform(0.5, 1.0)  # ranks that failed together do not come back together
+                if hopeless or self._failures > self._storage.retries or self._stop.wait(wait_s):
+                    raise self._final(error, status) from error
 
     def succeeded(self) -> None:
         """Forget the failures: the transfer got on."""
         self._failures = 0
-
-    def _failed(self, error: Exception) -> None:
-        """Wait, or raise what the user can meet."""
-        self._failures += 1
-        status = status_of(error)
-        hopeless = status is not None and 400 <= status < 500 and status not in (408, 416, 429)
-        wait_s = min(_FIRST_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
-        wait_s *= random.uniform(0.5, 1.0)  # ranks that failed together do not come back together
-        if hopeless or self._failures > self._storage.retries or self._stop.wait(wait_s):
-            raise self._final(error, status) from error
 
     def _final(self, error: Exception, status: int | None) -> BowstoreError:
         url, tries = shown(self._url), "1 try" if self._failures == 1 else f"{self._failures} tries"
