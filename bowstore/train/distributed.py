@@ -4,6 +4,7 @@ import _thread
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -197,9 +198,16 @@ def _lifeline(place: Ranks, on_verdict: Callable[[], None] | None = None) -> Ite
         store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
         if store.check([_REFUSED]):
             raise SystemExit(1)
-        host = os.environ["MASTER_ADDR"]
-        lifeline = connect(place.rank, place.size, host, store, hang_seconds=_HANG_SECONDS, on_verdict=on_verdict)
+        host, within = os.environ["MASTER_ADDR"], threading.Event()
+
+        def on_known() -> None:
+            within.wait()  # an interruption before the block would not be taken for what it is
+            if on_verdict:
+                on_verdict()
+
+        lifeline = connect(place.rank, place.size, host, store, hang_seconds=_HANG_SECONDS, on_verdict=on_known)
     try:
+        within.set()
         yield store, lifeline
     except SystemExit:  # agreed upon
         raise
