@@ -372,10 +372,10 @@ class Launches:
 @pytest.mark.parametrize("d", [1, 16])
 def test_nothing_is_compiled_after_the_warm_up(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches(monkeypatch)
-    monkeypatch.setattr(assign_triton, "_compiled", set())
+    assign_triton.warm_up.cache_clear()
     monkeypatch.setattr(assign_triton, "OTHER", TILES)
     monkeypatch.setattr(assign_triton, "_PROGRAMS_PER_PROCESSOR", 24)  # so that few rows give many ranges
-    assign_triton.warm_up(prepare_fast(make_vectors("normal", 1, d, 130, seed=0)[1]))
+    assign_triton.warm_up(torch.device("cpu"), d)
     warm = set(launches.keys)
     assert len(warm) == 5  # two for the comparison: of short lists and long ones
     used = set()
@@ -387,9 +387,7 @@ def test_nothing_is_compiled_after_the_warm_up(d: int, monkeypatch: pytest.Monke
     ):
         features, words = make_vectors(kind, n + 1, d, k, seed=n)
         launches.keys.clear()
-        fast = prepare_fast(words)
-        assign_triton.warm_up(fast)
-        nearest(features[1:], fast)  # whose address is no multiple of 16
+        nearest(features[1:], prepare_fast(words))  # whose address is no multiple of 16
         used |= launches.keys
     assert used == warm
 

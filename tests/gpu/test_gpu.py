@@ -57,7 +57,7 @@ def test_scores_of_tensor_cores_lie_within_their_bound(tiles: Tiles, half: torch
 def test_nothing_is_compiled_after_the_vocabulary_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr("triton.knobs.runtime.jit_post_compile_hook", lambda **about: compiled.append(about["repr"]))
-    monkeypatch.setattr(assign_triton, "_compiled", set())
+    assign_triton.warm_up.cache_clear()
     features, words = rectified(6001, 40, 700)
     prepared = prepare_words(words)
     ready = list(compiled)

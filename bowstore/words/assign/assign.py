@@ -51,7 +51,7 @@ def prepare_words(vocabulary_KD: Tensor) -> PreparedWords:
         from bowstore.words.assign.assign_triton import prepare_fast, warm_up  # Triton
 
         fast = prepare_fast(vocabulary_KD)
-        warm_up(fast)
+        warm_up(vocabulary_KD.device, vocabulary_KD.shape[1])
     group = min(_GROUPS, key=lambda size: -len(vocabulary_KD) % size)  # padding costs products
     padding = -len(vocabulary_KD) % group
     words_DK = torch.nn.functional.pad(vocabulary_KD.T, (0, padding)).contiguous()

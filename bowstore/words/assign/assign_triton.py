@@ -43,8 +43,8 @@ came later: the same arithmetic on a CPU (1500 vectors of an untrained ResNet-50
 wider with them, compares 7.9 % of the vectors instead of 7.7 %, and searches 0.07 % twice instead of 0.2 %.
 """
 
+import functools
 import math
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -193,34 +193,22 @@ def tiles_for(device: torch.device) -> Tiles:
     return HOPPER if device.type == "cuda" and fits(HOPPER, device) else OTHER
 
 
+@functools.cache
 @torch.no_grad()
-def warm_up(words: FastWords) -> None:
-    """Compile every kernel that `nearest` needs for words on this device, and launch each once.
+def warm_up(device: torch.device, dims: int) -> None:
+    """Compile every kernel that `nearest` needs for words of a width on a device, and launch each once.
 
     A kernel takes Triton seconds, so this belongs before the work, and into the thread that starts it: two threads
     that come upon a new kernel at the same time compile it twice. What was compiled before costs nothing here.
-
-    Args:
-        words: from `prepare_fast`; others of the same width, number type and device are ready, too.
     """
-    device, dims = words.words_KD.device, words.words_KD.shape[1]
-    kind = device, dims, words.rounded_KD.dtype
-    with _compiling:
-        if kind in _compiled:
-            return
-        with _on(device):
-            features_ND, row_U = torch.zeros(1, dims, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-            rounded_ND, alpha_N = _round(features_ND, words)
-            _search(rounded_ND, alpha_N, words, tiles_for(device))
-            _list_all(rounded_ND, alpha_N, torch.full_like(alpha_N, -torch.inf), words, tiles_for(device))
-            for listed in (_SHORT_LIST, _LONG_LIST):
-                none_UM = torch.full((1, listed), _NO_WORD, dtype=torch.int32, device=device)
-                _compare(features_ND, words, row_U, none_UM)
-        _compiled.add(kind)
-
-
-_compiling = threading.Lock()
-_compiled: set[tuple[torch.device, int, torch.dtype]] = set()
+    features_ND, row_U = torch.zeros(1, dims, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    words = prepare_fast(features_ND)
+    with _on(device):
+        rounded_ND, alpha_N = _round(features_ND, words)
+        _search(rounded_ND, alpha_N, words, tiles_for(device))
+        _list_all(rounded_ND, alpha_N, torch.full_like(alpha_N, -torch.inf), words, tiles_for(device))
+        for listed in (_SHORT_LIST, _LONG_LIST):
+            _compare(features_ND, words, row_U, torch.full((1, listed), _NO_WORD, dtype=torch.int32, device=device))
 
 
 def _on(device: torch.device) -> torch.cuda.device:
@@ -253,8 +241,6 @@ def nearest(features_ND: Tensor, words: FastWords, tiles: Tiles | None = None) -
 @torch.no_grad()
 def likely(features_ND: Tensor, words: FastWords, *, largest: float, tiles: Tiles | None = None) -> Tensor:
     """The word with the least score by half-precision products, unproven, int64 (N,); nothing waits for the device.
-
-    On photographs it is the nearest word of 99.6 % of the vectors, and about as near for the rest.
 
     Args:
         features_ND: float32 (N, D), finite.
