@@ -72,9 +72,8 @@ def kmeans(
         device: where it runs.
         backend: None for `default_backend`.
     """
-    lloyd = make_lloyd(
-        backend or default_backend(sample_Sp.shape, num_words, device), sample_Sp, num_words, seed, device
-    )
+    backend = backend or default_backend(sample_Sp.shape, num_words, device)
+    lloyd = make_lloyd(backend, sample_Sp, num_words, seed, device)
     history, splits = [], []
     with Progress("k-means", iterations, "iterations") as progress:
         for _ in range(iterations):

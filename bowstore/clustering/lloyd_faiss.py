@@ -35,7 +35,6 @@ class FaissLloyd:
         self._clustering.niter = 1
         self._clustering.seed = seed % 2**31
         self._clustering.min_points_per_centroid, self._clustering.max_points_per_centroid = 1, vectors
-        self._done = 0
         # All cores: torchrun leaves a process one, but while this one makes words, the others wait. A thread of its
         # own, because the number is a setting of the thread that makes it, which PyTorch may share.
         self._pool = ThreadPoolExecutor(1, "k-means", initializer=faiss.omp_set_num_threads, initargs=(cores(),))
@@ -44,15 +43,12 @@ class FaissLloyd:
         """One call of FAISS with one iteration; it splits large clusters for words that ran empty."""
         self._pool.submit(self._clustering.train, self._sample, self._index).result()
         stats: Any = self._clustering.iteration_stats  # a C++ vector
-        last = stats.at(self._done)
-        self._done += 1
+        last = stats.at(stats.size() - 1)
         return float(last.obj) / len(self._sample), int(last.nsplit)
 
     def nearest(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """FAISS's exhaustive search."""
-        self._index.reset()
-        self._index.add(self.centroids())
-        distance_S, word_S = self._pool.submit(self._index.search, self._sample, 1).result()
+        distance_S, word_S = self._pool.submit(faiss.knn, self._sample, self.centroids(), 1).result()
         return word_S[:, 0], np.maximum(distance_S[:, 0], 0)
 
     def centroids(self) -> NDArray[np.float32]:

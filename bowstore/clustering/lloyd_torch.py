@@ -3,6 +3,7 @@
 Legend: S sampled vectors, p dimensions, K words, B vectors of a block, U words or vectors that are moved or moved to.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bowstore.clustering.lloyd import first_vectors, put_far
-from bowstore.gpu import free_memory
+from bowstore.gpu import holds
 from bowstore.words.assign.assign import PreparedWords, assign, assign_reference, prepare_words
 
 _GPU_BLOCK = 1 << 28  # components processed together: launches stay a small part of the work
 _CPU_BLOCK = 1 << 24
-_ROOM = 1.25, 1 << 32  # memory that k-means needs: this many copies of the sample, and what the work on a block takes
+_WORK_BYTES = 1 << 32  # what the work on a block takes beside the sample
 
 
 class TorchLloyd:
@@ -35,10 +36,8 @@ class TorchLloyd:
     def __init__(
         self, sample_Sp: NDArray[np.float32] | Tensor, num_words: int, seed: int, device: torch.device
     ) -> None:
-        given_Sp = sample_Sp if isinstance(sample_Sp, Tensor) else torch.from_numpy(sample_Sp)
-        self._device = device
-        fits = device.type != "cuda" or given_Sp.is_cuda or _ROOM[0] * given_Sp.nbytes + _ROOM[1] <= free_memory(device)
-        self._sample_Sp = given_Sp.to(device) if fits else given_Sp
+        given_Sp, self._device = torch.as_tensor(sample_Sp), device
+        self._sample_Sp = given_Sp.to(device) if holds(device, given_Sp.nbytes + _WORK_BYTES) else given_Sp
         squares, largest = [], []
         for part_Bp in self._parts():
             squares.append(part_Bp.square().sum(dim=1).sum(dtype=torch.float64))
@@ -65,7 +64,7 @@ class TorchLloyd:
         self._centroids_Kp = torch.where((counts_K > 0)[:, None], sums_Kp / counts_K.clamp(min=1)[:, None], before_Kp)
         products_K = (before_Kp.double() * (counts_K[:, None] * before_Kp.double() - 2 * sums_Kp.double())).sum(dim=1)
         total, dead = torch.stack([self._squares + products_K.sum(), (counts_K == 0).sum().double()]).tolist()
-        moved = self._refill(before_Kp, counts_K, torch.cat(found)) if dead else 0
+        moved = self._refill(before_Kp, counts_K, found) if dead else 0
         return max(total, 0.0) / len(self._sample_Sp), moved
 
     def nearest(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -90,10 +89,9 @@ class TorchLloyd:
         """Some vectors of the sample, on the device."""
         return self._sample_Sp[torch.from_numpy(vectors_U).to(self._sample_Sp.device)].to(self._device)
 
-    def _refill(self, before_Kp: Tensor, counts_K: Tensor, ids_S: Tensor) -> int:
+    def _refill(self, before_Kp: Tensor, counts_K: Tensor, found: list[Tensor]) -> int:
         dead_U = (counts_K == 0).nonzero()[:, 0].cpu().numpy()
-        ids = iter(torch.split(ids_S, self._block))
-        distances = [_squared_distances(part_Bp, before_Kp, next(ids)) for part_Bp in self._parts()]
+        distances = list(map(_squared_distances, self._parts(), itertools.repeat(before_Kp), found))
         return put_far(self.put, dead_U, self._sample_Sp, torch.cat(distances).cpu().numpy(), self._rng)
 
     def _likely(self, part_Bp: Tensor, words: PreparedWords) -> Tensor:
@@ -112,11 +110,7 @@ class TorchLloyd:
     def _parts(self) -> Iterator[Tensor]:
         """The sample, float32 (B, p) at a time, on the device."""
         for part_Bp in torch.split(self._sample_Sp, self._block):
-            if self._device.type == "cuda" and not part_Bp.is_cuda:
-                # So that one part is on its way while the one before is searched; pinning initialises the current GPU.
-                with torch.cuda.device(self._device):
-                    part_Bp = part_Bp.pin_memory()
-            yield part_Bp.to(self._device, non_blocking=True)
+            yield part_Bp.to(self._device)
 
 
 def _add_rows(sums_Kp: Tensor, ids_B: Tensor, part_Bp: Tensor) -> None:

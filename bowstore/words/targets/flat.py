@@ -80,7 +80,11 @@ def open_flat(layer: Layer | JoinedLayer, storage: StorageConfig, *, shown: bool
                 for old in (path, *leftovers(path, own=True)):
                     old.unlink(missing_ok=True)
                 reserve(words_bytes(layer.images, layer.grid), f"the file of unpacked words of {layer.name}", storage)
-                _unpack(layer, path, digests)
+                # The bar is of the process that unpacks, whichever rank it is.
+                with atomic_file(path) as file, Progress("unpack words", len(digests), "chunks") as progress:
+                    for chunk, digest in enumerate(digests.tolist()):
+                        file.write(np.ascontiguousarray(layer.read_chunk(chunk, digest), "<u2").data)
+                        progress.advance()
     if not is_as_recorded(path):
         with suppress(OSError):  # another user's cache can still be read
             write_record(path)
@@ -103,14 +107,3 @@ def _problem(path: Path, layer: Layer | JoinedLayer, digests: NDArray[np.uint64]
                 return f"holds other words than the store in rows {rows.start}-{rows.stop - 1}"
             progress.advance()
     return None
-
-
-def _unpack(layer: Layer | JoinedLayer, path: Path, digests: NDArray[np.uint64]) -> None:
-    """Write the file, chunk by chunk with every digest checked; call it under the file's lock.
-
-    Progress is shown by the process that unpacks, whichever rank it is.
-    """
-    with atomic_file(path) as file, Progress("unpack words", len(digests), "chunks") as progress:
-        for chunk, digest in enumerate(digests.tolist()):
-            file.write(np.ascontiguousarray(layer.read_chunk(chunk, digest), "<u2").data)
-            progress.advance()
