@@ -1,8 +1,5 @@
 """k-means (paper, Eq. 2): by FAISS's search, or on a GPU over a sample that stays there.
 
-Words nearest to no vector of the sample, and copies of others, are moved onto vectors of the sample and iterated again,
-until every word is used.
-
 Legend: S sampled vectors, p dimensions, K words.
 """
 
@@ -60,8 +57,9 @@ def kmeans(
     device: torch.device,
     backend: Backend | None = None,
 ) -> Clusters:
-    """Cluster a sample into K words, starting from random vectors of it, and move words that nothing is nearest to.
+    """Cluster a sample into K words, starting from random vectors of it.
 
+    Words that nothing is nearest to, and copies, are put onto vectors and iterated again, until every word is used.
     Deterministic for a seed and a backend on one kind of machine, whatever the number of cores.
 
     Args:
@@ -129,8 +127,7 @@ def _refill(
         counts_K = np.bincount(word_S, minlength=num_words)
         useful = [word for word in distinct_rows(lloyd.centroids(), num_words) if counts_K[word]]
         useless_U = np.setdiff1d(np.arange(num_words), useful)
-        moved = put_far(lloyd.put, useless_U, sample_Sp, distance_S, rng)
-        if not moved:
+        if not (moved := put_far(lloyd.put, useless_U, sample_Sp, distance_S, rng)):
             break
         lloyd.step()
         refilled += moved

@@ -32,10 +32,9 @@ def put_far(
     distance_S: NDArray[np.float32],
     rng: np.random.Generator,
 ) -> int:
-    """Put words onto vectors that are no centroid themselves, drawn by their squared distance, as k-means++ draws.
+    """Put words onto distinct vectors that are no centroid themselves; how many, as there may be fewer such vectors.
 
-    Returns:
-        How many words: as many as there are distinct such vectors.
+    They are drawn by their squared distance, as k-means++ draws.
     """
     if not len(words_U):
         return 0

@@ -111,8 +111,7 @@ class SuperLloyd:
         chooses = scipy.sparse.csr_array((np.ones(vectors, np.float32), order_S, starts), shape=(num_words, vectors))
         used_U = np.flatnonzero(counts_K)
         self._centroids_Kp[used_U] = (chooses @ self._sample_Sp)[used_U] / counts_K[used_U, None].astype(np.float32)
-        dead_U = np.flatnonzero(counts_K == 0)
-        moved = put_far(self.put, dead_U, self._sample_Sp, distance_S, self._rng)
+        moved = put_far(self.put, np.flatnonzero(counts_K == 0), self._sample_Sp, distance_S, self._rng)
         return float(distance_S.mean(dtype=np.float64)), moved
 
     def nearest(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -3,7 +3,6 @@
 Legend: S sampled vectors, p dimensions, K words, B vectors of a block, U words or vectors that are moved or moved to.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -43,7 +42,8 @@ class TorchLloyd:
             squares.append(part_Bp.square().sum(dim=1).sum(dtype=torch.float64))
             largest.append(torch.stack(part_Bp.aminmax()).abs().max())
         self._squares, self._largest = torch.stack(squares).sum(), float(torch.stack(largest).max())
-        self._centroids_Kp = self._vectors(first_vectors(len(given_Sp), num_words, seed))
+        first_K = torch.from_numpy(first_vectors(len(given_Sp), num_words, seed))
+        self._centroids_Kp = self._sample_Sp[first_K].to(device)
         self._rng = np.random.default_rng([seed, 4])
         self.backend = f"torch {torch.__version__} {device.type}"
 
@@ -83,15 +83,12 @@ class TorchLloyd:
 
     def put(self, words_U: NDArray[np.int64], vectors_U: NDArray[np.int64]) -> None:
         """On the device."""
-        self._centroids_Kp[torch.from_numpy(words_U).to(self._device)] = self._vectors(vectors_U)
-
-    def _vectors(self, vectors_U: NDArray[np.int64]) -> Tensor:
-        """Some vectors of the sample, on the device."""
-        return self._sample_Sp[torch.from_numpy(vectors_U).to(self._sample_Sp.device)].to(self._device)
+        self._centroids_Kp[torch.from_numpy(words_U)] = self._sample_Sp[torch.from_numpy(vectors_U)].to(self._device)
 
     def _refill(self, before_Kp: Tensor, counts_K: Tensor, found: list[Tensor]) -> int:
         dead_U = (counts_K == 0).nonzero()[:, 0].cpu().numpy()
-        distances = list(map(_squared_distances, self._parts(), itertools.repeat(before_Kp), found))
+        pairs = zip(self._parts(), found, strict=True)
+        distances = [_squared_distances(part_Bp, before_Kp, ids_B) for part_Bp, ids_B in pairs]
         return put_far(self.put, dead_U, self._sample_Sp, torch.cat(distances).cpu().numpy(), self._rng)
 
     def _likely(self, part_Bp: Tensor, words: PreparedWords) -> Tensor:

@@ -95,13 +95,11 @@ class Tiles(NamedTuple):
         return 2 * self.stages * (self.rows + self.words) * self.dims
 
 
-# On an H100 the search of 50,176 vectors (D = 1024, K = 20000) by the larger one takes 3.1 ms, 660 TFLOP/s, where
-# cuBLAS takes 2.7 for the products alone; four ranges to 32 make no difference. Tensor cores are at 70 % of their
-# rate, the L2 cache, of which a byte serves 85 operations, at 82 % (docs/results/gpu.md). What compiling tells: for
-# 9.0 it takes 245 of a thread's 255 registers and spills none; of the 1109 instructions for a block of scores in its
-# loop 719 seek the least; 128 x 256, which would draw no more from the cache, spills. For 8.0 and 8.9 the other takes
-# 252 instructions for 64 products on tensor cores, and 436 to seek the least; that it is the best there is an
-# estimate.
+# How near the larger one comes to the products alone on an H100 is in docs/results/gpu.md; four ranges to 32 make no
+# difference. What compiling tells: for 9.0 it takes 245 of a thread's 255 registers and spills none; of the 1109
+# instructions for a block of scores in its loop 719 seek the least; 128 x 256, which would draw no more from the L2
+# cache, of which a byte serves 85 operations, spills. For 8.0 and 8.9 the other takes 252 instructions for 64 products
+# on tensor cores, and 436 to seek the least; that it is the best there is an estimate.
 HOPPER = Tiles(rows=256, words=128, dims=64, warps=8, stages=4, bulk=True)
 OTHER = Tiles(rows=128, words=128, dims=64, warps=8, stages=3)
 

@@ -24,8 +24,6 @@ from bowstore.words.store.join import JoinedLayer
 from bowstore.words.store.layer import Layer
 from bowstore.words.targets.bags import words_bytes
 
-SUFFIX = ".u16"
-
 
 class FlatWords:
     """The file of a layer's words, mapped.
@@ -71,7 +69,7 @@ def open_flat(layer: Layer | JoinedLayer, storage: StorageConfig, *, shown: bool
     digests = layer.chunk_digests()
     about = f"{[layer.images, *layer.grid]} {layer.chunk_rows} ".encode()
     identity = xxhash.xxh3_128(about + digests.astype("<u8").tobytes()).hexdigest()
-    path = cache_root(storage) / "words" / f"{identity}{SUFFIX}"
+    path = cache_root(storage) / "words" / f"{identity}.u16"
     if _problem(path, layer, digests, shown=shown):
         with waiting_lock(lock_file(path), f"file {path} of unpacked words", shown=shown):
             if problem := _problem(path, layer, digests, shown=shown):

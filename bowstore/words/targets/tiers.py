@@ -25,7 +25,6 @@ from bowstore.errors import UsageError
 from bowstore.gpu import free_memory
 from bowstore.progress import QUIET_BYTES, Progress
 from bowstore.torchrun import ranks
-from bowstore.words.targets.bags import words_bytes
 
 if TYPE_CHECKING:  # Zarr is loaded where a store is opened: words that lie in memory train without it
     from bowstore.words.store.join import JoinedLayer
@@ -181,10 +180,9 @@ def _load(layer: "Layer | JoinedLayer", store_row_N: NDArray[np.int64], device: 
     words_NM = torch.empty((len(store_row_N), slots), dtype=torch.int16, device=device)
     order_N = np.argsort(store_row_N, kind="stable")
     sorted_N = store_row_N[order_N]
-    digests = layer.chunk_digests().tolist()
-    shown = shown and words_bytes(len(store_row_N), layer.grid) > QUIET_BYTES
+    shown = shown and words_NM.nbytes > QUIET_BYTES
     with Progress("load words", len(store_row_N), shown=shown) as progress:
-        for chunk, digest in enumerate(digests):
+        for chunk, digest in enumerate(layer.chunk_digests().tolist()):
             rows = layer.rows(chunk)
             first, last = np.searchsorted(sorted_N, (rows.start, rows.stop)).tolist()
             if first < last:  # chunks of which no row is wanted are not even read
