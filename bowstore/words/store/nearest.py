@@ -10,7 +10,7 @@ import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,11 +44,8 @@ class NearestSearch:
     """
 
     def __init__(self, num_words: int, kept: int = KEPT_IMAGES) -> None:
-        self._distance_Kn = np.full((num_words, kept), np.inf, np.float32)
-        self._row_Kn = np.full((num_words, kept), NO_ROW, np.int64)
-        self._cell_Kn = np.full((num_words, kept), NO_ROW, np.int64)
-        self._farthest_K = self._distance_Kn[:, -1].copy()
-        self._waiting: list[Cells] = []
+        self._kept, self._farthest_K = kept, np.full(num_words, np.inf, np.float32)
+        self._cells: list[Cells] = [_NO_CELLS]  # what is kept, in order, then what waits
 
     def add_batch(
         self, rows_B: NDArray[np.int64], words_BM: NDArray[np.uint16], distance_BM: NDArray[np.float32]
@@ -66,11 +63,11 @@ class NearestSearch:
         # Most cells are farther off than what is kept already: one comparison is all that they cost.
         image, cell = np.nonzero(distance_BM <= self._farthest_K[words_BM])
         found = Cells(words_BM[image, cell].astype(np.int64), rows_B[image], cell, distance_BM[image, cell])
-        return self._wait(found.nearest_of_images())
+        return self._wait(found.nearest(self._kept))
 
     def add(self, cells: "Cells") -> None:
         """Consider what another search returned."""
-        self._wait(cells.at(np.flatnonzero(cells.distance <= self._farthest_K[cells.word])))
+        self._wait(cells.at(cells.distance <= self._farthest_K[cells.word]))
 
     def merge(self, other: NearestImages) -> None:
         """Consider what another search kept."""
@@ -78,52 +75,32 @@ class NearestSearch:
         self.add(Cells(word, other.row_Kn[word, place], other.cell_Kn[word, place], other.distance_Kn[word, place]))
 
     def result(self) -> NearestImages:
-        """What was kept, as a copy."""
-        self._rank()
-        none = self._row_Kn < 0
-        distance_Kn = np.where(none, np.float32(np.nan), self._distance_Kn)
-        return NearestImages(self._row_Kn.copy(), self._cell_Kn.copy(), distance_Kn)
+        """What was kept."""
+        cells, shape = self._rank(), (len(self._farthest_K), self._kept)
+        row_Kn, cell_Kn = np.full((2, *shape), NO_ROW, np.int64)
+        distance_Kn = np.full(shape, np.nan, np.float32)
+        at = cells.word, cells.places()
+        row_Kn[at], cell_Kn[at], distance_Kn[at] = cells.row, cells.cell, cells.distance
+        return NearestImages(row_Kn, cell_Kn, distance_Kn)
 
     def _wait(self, cells: "Cells") -> "Cells":
-        self._waiting.append(cells)
-        if sum(len(each.word) for each in self._waiting) >= self._row_Kn.size:
+        self._cells.append(cells)
+        if sum(len(each.word) for each in self._cells[1:]) >= len(self._farthest_K) * self._kept:
             self._rank()
         return cells
 
-    def _rank(self) -> None:
+    def _rank(self) -> "Cells":
         """Keep the nearest of what is kept and what waits."""
-        if not self._waiting:
-            return
-        come = joined(self._waiting)
-        self._waiting = []
-        # Only words of which cells have come are looked at: late in a pass these are few of the K.
-        touched = np.flatnonzero(np.bincount(come.word, minlength=len(self._row_Kn)))
-        place, rank = np.nonzero(self._row_Kn[touched] >= 0)
-        word = touched[place]
-        have = Cells(word, self._row_Kn[word, rank], self._cell_Kn[word, rank], self._distance_Kn[word, rank])
-        cells = joined([have, come])
-        self._keep(touched, cells.nearest_first())
-        # An image that is there already with another cell may take two of the n places. That is rare (a unit that was
-        # made twice), and to look for it before would be a second sort of everything each time.
-        ordered_Tn = np.sort(self._row_Kn[touched], axis=1)
-        if ((ordered_Tn[:, 1:] == ordered_Tn[:, :-1]) & (ordered_Tn[:, 1:] >= 0)).any():
-            self._keep(touched, cells.nearest_of_images().nearest_first())  # images that came twice
-
-    def _keep(self, touched: NDArray[np.intp], cells: "Cells") -> None:
-        """Take the first n of each of these words."""
-        # The cells are sorted: a cell's rank among those of its word is its distance from where their run starts.
-        starts = np.flatnonzero(_first_of_runs(cells.word))
-        place = np.arange(len(cells.word)) - np.repeat(starts, np.diff(starts, append=len(cells.word)))
-        kept = place < self._row_Kn.shape[1]
-        target = cells.word[kept], place[kept]
-        for into, none, values in (
-            (self._row_Kn, NO_ROW, cells.row),
-            (self._cell_Kn, NO_ROW, cells.cell),
-            (self._distance_Kn, np.inf, cells.distance),
-        ):
-            into[touched] = none
-            into[target] = values[kept]
-        self._farthest_K[touched] = self._distance_Kn[touched, -1]
+        kept, *waiting = self._cells
+        if waiting:
+            come = joined(waiting)
+            # Only words of which cells have come are ranked anew: late in a pass these are few of the K.
+            again = np.isin(kept.word, come.word)
+            cells = joined([kept.at(~again), joined([kept.at(again), come]).nearest(self._kept)])
+            self._cells = [kept := cells.at(np.argsort(cells.word, kind="stable"))]
+            last = kept.places() == self._kept - 1
+            self._farthest_K[kept.word[last]] = kept.distance[last]
+        return kept
 
 
 class Cells(NamedTuple):
@@ -134,36 +111,33 @@ class Cells(NamedTuple):
     cell: NDArray[np.int64]
     distance: NDArray[np.float32]
 
-    def nearest_of_images(self) -> "Cells":
-        """Of each word and image the nearest cell, of equally near ones the lowest."""
-        order = np.lexsort((self.cell, self._word_and_distance(), self.row))
-        return self.at(order[_first_of_runs(self.word[order], self.row[order])])
+    def nearest(self, kept: int) -> "Cells":
+        """Of each word the first images by distance, then by row, each with its nearest cell, then the lowest."""
+        # Pairs in one number, which sorts faster: words have 16 bits, cells of an image at most 20, and floats of one
+        # sign are ordered as their bits are.
+        near = (self.word << 32) | np.abs(self.distance).view(np.uint32).astype(np.int64)
+        cells = self.at(np.lexsort((self.row << 20 | self.cell, near)))
+        _, first = np.unique(cells.word << 47 | cells.row, return_index=True)  # of each image of each word
+        cells = cells.at(np.sort(first))
+        return cells.at(cells.places() < kept)
 
-    def nearest_first(self) -> "Cells":
-        """By word, then by distance, then by row."""
-        return self.at(np.lexsort((self.row, self._word_and_distance())))
+    def places(self) -> NDArray[np.int64]:
+        """Of each cell how many of its word are before it, where words are in order."""
+        return np.arange(len(self.word)) - np.searchsorted(self.word, self.word)
 
-    def _word_and_distance(self) -> NDArray[np.int64]:
-        """One number to sort by: floats of one sign are ordered as their bits are."""
-        ordered: NDArray[np.int64] = (self.word << 32) | np.abs(self.distance).view(np.uint32).astype(np.int64)
-        return ordered
-
-    def at(self, order: NDArray[np.intp]) -> "Cells":
+    def at(self, order: NDArray[Any]) -> "Cells":
         """Those at these places."""
         return Cells(self.word[order], self.row[order], self.cell[order], self.distance[order])
+
+
+_NONE = np.empty(0, np.int64)
+_NO_CELLS = Cells(_NONE, _NONE, _NONE, _NONE.astype(np.float32))
 
 
 def joined(parts: Sequence[Cells]) -> Cells:
     """The cells of all parts, of which there is at least one."""
     word, row, cell, distance = zip(*parts, strict=True)
     return Cells(np.concatenate(word), np.concatenate(row), np.concatenate(cell), np.concatenate(distance))
-
-
-def _first_of_runs(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Places of the first of each run of equal values."""
-    first = np.ones(len(columns[0]), dtype=bool)
-    first[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
-    return first
 
 
 def save_nearest(path: Path, nearest: NearestImages) -> None:
