@@ -103,7 +103,7 @@ def test_growth_of_which_chunks_are_damaged_names_the_store(grown: Grown, tmp_pa
     ("changed", "message"),
     [
         ({"vocabulary_digest": "0" * 16}, "vocabulary is [0-9a-f]{16} in the first and 0{16} in the second"),
-        ({"projection_digest": "0" * 16}, "vocabulary is "),
+        ({"projection_digest": "0" * 16}, r"projection is \[None, None\] in the first and \['0{16}', None\] in"),
         ({"words": 23}, "K is 24 in the first and 23 in the second"),
         ({"border": 1}, "border is 0 in the first and 1 in the second"),
         ({"teacher": {"weights_sha256": "0" * 64}}, "teacher weights is [0-9a-f]{64} in the first and 0{64} in the"),

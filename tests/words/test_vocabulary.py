@@ -159,7 +159,7 @@ def test_word_statistics_against_a_plain_count() -> None:
     assert statistics.document_frequency_K.tolist() == expected
     each = [perplexity(np.bincount(image.ravel(), minlength=12)) for image in words]
     assert statistics.image_perplexity == pytest.approx(np.mean(each))
-    assert statistics.unused_words == 3
+    assert statistics.summary()["unused_words"] == 3
 
 
 def test_health_warnings() -> None:

@@ -134,7 +134,7 @@ class _Keeper:
 
     def __init__(self, writer: StoreWriter, layers: Sequence[Layer]) -> None:
         self._writer, self._layers = writer, layers
-        self._nearest = {layer.name: nearest_so_far(writer, layer) for layer in layers}
+        self._nearest = {layer.name: nearest_so_far(layer) for layer in layers}
         self._missing = {(layer.name, int(n)) for layer in layers for n in np.flatnonzero(layer.chunk_digests() == 0)}
         # Units of several ranks come in any order, so several chunks fill at once: as many as units are under way.
         self._filling: dict[tuple[str, int], NDArray[np.uint16]] = {}
@@ -163,10 +163,11 @@ class _Keeper:
             self._missing.remove(key)
 
 
-def nearest_so_far(writer: StoreWriter, layer: Layer) -> NearestSearch:
+def nearest_so_far(layer: Layer) -> NearestSearch:
     """What this store's earlier runs have seen of a layer's nearest images."""
     search = NearestSearch(layer.num_words)
-    search.merge(writer.nearest(layer.name))
+    if layer.attributes.get("nearest_digest"):
+        search.merge(layer.read_nearest())
     if (file := nearest_file(layer)).exists():
         search.merge(load_nearest(file))
     return search

@@ -200,7 +200,7 @@ def _finish(job: Job) -> None:
         if not layer.complete:
             with Progress("count", layer.images) as progress:
                 statistics = word_statistics(_counted(layer, progress), layer.num_words)
-            nearest = nearest_so_far(writer, layer).result()
+            nearest = nearest_so_far(layer).result()
             save_nearest(nearest_file(layer), nearest)  # what the store has recorded is gone before it is recorded anew
             writer.mark_complete(layer.name, statistics, nearest)
         nearest_file(layer).unlink(missing_ok=True)  # there after a death in between, too

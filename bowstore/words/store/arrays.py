@@ -110,14 +110,50 @@ def member(group: zarr.Group, name: str, kind: type[_Kind]) -> _Kind:
     return item
 
 
-def array(group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int]) -> zarr.Array[Any]:
-    """An array below a group, refused if it is not as the table has it."""
-    item = member(group, name, zarr.Array)
-    if item.shape != spec.shape(sizes):
-        raise ValueError(f"{name} has shape {item.shape}, not {spec.shape(sizes)}")
-    if item.dtype != spec.dtype or not np.array_equal(item.fill_value, spec.fill, equal_nan=True):
-        raise ValueError(f"{name} is {item.dtype} filled with {item.fill_value}, not {spec.dtype} with {spec.fill}")
-    return item.with_config(_WRITE_ALL)  # Zarr does not keep this setting with the array
+class Arrays:
+    """What has arrays: a word store, or one of its layers.
+
+    Attributes:
+        path: of the store.
+        attributes: plain values.
+        arrays: the table's, by name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        root: zarr.Group,
+        place: str,
+        attributes: dict[str, Any],
+        arrays: Mapping[str, ArraySpec],
+        sizes: Mapping[str, int],
+    ) -> None:
+        self.path, self.attributes, self.arrays = path, attributes, arrays
+        self._root, self._place, self._sizes = root, place, sizes
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """One of its arrays, to write or to read without a check; refused if it is not as the table has it."""
+        name, spec, sizes = self._place + name, self.arrays[name], self._sizes
+        item = member(self._root, name, zarr.Array)
+        if item.shape != spec.shape(sizes):
+            raise ValueError(f"{name} has shape {item.shape}, not {spec.shape(sizes)}")
+        if item.dtype != spec.dtype or not np.array_equal(item.fill_value, spec.fill, equal_nan=True):
+            raise ValueError(f"{name} is {item.dtype} filled with {item.fill_value}, not {spec.dtype} with {spec.fill}")
+        return item.with_config(_WRITE_ALL)  # Zarr does not keep this setting with the array
+
+    def read_array(self, name: str) -> NDArray[Any]:
+        """An array that is written whole, checked against its recorded digest.
+
+        Raises:
+            CorruptError: missing, undecodable, or other than what was recorded; says whether it can be made good.
+        """
+        digest, lost = self.attributes.get(f"{name}_digest"), self.arrays[name].writer is Writer.CREATION
+        what = f"array {self._place}{name} of word store {self.path}"
+        with reading(what, "restore it from a copy, or encode into a new store" if lost else repair_of(self.path)):
+            values = np.asarray(self.array(name)[:])
+            if hex_digest(values) != digest:
+                raise CorruptError(f"{what} differs from its recorded digest {digest}")
+        return values
 
 
 def create(group: zarr.Group, spec: ArraySpec, sizes: Mapping[str, int], values: NDArray[Any] | None = None) -> None:
@@ -153,22 +189,6 @@ def hex_digest(array: NDArray[Any]) -> str:
 def repair_of(path: Path) -> str:
     """What to do about damage that can be made good, for messages."""
     return f"run `bowstore verify --repair {path}`, which says how to go on"
-
-
-def read_checked(
-    path: Path, group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int], digest: object
-) -> NDArray[Any]:
-    """A whole array of the store at `path`, checked against its recorded hex digest.
-
-    Raises:
-        CorruptError: missing, undecodable, or other than what was recorded; says whether it can be made good.
-    """
-    what, lost = f"array {name} of word store {path}", spec.writer is Writer.CREATION
-    with reading(what, "restore it from a copy, or encode into a new store" if lost else repair_of(path)):
-        values = np.asarray(array(group, name, spec, sizes)[:])
-        if hex_digest(values) != digest:
-            raise CorruptError(f"{what} differs from its recorded digest {digest}")
-    return values
 
 
 @contextmanager

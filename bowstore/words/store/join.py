@@ -17,16 +17,14 @@ from numpy.typing import NDArray
 from bowstore.config import places
 from bowstore.data.table import joint_fingerprint
 from bowstore.errors import MismatchError
-from bowstore.words.store.layer import Layer
+from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer
 from bowstore.words.store.store import Store, open_store
 
 if TYPE_CHECKING:
     from bowstore.data.index import Index
 
 _EXAMPLES = 5
-# What layers have in common whose words mean the same (`Layer.made_with`).
-_SAME = ("teacher architecture", "teacher weights", "precision", "clean view", "border", "map", "K", "vocabulary")
-_PROJECTION = ("projection_digest", "projection_offset_digest")
+_OWN = ("vocabulary taken from", *VOCABULARY_SETTINGS)  # of `Layer.made_with`, where words may mean the same
 
 
 class JoinedLayer:
@@ -75,11 +73,7 @@ class JoinedLayer:
 
 def _check_same(one: Layer, other: Layer) -> None:
     made, asked = other.made_with(), one.made_with()
-    differences = [name for name in _SAME if made[name] != asked[name]]
-    if not differences and any(one.attributes.get(name) != other.attributes.get(name) for name in _PROJECTION):
-        differences = ["vocabulary"]
-    if differences:
-        name = differences[0]
+    if name := next((name for name in asked if name not in _OWN and made[name] != asked[name]), None):
         raise MismatchError(
             f"layer {one.name!r} of word stores {one.path} and {other.path} cannot be joined: {name} is {asked[name]} "
             f"in the first and {made[name]} in the second; encode the second's images with --vocabulary {one.path}, "

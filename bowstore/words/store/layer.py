@@ -16,7 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from bowstore.errors import CorruptError
-from bowstore.words.store.arrays import array, array_digest, as_stored, member, read_checked, reading, repair_of
+from bowstore.words.store.arrays import Arrays, array_digest, as_stored, member, reading, repair_of
 from bowstore.words.store.nearest import NearestImages
 from bowstore.words.store.schema import NOT_WRITTEN, layer_arrays, layer_sizes
 
@@ -78,7 +78,7 @@ def in_words(arithmetic: Mapping[str, str]) -> str:
     return ", ".join(f"{what} {way}" for what, way in arithmetic.items())
 
 
-class Layer:
+class Layer(Arrays):
     """One layer of an opened store: its attributes and arrays.
 
     Attributes:
@@ -92,26 +92,24 @@ class Layer:
         border: cells left out at each side of the map.
         chunk_rows: rows of a chunk; the last may have fewer.
         chunks: number of chunks.
-        arrays: the table's, by name.
     """
 
     def __init__(self, path: Path, group: zarr.Group, name: str, images: int) -> None:
-        self.path, self.name, self.images = path, name, images
+        self.name, self.images = name, images
         with reading(f"layer {name!r} of word store {path}"):
-            self._root = group
             attributes: dict[str, Any] = member(group, name, zarr.Group).attrs.asdict()
-            self.attributes = attributes
             self.grid = (int(attributes["grid"][0]), int(attributes["grid"][1]))
             self.num_words = int(attributes["words"])
             self.complete = bool(attributes["complete"])
             self.channels = int(attributes["channels"])
             self.border = int(attributes["border"])
             projection = attributes["projection"]
-            self.arrays = layer_arrays(projected=projection is not None)
             dimensions = int(projection["dimensions"]) if projection else self.channels
             self.chunk_rows = int(member(group, f"{name}/words", zarr.Array).chunks[0])
-            self._sizes = layer_sizes(images, self.grid, self.num_words, self.channels, dimensions, self.chunk_rows)
-            self.chunks = self._sizes["chunks"]
+            sizes = layer_sizes(images, self.grid, self.num_words, self.channels, dimensions, self.chunk_rows)
+            self.chunks = sizes["chunks"]
+            arrays = layer_arrays(projected=projection is not None)
+            super().__init__(path, group, f"{name}/", attributes, arrays, sizes)
             self._words, self._digests = self.array("words"), self.array("chunk_digest")
 
     def content_digest(self, **recorded: Any) -> str:
@@ -157,6 +155,7 @@ class Layer:
             "map": map_text(self.channels, self.grid),
             "K": self.num_words,
             "vocabulary": self.attributes["vocabulary_digest"],
+            "projection": [self.attributes.get(f"{part}_digest") for part in ("projection", "projection_offset")],
             "vocabulary taken from": vocabulary.get("taken_from"),
             **{name: vocabulary.get(name) for name in VOCABULARY_SETTINGS},
         }
@@ -181,15 +180,8 @@ class Layer:
         rows = self.rows(chunk)
         return f"{self.name}/words/c/{chunk}/0/0 (rows {rows.start}-{rows.stop - 1})"
 
-    def chunk_digests(self) -> NDArray[np.uint64]:
-        """Recorded digests, uint64 (chunks,); 0 where a chunk is not committed."""
-        return self._read_digests(slice(None))
-
-    def chunk_digest(self, chunk: int) -> int:
-        """The recorded digest of one chunk; 0 where it is not committed."""
-        return int(self._read_digests(slice(chunk, chunk + 1))[0])
-
-    def _read_digests(self, chunks: slice) -> NDArray[np.uint64]:
+    def chunk_digests(self, chunks: slice = slice(None)) -> NDArray[np.uint64]:
+        """Recorded digests of some chunks, or of all, uint64 (chunks,); 0 where a chunk is not committed."""
         with reading(f"array {self.name}/chunk_digest of word store {self.path}", repair_of(self.path)):
             return np.asarray(self._digests[chunks])
 
@@ -224,19 +216,6 @@ class Layer:
         for chunk, digest in enumerate(self.chunk_digests().tolist()):
             words[self.rows(chunk)] = self.read_chunk(chunk, digest)
         return words
-
-    def read_array(self, name: str) -> NDArray[Any]:
-        """`vocabulary`, `document_frequency` or another array with a digest, checked against that.
-
-        Raises:
-            CorruptError: missing, undecodable, or other than what was recorded.
-        """
-        digest = self.attributes.get(f"{name}_digest")
-        return read_checked(self.path, self._root, f"{self.name}/{name}", self.arrays[name], self._sizes, digest)
-
-    def array(self, name: str) -> zarr.Array[Any]:
-        """One of its arrays, to write or to read without a check; refused if it is not as the table has it."""
-        return array(self._root, f"{self.name}/{name}", self.arrays[name], self._sizes)
 
     def read_nearest(self) -> NearestImages:
         """The images nearest to each word."""

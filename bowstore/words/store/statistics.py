@@ -25,15 +25,10 @@ class WordStatistics(NamedTuple):
     count_K: NDArray[np.int64]
     image_perplexity: float
 
-    @property
-    def unused_words(self) -> int:
-        """Words that no image holds."""
-        return int((self.count_K == 0).sum())
-
     def summary(self) -> dict[str, Any]:
         """Plain values for attributes and reports."""
         return {
-            "unused_words": self.unused_words,
+            "unused_words": int((self.count_K == 0).sum()),
             "perplexity": perplexity(self.count_K),
             "image_perplexity": self.image_perplexity,
             "largest_share": float(self.count_K.max() / self.count_K.sum()),

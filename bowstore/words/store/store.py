@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
 from bowstore.errors import CorruptError, MismatchError, MissingError, UsageError
-from bowstore.words.store.arrays import SafeStore, read_checked, reading
+from bowstore.words.store.arrays import Arrays, SafeStore, reading
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.schema import FORMAT, FORMAT_VERSION, STORE_ARRAYS, store_sizes
 
@@ -37,29 +37,27 @@ class ImageBag(NamedTuple):
     weights_M: NDArray[np.float32]
 
 
-class Store:
+class Store(Arrays):
     """A store opened for reading.
 
     Keys themselves are not kept, only their hashes; the shards' index has the keys.
 
     Attributes:
-        path: the store.
         fingerprint: of the data set.
         every_layer: its layers by name, those that are not complete too.
         layers: names of its complete layers.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._order: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None  # rows by hash, and the sorted hashes
         self._checked: set[str] = set()  # layers whose digest over all was compared
         self._last: tuple[str, int, NDArray[np.uint16]] | None = None  # layer, chunk and words of the last look-up
-        self._group, self._attributes = open_root(path, writable=False)
+        group, attributes = open_root(path, writable=False)
         with reading(f"word store {path}"):
-            self.fingerprint = str(self._attributes["dataset"]["fingerprint"])
-            self._images = int(self._attributes["dataset"]["images"])
-            names = self._attributes["layers"]
-            self.every_layer = {name: Layer(path, self._group, name, self._images) for name in names}
+            self.fingerprint = str(attributes["dataset"]["fingerprint"])
+            self._images = int(attributes["dataset"]["images"])
+            self.every_layer = {name: Layer(path, group, name, self._images) for name in attributes["layers"]}
+        super().__init__(path, group, "", attributes, STORE_ARRAYS, store_sizes(self._images))
         self.layers = tuple(name for name, layer in self.every_layer.items() if layer.complete)
 
     def __len__(self) -> int:
@@ -132,7 +130,7 @@ class Store:
         what, row = self.layer(layer), self.row(key)
         chunk = row // what.chunk_rows
         if self._last is None or self._last[:2] != (what.name, chunk):
-            self._last = what.name, chunk, what.read_chunk(chunk, what.chunk_digest(chunk))
+            self._last = what.name, chunk, what.read_chunk(chunk, *what.chunk_digests(slice(chunk, chunk + 1)).tolist())
         words: NDArray[np.uint16] = self._last[2][row - what.rows(chunk).start].copy()
         return words
 
@@ -158,15 +156,6 @@ class Store:
     def vocabulary(self, layer: str | None = None) -> NDArray[np.float32]:
         """The centroids, float32 (K, p); p = c, the channels of the map, where there is no projection."""
         return self.layer(layer).read_array("vocabulary")
-
-    def read_array(self, name: str) -> NDArray[np.uint64]:
-        """`key_hash` or `image_digest` of the rows, uint64 (N,), checked against the recorded digest.
-
-        Raises:
-            CorruptError: missing, undecodable, or other than what was recorded.
-        """
-        digest = self._attributes.get(f"{name}_digest")
-        return read_checked(self.path, self._group, name, STORE_ARRAYS[name], store_sizes(len(self)), digest)
 
 
 def key_hash(key: str) -> int:

@@ -156,7 +156,7 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
 
 def _check_chunk(layer: Layer, chunk: int) -> bool:
     """Whether a chunk is committed."""
-    recorded = layer.chunk_digest(chunk)
+    recorded = int(layer.chunk_digests(slice(chunk, chunk + 1))[0])
     if recorded == 0 and not layer.complete:
         return False
     high = int(layer.read_chunk(chunk, recorded).max())

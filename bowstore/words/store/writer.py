@@ -30,7 +30,7 @@ from bowstore.words.store.arrays import (
     remove,
 )
 from bowstore.words.store.layer import Layer, LayerSpec, chunk_rows
-from bowstore.words.store.nearest import NearestImages, NearestSearch
+from bowstore.words.store.nearest import NearestImages
 from bowstore.words.store.schema import FORMAT, FORMAT_VERSION, STORE_ARRAYS, layer_arrays, layer_sizes, store_sizes
 from bowstore.words.store.statistics import WordStatistics
 from bowstore.words.store.store import open_root
@@ -149,17 +149,6 @@ class StoreWriter:
         digests["statistics"] = statistics.summary()
         content = self.layer(layer).content_digest(**digests)
         group.update_attributes({**digests, "content_digest": content, "complete": True})
-
-    def nearest(self, layer: str) -> NearestImages:
-        """What an earlier run recorded of the nearest images; empty if none did.
-
-        Raises:
-            CorruptError: it is not what was recorded.
-        """
-        what = self.layer(layer)
-        if not what.attributes.get("nearest_digest"):
-            return NearestSearch(what.num_words).result()
-        return what.read_nearest()
 
     def discard_chunks(self, layer: str, chunks: Sequence[int]) -> None:
         """Take chunks back, by their numbers: the layer is incomplete again, and encoding writes just these anew.
