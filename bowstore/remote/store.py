@@ -20,7 +20,7 @@ from bowstore.remote import cache
 from bowstore.remote.folder import RemoteFolder, settle
 from bowstore.remote.transfer import Remote, Wanted
 from bowstore.remote.urls import is_plain, is_remote, shown
-from bowstore.words.store.schema import STORE_ARRAYS, layer_arrays, store_sizes
+from bowstore.words.store.schema import STORE_ARRAYS, layer_arrays
 
 if TYPE_CHECKING:
     import zarr
@@ -71,7 +71,7 @@ def fetch_store(path: Path, storage: StorageConfig | None = None, *, display: bo
 
 def _whole_arrays(remote: Remote, place: Path) -> "list[zarr.Array[Any]]":
     """Bring the metadata of a store, all of it, to a folder; its arrays, but for those of layers without all words."""
-    from bowstore.words.store.arrays import array, reading  # Zarr, for a store alone
+    from bowstore.words.store.arrays import reading  # Zarr, for a store alone
     from bowstore.words.store.store import Store, open_root
 
     def bring(names: Iterable[str]) -> None:
@@ -88,9 +88,8 @@ def _whole_arrays(remote: Remote, place: Path) -> "list[zarr.Array[Any]]":
             projected = bool(group[layer].attrs.get("projection"))
             bring(f"{layer}/{name}/{METADATA}" for name in layer_arrays(projected=projected))
         store = Store(place)
-        own = [array(group, name, spec, store_sizes(len(store))) for name, spec in STORE_ARRAYS.items()]
-        whole = [store.every_layer[name] for name in store.layers]
-        return own + [layer.array(name) for layer in whole for name in layer.arrays]
+        whole = [store, *(store.every_layer[name] for name in store.layers)]
+        return [each.array(name) for each in whole for name in each.arrays]
 
 
 def _build(folder: RemoteFolder, copy: Path, metadata: Path, arrays: "list[zarr.Array[Any]]", *, display: bool) -> None:
