@@ -65,7 +65,7 @@ def some_vocabulary() -> NDArray[np.float32]:
 
 
 def finish(writer: StoreWriter, words: NDArray[np.uint16], layer: str = "conv4") -> None:
-    for chunk in np.flatnonzero(~writer.committed_chunks(layer)).tolist():
+    for chunk in np.flatnonzero(writer.layer(layer).chunk_digests() == 0).tolist():
         writer.write_chunk(layer, chunk, words[writer.layer(layer).rows(chunk)])
     search, what = NearestSearch(K), writer.layer(layer)
     search.add_batch(np.arange(N), words.reshape(N, -1), some_distances(words))
@@ -209,7 +209,7 @@ def test_write_chunk_refuses_wrong_words(tmp_path: Path, small_chunks: int) -> N
         writer.write_chunk("conv4", 0, some_words()[:19])
     with pytest.raises(UsageError, match="word 11 is not below K = 11"):
         writer.write_chunk("conv4", 0, np.full((20, *GRID), K, np.uint16))
-    assert not writer.committed_chunks("conv4").any()
+    assert not writer.layer("conv4").chunk_digests().any()
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {

@@ -163,7 +163,7 @@ def _lead(job: Job, crew: Crew) -> EncodeReport:
     if not made:
         make_layers(job, crew)
     writer = StoreWriter(job.store)
-    before = {name: int(writer.committed_chunks(name).sum()) for name in job.num_words}
+    before = {name: int(np.count_nonzero(writer.layer(name).chunk_digests())) for name in job.num_words}
     with timed(job.seconds, "assign"):
         images, clock = lead_pass(job, writer, crew)
     with timed(job.seconds, "finish"):

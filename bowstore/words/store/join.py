@@ -31,11 +31,9 @@ class JoinedLayer:
     """A layer of several stores, whose words mean the same, read as one.
 
     Attributes:
-        layers: the stores' own.
         name, attributes, grid, num_words, border, lineage: those of the first.
         images: rows of all stores.
         chunk_rows: of the largest chunk.
-        chunks: of all stores, those of one after those of another.
 
     Raises:
         MismatchError: they differ in vocabulary, teacher or view; names the first difference.
@@ -45,14 +43,14 @@ class JoinedLayer:
         first = layers[0]
         for other in layers[1:]:
             _check_same(first, other)
-        self.layers = tuple(layers)
+        self._layers = tuple(layers)
         self.name, self.attributes, self.grid = first.name, first.attributes, first.grid
         self.num_words, self.border, self.lineage = first.num_words, first.border, first.lineage
         starts = accumulate((layer.images for layer in layers), initial=0)
         self._chunks = [
             (layer, chunk, start) for layer, start in zip(layers, starts, strict=False) for chunk in range(layer.chunks)
         ]
-        self.images, self.chunks = sum(layer.images for layer in layers), len(self._chunks)
+        self.images = sum(layer.images for layer in layers)
         self.chunk_rows = max(layer.chunk_rows for layer in layers)
 
     def rows(self, chunk: int) -> slice:
@@ -63,7 +61,7 @@ class JoinedLayer:
 
     def chunk_digests(self) -> NDArray[np.uint64]:
         """As of a layer, uint64 (chunks,)."""
-        return np.concatenate([layer.chunk_digests() for layer in self.layers])
+        return np.concatenate([layer.chunk_digests() for layer in self._layers])
 
     def read_chunk(self, chunk: int, digest: int) -> NDArray[np.uint16]:
         """As of a layer."""

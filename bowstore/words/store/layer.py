@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class Layer(Arrays):
             projection = attributes["projection"]
             dimensions = int(projection["dimensions"]) if projection else self.channels
             self.chunk_rows = int(member(group, f"{name}/words", zarr.Array).chunks[0])
-            sizes = layer_sizes(images, self.grid, self.num_words, self.channels, dimensions, self.chunk_rows)
+            sizes = layer_sizes(images, self.grid, (self.num_words, dimensions), self.channels, self.chunk_rows)
             self.chunks = sizes["chunks"]
             arrays = layer_arrays(projected=projection is not None)
             super().__init__(path, group, f"{name}/", attributes, arrays, sizes)
@@ -129,6 +130,7 @@ class Layer(Arrays):
         digest.update(as_stored(self.chunk_digests()))
         return digest.hexdigest()
 
+    @cached_property
     def content_problem(self) -> str | None:
         """What is wrong with a complete layer's digest; None if nothing is.
 

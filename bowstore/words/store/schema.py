@@ -85,16 +85,16 @@ def layer_arrays(*, projected: bool) -> dict[str, ArraySpec]:
 
 
 def layer_sizes(
-    images: int, grid: tuple[int, int], num_words: int, channels: int, dimensions: int, word_rows: int
+    images: int, grid: tuple[int, int], vocabulary: tuple[int, ...], channels: int, word_rows: int
 ) -> dict[str, int]:
-    """What the letters are for a layer; `dimensions` is p, `word_rows` the rows of a chunk of words."""
+    """What the letters are for a layer; `vocabulary` is (K, p), `word_rows` the rows of a chunk of words."""
     return {
         "N": images,
         "h": grid[0],
         "w": grid[1],
-        "K": num_words,
+        "K": vocabulary[0],
         "c": channels,
-        "p": dimensions,
+        "p": vocabulary[1],
         "n": KEPT_IMAGES,
         "word_rows": word_rows,
         "chunks": ceil(images / word_rows),

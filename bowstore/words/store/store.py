@@ -50,7 +50,6 @@ class Store(Arrays):
 
     def __init__(self, path: Path) -> None:
         self._order: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None  # rows by hash, and the sorted hashes
-        self._checked: set[str] = set()  # layers whose digest over all was compared
         self._last: tuple[str, int, NDArray[np.uint16]] | None = None  # layer, chunk and words of the last look-up
         group, attributes = open_root(path, writable=False)
         with reading(f"word store {path}"):
@@ -80,15 +79,13 @@ class Store(Arrays):
             raise MissingError(f"word store {self.path} has no layer {name!r}; {known}")
         layer = self.every_layer[name]
         if not layer.complete:
-            done = int((layer.chunk_digests() != 0).sum())
+            done = np.count_nonzero(layer.chunk_digests())
             raise MismatchError(
                 f"layer {name!r} of word store {self.path} is not complete: {done} of {layer.chunks} chunks "
                 f"are written; {REMEDY}"
             )
-        if name not in self._checked:
-            if problem := layer.content_problem():
-                raise CorruptError(problem)
-            self._checked.add(name)
+        if problem := layer.content_problem:
+            raise CorruptError(problem)
         return layer
 
     def vocabulary_layer(self, name: str) -> Layer:
@@ -164,17 +161,7 @@ def key_hash(key: str) -> int:
 
 
 def open_store(path: str | Path, layer: str | None = None) -> Store:
-    """Open a store for reading.
-
-    Args:
-        path: the store's folder on this machine (`bowstore.open_store` takes URLs too).
-        layer: a layer that must be complete; None asks for any one complete layer.
-
-    Raises:
-        MissingError: no store there, or no such layer (lists those there are).
-        MismatchError: not a word store, another format version, or not complete.
-        CorruptError: metadata that cannot be read, or a layer of files that do not belong together.
-    """
+    """Open a store of this machine for reading; arguments and errors as of `bowstore.open_store`."""
     store = Store(Path(path))
     if layer is not None or not store.layers:
         store.layer(layer)

@@ -4,6 +4,7 @@ Legend: N images, h w word grid, K words.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,9 +145,11 @@ def _check_layer(layer: Layer, report: VerifyReport, progress: Progress) -> None
         report.problems.append(
             f"layer {layer.name!r} is not complete: {committed} of {layer.chunks} chunks are written; {REMEDY}"
         )
-    elif problem := _content_problem(layer):
-        report.problems.append(problem)
-        broken.add(Writer.PASS)  # it cannot be told which of its files are of another state
+    else:
+        with suppress(CorruptError):  # a chunk's digest cannot be read: that was found with its chunk
+            if layer.content_problem:
+                report.problems.append(layer.content_problem)
+                broken.add(Writer.PASS)  # it cannot be told which of its files are of another state
     if Writer.PASS in broken:
         damaged = list(range(layer.chunks))
     # Words are counted again at no cost; without its vocabulary nothing can be encoded again.
@@ -163,13 +166,6 @@ def _check_chunk(layer: Layer, chunk: int) -> bool:
     if high >= layer.num_words:
         raise CorruptError(f"chunk {layer.place(chunk)} holds word {high}, which is not below K = {layer.num_words}")
     return True
-
-
-def _content_problem(layer: Layer) -> str | None:
-    try:
-        return layer.content_problem()
-    except CorruptError:  # a chunk's digest cannot be read: that was found with its chunk
-        return None
 
 
 def _key_problems(store: Store, index: Index | None, *, reencoded: bool) -> Iterator[str]:

@@ -85,14 +85,8 @@ class StoreWriter:
         values = {"vocabulary": vocabulary_Kp}
         if projection is not None:
             values |= {"projection": projection[0], "projection_offset": projection[1]}
-        sizes = layer_sizes(
-            self.images,
-            spec.grid,
-            spec.num_words,
-            spec.channels,
-            vocabulary_Kp.shape[1],
-            chunk_rows(self.images, spec.grid),
-        )
+        rows = chunk_rows(self.images, spec.grid)
+        sizes = layer_sizes(self.images, spec.grid, vocabulary_Kp.shape, spec.channels, rows)
         for name_, array_spec in layer_arrays(projected=projection is not None).items():
             create(group, array_spec, sizes, values.get(name_))
         digests = {f"{part}_digest": hex_digest(array) for part, array in values.items()}
@@ -119,10 +113,6 @@ class StoreWriter:
         what.array("words")[rows] = words
         what.array("chunk_digest")[chunk] = np.uint64(array_digest(words))
 
-    def committed_chunks(self, layer: str) -> NDArray[np.bool_]:
-        """Which chunks are committed, bool (chunks,)."""
-        return np.not_equal(self.layer(layer).chunk_digests(), 0)
-
     def mark_complete(self, layer: str, statistics: WordStatistics, nearest: NearestImages) -> None:
         """Record what was found over all words and make the layer usable: the last step.
 
@@ -131,11 +121,11 @@ class StoreWriter:
         Raises:
             UsageError: a chunk is not committed yet.
         """
-        done = self.committed_chunks(layer)
-        if not done.all():
-            raise UsageError(f"layer {layer!r} has {int(done.sum())} of {len(done)} chunks; write the others first")
+        what = self.layer(layer)
+        done = np.count_nonzero(what.chunk_digests())
+        if done < what.chunks:
+            raise UsageError(f"layer {layer!r} has {done} of {what.chunks} chunks; write the others first")
         group = member(self._group, layer, zarr.Group)
-        digests: dict[str, Any] = {}
         found: dict[str, NDArray[Any]] = {
             "document_frequency": statistics.document_frequency_K,
             "nearest": np.stack([nearest.row_Kn, nearest.cell_Kn], axis=-1),
@@ -144,11 +134,11 @@ class StoreWriter:
         # First it is said that they change: a death on the way must not look like damage.
         group.update_attributes({"complete": False, **dict.fromkeys(f"{name}_digest" for name in found)})
         for name, values in found.items():
-            self.layer(layer).array(name)[:] = values
-            digests[f"{name}_digest"] = hex_digest(values)
-        digests["statistics"] = statistics.summary()
-        content = self.layer(layer).content_digest(**digests)
-        group.update_attributes({**digests, "content_digest": content, "complete": True})
+            what.array(name)[:] = values
+        recorded: dict[str, Any] = {f"{name}_digest": hex_digest(values) for name, values in found.items()}
+        recorded["statistics"] = statistics.summary()
+        content = what.content_digest(**recorded)
+        group.update_attributes({**recorded, "content_digest": content, "complete": True})
 
     def discard_chunks(self, layer: str, chunks: Sequence[int]) -> None:
         """Take chunks back, by their numbers: the layer is incomplete again, and encoding writes just these anew.
