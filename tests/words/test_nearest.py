@@ -92,5 +92,5 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (b"", b"no archive", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(CorruptError, match=re.escape(f"{path} is damaged") + ".*run the same command again"):
+        with pytest.raises(CorruptError, match=re.escape(f"{path} cannot be read (") + ".*run the same command again"):
             load_nearest(path)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import xxhash
@@ -25,10 +26,8 @@ from bowstore.files import atomic_file, check_plain_file, make_folder, sweep_tem
 from bowstore.words.store.schema import ArraySpec, Writer
 
 _ZSTD_LEVEL = 1  # word ids hardly compress; the checksum is what the codec is for
-# Whatever Zarr and its codecs raise for damaged bytes or metadata (seen by damaging each of them).
-READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, OSError)
-
-
+# Whatever Zarr, its codecs and NumPy raise for damaged bytes or metadata (seen by damaging each of them).
+READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, OSError, EOFError, BadZipFile)
 _OBJECT = re.compile(r"(?:.+/)?zarr\.json|(?:.+/)?c(?:/[0-9]+)*")  # of Zarr, by its name in a group
 
 _Kind = TypeVar("_Kind", zarr.Group, zarr.Array[Any])
@@ -193,7 +192,7 @@ def repair_of(path: Path) -> str:
 
 @contextmanager
 def reading(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn whatever Zarr raises for damage into one line that names the place, and says what to do about it."""
+    """Turn whatever is raised for damage into one line that names the place, and says what to do about it."""
     then = f"; {remedy}" if remedy else ""
     try:
         yield

@@ -7,7 +7,6 @@ Legend: B batch, M cells of an image, K words, n images kept for each word.
 """
 
 import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bowstore.errors import CorruptError, is_machine_error
 from bowstore.files import atomic_file
 from bowstore.limits import KEPT_IMAGES
+from bowstore.words.store.arrays import reading
 from bowstore.words.store.schema import NO_ROW
 
 
@@ -154,10 +153,6 @@ def load_nearest(path: Path) -> NearestImages:
     Raises:
         CorruptError: it is no such file.
     """
-    try:
+    with reading(str(path), "remove it and run the same command again"):
         with np.load(io.BytesIO(path.read_bytes())) as values:  # of a damaged file NumPy forgets to close
             return NearestImages(**values)
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        if is_machine_error(error):
-            raise
-        raise CorruptError(f"{path} is damaged ({error}); remove it and run the same command again") from error

@@ -8,6 +8,7 @@ Legend: N images, M cells of an image, h w word grid, K words, c channels.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,7 +50,6 @@ class Store(Arrays):
     """
 
     def __init__(self, path: Path) -> None:
-        self._order: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None  # rows by hash, and the sorted hashes
         self._last: tuple[str, int, NDArray[np.uint16]] | None = None  # layer, chunk and words of the last look-up
         group, attributes = open_root(path, writable=False)
         with reading(f"word store {path}"):
@@ -97,25 +97,23 @@ class Store(Arrays):
         """All words of a layer, uint16 (N, h, w), every chunk checked against its digest."""
         return self.layer(layer).read_words()
 
+    @cached_property
+    def _key_hash(self) -> NDArray[np.uint64]:
+        return self.read_array("key_hash")
+
     def row(self, key: str) -> int:
         """The row of a key.
 
         Raises:
             MissingError: no such key.
         """
-        if self._order is None:
-            hashes = self.read_array("key_hash")
-            order = np.argsort(hashes, kind="stable")
-            self._order = order, hashes[order]
-        order, ordered = self._order
-        wanted = np.uint64(key_hash(key))
-        place = int(np.searchsorted(ordered, wanted))
-        if place == len(ordered) or ordered[place] != wanted:
+        rows = np.flatnonzero(self._key_hash == np.uint64(key_hash(key)))
+        if not len(rows):
             raise MissingError(
                 f"word store {self.path} has no key {key!r}; a key is the image's path in its shard without the "
                 "extension"
             )
-        return int(order[place])
+        return int(rows[0])
 
     def words(self, key: str, layer: str | None = None) -> NDArray[np.uint16]:
         """Words of one image, uint16 (h, w); reads its chunk and checks it against its digest.
@@ -145,7 +143,7 @@ class Store(Arrays):
         Raises:
             CorruptError: a chunk is damaged.
         """
-        what, hashes = self.layer(layer), self.read_array("key_hash")
+        what, hashes = self.layer(layer), self._key_hash
         for chunk, digest in enumerate(what.chunk_digests().tolist()):
             rows = what.rows(chunk)
             yield from zip(hashes[rows].tolist(), what.read_chunk(chunk, digest), strict=True)

@@ -57,15 +57,10 @@ def verify(
 ) -> VerifyReport:
     """Read a whole store and check it: metadata, every chunk, digests, word ids, keys.
 
-    Args:
-        path: the store.
-        shards: folder of indexed shards, or several, whose keys the store must hold, each once, no others; None skips
-            that.
-        storage: where copies of remote shards lie.
-        reencoded: the shards hold other encodings of the store's images: keys alone are compared.
+    Arguments as of `bowstore.verify.verify_path`. What is wrong with the store is reported, not raised.
 
     Raises:
-        MissingError: no shards of that name (what is wrong with the store itself is reported, not raised).
+        MissingError: no shards of that name.
     """
     index = open_index(shards, storage) if shards else None
     report = VerifyReport(path)
