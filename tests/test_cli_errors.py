@@ -60,7 +60,7 @@ def test_repair_that_cannot_write_still_tells_the_damage(
         raise OSError(errno.EROFS, "Read-only file system")
 
     (tmp_path / "zarr.json").touch()
-    report = VerifyReport(tmp_path, problems=["chunk 1 is damaged"], damaged={"conv4": [1]})
+    report = VerifyReport(problems=["chunk 1 is damaged"], damaged={"conv4": [1]})
     monkeypatch.setattr(words_verify, "verify", lambda *_, **__: report)
     monkeypatch.setattr(words_verify, "discard_damaged", fail)
     result = CliRunner().invoke(main, ["verify", str(tmp_path), "--repair"])

@@ -350,7 +350,7 @@ def test_creation_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bowstore.words.store.writer.create", fail)
+        patch.setattr("bowstore.words.store.arrays.Arrays.create", fail)
         with pytest.raises(OSError, match="No space left"):
             begin(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []

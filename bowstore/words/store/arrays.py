@@ -154,20 +154,20 @@ class Arrays:
                 raise CorruptError(f"{what} differs from its recorded digest {digest}")
         return values
 
-
-def create(group: zarr.Group, spec: ArraySpec, sizes: Mapping[str, int], values: NDArray[Any] | None = None) -> None:
-    """Create an array, with these values or none; its chunks carry a checksum and are written even if all are fill."""
-    made = group.create_array(
-        spec.name,
-        shape=spec.shape(sizes),
-        chunks=spec.chunk_shape(sizes),
-        dtype=np.dtype(spec.dtype),
-        fill_value=spec.fill,
-        compressors=[ZstdCodec(level=_ZSTD_LEVEL, checksum=True)],
-        config=_WRITE_ALL,
-    )
-    if values is not None:
-        made[:] = values
+    def create(self, given: Mapping[str, NDArray[Any]]) -> None:
+        """Create all arrays, with the values that are given; chunks carry a checksum, and all of them are written."""
+        for name, spec in self.arrays.items():
+            made = self._root.create_array(
+                self._place + name,
+                shape=spec.shape(self._sizes),
+                chunks=spec.chunk_shape(self._sizes),
+                dtype=np.dtype(spec.dtype),
+                fill_value=spec.fill,
+                compressors=[ZstdCodec(level=_ZSTD_LEVEL, checksum=True)],
+                config=_WRITE_ALL,
+            )
+            if name in given:
+                made[:] = given[name]
 
 
 def as_stored(array: NDArray[Any]) -> memoryview:

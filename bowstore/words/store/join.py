@@ -137,14 +137,7 @@ def join_rows(store: Store | JoinedStore, index: "Index", *, reencoded: bool = F
 def join_problems(
     store: Store | JoinedStore, index: "Index", rows_N: NDArray[np.int64], *, reencoded: bool
 ) -> Iterator[str]:
-    """Why the store's rows cannot be those of an index, a line for each reason; arguments as of `join_rows`.
-
-    Args:
-        store: the words.
-        index: the images.
-        rows_N: int64, what `rows_of` finds of the index's keys in the store.
-        reencoded: whether images are not compared.
-    """
+    """Why the store's rows (int64, as of `rows_of`) cannot be those of an index, a line for each reason."""
     wanted_N = index.key_hash
     values, counts = np.unique(store.read_array("key_hash"), return_counts=True)
     for wrong_N, problem, remedy in (
@@ -167,15 +160,9 @@ def join_problems(
 def other_images(
     store: Store | JoinedStore, index: "Index", rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]
 ) -> str | None:
-    """What is wrong with rows whose images are not those that the store's rows were made of; None if all are.
+    """What is wrong where the images of rows are not those that the store's rows were made of; None if all are.
 
-    Keys are names of files, and the splits of a data set often use the same ones.
-
-    Args:
-        store: the words.
-        index: the images.
-        rows_M: int64, rows of the index; -1 for none.
-        store_rows_M: int64, the store's rows with the same keys; -1 for none.
+    Keys are names of files, and the splits of a data set often use the same ones. Rows are int64; -1 is none.
     """
     both_M = (rows_M >= 0) & (store_rows_M >= 0)
     rows_M, digest_M = rows_M[both_M], store.read_array("image_digest")[store_rows_M[both_M]]

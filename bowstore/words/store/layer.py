@@ -209,11 +209,7 @@ class Layer(Arrays):
         return words
 
     def read_words(self) -> NDArray[np.uint16]:
-        """All words, uint16 (N, h, w), every chunk checked against its recorded digest.
-
-        Raises:
-            CorruptError: as `read_chunk`, for the first bad chunk.
-        """
+        """All words, uint16 (N, h, w), every chunk checked against its recorded digest; errors as of `read_chunk`."""
         words = np.empty((self.images, *self.grid), np.uint16)
         for chunk, digest in enumerate(self.chunk_digests().tolist()):
             words[self.rows(chunk)] = self.read_chunk(chunk, digest)

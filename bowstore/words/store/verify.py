@@ -29,7 +29,6 @@ class VerifyReport:
     """What `verify` found.
 
     Attributes:
-        path: the store.
         images: N.
         chunks: words chunks that were read.
         problems: one line each; empty means sound.
@@ -38,7 +37,6 @@ class VerifyReport:
         descent: how each layer's words came about (`bowstore.runs.descent_of_words`).
     """
 
-    path: Path
     images: int = 0
     chunks: int = 0
     problems: list[str] = field(default_factory=list)
@@ -63,7 +61,7 @@ def verify(
         MissingError: no shards of that name.
     """
     index = open_index(shards, storage) if shards else None
-    report = VerifyReport(path)
+    report = VerifyReport()
     try:
         store = Store(path)
     except BowstoreError as error:

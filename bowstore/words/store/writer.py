@@ -20,9 +20,9 @@ import bowstore
 from bowstore.errors import UsageError
 from bowstore.files import exclusive_lock, fsync_path, leftovers, temporary_path
 from bowstore.words.store.arrays import (
+    Arrays,
     SafeStore,
     array_digest,
-    create,
     foreign_file,
     hex_digest,
     member,
@@ -87,8 +87,8 @@ class StoreWriter:
             values |= {"projection": projection[0], "projection_offset": projection[1]}
         rows = chunk_rows(self.images, spec.grid)
         sizes = layer_sizes(self.images, spec.grid, vocabulary_Kp.shape, spec.channels, rows)
-        for name_, array_spec in layer_arrays(projected=projection is not None).items():
-            create(group, array_spec, sizes, values.get(name_))
+        arrays = layer_arrays(projected=projection is not None)
+        Arrays(self.path, self._group, f"{name}/", {}, arrays, sizes).create(values)
         digests = {f"{part}_digest": hex_digest(array) for part, array in values.items()}
         version = {"bowstore_version": bowstore.__version__}
         said = {"words" if name == "num_words" else name: value for name, value in asdict(spec).items()}
@@ -189,8 +189,8 @@ def create_store(
             "image_digest_digest": hex_digest(image_digest_N),
             "layers": [],
         })  # fmt: skip
-        for name, values in (("key_hash", key_hash_N), ("image_digest", image_digest_N)):
-            create(group, STORE_ARRAYS[name], store_sizes(len(values)), values)
+        arrays = Arrays(temporary, group, "", {}, STORE_ARRAYS, store_sizes(len(key_hash_N)))
+        arrays.create({"key_hash": key_hash_N, "image_digest": image_digest_N})
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
