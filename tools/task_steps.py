@@ -101,7 +101,7 @@ def words(made: Made) -> Loss:
     """A pyramid's dense targets: each cell's histogram, mirrored and mixed; a cosine head and a cross-entropy each."""
     settings: Any = made.config.task
     store, index = open_store(settings.store[0]), open_index(made.config.shards)
-    table_Nhw = torch.from_numpy(store.load_words(settings.layer)[join_rows(store, index)].astype(np.int64))
+    table_Nhw = torch.from_numpy(store.load_words(settings.layer)[join_rows([store], index)].astype(np.int64))
     num_words, side = store.layer(settings.layer).num_words, table_Nhw.shape[1]
 
     def loss(batch: Batch) -> Tensor:

@@ -42,7 +42,7 @@ def bench_store(
     disk_bytes = sum(stored_bytes(opened.path / part) for part in parts)
     ways: dict[str, Way] = {"bulk load": what.read_words}
     if index is not None:
-        ways["join by key"] = partial(join_rows, opened, index)
+        ways["join by key"] = partial(join_rows, [opened], index)
     found = interleaved("bench store", ways, rounds, torch.device("cpu"))
     median = {name: statistics.median(values) for name, values in found.items()}
     seconds = median["bulk load"]

@@ -29,7 +29,7 @@ def bench_targets(
     """Rows/s and microseconds a batch of random rows, for every tier, in interleaved rounds."""
     device, batch, batches, rounds = choose_device(config.device), config.batch, config.batches, config.rounds
     opened, index = open_store(fetch_store(store, storage)), open_index(shards, storage)
-    what, store_row_N = opened.layer(layer), join_rows(opened, index)
+    what, store_row_N = opened.layer(layer), join_rows([opened], index)
     tiers = {tier: Targets(tier, what, store_row_N, device, storage=storage) for tier in TIERS}
     rates: dict[str, list[float]] = {tier: [] for tier in TIERS}
     ahead: dict[str, list[float]] = {tier: [] for tier in TIERS}

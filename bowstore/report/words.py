@@ -320,7 +320,7 @@ class _Images:
         row_Kn = self._nearest.row_Kn[list(words)]
         rows_U = np.unique(row_Kn[row_Kn >= 0])
         found_U = rows_of(store.read_array("key_hash")[rows_U], index.key_hash)
-        if not reencoded and (problem := other_images(store, index, found_U, rows_U)):
+        if not reencoded and (problem := other_images([store], index, found_U, rows_U)):
             raise MismatchError(problem)
         self._found = dict(zip(rows_U.tolist(), found_U.tolist(), strict=True))
         self.looked_up, self.missing = len(rows_U), int((found_U < 0).sum())

@@ -340,7 +340,7 @@ def test_a_store_joins_resharded_images_by_key(workspace: Path, images: Path) ->
 
     store, old, new = open_store(Path("data/words.zarr")), open_index(first), open_index(second)
     assert old.fingerprint != new.fingerprint
-    rows = join_rows(store, new)
+    rows = join_rows([store], new)
     assert [old.key(row) for row in rows] == list(new.keys())
 
 

@@ -31,7 +31,7 @@ def whole_targets(config: TrainConfig, batch: Batch) -> Tensor:
     if task.name == "supervised":
         return torch.eye(4, dtype=torch.float64)[torch.from_numpy(index.label[rows].astype(np.int64))]
     store = open_store(task.store[0])
-    words_NM = store.load_words(task.layer)[join_rows(store, index)].reshape(len(index), -1)
+    words_NM = store.load_words(task.layer)[join_rows([store], index)].reshape(len(index), -1)
     count_BK = np.stack([np.bincount(words_M, minlength=12) for words_M in words_NM[rows].astype(np.int64)])
     share_BK = torch.from_numpy(np.minimum(count_BK, 1) if task.form == "binary" else count_BK).double()
     return share_BK / share_BK.sum(1, keepdim=True)

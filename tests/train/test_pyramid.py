@@ -51,7 +51,7 @@ def made(config: TrainConfig) -> tuple[Task, Batch, np.ndarray]:
 def words_of(config: TrainConfig, index: Index, layer: str = "block3") -> np.ndarray:
     """Words of an index's rows."""
     store = open_store(config.task.store[0])  # type: ignore[attr-defined]
-    return np.asarray(store.load_words(layer)[join_rows(store, index)])
+    return np.asarray(store.load_words(layer)[join_rows([store], index)])
 
 
 def dense(bag: Bag, num_words: int = WORDS) -> Tensor:

@@ -124,8 +124,8 @@ def test_equal_keys_of_other_images_are_refused_everywhere(store: Path, tmp_path
         r"have their keys, for example img0000, .*img0004; .*--set task\.reencoded=true in training, --reencoded"
     )
     with pytest.raises(MismatchError, match=message):
-        join_rows(open_store(store), index)
-    assert np.array_equal(join_rows(open_store(store), index, reencoded=True), np.arange(IMAGES))
+        join_rows([open_store(store)], index)
+    assert np.array_equal(join_rows([open_store(store)], index, reencoded=True), np.arange(IMAGES))
     assert [problem for problem in verify(store, strange).problems if "are not those that word store" in problem]
     assert verify(store, strange, reencoded=True).sound
 
@@ -136,7 +136,7 @@ def test_one_other_image_among_many_is_named(store: Path, shards: Path, tmp_path
     digests[41] ^= np.uint64(1)
     changed = replace(index, fingerprint="of other shards", digest=digests)
     with pytest.raises(MismatchError, match=rf"^1 of {IMAGES} images of the shards .* for example {index.key(41)};"):
-        join_rows(open_store(store), changed)
+        join_rows([open_store(store)], changed)
 
 
 @pytest.mark.parametrize("version", [2, "3", 3.0, True, None, [3], 4])

@@ -51,7 +51,7 @@ def test_words_are_the_nearest_centroids_of_each_image(clean: Path, teacher_file
         vectors = teacher.maps(images)["block3"][0].flatten(1).T
         expected = torch.cdist(vectors.double(), centroids.double()).argmin(dim=1)
         assert (words[rows[0]].reshape(-1) == expected.numpy()).mean() > 0.9  # but for rounding at near ties
-    assert np.array_equal(join_rows(store, index), np.arange(IMAGES))
+    assert np.array_equal(join_rows([store], index), np.arange(IMAGES))
     assert verify(clean, shards).sound
 
 

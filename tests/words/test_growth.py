@@ -17,8 +17,9 @@ from teacher_sets import write_shards
 
 from bowstore.config import StorageConfig
 from bowstore.data.index import open_index
+from bowstore.data.table import joint_fingerprint
 from bowstore.errors import CorruptError, MismatchError
-from bowstore.words.store.join import JoinedLayer, join_rows, open_stores
+from bowstore.words.store.join import JoinedLayer, join_rows, layer_of
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.store import open_store
 from bowstore.words.store.verify import digest, verify
@@ -51,9 +52,9 @@ def grown(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path) -> Grown
 
 
 def targets_of(stores: Sequence[Path], shards: Sequence[Path], tier: Tier, cache: Path) -> Targets:
-    store, index = open_stores(stores), open_index(shards)
-    rows = join_rows(store, index)
-    return Targets(tier, store.layer("block3"), rows, CPU, storage=StorageConfig(cache=cache), shown=False)
+    opened, index = [open_store(path) for path in stores], open_index(shards)
+    rows = join_rows(opened, index)
+    return Targets(tier, layer_of(opened, "block3"), rows, CPU, storage=StorageConfig(cache=cache), shown=False)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -72,8 +73,12 @@ def test_growth_gives_the_targets_of_one_store_of_all(grown: Grown, tmp_path: Pa
 
 
 def test_growth_joins_rows_by_the_fingerprints_of_the_parts(grown: Grown) -> None:
-    both, index = open_stores(grown.stores), open_index(grown.shards)
-    assert both.fingerprint == index.fingerprint == open_store(grown.whole).fingerprint
+    both, index = [open_store(path) for path in grown.stores], open_index(grown.shards)
+    assert (
+        joint_fingerprint([store.fingerprint for store in both])
+        == index.fingerprint
+        == open_store(grown.whole).fingerprint
+    )
     assert np.array_equal(join_rows(both, index), np.arange(FIRST + LATER))
     later = join_rows(both, open_index(grown.shards[1]))
     assert np.array_equal(later, FIRST + np.arange(LATER))
@@ -119,7 +124,7 @@ def test_growth_refuses_words_that_mean_something_else(
         {name: {**layer.attrs[name], **new} if isinstance(new, dict) else new for name, new in changed.items()}
     )
     with pytest.raises(MismatchError) as caught:
-        open_stores([grown.stores[0], resealed(path)]).layer("block3")
+        layer_of([open_store(grown.stores[0]), open_store(resealed(path))], "block3")
     line = rf"layer 'block3' of word stores {grown.stores[0]} and {path} cannot be joined: {message}.*; encode the "
     assert re.match(
         rf"{line}second's images with --vocabulary {grown.stores[0]}, by the same teacher$", str(caught.value)
@@ -127,7 +132,7 @@ def test_growth_refuses_words_that_mean_something_else(
 
 
 def test_growth_refuses_a_key_in_two_stores(grown: Grown) -> None:
-    twice = open_stores([*grown.stores, grown.whole])
+    twice = [open_store(path) for path in (*grown.stores, grown.whole)]
     message = (
         r"70 of 70 keys of the shards are more than once in word store .*first\.zarr, .*later\.zarr, .*whole\.zarr, for"
     )
@@ -142,9 +147,10 @@ def test_growth_refuses_other_images_under_the_same_keys(grown: Grown, tmp_path:
     with pytest.raises(
         MismatchError, match=rf"^{LATER} of {FIRST + LATER} images of the shards are not those that word"
     ):
-        join_rows(open_stores(grown.stores), open_index([grown.shards[0], strange]))
+        join_rows([open_store(path) for path in grown.stores], open_index([grown.shards[0], strange]))
 
 
 def test_growth_of_one_store_is_that_store(grown: Grown) -> None:
-    assert isinstance(open_stores(grown.stores[:1]).layer("block3"), Layer)
-    assert isinstance(open_stores(grown.stores).layer("block3"), JoinedLayer)
+    stores = [open_store(path) for path in grown.stores]
+    assert isinstance(layer_of(stores[:1], "block3"), Layer)
+    assert isinstance(layer_of(stores, "block3"), JoinedLayer)

@@ -376,12 +376,12 @@ def test_digest_depends_on_words_not_on_chunks(path: Path, tmp_path: Path, monke
 
 
 def test_join_is_the_identity_for_the_same_data_set(path: Path) -> None:
-    assert np.array_equal(join_rows(open_store(path), Keys(KEYS)), np.arange(N))
+    assert np.array_equal(join_rows([open_store(path)], Keys(KEYS)), np.arange(N))
 
 
 def test_join_by_key_finds_every_row(path: Path) -> None:
     store, order = open_store(path), np.random.default_rng(3).permutation(N)[:50]
-    rows = join_rows(store, Keys([KEYS[i] for i in order], fingerprint="other"))
+    rows = join_rows([store], Keys([KEYS[i] for i in order], fingerprint="other"))
     assert np.array_equal(rows, order)
     assert rows.dtype == np.int64
 
@@ -390,13 +390,13 @@ def test_join_refuses_missing_and_duplicate_keys(path: Path, tmp_path: Path) -> 
     names = [*KEYS[:10], *[f"new{i}" for i in range(8)]]
     message = "8 of 18 keys of the shards are missing from word store .* new0, new1, new2, new3, new4; encode"
     with pytest.raises(MismatchError, match=message):
-        join_rows(open_store(path), Keys(names, fingerprint="other"))
+        join_rows([open_store(path)], Keys(names, fingerprint="other"))
     twice = [*KEYS[:-2], KEYS[0], KEYS[1]]
     finish(begin(tmp_path / "twice", Keys(twice)), some_words())
     with pytest.raises(
         MismatchError, match=r"2 of 68 keys .* more than once in word store .* img0000, img0001; encode"
     ):
-        join_rows(open_store(tmp_path / "twice"), Keys(twice[:-2], fingerprint="other"))
+        join_rows([open_store(tmp_path / "twice")], Keys(twice[:-2], fingerprint="other"))
     assert "2 keys occur more than once, for example in rows 0, 1, 68, 69" in "\n".join(
         verify(tmp_path / "twice").problems
     )

@@ -175,11 +175,12 @@ class LinearSettings(StartedSettings):
 
 def _in_workspace(settings: WordsSettings, workspace: Workspace) -> WordsSettings:
     """With the workspace's stores, where none is named, and the name of their only layer."""
-    from bowstore.words.store.join import open_stores  # Zarr: only where a store is opened
+    from bowstore.words.store.join import layer_of  # Zarr: only where a store is opened
+    from bowstore.words.store.store import open_store
 
     named_stores = settings.store or workspace.store
-    store = open_stores([fetch_store(place, workspace.storage) for place in named_stores])
-    layers = [store.layer(name) for name in settings.layers or (settings.layer,)]
+    stores = [open_store(fetch_store(place, workspace.storage)) for place in named_stores]
+    layers = [layer_of(stores, name) for name in settings.layers or (settings.layer,)]
     for layer in layers:
         settings.check_map(layer.name, layer.grid)
     named = None if settings.layers else layers[0].name

@@ -144,17 +144,18 @@ def _lineage(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _open(settings: WordsSettings, job: Job) -> list[Source]:
     """The layers whose words are learned, in the tier that has room for all of them."""
-    from bowstore.words.store.join import join_rows, open_stores  # Zarr: only where a store is opened
+    from bowstore.words.store.join import join_rows, layer_of  # Zarr: only where a store is opened
+    from bowstore.words.store.store import open_store
 
     assert settings.store is not None, "the command line resolves task.store"
     config, world = job.config, job.world
     paths = [fetch_store(place, config.runtime.storage, display=world.first) for place in settings.store]
     world.assembled()  # however long it takes on some machine
-    store = open_stores(paths)
-    layers = [store.layer(name) for name in settings.layers or (settings.layer,)]
+    stores = [open_store(path) for path in paths]
+    layers = [layer_of(stores, name) for name in settings.layers or (settings.layer,)]
     for layer in layers:
         settings.check_map(layer.name, layer.grid)
-    store_row_N = join_rows(store, job.index, reencoded=settings.reencoded)
+    store_row_N = join_rows(stores, job.index, reencoded=settings.reencoded)
     size_bytes = sum(words_bytes(len(store_row_N), layer.grid) for layer in layers)
     chosen, reason = choose_tier(config.runtime.targets, size_bytes, world.device)
     # All ranks measure before any of them loads, and all take the tier of the one with the least room.

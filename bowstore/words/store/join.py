@@ -8,7 +8,6 @@ Legend: N rows of an index, U some rows of a store, M images of which both have 
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,7 @@ from bowstore.config import places
 from bowstore.data.table import joint_fingerprint
 from bowstore.errors import MismatchError
 from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer
-from bowstore.words.store.store import Store, open_store
+from bowstore.words.store.store import Store
 
 if TYPE_CHECKING:
     from bowstore.data.index import Index
@@ -79,46 +78,25 @@ def _check_same(one: Layer, other: Layer) -> None:
         )
 
 
-class JoinedStore:
-    """Several stores as one: the rows of one after those of another.
-
-    Attributes:
-        path: of all, for messages.
-        fingerprint: that of an index over the folders of shards that they were encoded from, in the same order.
-    """
-
-    def __init__(self, stores: Sequence[Store]) -> None:
-        self._stores = tuple(stores)
-        self.path = places([store.path for store in stores])
-        self.fingerprint = joint_fingerprint([store.fingerprint for store in stores])
-
-    def __len__(self) -> int:
-        return sum(map(len, self._stores))
-
-    def layer(self, name: str | None = None) -> JoinedLayer:
-        """A complete layer by name, or the only one of the first store, of all of them; errors as of one store."""
-        first = self._stores[0].layer(name)
-        return JoinedLayer([first, *(store.layer(first.name) for store in self._stores[1:])])
-
-    def read_array(self, name: str) -> NDArray[np.uint64]:
-        """As of a store."""
-        return np.concatenate([store.read_array(name) for store in self._stores])
+def layer_of(stores: Sequence[Store], name: str | None = None) -> Layer | JoinedLayer:
+    """A complete layer of all stores by name, or the only one of the first; errors as of `Store.layer`."""
+    first = stores[0].layer(name)
+    layers = [first, *(store.layer(first.name) for store in stores[1:])]
+    return first if len(stores) == 1 else JoinedLayer(layers)
 
 
-def open_stores(paths: Sequence[Path]) -> Store | JoinedStore:
-    """Open a store of this machine for reading, or several as one; errors as of `open_store`."""
-    stores = [open_store(path) for path in paths]
-    return stores[0] if len(stores) == 1 else JoinedStore(stores)
+def _rows_of_all(stores: Sequence[Store], name: str) -> NDArray[np.uint64]:
+    return np.concatenate([store.read_array(name) for store in stores])
 
 
-def join_rows(store: Store | JoinedStore, index: "Index", *, reencoded: bool = False) -> NDArray[np.int64]:
-    """The store's row of each row of an index, int64 (N_index,).
+def join_rows(stores: Sequence[Store], index: "Index", *, reencoded: bool = False) -> NDArray[np.int64]:
+    """The row of each row of an index in a store, or in several whose rows follow each other, int64 (N_index,).
 
     Equal fingerprints: the identity. Otherwise rows are joined by the hashes of their keys, and the images of equal
     keys are compared by their digests; the store may hold more than the index asks for.
 
     Args:
-        store: the words, of one store or several.
+        stores: the words, in the order of the index's folders where it has several.
         index: the images that ask for them.
         reencoded: the shards hold other encodings of the store's images (resized, compressed anew): keys alone count.
 
@@ -126,20 +104,21 @@ def join_rows(store: Store | JoinedStore, index: "Index", *, reencoded: bool = F
         MismatchError: keys that the store lacks, or holds twice, or under which it holds the words of other images;
             with counts and five examples.
     """
-    if index.fingerprint == store.fingerprint and len(index.key_hash) == len(store):
-        return np.arange(len(store), dtype=np.int64)
-    rows_N = rows_of(index.key_hash, store.read_array("key_hash"))
-    for problem in join_problems(store, index, rows_N, reencoded=reencoded):
+    fingerprint, images = joint_fingerprint([store.fingerprint for store in stores]), len(index.key_hash)
+    if index.fingerprint == fingerprint and images == sum(map(len, stores)):
+        return np.arange(images, dtype=np.int64)
+    rows_N = rows_of(index.key_hash, _rows_of_all(stores, "key_hash"))
+    for problem in join_problems(stores, index, rows_N, reencoded=reencoded):
         raise MismatchError(problem)
     return rows_N
 
 
 def join_problems(
-    store: Store | JoinedStore, index: "Index", rows_N: NDArray[np.int64], *, reencoded: bool
+    stores: Sequence[Store], index: "Index", rows_N: NDArray[np.int64], *, reencoded: bool
 ) -> Iterator[str]:
     """Why the store's rows (int64, as of `rows_of`) cannot be those of an index, a line for each reason."""
-    wanted_N = index.key_hash
-    values, counts = np.unique(store.read_array("key_hash"), return_counts=True)
+    wanted_N, place = index.key_hash, places([store.path for store in stores])
+    values, counts = np.unique(_rows_of_all(stores, "key_hash"), return_counts=True)
     for wrong_N, problem, remedy in (
         (rows_N < 0, "missing from", "encode these shards, or train on those that were encoded"),
         (
@@ -150,27 +129,28 @@ def join_problems(
     ):
         if wrong_N.any():
             yield (
-                f"{int(wrong_N.sum())} of {len(wanted_N)} keys of the shards are {problem} word store {store.path}, "
+                f"{int(wrong_N.sum())} of {len(wanted_N)} keys of the shards are {problem} word store {place}, "
                 f"for example {listed(map(index.key, np.flatnonzero(wrong_N).tolist()))}; {remedy}"
             )
-    if not reencoded and (others := other_images(store, index, np.arange(len(rows_N)), rows_N)):
+    if not reencoded and (others := other_images(stores, index, np.arange(len(rows_N)), rows_N)):
         yield others
 
 
 def other_images(
-    store: Store | JoinedStore, index: "Index", rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]
+    stores: Sequence[Store], index: "Index", rows_M: NDArray[np.int64], store_rows_M: NDArray[np.int64]
 ) -> str | None:
     """What is wrong where the images of rows are not those that the store's rows were made of; None if all are.
 
     Keys are names of files, and the splits of a data set often use the same ones. Rows are int64; -1 is none.
     """
     both_M = (rows_M >= 0) & (store_rows_M >= 0)
-    rows_M, digest_M = rows_M[both_M], store.read_array("image_digest")[store_rows_M[both_M]]
+    rows_M, digest_M = rows_M[both_M], _rows_of_all(stores, "image_digest")[store_rows_M[both_M]]
     other = rows_M[digest_M != index.digest[rows_M]]
     if not len(other):
         return None
+    place = places([store.path for store in stores])
     return (
-        f"{len(other)} of {len(rows_M)} images of the shards are not those that word store {store.path} was made of, "
+        f"{len(other)} of {len(rows_M)} images of the shards are not those that word store {place} was made of, "
         f"though they have their keys, for example {listed(map(index.key, other.tolist()))}; use the shards that were "
         "encoded, encode these into a store of their own, or if they are copies of the same pictures (resized, "
         "compressed anew) say so: --set task.reencoded=true in training, --reencoded elsewhere"

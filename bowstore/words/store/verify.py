@@ -173,7 +173,7 @@ def _key_problems(store: Store, index: Index | None, *, reencoded: bool) -> Iter
                 f"{listed(rows)}; encode into a new store"
             )
         return
-    yield from join_problems(store, index, rows_of(index.key_hash, key_hash_N), reencoded=reencoded)
+    yield from join_problems([store], index, rows_of(index.key_hash, key_hash_N), reencoded=reencoded)
     extra = np.flatnonzero(rows_of(key_hash_N, index.key_hash) < 0).tolist()
     if extra:
         yield (
