@@ -463,8 +463,8 @@ def test_push_and_pull_of_stores_and_shards(shards: Path, tmp_path: Path, monkey
         opened = fetch_store(Path("s3://bucket/words.zarr"), StorageConfig(cache=tmp_path / "cache"))
         assert files(opened) == files(store)  # it opens where it is, as before
         remote = Remote("s3://bucket", StorageConfig(retries=0))
-        remote.upload("new", b"1", new=True)
-        remote.upload("new", b"2", new=True)
+        remote.upload("new", b"1")
+        remote.upload("new", b"2")
         assert remote.read("new") == b"1"
         assert "no such bucket" in refused("push", store, "s3://nothing/words.zarr", *licence)
         result = invoke("push", shards.parent, "s3://bucket/shards", *licence)

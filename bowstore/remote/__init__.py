@@ -1,8 +1,6 @@
 """Shards and word stores on other machines: fetched through fsspec into a local cache, whole and checked.
 
-`is_remote` and `url_of` know a URL in a path; `RemoteFolder` fetches files of a folder; `fetch_store` fetches a word
-store; `Wanted` is what was recorded of a file; `local_only` refuses URLs; `hold` keeps a copy that
-is open from being removed. The modules `push` and `pull` copy whole folders to and from a URL.
+The modules `push` and `pull` copy whole folders to and from a URL.
 """
 
 from bowstore.remote.cache import hold

@@ -11,7 +11,7 @@ import xxhash
 
 from bowstore.config import StorageConfig
 from bowstore.errors import BowstoreError, MismatchError, MissingError, UsageError
-from bowstore.files import exclusive_lock, make_folder
+from bowstore.files import exclusive_lock
 from bowstore.remote.cache import lock_file, part_of
 from bowstore.remote.folder import settle
 from bowstore.remote.manifest import MANIFEST_FILE, PUSHING_FILE, Manifest
@@ -47,7 +47,6 @@ def pull(url: Path, path: Path, *, storage: StorageConfig | None = None) -> tupl
         raise UsageError(f"{path} has no name of its own; name the folder to make, such as {path / 'copy'}")
     far = Remote(url, storage or StorageConfig())
     manifest = _whole(far)
-    make_folder(path.parent)
     with exclusive_lock(lock_file(path), str(path)):
         empty = path.is_dir() and not any(path.iterdir())
         if path.is_symlink() or (path.exists() and not empty):

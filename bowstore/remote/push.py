@@ -89,7 +89,7 @@ def _take(far: Remote, manifest: Manifest) -> bool:
             f"left as it is: name another URL"
         )
     else:
-        far.upload(PUSHING_FILE, manifest.text(), new=True)
+        far.upload(PUSHING_FILE, manifest.text())
         return _take(far, manifest)  # others may have come between
     return not whole
 

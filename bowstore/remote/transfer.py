@@ -70,7 +70,7 @@ class Remote:
         info = self._tries(url).run(lambda: self._fs.info(url))
         version = {key: str(value) for key, value in info.items() if key in _VERSION_KEYS and value}
         version = version or {"asked_ns": str(time.time_ns())}  # of what says nothing no two answers are the same
-        return info.get("size"), {"size": str(info.get("size")), **version}
+        return info.get("size"), version
 
     def read(self, name: str) -> bytes:
         """All bytes of a small file, as it is now.
@@ -87,13 +87,8 @@ class Remote:
 
         return self._tries(url).run(cat)
 
-    def upload(self, name: str, data: bytes, *, new: bool = False) -> None:
-        """Write a small file: whole, or not at all where the server is an object store.
-
-        Args:
-            name: of the file.
-            data: its content.
-            new: leave a file as it is that is there already; object stores see to it that only one writer is first.
+    def upload(self, name: str, data: bytes) -> None:
+        """Write a small file, unless one is there: on object stores whole or not at all, and by one writer alone.
 
         Raises:
             UsageError: a protocol that only reads.
@@ -103,8 +98,8 @@ class Remote:
         url = below(self.url, name)
 
         def put() -> None:
-            with suppress(*[FileExistsError] if new else []):
-                self._fs.pipe_file(url, data, **self._parts, **{"mode": "create"} if new else {})
+            with suppress(FileExistsError):
+                self._fs.pipe_file(url, data, mode="create", **self._parts)
 
         self._tries(url, writing=True).run(put)
 
