@@ -27,7 +27,6 @@ from bowstore.exact import cpu_threads, exact_float32
 from bowstore.models.opened import open_network
 from bowstore.progress import without_progress
 from bowstore.torchrun import Ranks
-from bowstore.words.encode.arithmetic import in_one_way
 from bowstore.words.encode.assign_pass import lead_pass
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.crew import join
@@ -186,7 +185,7 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
     num_words = config.words_of_each([layer.name for layer in teacher.layers])
     # A set smaller than a round is repeated.
     repeated = replace(concatenated([index] * -(-images // len(index))), fingerprint=index.fingerprint)
-    job = in_one_way(Job(config, repeated, teacher, num_words, Path(), device))
+    job = Job(config, repeated, teacher, num_words, Path(), device).in_one_way()
     teacher = job.teacher
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in num_words}
     kept: Tensor | None = None

@@ -17,8 +17,7 @@ from bowstore.errors import MismatchError, UsageError
 from bowstore.models import compiled
 from bowstore.torchrun import Ranks
 from bowstore.verify import verify_path
-from bowstore.words.encode import arithmetic
-from bowstore.words.encode.arithmetic import run_in
+from bowstore.words.encode import job as job_module
 from bowstore.words.encode.teacher import Teacher
 from bowstore.words.store.store import Store, open_store
 from bowstore.words.store.verify import digest, verify
@@ -184,10 +183,10 @@ def test_a_rank_that_cannot_compile_as_rank_0_has_says_so(monkeypatch: pytest.Mo
         raise compiled.CannotCompileError("no compiler")
 
     job: Any = SimpleNamespace(teacher=SimpleNamespace(compiled_for=fail), batch=2, seconds={})
-    monkeypatch.setattr(arithmetic, "ranks", lambda: Ranks(3, 4, 3, 4))
+    monkeypatch.setattr(job_module, "ranks", lambda: Ranks(3, 4, 3, 4))
     told = r"^rank 3 cannot compile the teacher as rank 0 has \(no compiler\); encode on machines that can, or with "
     with pytest.raises(MismatchError, match=told):
-        run_in(job, compiled.FROZEN)
+        job_module.Job.run_in(job, compiled.FROZEN)
 
 
 def test_images_under_the_words_of_another_store_go_the_way_of_those_there(

@@ -30,7 +30,6 @@ from bowstore.models.weights import weights_sha256
 from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store
 from bowstore.torchrun import ranks
-from bowstore.words.encode.arithmetic import in_one_way, run_in
 from bowstore.words.encode.assign_pass import follow_pass, lead_pass, nearest_file, nearest_so_far
 from bowstore.words.encode.config import EncodeConfig, check_place, check_sample
 from bowstore.words.encode.crew import Crew, join
@@ -96,7 +95,7 @@ def encode(
         if not crew.first:
             told = json.loads(crew.hear("job"))
             job = Job(config, index, freeze(tuple(told["num_words"])), told["num_words"], store, device)
-            _follow(run_in(job, told["trunk"]), crew, sampled=told["sampled"])
+            _follow(job.run_in(told["trunk"]), crew, sampled=told["sampled"])
             return None
         source = Store(fetch_store(config.vocabulary, storage)) if config.vocabulary else None
         teacher = freeze(_layers(config, source))
@@ -156,7 +155,7 @@ def _lead(job: Job, crew: Crew) -> EncodeReport:
     there = layers_there(job)
     made, begun = len(there) == len(job.num_words), [layer for layer in there if not layer.complete]
     if begun or not made:  # something is left to do
-        job = in_one_way(job, begun)
+        job = job.in_one_way(begun)
     sampled = not made and job.source is None
     told = {"num_words": job.num_words, "trunk": job.teacher.trunk, "sampled": sampled}
     crew.tell("job", json.dumps(told).encode())

@@ -1,10 +1,14 @@
-"""One call of `bowstore encode`, resolved: what is encoded, with which settings, into which store.
+"""One call of `bowstore encode`, resolved: what is encoded, with which settings, in which way, into which store.
+
+A layer records how its words are computed, and an unfinished layer is continued in the same way, by every rank. Words
+computed in two ways differ only where two centroids are almost equally near, so complete layers and vocabularies are
+equally good whichever way they were made. But what a layer holds must not depend on who was interrupted when.
 
 Legend: N images, h w word grid, K words.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,10 @@ import torch
 from bowstore.data.gpu_decode import jpeg_decoder
 from bowstore.data.index import Index
 from bowstore.data.resize import resized_by
-from bowstore.errors import MismatchError
+from bowstore.errors import MismatchError, UsageError
+from bowstore.models.compiled import FROZEN, CannotCompileError, tell_fallback
+from bowstore.progress import say, timed
+from bowstore.torchrun import ranks
 from bowstore.words.encode.config import BATCH, EncodeConfig
 from bowstore.words.encode.teacher import Teacher
 from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer, map_text
@@ -95,6 +102,58 @@ class Job:
                     f"layer {layer.name!r} of word store {layer.path} was made with {name} {have[name]}, now it is "
                     f"{want}; {remedy}"
                 )
+
+    def in_one_way(self, begun: Sequence[Layer] = ()) -> "Job":
+        """The same, its teacher run as these unfinished layers were begun; else as the settings and the work say.
+
+        Compiles the teacher if that is called for. Call it in the main thread.
+
+        Raises:
+            MismatchError: an unfinished layer was begun in a way that is not asked for, or not possible here.
+            UsageError: compiling was asked for, and is not possible.
+        """
+        setting, way = self.config.compile, None
+        if setting == "auto" and begun:
+            way = begun[0].arithmetic["trunk"]
+        elif setting == "auto" and self.source:  # as images were encoded there: the two stores may be joined
+            way = self.source.vocabulary_layer(next(iter(self.num_words))).arithmetic["trunk"]
+        job = self.run_in(way or self.teacher.way_of(setting, len(self.index)))
+        for layer in begun:
+            then, now = layer.arithmetic, job.arithmetic
+            if other := next((what for what in then if then[what] != now.get(what)), None):
+                raise MismatchError(
+                    f"layer {layer.name!r} of word store {layer.path} is not complete and was begun with {other} "
+                    f"{then[other]!r}, now it would be {now.get(other)!r}; go on with it alone, without --compile and "
+                    f"where it was begun, or encode into a new store: --vocabulary {layer.path} --store NEW keeps its "
+                    "words"
+                )
+        return job
+
+    def run_in(self, way: str) -> "Job":
+        """The same, its teacher compiled if that is the way and it can be had; other ranks must do as rank 0 has done.
+
+        Raises:
+            MismatchError: this is another rank, and cannot compile.
+            UsageError: compiling was asked for, and is not possible.
+        """
+        if way != FROZEN:
+            return self
+        rank = ranks()
+        if rank.first:
+            say("compiling the teacher (10 to 50 s)")
+        try:
+            with timed(self.seconds, "compile"):
+                return replace(self, teacher=self.teacher.compiled_for(self.batch))
+        except CannotCompileError as error:
+            if not rank.first:
+                raise MismatchError(
+                    f"rank {rank.rank} cannot compile the teacher as rank 0 has ({error}); encode on machines that "
+                    "can, or with --compile false"
+                ) from error
+            if self.config.compile is True:
+                raise UsageError(f"{error}; leave --compile out to do without") from error
+            tell_fallback(str(error))
+            return self
 
 
 def view_values(teacher: Teacher) -> dict[str, Any]:

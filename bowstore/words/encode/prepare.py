@@ -17,14 +17,13 @@ from bowstore.clustering.lloyd import distinct_rows
 from bowstore.clustering.projection import Projection, fit_projection, project_sample
 from bowstore.errors import DataError, MismatchError
 from bowstore.progress import say, timed
-from bowstore.words.encode.arithmetic import tell_difference
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.crew import Crew
 from bowstore.words.encode.job import Job, view_values
 from bowstore.words.encode.receptive import receptive_field
 from bowstore.words.encode.sample import check_memory, draw_samples, plan_samples
 from bowstore.words.encode.teacher import TeacherLayer
-from bowstore.words.store.layer import Layer, LayerSpec
+from bowstore.words.store.layer import Layer, LayerSpec, in_words
 from bowstore.words.store.statistics import perplexity
 from bowstore.words.store.store import Store
 from bowstore.words.store.writer import StoreWriter, create_store
@@ -103,7 +102,12 @@ def make_layers(job: Job, crew: Crew) -> None:
 def _taken(job: Job, name: str, source: Store) -> Vocabulary:
     """The vocabulary of another store, whose layer need not be complete."""
     layer = source.vocabulary_layer(name)
-    tell_difference(layer, job.arithmetic)
+    if layer.arithmetic != job.arithmetic:
+        say(
+            f"layer {name!r} of word store {layer.path} was made with {in_words(layer.arithmetic)}; these images are "
+            f"encoded with {in_words(job.arithmetic)}: their words differ from its way's only where two words are all "
+            "but equally near"
+        )
     found = layer.read_projection()
     provenance = {**layer.attributes["vocabulary"], "taken_from": source.path.name}
     return Vocabulary(layer.read_array("vocabulary"), Projection(*found) if found else None, provenance)

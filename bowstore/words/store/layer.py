@@ -43,7 +43,7 @@ class LayerSpec:
         border: cells left out at each side of the map.
         projection: its kind, dimensions and whiten; None if there is none.
         receptive_field: pixels of the clean view that a cell sees (`bowstore.words.encode.receptive`).
-        arithmetic: how the words were computed (`bowstore.words.encode.arithmetic`).
+        arithmetic: how the words were computed (`bowstore.words.encode.job`).
     """
 
     teacher: dict[str, Any]
