@@ -40,6 +40,7 @@ def server(make_shard_set: ShardMaker, tmp_path: Path) -> Iterator[FolderServer]
 
 
 FORMAT = {"format": "bowstore words", "format_version": 3}
+DATASET = {"dataset": {"fingerprint": "f" * 32, "images": 1}}
 
 
 def storage(tmp_path: Path, **values: object) -> StorageConfig:
@@ -147,7 +148,7 @@ def test_remote_store_survives_faults_and_is_whole_or_absent(
         ),
         (lambda root: edit(root / "zarr.json", "attributes", {}), MismatchError, r"^http.* not a bowstore word store"),
         (
-            lambda root: edit(root / "zarr.json", "attributes", {**FORMAT, "layers": ["../../evil"]}),
+            lambda root: edit(root / "zarr.json", "attributes", {**FORMAT, **DATASET, "layers": ["../../evil"]}),
             CorruptError,
             r"layers \['\.\./\.\./evil'\]",
         ),

@@ -72,20 +72,19 @@ def fetch_store(path: Path, storage: StorageConfig | None = None, *, display: bo
 def _whole_arrays(remote: Remote, place: Path) -> "list[zarr.Array[Any]]":
     """Bring the metadata of a store, all of it, to a folder; its arrays, but for those of layers without all words."""
     from bowstore.words.store.arrays import reading  # Zarr, for a store alone
-    from bowstore.words.store.store import Store, open_root
+    from bowstore.words.store.store import Root, Store
 
     def bring(names: Iterable[str]) -> None:
         remote.fetch_into(place, dict.fromkeys(names, Wanted()), "", display=False)
 
     bring([METADATA])
-    group, about = open_root(place, writable=False)
     with reading(f"word store {place}", "encode anew"):
-        layers = list(about["layers"])
-        if not all(map(is_plain, layers)):
-            raise ValueError(f"layers {layers}")
-        bring(f"{name}/{METADATA}" for name in (*STORE_ARRAYS, *layers))
-        for layer in layers:
-            projected = bool(group[layer].attrs.get("projection"))
+        opened = Root(place)
+        if not all(map(is_plain, opened.names)):
+            raise ValueError(f"layers {list(opened.names)}")
+        bring(f"{name}/{METADATA}" for name in (*STORE_ARRAYS, *opened.names))
+        for layer in opened.names:
+            projected = bool(opened.root[layer].attrs.get("projection"))
             bring(f"{layer}/{name}/{METADATA}" for name in layer_arrays(projected=projected))
         store = Store(place)
         whole = [store, *(store.every_layer[name] for name in store.layers)]

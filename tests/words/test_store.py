@@ -196,7 +196,7 @@ def test_a_layer_whose_creation_was_interrupted_is_made_anew(path: Path) -> None
     writer.add_layer("conv5", spec(grid=(1, 2)), some_vocabulary())
     zarr.open_group(path, mode="r+").attrs.update({"layers": ["conv4"]})  # killed before it was listed
     writer = StoreWriter(path)
-    assert writer.layers == ("conv4",)
+    assert writer.names == ("conv4",)
     assert verify(path).sound
     writer.add_layer("conv5", spec(grid=(3, 2)), some_vocabulary())
     finish(writer, some_words(2), "conv5")

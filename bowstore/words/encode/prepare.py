@@ -59,7 +59,7 @@ def layers_there(job: Job) -> list[Layer]:
             f"{index.place} is {index.fingerprint} ({len(index)} images); encode into a new --store, under the same "
             f"words with --vocabulary {writer.path}"
         )
-    there = [writer.layer(name) for name in job.num_words if name in writer.layers]
+    there = [writer.layer(name) for name in job.num_words if name in writer.names]
     for layer in there:
         job.check_settings(layer)
         if not layer.complete and (old := job.store.with_name(f".{job.store.name}.work")).exists():
@@ -80,7 +80,7 @@ def make_layers(job: Job, crew: Crew) -> None:
         samples = draw_samples(job, plans, crew)
     for layer in job.teacher.layers:
         writer = StoreWriter(job.store) if job.store.exists() else None
-        if writer and layer.name in writer.layers:
+        if writer and layer.name in writer.names:
             continue
         if job.source:
             vocabulary = _taken(job, layer.name, job.source)

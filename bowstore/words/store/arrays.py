@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from zipfile import BadZipFile
@@ -109,31 +110,30 @@ def member(group: zarr.Group, name: str, kind: type[_Kind]) -> _Kind:
     return item
 
 
+@dataclass(eq=False)
 class Arrays:
     """What has arrays: a word store, or one of its layers.
 
     Attributes:
         path: of the store.
+        root: its group.
+        prefix: of the arrays' names in it.
         attributes: plain values.
         arrays: the table's, by name.
+        sizes: what the table's letters are.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        root: zarr.Group,
-        place: str,
-        attributes: dict[str, Any],
-        arrays: Mapping[str, ArraySpec],
-        sizes: Mapping[str, int],
-    ) -> None:
-        self.path, self.attributes, self.arrays = path, attributes, arrays
-        self._root, self._place, self._sizes = root, place, sizes
+    path: Path
+    root: zarr.Group
+    prefix: str
+    attributes: dict[str, Any]
+    arrays: Mapping[str, ArraySpec]
+    sizes: Mapping[str, int]
 
     def array(self, name: str) -> zarr.Array[Any]:
         """One of its arrays, to write or to read without a check; refused if it is not as the table has it."""
-        name, spec, sizes = self._place + name, self.arrays[name], self._sizes
-        item = member(self._root, name, zarr.Array)
+        name, spec, sizes = self.prefix + name, self.arrays[name], self.sizes
+        item = member(self.root, name, zarr.Array)
         if item.shape != spec.shape(sizes):
             raise ValueError(f"{name} has shape {item.shape}, not {spec.shape(sizes)}")
         if item.dtype != spec.dtype or not np.array_equal(item.fill_value, spec.fill, equal_nan=True):
@@ -147,7 +147,7 @@ class Arrays:
             CorruptError: missing, undecodable, or other than what was recorded; says whether it can be made good.
         """
         digest, lost = self.attributes.get(f"{name}_digest"), self.arrays[name].writer is Writer.CREATION
-        what = f"array {self._place}{name} of word store {self.path}"
+        what = f"array {self.prefix}{name} of word store {self.path}"
         with reading(what, "restore it from a copy, or encode into a new store" if lost else repair_of(self.path)):
             values = np.asarray(self.array(name)[:])
             if hex_digest(values) != digest:
@@ -157,10 +157,10 @@ class Arrays:
     def create(self, given: Mapping[str, NDArray[Any]]) -> None:
         """Create all arrays, with the values that are given; chunks carry a checksum, and all of them are written."""
         for name, spec in self.arrays.items():
-            made = self._root.create_array(
-                self._place + name,
-                shape=spec.shape(self._sizes),
-                chunks=spec.chunk_shape(self._sizes),
+            made = self.root.create_array(
+                self.prefix + name,
+                shape=spec.shape(self.sizes),
+                chunks=spec.chunk_shape(self.sizes),
                 dtype=np.dtype(spec.dtype),
                 fill_value=spec.fill,
                 compressors=[ZstdCodec(level=_ZSTD_LEVEL, checksum=True)],

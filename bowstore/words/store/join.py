@@ -41,7 +41,13 @@ class JoinedLayer:
     def __init__(self, layers: Sequence[Layer]) -> None:
         first = layers[0]
         for other in layers[1:]:
-            _check_same(first, other)
+            made, asked = other.made_with(), first.made_with()
+            if name := next((name for name in asked if name not in _OWN and made[name] != asked[name]), None):
+                raise MismatchError(
+                    f"layer {first.name!r} of word stores {first.path} and {other.path} cannot be joined: {name} is "
+                    f"{asked[name]} in the first and {made[name]} in the second; encode the second's images with "
+                    f"--vocabulary {first.path}, by the same teacher"
+                )
         self._layers = tuple(layers)
         self.name, self.attributes, self.grid = first.name, first.attributes, first.grid
         self.num_words, self.border, self.lineage = first.num_words, first.border, first.lineage
@@ -66,16 +72,6 @@ class JoinedLayer:
         """As of a layer."""
         layer, own, _ = self._chunks[chunk]
         return layer.read_chunk(own, digest)
-
-
-def _check_same(one: Layer, other: Layer) -> None:
-    made, asked = other.made_with(), one.made_with()
-    if name := next((name for name in asked if name not in _OWN and made[name] != asked[name]), None):
-        raise MismatchError(
-            f"layer {one.name!r} of word stores {one.path} and {other.path} cannot be joined: {name} is {asked[name]} "
-            f"in the first and {made[name]} in the second; encode the second's images with --vocabulary {one.path}, "
-            "by the same teacher"
-        )
 
 
 def layer_of(stores: Sequence[Store], name: str | None = None) -> Layer | JoinedLayer:

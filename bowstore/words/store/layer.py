@@ -124,7 +124,7 @@ class Layer(Arrays):
         """
         own = {**self.attributes, **recorded, "complete": True}
         own.pop("content_digest", None)
-        root = self._root.attrs.asdict()
+        root = self.root.attrs.asdict()
         text = json.dumps([[root.get(name) for name in _ABOUT_ROWS], self.name, own], sort_keys=True)
         digest = xxhash.xxh3_128(text.encode())
         digest.update(as_stored(self.chunk_digests()))

@@ -38,29 +38,64 @@ class ImageBag(NamedTuple):
     weights_M: NDArray[np.float32]
 
 
-class Store(Arrays):
+class Root(Arrays):
+    """A store's group, whose format is known to be this one.
+
+    Attributes:
+        fingerprint: of the data set.
+        images: N.
+        names: of all its layers, complete or not.
+    """
+
+    _writable = False
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise MissingError(f"no word store {path}; `bowstore encode --layer LAYER --K WORDS` makes one")
+        with reading(f"word store {path}"):
+            try:
+                store = SafeStore(path, read_only=not self._writable)
+                group = zarr.open_group(store, mode="r+" if self._writable else "r", zarr_format=3)
+            except GroupNotFoundError as error:
+                raise MismatchError(f"{path} is not a word store: it is no Zarr group; name another path") from error
+        attributes: dict[str, Any] = group.attrs.asdict()
+        if attributes.get("format") != FORMAT:
+            raise MismatchError(f"{path} is a Zarr group but not a bowstore word store; name another path")
+        version, made_by = attributes.get("format_version"), f"written by bowstore {attributes.get('bowstore_version')}"
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise MismatchError(
+                f"word store {path} has format version {version!r} ({made_by}), this one reads {FORMAT_VERSION}; make "
+                "its words anew: `bowstore encode --store` with another path"
+            )
+        if "parts" in (attributes.get("dataset") or ()):
+            raise MismatchError(
+                f"word store {path} has grown by --append ({made_by}), which is gone; make its words anew: `bowstore "
+                "encode --store` with another path, and one store for each folder of shards"
+            )
+        with reading(f"word store {path}"):
+            self.names, about = tuple(attributes["layers"]), attributes["dataset"]
+            self.fingerprint, self.images = str(about["fingerprint"]), int(about["images"])
+        super().__init__(path, group, "", attributes, STORE_ARRAYS, store_sizes(self.images))
+
+
+class Store(Root):
     """A store opened for reading.
 
     Keys themselves are not kept, only their hashes; the shards' index has the keys.
 
     Attributes:
-        fingerprint: of the data set.
         every_layer: its layers by name, those that are not complete too.
         layers: names of its complete layers.
     """
 
     def __init__(self, path: Path) -> None:
         self._last: tuple[str, int, NDArray[np.uint16]] | None = None  # layer, chunk and words of the last look-up
-        group, attributes = open_root(path, writable=False)
-        with reading(f"word store {path}"):
-            self.fingerprint = str(attributes["dataset"]["fingerprint"])
-            self._images = int(attributes["dataset"]["images"])
-            self.every_layer = {name: Layer(path, group, name, self._images) for name in attributes["layers"]}
-        super().__init__(path, group, "", attributes, STORE_ARRAYS, store_sizes(self._images))
+        super().__init__(path)
+        self.every_layer = {name: Layer(path, self.root, name, self.images) for name in self.names}
         self.layers = tuple(name for name, layer in self.every_layer.items() if layer.complete)
 
     def __len__(self) -> int:
-        return self._images
+        return self.images
 
     def layer(self, name: str | None = None) -> Layer:
         """A complete layer by name, or the only one.
@@ -164,30 +199,3 @@ def open_store(path: str | Path, layer: str | None = None) -> Store:
     if layer is not None or not store.layers:
         store.layer(layer)
     return store
-
-
-def open_root(path: Path, *, writable: bool) -> tuple[zarr.Group, dict[str, Any]]:
-    """Group and attributes of a store, once its format is known to be this one."""
-    if not path.exists():
-        raise MissingError(f"no word store {path}; `bowstore encode --layer LAYER --K WORDS` makes one")
-    with reading(f"word store {path}"):
-        try:
-            store = SafeStore(path, read_only=not writable)
-            group = zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
-        except GroupNotFoundError as error:
-            raise MismatchError(f"{path} is not a word store: it is no Zarr group; name another path") from error
-    attributes: dict[str, Any] = group.attrs.asdict()
-    if attributes.get("format") != FORMAT:
-        raise MismatchError(f"{path} is a Zarr group but not a bowstore word store; name another path")
-    version, made_by = attributes.get("format_version"), f"written by bowstore {attributes.get('bowstore_version')}"
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise MismatchError(
-            f"word store {path} has format version {version!r} ({made_by}), this one reads {FORMAT_VERSION}; make its "
-            "words anew: `bowstore encode --store` with another path"
-        )
-    if "parts" in (attributes.get("dataset") or ()):
-        raise MismatchError(
-            f"word store {path} has grown by --append ({made_by}), which is gone; make its words anew: `bowstore "
-            "encode --store` with another path, and one store for each folder of shards"
-        )
-    return group, attributes

@@ -26,37 +26,23 @@ from bowstore.words.store.arrays import (
     foreign_file,
     hex_digest,
     member,
-    reading,
     remove,
 )
 from bowstore.words.store.layer import Layer, LayerSpec, chunk_rows
 from bowstore.words.store.nearest import NearestImages
 from bowstore.words.store.schema import FORMAT, FORMAT_VERSION, STORE_ARRAYS, layer_arrays, layer_sizes, store_sizes
 from bowstore.words.store.statistics import WordStatistics
-from bowstore.words.store.store import open_root
+from bowstore.words.store.store import Root
 
 
-class StoreWriter:
-    """A store opened for writing.
+class StoreWriter(Root):
+    """A store opened for writing."""
 
-    Attributes:
-        path: the store.
-        fingerprint: of the data set.
-        images: N.
-        layers: names of its layers, complete or not.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._group, attributes = open_root(path, writable=True)
-        with reading(f"word store {path}"):
-            self.fingerprint = str(attributes["dataset"]["fingerprint"])
-            self.images = int(attributes["dataset"]["images"])
-            self.layers = tuple(attributes["layers"])
+    _writable = True
 
     def layer(self, name: str) -> Layer:
         """A layer, complete or not."""
-        return Layer(self.path, self._group, name, self.images)
+        return Layer(self.path, self.root, name, self.images)
 
     def add_layer(
         self,
@@ -81,20 +67,20 @@ class StoreWriter:
         if foreign := foreign_file(self.path / name):
             raise UsageError(f"{foreign} lies where layer {name!r} goes, and bowstore did not write it; move it away")
         shutil.rmtree(self.path / name, ignore_errors=True)  # what a killed writer left, not yet listed
-        group = self._group.create_group(name)
+        group = self.root.create_group(name)
         values = {"vocabulary": vocabulary_Kp}
         if projection is not None:
             values |= {"projection": projection[0], "projection_offset": projection[1]}
         rows = chunk_rows(self.images, spec.grid)
         sizes = layer_sizes(self.images, spec.grid, vocabulary_Kp.shape, spec.channels, rows)
         arrays = layer_arrays(projected=projection is not None)
-        Arrays(self.path, self._group, f"{name}/", {}, arrays, sizes).create(values)
+        Arrays(self.path, self.root, f"{name}/", {}, arrays, sizes).create(values)
         digests = {f"{part}_digest": hex_digest(array) for part, array in values.items()}
         version = {"bowstore_version": bowstore.__version__}
         said = {"words" if name == "num_words" else name: value for name, value in asdict(spec).items()}
         group.update_attributes({"complete": False, **said, **digests, **version})
-        self.layers = (*self.layers, name)
-        self._group.update_attributes({"layers": list(self.layers)})
+        self.names = (*self.names, name)
+        self.root.update_attributes({"layers": list(self.names)})
         return self.layer(name)
 
     def write_chunk(self, layer: str, chunk: int, words: NDArray[np.uint16]) -> None:
@@ -125,7 +111,7 @@ class StoreWriter:
         done = np.count_nonzero(what.chunk_digests())
         if done < what.chunks:
             raise UsageError(f"layer {layer!r} has {done} of {what.chunks} chunks; write the others first")
-        group = member(self._group, layer, zarr.Group)
+        group = member(self.root, layer, zarr.Group)
         found: dict[str, NDArray[Any]] = {
             "document_frequency": statistics.document_frequency_K,
             "nearest": np.stack([nearest.row_Kn, nearest.cell_Kn], axis=-1),
@@ -148,7 +134,7 @@ class StoreWriter:
         """
         all_again = len(chunks) == self.layer(layer).chunks
         lost = dict.fromkeys(("nearest_digest", "nearest_distance_digest")) if all_again else {}
-        member(self._group, layer, zarr.Group).update_attributes({"complete": False, **lost})
+        member(self.root, layer, zarr.Group).update_attributes({"complete": False, **lost})
         digests = self.layer(layer).array("chunk_digest")
         for chunk in chunks:
             remove(self.path / layer / "chunk_digest" / "c" / str(chunk))
