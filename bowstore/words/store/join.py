@@ -3,7 +3,7 @@
 A data set grows by another folder of shards and another store under the same vocabulary: the rows of one store follow
 those of another, as those of the folders do in an index (`bowstore.data.index.joined`).
 
-Legend: N rows of an index, U some rows of a store, M images of which both have the key.
+Legend: N rows of an index, M images of which it and a store both have the key.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
