@@ -5,7 +5,6 @@ whole.
 """
 
 import json
-import os
 import stat
 from functools import cached_property
 from pathlib import Path
@@ -119,19 +118,20 @@ def states_below(folder: Path) -> dict[str, tuple[int, int]]:
         DataError: something that is no file.
     """
     found = dict[str, tuple[int, int]]()
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        links = (Path(parent, name) for name in folders)
-        if link := next((path for path in links if path.is_symlink()), None):
-            raise UsageError(f"{link} is a link to a folder, which is not copied; put the folder itself there")
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            name, state = path.relative_to(folder).as_posix(), path.stat()  # of a link, that of the file behind it
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name in _OWN or any(part.startswith(".") for part in name.split("/")):
+            continue
+        if path.is_symlink() and path.is_dir():
+            raise UsageError(f"{path} is a link to a folder, which is not copied; put the folder itself there")
+        if not path.is_dir():
+            state = path.stat()  # of a link, that of the file behind it
             if problem := text_problem(name):
                 raise UsageError(f"{folder} cannot be copied: the name {name!r} {problem}")
             if not stat.S_ISREG(state.st_mode):
                 raise DataError(f"{path} is no plain file, and cannot be copied; move it away")
             found[name] = state.st_size, state.st_mtime_ns
-    return {name: found[name] for name in sorted(found) if name not in _OWN}
+    return dict(sorted(found.items()))
 
 
 def check_unchanged(folder: Path, states: dict[str, tuple[int, int]]) -> None:
