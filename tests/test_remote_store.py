@@ -68,6 +68,7 @@ def test_remote_store_has_the_same_files(server: FolderServer, tmp_path: Path) -
     assert len(list((there / "block3" / "words").rglob("*"))) > 4
     assert files(copy) == files(there)  # so all names were worked out from the metadata, and no others
     assert {path.name for path in copy.parent.iterdir()} == {copy.name, f".{copy.name}.json", f".{copy.name}.lock"}
+    assert copy.stat().st_mode == copy.parent.stat().st_mode  # whoever may read the cache may read the copy
     assert verify(copy).sound
     assert np.array_equal(open_store(copy).load_words(), open_store(there).load_words())
     requests = len(server.gets)

@@ -51,11 +51,11 @@ def fetch_store(path: Path, storage: StorageConfig | None = None, *, display: bo
         return path
     folder, identity = RemoteFolder(path, storage), xxhash.xxh3_64()
     with TemporaryDirectory() as temporary:
-        metadata = Path(temporary)
+        metadata = Path(temporary, "words")  # the folder around it is open to this user alone
         try:
             arrays = _whole_arrays(folder, metadata)
         except BowstoreError as error:  # of the copy of the metadata
-            raise type(error)(str(error).replace(temporary, shown(folder.url))) from error
+            raise type(error)(str(error).replace(str(metadata), shown(folder.url))) from error
         for name, text in sorted((str(f.relative_to(metadata)), f.read_bytes()) for f in metadata.rglob(METADATA)):
             identity.update(f"{name} {len(text)};".encode() + text)
         copy = folder.folder / f"{identity.hexdigest()}.zarr"
