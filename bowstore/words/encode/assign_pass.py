@@ -6,14 +6,15 @@ Legend: B batch, M cells of an image, h w word grid, K words, c channels, p dime
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from bowstore.clustering.projection import Projection, prepare_projection
@@ -21,16 +22,15 @@ from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 from bowstore.words.assign.assign import assign, prepare_words
 from bowstore.words.encode.crew import Crew, Work
-from bowstore.words.encode.forward import Clock, Made, Maps, cut_units, in_bytes, through_teacher
+from bowstore.words.encode.forward import Arrays, Clock, Maps, cut_units, through_teacher
 from bowstore.words.encode.job import Job
 from bowstore.words.encode.workers import compute_workers
 from bowstore.words.store.layer import Layer
-from bowstore.words.store.nearest import Cells, NearestSearch, joined, load_nearest, save_nearest
+from bowstore.words.store.nearest import Cells, NearestSearch, load_nearest, save_nearest
 from bowstore.words.store.schema import NOT_WRITTEN
 from bowstore.words.store.writer import StoreWriter
 
 Words = tuple[NDArray[np.uint16], NDArray[np.float32]]  # (B, h, w), and the vectors' distances to them, (B, M)
-Arrays = Mapping[str, NDArray[Any]]
 
 
 def lead_pass(job: Job, writer: StoreWriter, crew: Crew) -> tuple[int, Clock]:
@@ -41,7 +41,7 @@ def lead_pass(job: Job, writer: StoreWriter, crew: Crew) -> tuple[int, Clock]:
     """
     layers = [writer.layer(name) for name in job.num_words]
     arrays = _plan(job, layers, crew.size)
-    crew.tell("pass", in_bytes(arrays))
+    crew.tell("pass", save(arrays))
     units, work, clock = _part(job, arrays)
     images, keeper = sum(map(len, units)), _Keeper(writer, [layer for layer in layers if not layer.complete])
     with Progress("encode", writer.images, done=writer.images - images) as progress:
@@ -89,24 +89,21 @@ def _part(job: Job, plan: Arrays) -> tuple[list[NDArray[np.int64]], Work, Clock]
             quantizers[name] = quantizer(centroids_Kp, projection, job.device)
             nearest[name] = NearestSearch(len(centroids_Kp))
 
-    def quantized(_rows_B: NDArray[np.int64], maps: Maps) -> dict[str, Words]:
-        return {name: quantize(maps[name]) for name, quantize in quantizers.items()}
+    ranking = threading.Lock()
 
-    def packed(made: Made[dict[str, Words]]) -> bytes:
+    def quantized(rows_B: NDArray[np.int64], maps: Maps) -> Arrays:
         arrays: dict[str, NDArray[Any]] = {}
-        for name, search in nearest.items():
-            arrays[f"{name}/words"] = np.concatenate([found[name][0] for _, found in made])
+        for name, quantize in quantizers.items():
+            arrays[f"{name}/words"], distance_BM = quantize(maps[name])
             # What a rank leaves out is farther than n images that it has seen, so rank 0 misses nothing; after the
             # first thousands of images that is nearly all, and messages are little more than words.
-            near = []
-            for rows_B, found in made:
-                words_Bhw, distance_BM = found[name]
-                near.append(search.add_batch(rows_B, words_Bhw.reshape(distance_BM.shape), distance_BM))
-            arrays |= {f"{name}/near/{part}": values for part, values in joined(near)._asdict().items()}
-        return in_bytes(arrays)
+            with ranking:
+                near = nearest[name].add_batch(rows_B, arrays[f"{name}/words"].reshape(distance_BM.shape), distance_BM)
+            arrays |= {f"{name}/near/{part}": values for part, values in near._asdict().items()}
+        return arrays
 
     clock = Clock(compute_workers(job.device))
-    return units, through_teacher(job, units, quantized, packed, clock=clock, stage="assign"), clock
+    return units, through_teacher(job, units, quantized, clock=clock, stage="assign"), clock
 
 
 def quantizer(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,9 @@ from bowstore.words.encode.crew import Work
 from bowstore.words.encode.job import Job
 from bowstore.words.encode.workers import workers
 
-T = TypeVar("T")
 Maps = Mapping[str, Tensor]
-Made = list[tuple[NDArray[np.int64], T]]  # rows, and what was made of them
+Arrays = Mapping[str, NDArray[Any]]
+Use = Callable[[NDArray[np.int64], Maps], Arrays]
 _UNITS_A_RANK = 16  # at least, where there are so many batches: the last one to end is late by a small part of it
 
 
@@ -90,11 +90,11 @@ _SAID = {"images": "decoding", "write": "the disk"}
 def forward(
     job: Job,
     batches: Iterable[NDArray[np.int64]],
-    use: Callable[[NDArray[np.int64], Maps], T],
+    use: Use,
     *,
     clock: Clock,
     stage: str,
-) -> Iterator[tuple[NDArray[np.int64], T]]:
+) -> Iterator[tuple[NDArray[np.int64], Arrays]]:
     """Rows (B,) and what `use` makes of their maps, in order.
 
     Args:
@@ -112,7 +112,7 @@ def forward(
     # Workers launch one trunk after the other: two at once would hold twice the memory.
     launching: Any = threading.Lock() if device.type == "cuda" else nullcontext()
 
-    def work(rows_B: NDArray[np.int64], images_BCHW: Tensor) -> T:
+    def work(rows_B: NDArray[np.int64], images_BCHW: Tensor) -> Arrays:
         if not hasattr(own, "teacher"):
             own.teacher = job.teacher.replica()
         with clock.time("teacher"):
@@ -124,7 +124,7 @@ def forward(
 
     view, threads = job.teacher.view, job.config.threads
     images = clean_batches(ShardReader(index), view, batches, batch=job.batch, device=device, threads=threads)
-    waiting: deque[tuple[NDArray[np.int64], Future[T]]] = deque()
+    waiting: deque[tuple[NDArray[np.int64], Future[Arrays]]] = deque()
     with cpu_threads(device, 1), exact_float32(), workers(clock.workers) as pool:
         try:
             wait_for = "start"
@@ -159,11 +159,6 @@ def _check_finite(index: Index, rows_B: NDArray[np.int64], maps: Maps) -> None:
             )
 
 
-def in_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Arrays by name, as `safetensors.numpy.load` reads them; saved as they are, slices would lose their strides."""
-    return save({name: np.ascontiguousarray(values) for name, values in arrays.items()})
-
-
 def cut_units(blocks: Sequence[slice], batch: int, ranks: int, most: int | None = None) -> list[slice]:
     """Cut blocks of rows into units of whole batches.
 
@@ -185,19 +180,17 @@ def cut_units(blocks: Sequence[slice], batch: int, ranks: int, most: int | None 
 def through_teacher(
     job: Job,
     units: Sequence[NDArray[np.int64]],
-    use: Callable[[NDArray[np.int64], Maps], T],
-    pack: Callable[[Made[T]], bytes],
+    use: Use,
     *,
     clock: Clock,
     stage: str,
 ) -> Work:
-    """A rank's work of a stage (`Crew.share`).
+    """A rank's work of a stage (`Crew.share`): of a unit the arrays of all its batches, joined (`safetensors.save`).
 
     Args:
         job: teacher, images, batch.
         units: index rows of each, ascending, as are the units.
         use: as of `forward`.
-        pack: a unit's result, of its rows and what `use` gave of them, in order.
         clock: counts the time; that of waiting for rank 0 as "write".
         stage: as of `forward`.
     """
@@ -212,14 +205,14 @@ def through_teacher(
                         break
                     yield rows[start : start + job.batch]
 
-        made: Made[T] = []
+        made: list[Arrays] = []
         for rows_B, found in forward(job, batches(), use, clock=clock, stage=stage):
             number = bisect(firsts, int(rows_B[0])) - 1  # batches come in order, those of very large images in parts
             if rows_B[0] == firsts[number]:
                 made = []  # what is there is of a unit that another rank was faster with
-            made.append((rows_B, found))
+            made.append(found)
             if rows_B[-1] == units[number][-1]:
-                result = pack(made)
+                result = save({name: np.concatenate([part[name] for part in made]) for name in found})
                 with clock.time("write"):
                     yield number, result
 

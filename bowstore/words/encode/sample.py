@@ -18,7 +18,7 @@ from bowstore.environment import available_memory
 from bowstore.errors import UsageError
 from bowstore.progress import Progress, timed
 from bowstore.words.encode.crew import Crew
-from bowstore.words.encode.forward import Clock, Made, Maps, cut_units, in_bytes, through_teacher
+from bowstore.words.encode.forward import Arrays, Clock, Maps, cut_units, through_teacher
 from bowstore.words.encode.job import Job
 from bowstore.words.encode.workers import compute_workers
 
@@ -116,16 +116,13 @@ def draw_samples(job: Job, plans: Mapping[str, SamplePlan], crew: Crew) -> dict[
     units = [rows[unit] for unit in cut_units([slice(0, len(rows))], job.batch, crew.size, most)]
     clock = Clock(compute_workers(job.device))
 
-    def taken(rows_B: NDArray[np.int64], maps: Maps) -> dict[str, NDArray[np.float32]]:
+    def taken(rows_B: NDArray[np.int64], maps: Maps) -> Arrays:
         return {name: plan.take(rows_B, maps[name]) for name, plan in plans.items()}
-
-    def packed(made: Made[dict[str, NDArray[np.float32]]]) -> bytes:
-        return in_bytes({name: np.concatenate([vectors[name] for _, vectors in made]) for name in plans})
 
     found = {
         name: np.empty((plan.vectors if crew.first else 0, channels[name]), np.float32) for name, plan in plans.items()
     }
-    work = through_teacher(job, units, taken, packed, clock=clock, stage="sample")
+    work = through_teacher(job, units, taken, clock=clock, stage="sample")
     with timed(job.seconds, "sample"), Progress("sample", len(rows), shown=crew.first) as progress:
 
         def keep(number: int, result: bytes) -> None:
