@@ -30,10 +30,9 @@ from bowstore.torchrun import Ranks
 from bowstore.words.encode.assign_pass import lead_pass
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.crew import join
-from bowstore.words.encode.job import Job, view_values
+from bowstore.words.encode.job import Job
 from bowstore.words.encode.teacher import freeze_teacher
 from bowstore.words.encode.workers import compute_workers, workers
-from bowstore.words.store.layer import LayerSpec
 from bowstore.words.store.writer import StoreWriter, create_store
 
 _WAYS = ("clean view alone", "teacher alone", "encode")
@@ -101,12 +100,8 @@ class _Bench:
             path = Path(folder) / "words.zarr"
             hashes = np.arange(1, self.images + 1, dtype=np.uint64)
             writer = create_store(path, fingerprint=job.index.fingerprint, key_hash_N=hashes, image_digest_N=hashes)
-            for layer in job.teacher.layers:
-                spec = LayerSpec(
-                    teacher=job.teacher.provenance(layer.name), view=view_values(job.teacher), vocabulary={},
-                    num_words=job.num_words[layer.name], grid=layer.grid, channels=layer.channels,
-                )  # fmt: skip
-                writer.add_layer(layer.name, spec, self.vocabularies[layer.name])
+            for name, vocabulary_Kc in self.vocabularies.items():
+                writer.add_layer(name, job.spec(name, {}), vocabulary_Kc)
             begun = time.perf_counter()
             with join(Ranks(0, 1, 0, 1), {}) as crew, without_progress():
                 _, clock = lead_pass(job, StoreWriter(path), crew)
@@ -155,7 +150,7 @@ def bench_encode(
             "workers": compute_workers(device),
             "arch": job.teacher.backbone.arch,
             "layers": {
-                layer.name: {"words": job.num_words[layer.name], "grid": layer.grid} for layer in job.teacher.layers
+                name: {"words": job.num_words[name], "grid": layer.grid} for name, layer in job.teacher.layers.items()
             },
             "size": job.teacher.view.size,
             "precision": config.precision,
@@ -182,7 +177,7 @@ def _prepare(index: Index, config: EncodeConfig, images: int, device: torch.devi
         opened, config.layers, device, size=config.size, resize=config.resize, precision=config.precision,
         border=config.border,
     )  # fmt: skip
-    num_words = config.words_of_each([layer.name for layer in teacher.layers])
+    num_words = config.words_of_each(list(teacher.layers))
     # A set smaller than a round is repeated.
     repeated = replace(concatenated([index] * -(-images // len(index))), fingerprint=index.fingerprint)
     job = Job(config, repeated, teacher, num_words, Path(), device).in_one_way()

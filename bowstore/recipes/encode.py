@@ -18,7 +18,7 @@ from bowstore.recipes.images import shards_of
 from bowstore.recipes.stage import BEGUN, DONE, TO_DO, Stage, State, fingerprint, images_in
 from bowstore.remote import is_remote
 from bowstore.words.encode.config import EncodeConfig, check_place, check_sample, word_grid
-from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer
+from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer, made_with
 from bowstore.words.store.store import Store
 from bowstore.workspace import initial_network, is_configuration, only_store, resolve_teacher
 
@@ -192,7 +192,7 @@ class EncodeStage(Stage):
         asked |= {} if config.vocabulary else {key: getattr(config, key) for key in VOCABULARY_SETTINGS}
         asked |= {"teacher weights": weights} if weights else {}
         for name in config.layers:
-            made = layers[name].made_with() if name in layers else {}
+            made = made_with(layers[name].attributes) if name in layers else {}
             for key, value in (asked | ({"K": self._words[name]} if self._words else {})).items():
                 if made and made[key] != value:
                     yield f"layer {name!r} of word store {self.place} was made with {key} {made[key]}, not {value}"

@@ -198,7 +198,7 @@ class TrainStage(Stage):
             words = recorded.get(name) if isinstance(recorded, dict) else recorded
             for part in store or ():
                 now = complete_layer(part, name)
-                if words and now and words != now.made_with()["vocabulary"]:
+                if words and now and words != now.attributes["vocabulary_digest"]:
                     return f"{run} was trained on other words of {name} than word store {part} holds"
         return ""
 

@@ -231,7 +231,7 @@ def test_kmeans_needs_no_faiss_for_torch() -> None:
 def test_memory_counts_what_kmeans_copies(
     words: int, pca: int | None, copies: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = SimpleNamespace(layers=[SimpleNamespace(name="conv4", channels=128)])
+    teacher = SimpleNamespace(layers={"conv4": SimpleNamespace(channels=128)})
     config = SimpleNamespace(pca=pca, sample_per_word=256)
     job: Any = SimpleNamespace(teacher=teacher, num_words={"conv4": words}, config=config, device=CPU)
     vectors = 10_000_000

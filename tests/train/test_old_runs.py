@@ -43,7 +43,7 @@ def test_old_networks_load(old: Path, task: str, part: str) -> None:
 
 def test_an_old_run_is_a_teacher_and_sound(old: Path) -> None:
     teacher = load_teacher(old / "old-rotation", ("block3",), torch.device("cpu"))
-    assert (teacher.origin.name, teacher.view.size, teacher.layers[0].grid) == ("old-rotation", 16, (4, 4))
+    assert (teacher.origin.name, teacher.view.size, teacher.layers["block3"].grid) == ("old-rotation", 16, (4, 4))
     assert verify_path(old).text() == f"{old}: 4 checkpoints and 2 exported networks of 2 runs\nno problem found"
 
 

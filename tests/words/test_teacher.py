@@ -10,12 +10,12 @@ from teacher_sets import load_teacher, write_teacher
 from bowstore.config import ModelConfig
 from bowstore.errors import DataError, MismatchError, MissingError, UsageError
 from bowstore.exact import cpu_threads
+from bowstore.models.arch import StageShape
 from bowstore.models.record import network_record
 from bowstore.models.registry import build_backbone
 from bowstore.models.saved import load_backbone, save_backbone
 from bowstore.models.weights import weights_sha256
 from bowstore.runs import BACKBONE_FILE, descent, descent_of_words, write_lineage
-from bowstore.words.encode.teacher import TeacherLayer
 from bowstore.words.encode.workers import workers
 
 CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ def test_is_frozen_and_leaves_batch_norm_alone(teacher_file: Path) -> None:
     assert not any(p.requires_grad for p in teacher.backbone.parameters())
     before = weights_sha256(teacher.backbone.state_dict())
     maps = teacher.maps(torch.randn(5, 3, 16, 16))["block2"]
-    (layer,) = teacher.layers
-    assert layer == TeacherLayer("block2", 32, (8, 8))
+    layer = teacher.layers["block2"]
+    assert teacher.layers == {"block2": StageShape(32, (8, 8))}
     assert maps.shape == (5, layer.channels, *layer.grid)
     assert maps.dtype == torch.float32
     assert not maps.requires_grad
@@ -54,12 +54,12 @@ def test_a_librarys_network_is_frozen_too(spec: str) -> None:
 
 def test_several_layers_in_one_pass(teacher_file: Path) -> None:
     teacher = load_teacher(teacher_file, ("block3", "block1"), CPU)
-    assert teacher.layers == (TeacherLayer("block3", 64, (4, 4)), TeacherLayer("block1", 16, (16, 16)))
+    assert list(teacher.layers.items()) == [("block3", StageShape(64, (4, 4))), ("block1", StageShape(16, (16, 16)))]
     images = torch.randn(4, 3, 16, 16)
     maps = teacher.maps(images)
-    for layer in teacher.layers:
-        alone = load_teacher(teacher_file, (layer.name,), CPU).maps(images)
-        assert torch.equal(maps[layer.name], alone[layer.name])
+    for name in teacher.layers:
+        alone = load_teacher(teacher_file, (name,), CPU).maps(images)
+        assert torch.equal(maps[name], alone[name])
 
 
 def test_one_image_gives_the_same_map_as_a_batch(teacher_file: Path) -> None:
@@ -125,7 +125,7 @@ def test_weights_of_another_codebase(tmp_path: Path) -> None:
         "lineage": None,
     }
     assert same.origin.weights_layout == "torchvision names, without fc"
-    assert [layer.name for layer in moco.layers] == ["conv4"]
+    assert list(moco.layers) == ["conv4"]
 
 
 def build_resnet_names() -> dict[str, str]:
@@ -149,13 +149,13 @@ def test_an_untrained_network_is_the_one_that_training_starts_from(tmp_path: Pat
     state = teacher.backbone.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     assert not teacher.backbone.training
-    assert (teacher.layers[0], teacher.view.size) == (TeacherLayer("block1", 16, (8, 8)), 16)
+    assert (teacher.layers, teacher.view.size) == ({"block1": StageShape(16, (8, 8))}, 16)
     origin = teacher.provenance("block1")
     assert (origin["name"], origin["weights_file"], origin["lineage"]) == ("net", None, None)
     assert (origin["weights_layout"], origin["weights_sha256"]) == ("random, seed 5", weights_sha256(expected))
     layer = {"teacher": origin, "num_words": 8, "layer": "block1"}
     assert descent_of_words(layer) == ("net (random, seed 5)", "8 words of block1")
-    assert load_teacher(record, ("block1",), CPU, size=32).layers[0].grid == (16, 16)
+    assert load_teacher(record, ("block1",), CPU, size=32).layers["block1"].grid == (16, 16)
     with pytest.raises(UsageError, match=r"weights w\.pth go with an architecture .*, not with configuration net"):
         load_teacher(record, ("block1",), CPU, weights=Path("w.pth"))
 
@@ -172,7 +172,7 @@ def test_views(teacher_file: Path) -> None:
     assert view("timm:vit_tiny_patch16_224", "blocks.1", size=32) == (32, 35)
     assert view(teacher_file, "block2", size=32) == (32, 32)
     teacher = load_teacher("timm:vit_tiny_patch16_224", ("blocks.1",), CPU, size=96)
-    assert teacher.layers[0].grid == (6, 6)
+    assert teacher.layers["blocks.1"].grid == (6, 6)
     assert teacher.view.mean == (0.5, 0.5, 0.5)
     with pytest.raises(UsageError, match=r"the teacher's view.*resize 32 must be at least size 64"):
         view("torchvision:mnasnet0_5", "conv4", size=64, resize=32)

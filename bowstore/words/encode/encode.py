@@ -36,7 +36,7 @@ from bowstore.words.encode.crew import Crew, join
 from bowstore.words.encode.job import Job
 from bowstore.words.encode.prepare import layers_there, make_layers
 from bowstore.words.encode.report import EncodeReport, report_layer
-from bowstore.words.encode.sample import draw_samples, plan_samples
+from bowstore.words.encode.sample import draw_samples
 from bowstore.words.encode.teacher import Teacher, freeze_teacher
 from bowstore.words.store.arrays import sweep_leftovers
 from bowstore.words.store.layer import Layer
@@ -132,20 +132,19 @@ def _layers(config: EncodeConfig, source: Store | None) -> tuple[str, ...]:
 
 def _num_words(config: EncodeConfig, teacher: Teacher, source: Store | None) -> dict[str, int]:
     """K of each layer: as asked for, or the other store's."""
-    names = [layer.name for layer in teacher.layers]
     if source and not config.num_words:
-        return {name: source.vocabulary_layer(name).num_words for name in names}
-    return config.words_of_each(names)
+        return {name: source.vocabulary_layer(name).num_words for name in teacher.layers}
+    return config.words_of_each(list(teacher.layers))
 
 
 def _check(job: Job) -> None:
     """Refuse what does not fit together."""
-    for layer in job.teacher.layers:
+    for name, layer in job.teacher.layers.items():
         if job.source:
-            job.check_settings(job.source.vocabulary_layer(layer.name))
+            job.check_settings(job.source.vocabulary_layer(name))
         else:
-            job.config.check_components(layer.name, layer.channels)
-            check_sample(job.num_words[layer.name], len(job.index), math.prod(layer.grid))
+            job.config.check_components(name, layer.channels)
+            check_sample(job.num_words[name], len(job.index), math.prod(layer.grid))
 
 
 def _lead(job: Job, crew: Crew) -> EncodeReport:
@@ -153,14 +152,15 @@ def _lead(job: Job, crew: Crew) -> EncodeReport:
     if job.store.exists():
         sweep_leftovers(job.store)
     there = layers_there(job)
-    made, begun = len(there) == len(job.num_words), [layer for layer in there if not layer.complete]
-    if begun or not made:  # something is left to do
+    missing = [name for name in job.num_words if name not in there]
+    begun = [layer for layer in there.values() if not layer.complete]
+    if begun or missing:  # something is left to do
         job = job.in_one_way(begun)
-    sampled = not made and job.source is None
+    sampled = bool(missing) and job.source is None
     told = {"num_words": job.num_words, "trunk": job.teacher.trunk, "sampled": sampled}
     crew.tell("job", json.dumps(told).encode())
-    if not made:
-        make_layers(job, crew)
+    if missing:
+        make_layers(job, missing, crew)
     writer = StoreWriter(job.store)
     before = {name: int(np.count_nonzero(writer.layer(name).chunk_digests())) for name in job.num_words}
     with timed(job.seconds, "assign"):
@@ -187,7 +187,7 @@ def _lead(job: Job, crew: Crew) -> EncodeReport:
 def _follow(job: Job, crew: Crew, *, sampled: bool) -> None:
     """The part of any other rank: it makes what rank 0 deals out, and opens no store."""
     if sampled:
-        draw_samples(job, plan_samples(job), crew)
+        draw_samples(job, crew)
     follow_pass(job, crew)
     crew.hear("end")
 

@@ -7,6 +7,7 @@ equally good whichever way they were made. But what a layer holds must not depen
 Legend: N images, h w word grid, K words.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from bowstore.progress import say, timed
 from bowstore.torchrun import ranks
 from bowstore.words.encode.config import BATCH, EncodeConfig
 from bowstore.words.encode.teacher import Teacher
-from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer, map_text
+from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer, LayerSpec, made_with
 from bowstore.words.store.store import Store
 
 
@@ -65,26 +66,20 @@ class Job:
             "resize": resized_by(self.device),
         }
 
-    def settings(self, name: str) -> dict[str, Any]:
-        """Values that must be the same to continue a layer, by the names that messages use."""
-        config, made = self.config, next(layer for layer in self.teacher.layers if layer.name == name)
-        vocabulary: dict[str, Any] = {setting: getattr(config, setting) for setting in VOCABULARY_SETTINGS}
-        if self.source:
-            # Its seed, sample and iterations are its own; a projection may be asked for again, and must be the same.
-            vocabulary = {"pca": config.pca, "whiten": config.whiten} if config.pca else {}
-            vocabulary["vocabulary"] = self.source.vocabulary_layer(name).attributes["vocabulary_digest"]
-        else:
-            vocabulary["vocabulary taken from"] = None
-        return {
-            "teacher architecture": self.teacher.backbone.arch,
-            "teacher weights": self.teacher.sha256,
-            "precision": config.precision,
-            "clean view": view_values(self.teacher),
-            "border": config.border,
-            "map": map_text(made.channels, made.grid),
-            "K": self.num_words[name],
-            **vocabulary,
-        }
+    def spec(self, name: str, vocabulary: dict[str, Any]) -> LayerSpec:
+        """What a layer's words are, under a vocabulary that was made so; all but the receptive field."""
+        layer, pca = self.teacher.layers[name], vocabulary.get("pca")
+        return LayerSpec(
+            teacher=self.teacher.provenance(name),
+            view=json.loads(json.dumps(self.teacher.view.recorded())),  # with lists for tuples, as it is read again
+            vocabulary=vocabulary,
+            num_words=self.num_words[name],
+            grid=layer.grid,
+            channels=layer.channels,
+            border=self.teacher.border,
+            projection={"kind": "pca", "dimensions": pca, "whiten": vocabulary["whiten"]} if pca else None,
+            arithmetic=self.arithmetic,
+        )
 
     def check_settings(self, layer: Layer) -> None:
         """Refuse to continue a layer with other settings, or to take its vocabulary for a map that is not its own.
@@ -92,16 +87,24 @@ class Job:
         Raises:
             MismatchError: names the first setting that differs.
         """
-        have = layer.made_with()
-        remedy = "use the same value, or encode into a new store"
-        if self.source and layer.path == self.source.path:
-            remedy = "--vocabulary needs the teacher and the settings that the store was made with"
-        for name, want in self.settings(layer.name).items():
-            if have[name] != want:
-                raise MismatchError(
-                    f"layer {layer.name!r} of word store {layer.path} was made with {name} {have[name]}, now it is "
-                    f"{want}; {remedy}"
-                )
+        config, remedy = self.config, "use the same value, or encode into a new store"
+        vocabulary = {name: getattr(config, name) for name in VOCABULARY_SETTINGS}
+        its = self.source.vocabulary_layer(layer.name).attributes if self.source else {}
+        if self.source:
+            # Its seed, sample and iterations are its own; a projection may be asked for again, and must be the same.
+            asked = {"pca": config.pca, "whiten": config.whiten} if config.pca else {}
+            named = {"taken_from": layer.attributes["vocabulary"].get("taken_from")}  # a store may be renamed
+            vocabulary = {**its["vocabulary"], **asked, **named}
+            if layer.path == self.source.path:
+                remedy = "--vocabulary needs the teacher and the settings that the store was made with"
+        digest = its.get("vocabulary_digest", layer.attributes["vocabulary_digest"])
+        now = {**layer.attributes, **self.spec(layer.name, vocabulary).attributes, "vocabulary_digest": digest}
+        have, want = made_with(layer.attributes), made_with(now)
+        if other := next((name for name in have if have[name] != want[name]), None):
+            raise MismatchError(
+                f"layer {layer.name!r} of word store {layer.path} was made with {other} {have[other]}, now it is "
+                f"{want[other]}; {remedy}"
+            )
 
     def in_one_way(self, begun: Sequence[Layer] = ()) -> "Job":
         """The same, its teacher run as these unfinished layers were begun; else as the settings and the work say.
@@ -154,8 +157,3 @@ class Job:
                 raise UsageError(f"{error}; leave --compile out to do without") from error
             tell_fallback(str(error))
             return self
-
-
-def view_values(teacher: Teacher) -> dict[str, Any]:
-    """The clean view as JSON gives it back: tuples as lists."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in teacher.view.recorded().items()}

@@ -5,7 +5,8 @@ A vocabulary is another store's, or made by k-means over a sample of feature vec
 Legend: c channels, p dimensions of a word, S sampled vectors, K words.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,10 @@ from bowstore.errors import DataError, MismatchError
 from bowstore.progress import say, timed
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.crew import Crew
-from bowstore.words.encode.job import Job, view_values
+from bowstore.words.encode.job import Job
 from bowstore.words.encode.receptive import receptive_field
-from bowstore.words.encode.sample import check_memory, draw_samples, plan_samples
-from bowstore.words.encode.teacher import TeacherLayer
-from bowstore.words.store.layer import Layer, LayerSpec, in_words
+from bowstore.words.encode.sample import draw_samples
+from bowstore.words.store.layer import Layer, in_words
 from bowstore.words.store.statistics import perplexity
 from bowstore.words.store.store import Store
 from bowstore.words.store.writer import StoreWriter, create_store
@@ -44,14 +44,14 @@ class Vocabulary:
     provenance: dict[str, Any]
 
 
-def layers_there(job: Job) -> list[Layer]:
-    """The layers that the store has, complete or not.
+def layers_there(job: Job) -> dict[str, Layer]:
+    """The layers that the store has, by name, complete or not.
 
     Raises:
         MismatchError: it is of another data set, or has a layer of other settings, or one that cannot be continued.
     """
     if not job.store.exists():
-        return []
+        return {}
     writer, index = StoreWriter(job.store), job.index
     if writer.fingerprint != index.fingerprint or writer.images != len(index):
         raise MismatchError(
@@ -59,8 +59,8 @@ def layers_there(job: Job) -> list[Layer]:
             f"{index.place} is {index.fingerprint} ({len(index)} images); encode into a new --store, under the same "
             f"words with --vocabulary {writer.path}"
         )
-    there = [writer.layer(name) for name in job.num_words if name in writer.names]
-    for layer in there:
+    there = {name: writer.layer(name) for name in job.num_words if name in writer.names}
+    for layer in there.values():
         job.check_settings(layer)
         if not layer.complete and (old := job.store.with_name(f".{job.store.name}.work")).exists():
             raise MismatchError(
@@ -71,32 +71,26 @@ def layers_there(job: Job) -> list[Layer]:
     return there
 
 
-def make_layers(job: Job, crew: Crew) -> None:
-    """Give the store the layers that it lacks, each with its vocabulary and no words."""
-    samples: dict[str, NDArray[np.float32]] = {}
-    if not job.source:
-        plans = plan_samples(job)
-        check_memory(job, plans)
-        samples = draw_samples(job, plans, crew)
-    for layer in job.teacher.layers:
-        writer = StoreWriter(job.store) if job.store.exists() else None
-        if writer and layer.name in writer.names:
-            continue
+def make_layers(job: Job, missing: Sequence[str], crew: Crew) -> None:
+    """Give the store layers that it lacks, each with its vocabulary and no words."""
+    samples = {} if job.source else draw_samples(job, crew)
+    for name in missing:
         if job.source:
-            vocabulary = _taken(job, layer.name, job.source)
+            made = _taken(job, name, job.source)
         else:
-            say(
-                f"vocabulary of {layer.name}: {job.num_words[layer.name]} words from {len(samples[layer.name])} vectors"
-            )
+            say(f"vocabulary of {name}: {job.num_words[name]} words from {len(samples[name])} vectors")
             with timed(job.seconds, "k-means"):
-                vocabulary = build_vocabulary(samples[layer.name], job.num_words[layer.name], job.config, job.device)
-        writer = writer or create_store(
-            job.store,
-            fingerprint=job.index.fingerprint,
-            key_hash_N=np.asarray(job.index.key_hash),
-            image_digest_N=np.asarray(job.index.digest),
-        )
-        writer.add_layer(layer.name, _spec(job, layer, vocabulary), vocabulary.centroids_Kp, vocabulary.projection)
+                made = build_vocabulary(samples[name], job.num_words[name], job.config, job.device)
+        if not job.store.exists():
+            create_store(
+                job.store,
+                fingerprint=job.index.fingerprint,
+                key_hash_N=np.asarray(job.index.key_hash),
+                image_digest_N=np.asarray(job.index.digest),
+            )
+        sees = receptive_field(job.teacher.backbone, name, job.teacher.view.size)._asdict()
+        spec = replace(job.spec(name, made.provenance), receptive_field=sees)
+        StoreWriter(job.store).add_layer(name, spec, made.centroids_Kp, made.projection)
 
 
 def _taken(job: Job, name: str, source: Store) -> Vocabulary:
@@ -159,22 +153,3 @@ def build_vocabulary(
         "largest_share": float(found.counts_K.max() / found.counts_K.sum()),
         "kmeans": found.backend,
     })  # fmt: skip
-
-
-def _spec(job: Job, layer: TeacherLayer, vocabulary: Vocabulary) -> LayerSpec:
-    projection = None
-    if vocabulary.projection:
-        dimensions, whiten = len(vocabulary.projection.offset_p), bool(vocabulary.provenance["whiten"])
-        projection = {"kind": "pca", "dimensions": dimensions, "whiten": whiten}
-    return LayerSpec(
-        teacher=job.teacher.provenance(layer.name),
-        view=view_values(job.teacher),
-        vocabulary=vocabulary.provenance,
-        num_words=job.num_words[layer.name],
-        grid=layer.grid,
-        channels=layer.channels,
-        border=job.teacher.border,
-        projection=projection,
-        receptive_field=receptive_field(job.teacher.backbone, layer.name, job.teacher.view.size)._asdict(),
-        arithmetic=job.arithmetic,
-    )

@@ -99,18 +99,21 @@ def plan_samples(job: Job) -> dict[str, SamplePlan]:
     """The samples of all layers."""
     how = {"sample_per_word": job.config.sample_per_word, "seed": job.config.seed}
     return {
-        layer.name: plan_sample(len(job.index), math.prod(layer.grid), job.num_words[layer.name], **how)
-        for layer in job.teacher.layers
+        name: plan_sample(len(job.index), math.prod(layer.grid), job.num_words[name], **how)
+        for name, layer in job.teacher.layers.items()
     }
 
 
-def draw_samples(job: Job, plans: Mapping[str, SamplePlan], crew: Crew) -> dict[str, NDArray[np.float32]]:
+def draw_samples(job: Job, crew: Crew) -> dict[str, NDArray[np.float32]]:
     """Sampled vectors of all layers, float32 (S, c), in one pass that all ranks share; of use on rank 0 alone.
 
     All layers are looked at even if some have words already, so that batches stay the same.
     """
+    plans = plan_samples(job)
+    if crew.first:
+        check_memory(job, plans)
     rows = np.unique(np.concatenate([plan.rows for plan in plans.values()]))
-    channels = {layer.name: layer.channels for layer in job.teacher.layers}
+    channels = {name: layer.channels for name, layer in job.teacher.layers.items()}
     batch_bytes = 4 * job.batch * sum(plan.vectors * channels[name] for name, plan in plans.items()) // len(rows)
     most = max(1, _UNIT_BYTES // max(1, batch_bytes))
     units = [rows[unit] for unit in cut_units([slice(0, len(rows))], job.batch, crew.size, most)]
@@ -138,14 +141,12 @@ def draw_samples(job: Job, plans: Mapping[str, SamplePlan], crew: Crew) -> dict[
 def check_memory(job: Job, plans: Mapping[str, SamplePlan]) -> None:
     """Refuse samples that do not fit in memory: the kernel would kill the process without a word."""
     needed, copied = 0, 0
-    for layer in job.teacher.layers:
-        vectors = plans[layer.name].vectors
+    for name, layer in job.teacher.layers.items():
+        vectors = plans[name].vectors
         shape = vectors, job.config.pca or layer.channels
         needed += 4 * vectors * layer.channels
         # Layer by layer, SuperKMeans holds a second copy of the sample, and so do its principal components.
-        copies = (job.config.pca is not None) + (
-            default_backend(shape, job.num_words[layer.name], job.device) == "super"
-        )
+        copies = (job.config.pca is not None) + (default_backend(shape, job.num_words[name], job.device) == "super")
         copied = max(copied, 4 * copies * shape[0] * shape[1])
     needed, free = needed + copied, available_memory()
     if needed > free:

@@ -15,6 +15,7 @@ from bowstore.config import Compile
 from bowstore.data.views import CleanView, clean_view
 from bowstore.errors import UsageError
 from bowstore.exact import exact_float32
+from bowstore.models.arch import StageShape
 from bowstore.models.backbone import Backbone
 from bowstore.models.compiled import EAGER, FROZEN, Compiled, compile_frozen, way_of
 from bowstore.models.memory import FROZEN_FORMAT
@@ -27,27 +28,12 @@ _ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}  # what two ways of computing ma
 
 
 @dataclass(frozen=True)
-class TeacherLayer:
-    """A layer of the network whose maps become words.
-
-    Attributes:
-        name: the backbone's own name of it.
-        channels: c.
-        grid: (h, w), without the border.
-    """
-
-    name: str
-    channels: int
-    grid: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class Teacher:
     """A frozen backbone and the layers whose maps become words.
 
     Attributes:
         backbone: in eval mode, without gradients, on its device.
-        layers: in the order they were asked for.
+        layers: their maps, without the border, by the backbone's own names, in the order they were asked for.
         view: the clean view it sees.
         origin: where it comes from.
         sha256: of its weights as they are used, heads left out.
@@ -57,7 +43,7 @@ class Teacher:
     """
 
     backbone: Backbone
-    layers: tuple[TeacherLayer, ...]
+    layers: dict[str, StageShape]
     view: CleanView
     origin: Origin
     sha256: str
@@ -96,14 +82,12 @@ class Teacher:
         """
         with exact_float32():
             maps = self.compiled(images_BCHW) if self.compiled else self._run(self.backbone, images_BCHW)
-        if not self.border:
-            return maps
-        inner = slice(self.border, -self.border)
+        inner = slice(self.border, -self.border or None)
         return {name: map_Bchw[:, :, inner, inner] for name, map_Bchw in maps.items()}
 
     def _run(self, backbone: Backbone, images_BCHW: Tensor) -> dict[str, Tensor]:
-        with self._autocast():
-            maps = backbone.feature_maps(images_BCHW, [layer.name for layer in self.layers])
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            maps = backbone.feature_maps(images_BCHW, list(self.layers))
         return {name: map_Bchw.float() for name, map_Bchw in maps.items()}
 
     def replica(self) -> "Teacher":
@@ -118,9 +102,6 @@ class Teacher:
     @property
     def _device(self) -> torch.device:
         return next(self.backbone.parameters()).device
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def provenance(self, layer: str) -> dict[str, Any]:
         """What a word store records of it for one of its layers."""
@@ -172,6 +153,6 @@ def freeze_teacher(
     sha256 = weights_sha256(state)
     backbone.eval().requires_grad_(False).to(device).to(memory_format=FROZEN_FORMAT)
     maps = backbone.feature_maps(torch.zeros(1, 3, view.size, view.size, device=device), names)
-    shapes = {name: maps[name].shape for name in names}
-    found = tuple(TeacherLayer(name, c, word_grid(border, name, (h, w))) for name, (_, c, h, w) in shapes.items())
+    shapes = ((name, maps[name].shape) for name in names)
+    found = {name: StageShape(c, word_grid(border, name, (h, w))) for name, (_, c, h, w) in shapes}
     return Teacher(backbone, found, view, opened.origin, sha256, precision, border)

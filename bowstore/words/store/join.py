@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from bowstore.config import places
 from bowstore.data.table import joint_fingerprint
 from bowstore.errors import MismatchError
-from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer
+from bowstore.words.store.layer import VOCABULARY_SETTINGS, Layer, made_with
 from bowstore.words.store.store import Store
 
 if TYPE_CHECKING:
     from bowstore.data.index import Index
 
 _EXAMPLES = 5
-_OWN = ("vocabulary taken from", *VOCABULARY_SETTINGS)  # of `Layer.made_with`, where words may mean the same
+_OWN = ("vocabulary taken from", *VOCABULARY_SETTINGS)  # of `made_with`, where words may mean the same
 
 
 class JoinedLayer:
@@ -41,7 +41,7 @@ class JoinedLayer:
     def __init__(self, layers: Sequence[Layer]) -> None:
         first = layers[0]
         for other in layers[1:]:
-            made, asked = other.made_with(), first.made_with()
+            made, asked = made_with(other.attributes), made_with(first.attributes)
             if name := next((name for name in asked if name not in _OWN and made[name] != asked[name]), None):
                 raise MismatchError(
                     f"layer {first.name!r} of word stores {first.path} and {other.path} cannot be joined: {name} is "

@@ -6,7 +6,7 @@ Legend: N images, h w word grid, K words, c channels.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class LayerSpec:
     receptive_field: dict[str, Any] | None = None
     arithmetic: dict[str, str] | None = None
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """By the names that the store has for them."""
+        return {"words" if name == "num_words" else name: value for name, value in asdict(self).items()}
+
 
 def chunk_rows(images: int, grid: tuple[int, int]) -> int:
     """Rows of a words chunk: 768 times a power of two with at least 1 MiB of words, or all rows of a small set.
@@ -69,9 +74,22 @@ def chunk_rows(images: int, grid: tuple[int, int]) -> int:
     return max(1, min(rows, images))
 
 
-def map_text(channels: int, grid: tuple[int, int]) -> str:
-    """A map's shape, for messages."""
-    return f"{channels} x {grid[0]} x {grid[1]}"
+def made_with(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same to continue a layer of such attributes, by the names that messages use."""
+    teacher, vocabulary, (h, w) = attributes["teacher"], attributes["vocabulary"], attributes["grid"]
+    return {
+        "teacher architecture": teacher["arch"],
+        "teacher weights": teacher["weights_sha256"],
+        "precision": teacher["precision"],
+        "clean view": attributes["view"],
+        "border": attributes["border"],
+        "map": f"{attributes['channels']} x {h} x {w}",
+        "K": attributes["words"],
+        "vocabulary": attributes.get("vocabulary_digest"),
+        "projection": [attributes.get(f"{part}_digest") for part in ("projection", "projection_offset")],
+        "vocabulary taken from": vocabulary.get("taken_from"),
+        **{name: vocabulary.get(name) for name in VOCABULARY_SETTINGS},
+    }
 
 
 def in_words(arithmetic: Mapping[str, str]) -> str:
@@ -144,23 +162,6 @@ class Layer(Arrays):
             f"are from another state of the store (a copy that was cut short, a roll-back) or were changed; copy the "
             f"whole store again, or {repair_of(self.path)}"
         )
-
-    def made_with(self) -> dict[str, Any]:
-        """What must be the same to continue the layer, by the names that messages use."""
-        teacher, vocabulary = self.attributes["teacher"], self.attributes["vocabulary"]
-        return {
-            "teacher architecture": teacher["arch"],
-            "teacher weights": teacher["weights_sha256"],
-            "precision": teacher["precision"],
-            "clean view": self.attributes["view"],
-            "border": self.border,
-            "map": map_text(self.channels, self.grid),
-            "K": self.num_words,
-            "vocabulary": self.attributes["vocabulary_digest"],
-            "projection": [self.attributes.get(f"{part}_digest") for part in ("projection", "projection_offset")],
-            "vocabulary taken from": vocabulary.get("taken_from"),
-            **{name: vocabulary.get(name) for name in VOCABULARY_SETTINGS},
-        }
 
     @property
     def arithmetic(self) -> dict[str, str]:

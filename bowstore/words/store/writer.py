@@ -8,7 +8,6 @@ Legend: N images, h w word grid, K words, c channels, p dimensions of a word, n 
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,7 @@ class StoreWriter(Root):
         Arrays(self.path, self.root, f"{name}/", {}, arrays, sizes).create(values)
         digests = {f"{part}_digest": hex_digest(array) for part, array in values.items()}
         version = {"bowstore_version": bowstore.__version__}
-        said = {"words" if name == "num_words" else name: value for name, value in asdict(spec).items()}
-        group.update_attributes({"complete": False, **said, **digests, **version})
+        group.update_attributes({"complete": False, **spec.attributes, **digests, **version})
         self.names = (*self.names, name)
         self.root.update_attributes({"layers": list(self.names)})
         return self.layer(name)
