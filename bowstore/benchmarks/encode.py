@@ -27,7 +27,7 @@ from bowstore.exact import cpu_threads, exact_float32
 from bowstore.models.opened import open_network
 from bowstore.progress import without_progress
 from bowstore.torchrun import Ranks
-from bowstore.words.encode.assign_pass import lead_pass
+from bowstore.words.encode.assign_pass import encode_images
 from bowstore.words.encode.config import EncodeConfig
 from bowstore.words.encode.crew import join
 from bowstore.words.encode.job import Job
@@ -104,7 +104,7 @@ class _Bench:
                 writer.add_layer(name, job.spec(name, {}), vocabulary_Kc)
             begun = time.perf_counter()
             with join(Ranks(0, 1, 0, 1), {}) as crew, without_progress():
-                _, clock = lead_pass(job, StoreWriter(path), crew)
+                _, clock = encode_images(job, crew, StoreWriter(path))
             # The other ways are timed at full speed, too.
             seconds = time.perf_counter() - begun - clock.seconds["start"]
             return self.images / seconds, clock.shares()

@@ -205,8 +205,7 @@ def test_the_compiled_teacher_gives_the_same_words_to_any_number_of_processes(
     run: Any, tmp_path: Path, teacher_file: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("bowstore.words.encode.sample.compute_workers", lambda device: 1)
-        patch.setattr("bowstore.words.encode.assign_pass.compute_workers", lambda device: 1)
+        patch.setattr("bowstore.words.encode.forward.compute_workers", lambda device: 1)
         alone = run(store=tmp_path / "alone.zarr", compile=True).store
     assert verify(alone).arithmetic["block3"]["trunk"] == "inductor freezing"
     path = tmp_path / "shared.zarr"

@@ -194,7 +194,7 @@ def test_features_that_are_not_finite_name_the_image(run: Any, monkeypatch: pyte
         return {"block3": maps}
 
     monkeypatch.setattr(Teacher, "maps", broken)
-    monkeypatch.setattr("bowstore.words.encode.sample.compute_workers", lambda device: 1)
+    monkeypatch.setattr("bowstore.words.encode.forward.compute_workers", lambda device: 1)
     message = r"layer 'block3' of the teacher gives NaN or infinity for 1 images of a batch, for example img0021; check"
     with pytest.raises(DataError, match=message):
         run()

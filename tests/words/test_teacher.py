@@ -182,7 +182,7 @@ def test_layers_that_cannot_be_had(teacher_file: Path) -> None:
     for layers, message in {
         ("conv9",): "no layer 'conv9'; its layers are conv1, block1, block2, block3",
         ("block3", "block3"): "name block3, block3: give each layer once",
-        (): "no layer to look at",
+        (): "no layer was named; give --layer",
         ("block1.0.relu",): "is run 2 times an image",
     }.items():
         with pytest.raises(UsageError, match=message):

@@ -21,10 +21,9 @@ from bowstore.clustering.projection import Projection, prepare_projection
 from bowstore.exact import exact_float32
 from bowstore.progress import Progress
 from bowstore.words.assign.assign import assign, prepare_words
-from bowstore.words.encode.crew import Crew, Work
+from bowstore.words.encode.crew import Crew
 from bowstore.words.encode.forward import Arrays, Clock, Maps, cut_units, through_teacher
 from bowstore.words.encode.job import Job
-from bowstore.words.encode.workers import compute_workers
 from bowstore.words.store.layer import Layer
 from bowstore.words.store.nearest import Cells, NearestSearch, load_nearest, save_nearest
 from bowstore.words.store.schema import NOT_WRITTEN
@@ -33,53 +32,23 @@ from bowstore.words.store.writer import StoreWriter
 Words = tuple[NDArray[np.uint16], NDArray[np.float32]]  # (B, h, w), and the vectors' distances to them, (B, M)
 
 
-def lead_pass(job: Job, writer: StoreWriter, crew: Crew) -> tuple[int, Clock]:
-    """Encode what the store lacks, together with the other ranks; for rank 0, which writes it.
+def encode_images(job: Job, crew: Crew, writer: StoreWriter | None = None) -> tuple[int, Clock]:
+    """Encode what the store lacks, together with the other ranks.
+
+    Args:
+        job: what is encoded, and how.
+        crew: the ranks.
+        writer: of the store; on rank 0, which alone writes it.
 
     Returns:
         The number of images that all ranks encoded, and where this rank's time went.
     """
-    layers = [writer.layer(name) for name in job.num_words]
-    arrays = _plan(job, layers, crew.size)
-    crew.tell("pass", save(arrays))
-    units, work, clock = _part(job, arrays)
-    images, keeper = sum(map(len, units)), _Keeper(writer, [layer for layer in layers if not layer.complete])
-    with Progress("encode", writer.images, done=writer.images - images) as progress:
-
-        def keep(number: int, result: bytes) -> None:
-            keeper.keep(units[number], load(result))
-            progress.advance(len(units[number]), clock.text())
-
-        crew.share("assign", len(units), work, keep)
-    return images, clock
-
-
-def follow_pass(job: Job, crew: Crew) -> None:
-    """Any other rank's part in it."""
-    units, work, _ = _part(job, load(crew.hear("pass")))
-    crew.share("assign", len(units), work)
-
-
-def _plan(job: Job, layers: Sequence[Layer], ranks: int) -> dict[str, NDArray[Any]]:
-    """What is left to do: units of images, and how the layers that are not complete get their words."""
-    # Blocks end where chunks of all layers do. One that lacks a chunk of any layer is encoded whole.
-    rows, images = math.lcm(*(layer.chunk_rows for layer in layers)), len(job.index)
-    missing = {
-        chunk * layer.chunk_rows // rows for layer in layers for chunk in np.flatnonzero(layer.chunk_digests() == 0)
-    }
-    blocks = [slice(block * rows, min((block + 1) * rows, images)) for block in sorted(map(int, missing))]
-    units = [(unit.start, unit.stop) for unit in cut_units(blocks, job.batch, ranks)]
-    arrays: dict[str, NDArray[Any]] = {"units": np.array(units, np.int64).reshape(-1, 2)}
-    for layer in layers:
-        if not layer.complete:
-            arrays[f"{layer.name}/vocabulary"] = layer.read_array("vocabulary")
-            for name, values in zip(("projection", "offset"), layer.read_projection() or (), strict=False):
-                arrays[f"{layer.name}/{name}"] = values
-    return arrays
-
-
-def _part(job: Job, plan: Arrays) -> tuple[list[NDArray[np.int64]], Work, Clock]:
-    """The units of a plan, a rank's work on them, and the clock that counts it."""
+    keeper = None
+    if writer:
+        layers = [writer.layer(name) for name in job.num_words]
+        crew.tell("pass", save(_plan(job, layers, crew.size)))
+        keeper = _Keeper(writer, [layer for layer in layers if not layer.complete])
+    plan = load(crew.hear("pass"))
     units = [np.arange(start, stop) for start, stop in plan["units"].tolist()]
     quantizers, nearest = {}, {}
     for name in job.num_words:
@@ -102,8 +71,29 @@ def _part(job: Job, plan: Arrays) -> tuple[list[NDArray[np.int64]], Work, Clock]
             arrays |= {f"{name}/near/{part}": values for part, values in near._asdict().items()}
         return arrays
 
-    clock = Clock(compute_workers(job.device))
-    return units, through_teacher(job, units, quantized, clock=clock, stage="assign"), clock
+    images, total = sum(map(len, units)), len(job.index)
+    with Progress("encode", total, done=total - images, shown=crew.first) as progress:
+        keep = keeper.keep if keeper else None
+        clock = through_teacher(job, crew, units, quantized, keep=keep, stage="assign", progress=progress)
+    return images, clock
+
+
+def _plan(job: Job, layers: Sequence[Layer], ranks: int) -> dict[str, NDArray[Any]]:
+    """What is left to do: units of images, and how the layers that are not complete get their words."""
+    # Blocks end where chunks of all layers do. One that lacks a chunk of any layer is encoded whole.
+    rows, images = math.lcm(*(layer.chunk_rows for layer in layers)), layers[0].images
+    missing = {
+        chunk * layer.chunk_rows // rows for layer in layers for chunk in np.flatnonzero(layer.chunk_digests() == 0)
+    }
+    blocks = [slice(block * rows, min((block + 1) * rows, images)) for block in sorted(map(int, missing))]
+    units = [(unit.start, unit.stop) for unit in cut_units(blocks, job.batch, ranks)]
+    arrays: dict[str, NDArray[Any]] = {"units": np.array(units, np.int64).reshape(-1, 2)}
+    for layer in layers:
+        if not layer.complete:
+            arrays[f"{layer.name}/vocabulary"] = layer.read_array("vocabulary")
+            for name, values in zip(("projection", "offset"), layer.read_projection() or (), strict=False):
+                arrays[f"{layer.name}/{name}"] = values
+    return arrays
 
 
 def quantizer(
@@ -132,7 +122,6 @@ class _Keeper:
     def __init__(self, writer: StoreWriter, layers: Sequence[Layer]) -> None:
         self._writer, self._layers = writer, layers
         self._nearest = {layer.name: nearest_so_far(layer) for layer in layers}
-        self._missing = {(layer.name, int(n)) for layer in layers for n in np.flatnonzero(layer.chunk_digests() == 0)}
         # Units of several ranks come in any order, so several chunks fill at once: as many as units are under way.
         self._filling: dict[tuple[str, int], NDArray[np.uint16]] = {}
 
@@ -142,8 +131,7 @@ class _Keeper:
         for layer in self._layers:
             self._nearest[layer.name].add(Cells(*(arrays[f"{layer.name}/near/{part}"] for part in Cells._fields)))
             for chunk in layer.chunks_of(unit):
-                if (layer.name, chunk) in self._missing:  # layers of unlike chunks are encoded together, and one had it
-                    self._fill(layer, chunk, unit.start, arrays[f"{layer.name}/words"])
+                self._fill(layer, chunk, unit.start, arrays[f"{layer.name}/words"])
 
     def _fill(self, layer: Layer, chunk: int, start: int, words_Nhw: NDArray[np.uint16]) -> None:
         key, rows = (layer.name, chunk), layer.rows(chunk)
@@ -152,12 +140,15 @@ class _Keeper:
         words = self._filling[key]
         first, last = max(start, rows.start), min(start + len(words_Nhw), rows.stop)
         words[first - rows.start : last - rows.start] = words_Nhw[first - start : last - start]
-        if not (words == NOT_WRITTEN).any():
+        if (words == NOT_WRITTEN).any():
+            return
+        del self._filling[key]
+        if not layer.chunk_digests(slice(chunk, chunk + 1))[
+            0
+        ]:  # or another layer, of other chunks, lacked these images
             # First the nearest images, then the chunk: the images of a committed chunk have been counted.
             save_nearest(nearest_file(layer), self._nearest[layer.name].result())
             self._writer.write_chunk(layer.name, chunk, words)
-            del self._filling[key]
-            self._missing.remove(key)
 
 
 def nearest_so_far(layer: Layer) -> NearestSearch:

@@ -10,7 +10,6 @@ Legend: N images, h w word grid, K words, c channels.
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from bowstore.models.weights import weights_sha256
 from bowstore.progress import Progress, say, timed
 from bowstore.remote import fetch_store
 from bowstore.torchrun import ranks
-from bowstore.words.encode.assign_pass import follow_pass, lead_pass, nearest_file, nearest_so_far
+from bowstore.words.encode.assign_pass import encode_images, nearest_file, nearest_so_far
 from bowstore.words.encode.config import EncodeConfig, check_place, check_sample
 from bowstore.words.encode.crew import Crew, join
 from bowstore.words.encode.job import Job
@@ -87,22 +86,26 @@ def encode(
     device = choose_device(config.device, place.local_rank)
     index = fetched(open_index(shards, storage))
     opened = open_network(config.teacher, weights=config.weights, size=config.size, seed=config.seed)
-    freeze = partial(
-        freeze_teacher, opened, device=device, size=config.size, resize=config.resize, precision=config.precision,
-        border=config.border,
-    )  # fmt: skip
     with join(place, _given(config, index, opened, device)) as crew:
-        if not crew.first:
-            told = json.loads(crew.hear("job"))
-            job = Job(config, index, freeze(tuple(told["num_words"])), told["num_words"], store, device)
-            _follow(job.run_in(told["trunk"]), crew, sampled=told["sampled"])
-            return None
-        source = Store(fetch_store(config.vocabulary, storage)) if config.vocabulary else None
-        teacher = freeze(_layers(config, source))
-        job = Job(config, index, teacher, _num_words(config, teacher, source), store, device, source)
-        _check(job)
-        with store_lock(store):
-            return _lead(job, crew)
+        told = {} if crew.first else json.loads(crew.hear("job"))
+        source = Store(fetch_store(config.vocabulary, storage)) if config.vocabulary and crew.first else None
+        names = told.get("num_words") or config.layers or (source.every_layer if source else ())
+        teacher = freeze_teacher(
+            opened, tuple(names), device, size=config.size, resize=config.resize, precision=config.precision,
+            border=config.border,
+        )  # fmt: skip
+        num_words = told.get("num_words") or _num_words(config, teacher, source)
+        job = Job(config, index, teacher, num_words, store, device, source)
+        if crew.first:
+            _check(job)
+            with store_lock(store):
+                return _lead(job, crew)
+        job = job.run_in(told["trunk"])
+        if told["sampled"]:
+            draw_samples(job, crew)
+        encode_images(job, crew)
+        crew.hear("end")
+        return None
 
 
 def _given(config: EncodeConfig, index: Index, opened: OpenedNetwork, device: torch.device) -> dict[str, str]:
@@ -118,16 +121,6 @@ def _given(config: EncodeConfig, index: Index, opened: OpenedNetwork, device: to
         "version of bowstore": bowstore.__version__,
         "version of PyTorch": torch.__version__,
     }
-
-
-def _layers(config: EncodeConfig, source: Store | None) -> tuple[str, ...]:
-    """Names of the layers: those asked for, or all that the other store has words of."""
-    names = config.layers or tuple(source.every_layer if source else ())
-    if not names:
-        raise UsageError(
-            "no layer was named; give --layer, for example --layer conv4; `bowstore layers ARCH` lists them"
-        )
-    return names
 
 
 def _num_words(config: EncodeConfig, teacher: Teacher, source: Store | None) -> dict[str, int]:
@@ -164,7 +157,7 @@ def _lead(job: Job, crew: Crew) -> EncodeReport:
     writer = StoreWriter(job.store)
     before = {name: int(np.count_nonzero(writer.layer(name).chunk_digests())) for name in job.num_words}
     with timed(job.seconds, "assign"):
-        images, clock = lead_pass(job, writer, crew)
+        images, clock = encode_images(job, crew, writer)
     with timed(job.seconds, "finish"):
         _finish(job)
     crew.tell("end", b"complete")
@@ -182,14 +175,6 @@ def _lead(job: Job, crew: Crew) -> EncodeReport:
     for line in report.warnings:
         say(f"warning: {line}")
     return report
-
-
-def _follow(job: Job, crew: Crew, *, sampled: bool) -> None:
-    """The part of any other rank: it makes what rank 0 deals out, and opens no store."""
-    if sampled:
-        draw_samples(job, crew)
-    follow_pass(job, crew)
-    crew.hear("end")
 
 
 def _finish(job: Job) -> None:

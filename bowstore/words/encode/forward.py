@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from bowstore.data.index import Index
@@ -27,9 +27,10 @@ from bowstore.data.pipeline import clean_batches
 from bowstore.data.reader import ShardReader
 from bowstore.errors import DataError
 from bowstore.exact import cpu_threads, exact_float32
-from bowstore.words.encode.crew import Work
+from bowstore.progress import Progress
+from bowstore.words.encode.crew import Crew
 from bowstore.words.encode.job import Job
-from bowstore.words.encode.workers import workers
+from bowstore.words.encode.workers import compute_workers, workers
 
 Maps = Mapping[str, Tensor]
 Arrays = Mapping[str, NDArray[Any]]
@@ -179,22 +180,29 @@ def cut_units(blocks: Sequence[slice], batch: int, ranks: int, most: int | None 
 
 def through_teacher(
     job: Job,
+    crew: Crew,
     units: Sequence[NDArray[np.int64]],
     use: Use,
     *,
-    clock: Clock,
+    keep: Callable[[NDArray[np.int64], Arrays], None] | None,
     stage: str,
-) -> Work:
-    """A rank's work of a stage (`Crew.share`): of a unit the arrays of all its batches, joined (`safetensors.save`).
+    progress: Progress,
+) -> Clock:
+    """Make something of the images of all units, together with the other ranks (`Crew.share`).
 
     Args:
         job: teacher, images, batch.
+        crew: the ranks.
         units: index rows of each, ascending, as are the units.
         use: as of `forward`.
-        clock: counts the time; that of waiting for rank 0 as "write".
-        stage: as of `forward`.
+        keep: rank 0's, called with the rows of every unit and the arrays of all its batches, joined.
+        stage: as of `forward`, and of the crew.
+        progress: of the images.
+
+    Returns:
+        Where this rank's time went; that of waiting for rank 0 is "write".
     """
-    firsts = [int(rows[0]) for rows in units]
+    firsts, clock = [int(rows[0]) for rows in units], Clock(compute_workers(job.device))
 
     def work(numbers: Iterator[int], wanted: Callable[[int], bool]) -> Iterator[tuple[int, bytes]]:
         def batches() -> Iterator[NDArray[np.int64]]:
@@ -216,4 +224,10 @@ def through_teacher(
                 with clock.time("write"):
                     yield number, result
 
-    return work
+    def kept(number: int, result: bytes) -> None:
+        assert keep, "rank 0 keeps what is made"
+        keep(units[number], load(result))
+        progress.advance(len(units[number]), clock.text())
+
+    crew.share(stage, len(units), work, kept)
+    return clock

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load
 from torch import Tensor
 
 from bowstore.clustering.kmeans import default_backend
@@ -18,9 +17,8 @@ from bowstore.environment import available_memory
 from bowstore.errors import UsageError
 from bowstore.progress import Progress, timed
 from bowstore.words.encode.crew import Crew
-from bowstore.words.encode.forward import Arrays, Clock, Maps, cut_units, through_teacher
+from bowstore.words.encode.forward import Arrays, Maps, cut_units, through_teacher
 from bowstore.words.encode.job import Job
-from bowstore.words.encode.workers import compute_workers
 
 # An image gives at least this many vectors: fewer would mean a pass over all of a large set for no better words.
 _POSITIONS_PER_IMAGE = 16
@@ -117,7 +115,6 @@ def draw_samples(job: Job, crew: Crew) -> dict[str, NDArray[np.float32]]:
     batch_bytes = 4 * job.batch * sum(plan.vectors * channels[name] for name, plan in plans.items()) // len(rows)
     most = max(1, _UNIT_BYTES // max(1, batch_bytes))
     units = [rows[unit] for unit in cut_units([slice(0, len(rows))], job.batch, crew.size, most)]
-    clock = Clock(compute_workers(job.device))
 
     def taken(rows_B: NDArray[np.int64], maps: Maps) -> Arrays:
         return {name: plan.take(rows_B, maps[name]) for name, plan in plans.items()}
@@ -125,16 +122,14 @@ def draw_samples(job: Job, crew: Crew) -> dict[str, NDArray[np.float32]]:
     found = {
         name: np.empty((plan.vectors if crew.first else 0, channels[name]), np.float32) for name, plan in plans.items()
     }
-    work = through_teacher(job, units, taken, clock=clock, stage="sample")
+
+    def keep(rows: NDArray[np.int64], arrays: Arrays) -> None:
+        for name, vectors in arrays.items():
+            start = plans[name].before(int(rows[0]))
+            found[name][start : start + len(vectors)] = vectors
+
     with timed(job.seconds, "sample"), Progress("sample", len(rows), shown=crew.first) as progress:
-
-        def keep(number: int, result: bytes) -> None:
-            for name, vectors in load(result).items():
-                start = plans[name].before(int(units[number][0]))
-                found[name][start : start + len(vectors)] = vectors
-            progress.advance(len(units[number]), clock.text())
-
-        crew.share("sample", len(units), work, keep)
+        through_teacher(job, crew, units, taken, keep=keep, stage="sample", progress=progress)
     return found
 
 

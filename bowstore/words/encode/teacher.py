@@ -142,7 +142,9 @@ def freeze_teacher(
         DataError: weights that are not finite.
     """
     if not layers:
-        raise UsageError("the teacher has no layer to look at; name one, for example --layer conv4")
+        raise UsageError(
+            "no layer was named; give --layer, for example --layer conv4; `bowstore layers ARCH` lists them"
+        )
     view = clean_view(resized(opened.view, size, resize, what="the teacher's view"))
     backbone = opened.backbone
     names = [backbone.resolve(layer) for layer in layers]
