@@ -26,7 +26,7 @@ def test_a_pass_by_hand() -> None:
     seen = images / ranks * CELLS / K
     assert seen < KEPT_IMAGES
     assert found["megabytes"] == pytest.approx(images * CELLS * (2 + CELL_BYTES) / 1e6), "every cell is sent"
-    assert found["messages"] == 50 * (6 + 2) + 50 * (4 + 1) + 50
+    assert found["messages"] == 50 * (4 + 1) + 50 * (3 + 1) + 50
     assert found["encode_s"] == pytest.approx(images / (64 * RATE))
     assert found["share"] == pytest.approx(found["rank_0_s"] / found["encode_s"])
 

@@ -70,10 +70,10 @@ def predict(images: int, ranks: int, rate: float, costs: Costs) -> dict[str, flo
     cells = ranks * K * near(images / ranks * CELLS / K)
     sent_bytes = 2 * CELLS * images + CELL_BYTES * cells
     pieces = math.ceil(sent_bytes / units / PIECE_BYTES)
-    # Rank 0 for a unit: done, next, how many pieces, each, how many, each and that number deleted. Who made it: next,
-    # each piece, how many, done, whether they are kept; for each batch whether it is wanted. Waiting is not counted.
-    rank_0_messages = units * (6 + 2 * pieces)
-    messages = rank_0_messages + units * (4 + pieces) + math.ceil(images / batch)
+    # Rank 0 for a unit: done, each piece, that there are no more, kept, next. Who made it: next, each piece, done, how
+    # many are kept; for each batch whether it is wanted. Waiting is not counted.
+    rank_0_messages = units * (4 + pieces)
+    messages = rank_0_messages + units * (3 + pieces) + math.ceil(images / batch)
     rank_0_s = (
         rank_0_messages * costs.message_s
         + sent_bytes / 2**20 * costs.mebibyte_s

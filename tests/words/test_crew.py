@@ -205,7 +205,7 @@ def test_nothing_of_a_dead_attempt_counts(store: Any) -> None:
 
     def dead(crew: Crew) -> None:
         crew.tell("plan", b"dead")
-        crew._store.set("stage/3/1/0", b"half of the de")
+        crew._store.queue_push("stage/3/1", b"half of the de")
         crew.share("stage", UNITS, dies, lambda _unit, _value: None)
 
     assert isinstance(ranks(store, [dead])[0], KeyError)
@@ -222,8 +222,8 @@ def test_nothing_of_a_dead_attempt_counts(store: Any) -> None:
 
     assert ranks(store, [first, other])[1] == b"alive"
     assert sorted(kept) == [(unit, result(unit)) for unit in range(UNITS)]
-    answer = crew_module._got(store, f"{crew_module._WELCOME}/{nonce}")
-    assert json.loads(answer)["refusal"] is None  # and read by nobody
+    answer = crew_module._pop(store, f"{crew_module._WELCOME}/{nonce}")
+    assert json.loads(answer or "")["refusal"] is None  # and read by nobody
 
 
 def test_rank_0_does_not_wait_for_ever_for_a_rank(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,14 @@ its memory. Only rank 0 needs to see where results go. Three facts shape this (m
     torchrun keeps the store through a restart of the processes, with all keys and counters of the dead attempt, and no
     process can tell from its environment which attempt it belongs to: rank 0 draws a token, under which all else lies
 
-    a value of 8 MiB breaks the connection: bytes are set in pieces of half that
+    a value of 8 MiB breaks the connection: bytes travel in pieces of half that
 
-    a push to a queue is whole or absent: what a rank pushes, once all pieces are there, is the key of a result; a rank
-    that dies, or is stopped for minutes, leaves nothing half said
+    a push to a queue is whole or absent, and comes after what its client pushed before: a rank pushes a result's pieces
+    to a queue of its own, and then its key; a rank that dies, or is stopped for minutes, leaves nothing half said
 
-Rank 0 deletes a result once it is kept, by which its maker sees that it may send another. A unit that is dealt out may
-never come back, because its rank hangs. When none is left to deal, ranks that have nothing to do make those anew that
-are outstanding; the first result counts, so units must give the same on every rank.
+Rank 0 counts what it has kept of each rank, by which that one sees that it may send another. A unit that is dealt
+out may never come back, because its rank hangs. When none is left to deal, ranks that have nothing to do make those
+anew that are outstanding; the first result counts, so units must give the same on every rank.
 """
 
 import json
@@ -21,6 +21,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -64,15 +65,15 @@ def join(place: Ranks, given: Mapping[str, str], store: Any = None) -> Iterator[
         yield Crew(place, dist.PrefixStore(_welcome(store, place.rank, given), store))
         return
     desk = _Desk(store.clone(), given)  # a client of its own: it must not wait while another thread sends
-    crew = Crew(place, dist.PrefixStore(desk.token, store), desk)
-    desk.start()
-    try:
-        for waited in crew.pauses():
-            if len(desk.joined) >= place.size - 1 or waited > _JOIN_SECONDS:
-                break
-        yield crew
-    finally:
-        desk.close()
+    with ThreadPoolExecutor(1, "crew") as thread:
+        crew = Crew(place, dist.PrefixStore(desk.token, store), desk, thread.submit(desk.serve))
+        try:
+            for waited in crew.pauses():
+                if len(desk.joined) >= place.size - 1 or waited > _JOIN_SECONDS:
+                    break
+            yield crew
+        finally:
+            desk.closing.set()
 
 
 class Crew:
@@ -83,8 +84,10 @@ class Crew:
         size: number of processes.
     """
 
-    def __init__(self, place: Ranks, store: Any, desk: "_Desk | None" = None) -> None:
-        self.rank, self.size, self._store, self._desk = place.rank, place.size, store, desk
+    def __init__(
+        self, place: Ranks, store: Any, desk: "_Desk | None" = None, served: Future[None] | None = None
+    ) -> None:
+        self.rank, self.size, self._store, self._desk, self._served = place.rank, place.size, store, desk, served
 
     @property
     def first(self) -> bool:
@@ -93,11 +96,18 @@ class Crew:
 
     def tell(self, what: str, value: bytes) -> None:
         """Give all ranks some bytes, once for each name; for rank 0."""
-        _put(self._store, f"told/{what}", value)
+        pieces = _pieces(value)
+        for number, piece in enumerate(pieces):
+            self._store.set(f"told/{what}/{number}", piece)
+        self._store.set(f"told/{what}", str(len(pieces)))
 
     def hear(self, what: str) -> bytes:
         """The bytes that rank 0 tells; waits for them."""
-        return _arrived(self._store, f"told/{what}", self.pauses())
+        pauses = self.pauses()
+        while not self._store.check([f"told/{what}"]):  # to wait in the store would hold it
+            next(pauses)
+        pieces = range(int(self._store.get(f"told/{what}")))
+        return b"".join(self._store.get(f"told/{what}/{number}") for number in pieces)
 
     def share(self, stage: str, units: int, work: Work, keep: Keep | None = None) -> None:
         """Do a stage together with the other ranks; returns when rank 0 has kept all units.
@@ -120,8 +130,8 @@ class Crew:
     def pauses(self) -> Iterator[float]:
         """Seconds waited so far, with longer and longer pauses; raises what ended rank 0's thread."""
         for waited in _pauses():
-            if self._desk and self._desk.error:
-                raise self._desk.error
+            if self._served and self._served.done():
+                self._served.result()
             yield waited
 
 
@@ -131,7 +141,6 @@ class _Deal:
     def __init__(self, crew: Crew, store: Any, units: int) -> None:
         self._crew, self._store, self._units = crew, store, units
         self._mine: list[int] = []  # units that this rank has made
-        self._sent: list[str] = []  # keys of those that rank 0 has not kept yet
 
     def run(self, work: Work) -> None:
         begun = time.monotonic()
@@ -168,48 +177,39 @@ class _Deal:
     def _send(self, made: Iterable[tuple[int, bytes]]) -> None:
         """Hand over units; while too many of this rank are not kept, it makes no others."""
         for unit, result in made:
-            key = f"{unit}/{self._crew.rank}"  # two ranks may make one unit: neither writes over the other's pieces
-            _put(self._store, key, result)
+            key = f"{unit}/{self._crew.rank}"  # two ranks may make one unit: their pieces must not mix
+            for piece in _pieces(result):
+                self._store.queue_push(key, piece)
             self._store.queue_push("done", key)
             self._mine.append(unit)
-            self._sent.append(key)
             for _ in self._crew.pauses():
-                self._sent = [key for key in self._sent if self._store.check([key])]
-                if len(self._sent) < UNACKNOWLEDGED or self._left() == []:  # what comes after the end is not looked at
+                waiting = len(self._mine) - self._store.add(f"kept/{self._crew.rank}", 0)
+                if waiting < UNACKNOWLEDGED or self._left() == []:  # what comes after the end is not looked at
                     break
 
 
-class _Desk(threading.Thread):
-    """Rank 0's thread: it receives other ranks, and what all of them made.
+class _Desk:
+    """What rank 0's thread does: it receives other ranks, and what all of them made.
 
     Attributes:
         token: of this attempt.
         store: what lies under it.
         joined: the other ranks that were welcomed.
         stage: what is under way.
-        error: what ended the thread before its time.
+        closing: ends it.
     """
 
     def __init__(self, root: Any, given: Mapping[str, str]) -> None:
-        super().__init__(name="crew", daemon=True)
         self.token, self.joined = secrets.token_hex(8), set[int]()
         self.store, self._root, self._given = dist.PrefixStore(self.token, root), root, given
         self.stage: _Stage | None = None
-        self.error: BaseException | None = None
-        self._closing = threading.Event()
+        self.closing = threading.Event()
 
-    def close(self) -> None:
-        self._closing.set()
-        self.join()
-
-    def run(self) -> None:
-        try:
-            while not self._closing.is_set():
-                received, stage = self._receive(), self.stage
-                if not (stage and stage.take()) and not received:
-                    self._closing.wait(_IDLE_SECONDS)
-        except BaseException as error:  # noqa: BLE001 - the main thread raises it
-            self.error = error
+    def serve(self) -> None:
+        while not self.closing.is_set():
+            received, stage = self._receive(), self.stage
+            if not (stage and stage.take()) and not received:
+                self.closing.wait(_IDLE_SECONDS)
 
     def _receive(self) -> bool:
         """Answer a rank that wants to join, be it one of an attempt that is over: it never reads the answer."""
@@ -222,7 +222,7 @@ class _Desk(threading.Thread):
             f"rank {rank} was given {other} {theirs.get(other)}, rank 0 {ours.get(other)}; give all ranks the same"
         )
         answer = json.dumps({"token": self.token, "refusal": refusal})
-        _put(self._root, f"{_WELCOME}/{hello['nonce']}", answer.encode())
+        self._root.queue_push(f"{_WELCOME}/{hello['nonce']}", answer)
         if refusal:
             raise MismatchError(refusal)
         self.joined.add(rank)
@@ -241,11 +241,13 @@ class _Stage:
         found = _pop(self._store, "done")
         if found is not None:
             key = found.decode()
-            if (unit := int(key.partition("/")[0])) in self._left:  # or another rank was faster
-                self._keep(unit, _got(self._store, key))
+            unit, rank = map(int, key.split("/"))
+            result = b"".join(iter(lambda: _pop(self._store, key), None))
+            if unit in self._left:  # or another rank was faster
+                self._keep(unit, result)
                 self._left.discard(unit)
             # Only now: until a rank sees this it sends no more than one further result.
-            _delete(self._store, key)
+            self._store.add(f"kept/{rank}", 1)
         if self._published > len(self._left) and self._store.add("next", 0) >= self._units:
             self._published = len(self._left)
             self._store.set("left", np.array(sorted(self._left), "<u4").tobytes())
@@ -256,7 +258,10 @@ def _welcome(store: Any, rank: int, given: Mapping[str, str]) -> str:
     """The attempt's token, once rank 0 has found that this rank was given what it was."""
     key = f"{_WELCOME}/{(nonce := secrets.token_hex(8))}"
     store.queue_push(_HELLO, json.dumps({"rank": rank, "nonce": nonce, "given": dict(given)}))
-    answer = json.loads(_arrived(store, key, _pauses()))
+    pauses = _pauses()
+    while (message := _pop(store, key)) is None:
+        next(pauses)
+    answer = json.loads(message)
     if answer["refusal"]:
         raise MismatchError(answer["refusal"])
     return str(answer["token"])
@@ -270,29 +275,8 @@ def _pauses() -> Iterator[float]:
         pause = min(2 * pause, longest)
 
 
-def _put(store: Any, key: str, value: bytes) -> None:
-    """Set bytes in pieces; the key itself, which says how many there are, last."""
-    starts = range(0, len(value), PIECE_BYTES)
-    for number, start in enumerate(starts):
-        store.set(f"{key}/{number}", value[start : start + PIECE_BYTES])
-    store.set(key, str(len(starts)))
-
-
-def _got(store: Any, key: str) -> bytes:
-    return b"".join(store.get(f"{key}/{number}") for number in range(int(store.get(key))))
-
-
-def _delete(store: Any, key: str) -> None:
-    for number in range(int(store.get(key))):
-        store.delete_key(f"{key}/{number}")
-    store.delete_key(key)
-
-
-def _arrived(store: Any, key: str, pauses: Iterator[float]) -> bytes:
-    """What another rank puts; waits for it, and never longer in the store than for an answer: that would hold it."""
-    while not store.check([key]):
-        next(pauses)
-    return _got(store, key)
+def _pieces(value: bytes) -> list[bytes]:
+    return [value[start : start + PIECE_BYTES] for start in range(0, len(value), PIECE_BYTES)]
 
 
 def _pop(store: Any, queue: str) -> bytes | None:
