@@ -9,7 +9,7 @@ Legend: N images, h w word grid, K words, c channels.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +159,7 @@ def _lead(job: Job, crew: Crew) -> EncodeReport:
     with timed(job.seconds, "assign"):
         images, clock = encode_images(job, crew, writer)
     with timed(job.seconds, "finish"):
-        _finish(job)
+        _finish(writer, job.num_words)
     crew.tell("end", b"complete")
     opened = Store(job.store)
     report = EncodeReport(
@@ -177,10 +177,9 @@ def _lead(job: Job, crew: Crew) -> EncodeReport:
     return report
 
 
-def _finish(job: Job) -> None:
+def _finish(writer: StoreWriter, names: Iterable[str]) -> None:
     """Record statistics and nearest images of layers whose chunks are all written."""
-    writer = StoreWriter(job.store)
-    for layer in map(writer.layer, job.num_words):
+    for layer in map(writer.layer, names):
         if not layer.complete:
             with Progress("count", layer.images) as progress:
                 statistics = word_statistics(_counted(layer, progress), layer.num_words)
@@ -188,7 +187,7 @@ def _finish(job: Job) -> None:
             save_nearest(nearest_file(layer), nearest)  # what the store has recorded is gone before it is recorded anew
             writer.mark_complete(layer.name, statistics, nearest)
         nearest_file(layer).unlink(missing_ok=True)  # there after a death in between, too
-    sweep_leftovers(job.store)
+    sweep_leftovers(writer.path)
 
 
 def _counted(layer: Layer, progress: Progress) -> Iterator[NDArray[np.uint16]]:

@@ -88,7 +88,7 @@ def make_layers(job: Job, missing: Sequence[str], crew: Crew) -> None:
                 key_hash_N=np.asarray(job.index.key_hash),
                 image_digest_N=np.asarray(job.index.digest),
             )
-        sees = receptive_field(job.teacher.backbone, name, job.teacher.view.size)._asdict()
+        sees = receptive_field(job.teacher.backbone, name, job.teacher.view.size)
         spec = replace(job.spec(name, made.provenance), receptive_field=sees)
         StoreWriter(job.store).add_layer(name, spec, made.centroids_Kp, made.projection)
 

@@ -3,8 +3,6 @@
 Legend: H W pixels of the clean view, h w cells of the map.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from bowstore.models.backbone import Backbone
@@ -13,25 +11,18 @@ _IMAGES = 2
 _EFFECTIVE_SHARE = 0.9
 
 
-class ReceptiveField(NamedTuple):
-    """Squares around the middle of a cell, in pixels of the clean view, cut to its size.
-
-    Attributes:
-        whole: side of the square beyond which no pixel moves the cell.
-        effective: side of the square that holds nine tenths of the squared gradient: what the cell mostly sees.
-    """
-
-    whole: int
-    effective: int
-
-
-def receptive_field(backbone: Backbone, layer: str, size: int) -> ReceptiveField:
+def receptive_field(backbone: Backbone, layer: str, size: int) -> dict[str, int]:
     """The receptive field of a middle cell, measured with the network as it is on images of noise.
 
     Args:
         backbone: frozen, in eval mode.
         layer: one of its layers.
         size: side of the clean view, pixels.
+
+    Returns:
+        Sides of squares around the middle of the cell, in pixels of the clean view, cut to its size: `whole`, beyond
+        which no pixel moves the cell, and `effective`, which holds nine tenths of the squared gradient: what the cell
+        mostly sees.
     """
     device = next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -47,8 +38,7 @@ def receptive_field(backbone: Backbone, layer: str, size: int) -> ReceptiveField
     ring_HW = torch.maximum(y[:, None], x[None, :]).ceil().long()  # distance from the middle of the cell
     share = torch.bincount(ring_HW.flatten(), weights=energy_HW.flatten()).cumsum(0)
     if not share[-1] > 0:
-        return ReceptiveField(size, size)
+        return {"whole": size, "effective": size}
     share = share / share[-1]
     rings = int((energy_HW > 0).long().mul(ring_HW).max()), int((share < _EFFECTIVE_SHARE).sum())
-    whole, effective = (min(2 * ring + 1, size) for ring in rings)
-    return ReceptiveField(whole, effective)
+    return {name: min(2 * ring + 1, size) for name, ring in zip(("whole", "effective"), rings, strict=True)}

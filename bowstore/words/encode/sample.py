@@ -93,21 +93,16 @@ def plan_sample(images: int, positions: int, num_words: int, *, sample_per_word:
     return SamplePlan(rows, counts, seed)
 
 
-def plan_samples(job: Job) -> dict[str, SamplePlan]:
-    """The samples of all layers."""
-    how = {"sample_per_word": job.config.sample_per_word, "seed": job.config.seed}
-    return {
-        name: plan_sample(len(job.index), math.prod(layer.grid), job.num_words[name], **how)
-        for name, layer in job.teacher.layers.items()
-    }
-
-
 def draw_samples(job: Job, crew: Crew) -> dict[str, NDArray[np.float32]]:
     """Sampled vectors of all layers, float32 (S, c), in one pass that all ranks share; of use on rank 0 alone.
 
     All layers are looked at even if some have words already, so that batches stay the same.
     """
-    plans = plan_samples(job)
+    how = {"sample_per_word": job.config.sample_per_word, "seed": job.config.seed}
+    plans = {
+        name: plan_sample(len(job.index), math.prod(layer.grid), job.num_words[name], **how)
+        for name, layer in job.teacher.layers.items()
+    }
     if crew.first:
         check_memory(job, plans)
     rows = np.unique(np.concatenate([plan.rows for plan in plans.values()]))
