@@ -459,7 +459,8 @@ def best_seconds(call: Callable[[], object], rounds: int = 5) -> float:
 
 
 def test_orders_and_plans_of_imagenet_are_quick() -> None:
-    assert best_seconds(lambda: epoch_order(1_281_167, 0, 0)) < 0.1  # 0.03 s seen
+    shuffle = best_seconds(lambda: np.random.default_rng(0).permutation(1_281_167))  # of a machine of this speed
+    assert best_seconds(lambda: epoch_order(1_281_167, 0, 0)) < 3 * shuffle  # 0.8 of it seen, and 0.03 to 0.11 s
     steps = plans(Schedule(1_281_167, 256, 0), Dims(1_281_167), VIEW, start=0, stop=100)  # type: ignore[arg-type]
     next(steps)
     assert best_seconds(lambda: next(steps), 30) < 0.002  # 0.0003 s seen

@@ -101,16 +101,18 @@ def test_resume_in_mid_epoch_gives_the_same_bits(
 def test_resume_where_the_network_lies_otherwise_in_memory(
     config: TrainConfig, tmp_path: Path, whole: tuple[Record, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on another kind of device: momenta of one layout added to weights of another would train something else."""
+    """As on another kind of device: momenta of one layout added to weights of another would train something else.
 
+    In the three steps that are left, weights part by up to 0.6 % where layouts round apart, and by 97 % then.
+    """
     with pytest.raises(Stopped):
-        recorded_train(config, tmp_path, tmp_path / "record", stopping_at(8))
+        recorded_train(config, tmp_path, tmp_path / "record", stopping_at(STEPS - 1))
     formats = {torch.channels_last: torch.contiguous_format, torch.contiguous_format: torch.channels_last}
     before = Network.memory_format
     monkeypatch.setattr(Network, "memory_format", lambda self, device: formats[before(self, device)])
     recorded_train(config, tmp_path, tmp_path / "record")
     for name, value in weights(tmp_path).items():
-        assert (value.double() - whole[1][name].double()).norm() <= 1e-3 * whole[1][name].double().norm() + 1e-6, name
+        assert (value.double() - whole[1][name].double()).norm() <= 0.05 * whole[1][name].double().norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])

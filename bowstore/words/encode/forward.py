@@ -119,6 +119,7 @@ def forward(
         with clock.time("teacher"):
             with launching:
                 maps: Maps = own.teacher.maps(images_BCHW)
+            # On a GPU this waits for the trunk; the other worker's lies behind it meanwhile.
             _check_finite(index, rows_B, maps)
         with clock.time(stage):
             return use(rows_B, maps)
@@ -138,6 +139,7 @@ def forward(
                 rows_B, images_BCHW = found
                 # A copy: the pipeline refills its buffer while workers still read.
                 waiting.append((rows_B, pool.submit(work, rows_B, images_BCHW.clone())))
+                # One batch more than there are workers lies ready: none of them waits for this thread.
                 if len(waiting) > clock.workers:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -206,7 +208,7 @@ def through_teacher(
 
     def work(numbers: Iterator[int], wanted: Callable[[int], bool]) -> Iterator[tuple[int, bytes]]:
         def batches() -> Iterator[NDArray[np.int64]]:
-            for number in numbers:
+            for number in numbers:  # asked for by the thread that reads ahead: it is dealt before the last is made
                 rows = units[number]
                 for start in range(0, len(rows), job.batch):
                     if not wanted(number):  # another rank was faster
