@@ -317,6 +317,12 @@ def test_push_where_a_file_is_lost(watched: Watched, here: Path) -> None:
     assert send(here) == 1
 
 
+def test_push_where_nothing_that_is_written_stays(watched: Watched, here: Path) -> None:
+    watched.after = lambda name: watched.real.rm_file(f"/bucket/copy/{name}")
+    with pytest.raises(TransferError, match=r"copy/bowstore\.json\.part was written and is not there; try again later"):
+        send(here)
+
+
 def test_pull_goes_on_after_any_end(
     watched: Watched, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,8 +72,8 @@ def manifest_at(far: Remote, name: str = MANIFEST_FILE) -> Manifest | None:
         return None
 
 
-def _take(far: Remote, manifest: Manifest) -> bool:
-    """Make a URL the place of a copy; whether it is not whole there yet."""
+def _take(far: Remote, manifest: Manifest, tries: int = 3) -> bool:
+    """Make a URL the place of a copy, to which others may come at the same time; whether it is not whole there yet."""
     # In this order: who ends between the two looks is seen by the second.
     begun, whole = manifest_at(far, PUSHING_FILE), manifest_at(far)
     if whole:
@@ -88,9 +88,11 @@ def _take(far: Remote, manifest: Manifest) -> bool:
             f"{shown(below(far.url, others[0]))} is there already, and `bowstore push` did not put it there; it is "
             f"left as it is: name another URL"
         )
+    elif not tries:
+        raise TransferError(f"{shown(below(far.url, PUSHING_FILE))} was written and is not there; try again later")
     else:
         far.upload(PUSHING_FILE, manifest.text())
-        return _take(far, manifest)  # others may have come between
+        return _take(far, manifest, tries - 1)
     return not whole
 
 
