@@ -6,7 +6,6 @@ Legend: B batch, M cells of an image, h w word grid, K words, c channels, p dime
 """
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,23 +57,26 @@ def encode_images(job: Job, crew: Crew, writer: StoreWriter | None = None) -> tu
             quantizers[name] = quantizer(centroids_Kp, projection, job.device)
             nearest[name] = NearestSearch(len(centroids_Kp))
 
-    ranking = threading.Lock()
-
-    def quantized(rows_B: NDArray[np.int64], maps: Maps) -> Arrays:
-        arrays: dict[str, NDArray[Any]] = {}
+    def quantized(_rows_B: NDArray[np.int64], maps: Maps) -> Arrays:
+        arrays: Arrays = {}
         for name, quantize in quantizers.items():
-            arrays[f"{name}/words"], distance_BM = quantize(maps[name])
+            arrays[f"{name}/words"], arrays[f"{name}/distance"] = quantize(maps[name])
+        return arrays
+
+    def packed(rows: NDArray[np.int64], made: Arrays) -> Arrays:
+        arrays: Arrays = {}
+        for name, search in nearest.items():
+            arrays[f"{name}/words"], distance_NM = made[f"{name}/words"], made[f"{name}/distance"]
             # What a rank leaves out is farther than n images that it has seen, so rank 0 misses nothing; after the
             # first thousands of images that is nearly all, and messages are little more than words.
-            with ranking:
-                near = nearest[name].add_batch(rows_B, arrays[f"{name}/words"].reshape(distance_BM.shape), distance_BM)
+            near = search.add_batch(rows, arrays[f"{name}/words"].reshape(distance_NM.shape), distance_NM)
             arrays |= {f"{name}/near/{part}": values for part, values in near._asdict().items()}
         return arrays
 
     images, total = sum(map(len, units)), len(job.index)
     with Progress("encode", total, done=total - images, shown=crew.first) as progress:
         keep = keeper.keep if keeper else None
-        clock = through_teacher(job, crew, units, quantized, keep=keep, stage="assign", progress=progress)
+        clock = through_teacher(job, crew, units, quantized, pack=packed, keep=keep, stage="assign", progress=progress)
     return images, clock
 
 
@@ -143,9 +145,8 @@ class _Keeper:
         if (words == NOT_WRITTEN).any():
             return
         del self._filling[key]
-        if not layer.chunk_digests(slice(chunk, chunk + 1))[
-            0
-        ]:  # or another layer, of other chunks, lacked these images
+        committed = layer.chunk_digests(slice(chunk, chunk + 1)).any()
+        if not committed:  # or another layer, of other chunks, lacked these images
             # First the nearest images, then the chunk: the images of a committed chunk have been counted.
             save_nearest(nearest_file(layer), self._nearest[layer.name].result())
             self._writer.write_chunk(layer.name, chunk, words)

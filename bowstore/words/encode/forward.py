@@ -33,7 +33,7 @@ from bowstore.words.encode.job import Job
 from bowstore.words.encode.workers import compute_workers, workers
 
 Maps = Mapping[str, Tensor]
-Arrays = Mapping[str, NDArray[Any]]
+Arrays = dict[str, NDArray[Any]]
 Use = Callable[[NDArray[np.int64], Maps], Arrays]
 _UNITS_A_RANK = 16  # at least, where there are so many batches: the last one to end is late by a small part of it
 
@@ -186,6 +186,7 @@ def through_teacher(
     units: Sequence[NDArray[np.int64]],
     use: Use,
     *,
+    pack: Callable[[NDArray[np.int64], Arrays], Arrays] = lambda _rows, arrays: arrays,
     keep: Callable[[NDArray[np.int64], Arrays], None] | None,
     stage: str,
     progress: Progress,
@@ -197,7 +198,9 @@ def through_teacher(
         crew: the ranks.
         units: index rows of each, ascending, as are the units.
         use: as of `forward`.
-        keep: rank 0's, called with the rows of every unit and the arrays of all its batches, joined.
+        pack: what is sent of a unit, of its rows and the arrays of all its batches, joined; in this thread, because
+            what workers take of the memory for arrays of many lengths stays theirs.
+        keep: rank 0's, called with the rows of every unit and what was sent of it.
         stage: as of `forward`, and of the crew.
         progress: of the images.
 
@@ -222,7 +225,8 @@ def through_teacher(
                 made = []  # what is there is of a unit that another rank was faster with
             made.append(found)
             if rows_B[-1] == units[number][-1]:
-                result = save({name: np.concatenate([part[name] for part in made]) for name in found})
+                arrays = {name: np.concatenate([part[name] for part in made]) for name in found}
+                result = save(pack(units[number], arrays))
                 with clock.time("write"):
                     yield number, result
 
