@@ -4,7 +4,8 @@ import errno
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,35 @@ def test_append_names_the_way_that_took_its_place() -> None:
         "--shards FIRST --shards MORE --store OLD --store NEW)\n"
     )
     assert "--append" not in CliRunner().invoke(main, ["encode", "--help"]).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--append"],
+        ["--teacher", "gone.pt"],
+        ["--teacher", "torchvision:resnet18", "--layer", "conv4"],
+    ],
+)
+def test_mistakes_of_an_encode_are_met_beside_the_other_ranks(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There they are told once (`test_a_refusal_is_told_once_on_each_machine_and_never_again`)."""
+    met: list[str] = []
+
+    @contextmanager
+    def beside_others() -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            met.append(type(error).__name__)
+            raise
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bowstore.train.distributed.beside_others", beside_others)
+    result = CliRunner().invoke(main, ["encode", *arguments])
+    assert result.exit_code in (1, 2)
+    assert met in (["UsageError"], ["MissingError"])
 
 
 def test_a_store_is_no_input_of_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,9 +161,13 @@ def test_dead_words_and_copies_are_put_elsewhere(backend: str) -> None:
     found = run(few, 40, backend=backend, iterations=3)
     assert (found.counts_K > 0).all()
     assert found.duplicates == 0
-    # On some processors FAISS's products round equal vectors differently, by their row: a place may keep two words that
-    # are all but copies (3 of the 40 on a Zen 3), and others must share one.
-    assert found.inertia == pytest.approx(0, abs=0.1 * float(few.var(axis=0).sum()) if backend == "faiss" else 1e-2)
+    # On some processors FAISS's products round equal vectors apart, by their row: such a place keeps two words that are
+    # all but copies (3 of the 40 on a Zen 3), and as many places must share one. All others have their own.
+    split = sum(len(np.unique(words)) - 1 for words in found.words_S.reshape(40, 100))
+    assert split <= (4 if backend == "faiss" else 0)
+    apart = np.linalg.norm(few - found.centroids_Kp[found.words_S], axis=1).reshape(40, 100).max(axis=1)
+    assert (apart > 0.1).sum() <= 2 * split
+    assert split or found.inertia == pytest.approx(0, abs=1e-2)
     assert found.refilled > 0 or sum(found.splits) > 0
 
 

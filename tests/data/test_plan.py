@@ -459,8 +459,9 @@ def best_seconds(call: Callable[[], object], rounds: int = 5) -> float:
 
 
 def test_orders_and_plans_of_imagenet_are_quick() -> None:
-    shuffle = best_seconds(lambda: np.random.default_rng(0).permutation(1_281_167))  # of a machine of this speed
-    assert best_seconds(lambda: epoch_order(1_281_167, 0, 0)) < 3 * shuffle  # 0.8 of it seen, and 0.03 to 0.11 s
+    calls = (lambda: epoch_order(1_281_167, 0, 0)), (lambda: np.random.default_rng(0).permutation(1_281_167))
+    order, shuffle = map(min, zip(*([best_seconds(call, 1) for call in calls] for _ in range(5)), strict=True))
+    assert order < max(0.1, 2 * shuffle)  # 0.03 s seen; 0.11 s where NumPy's own shuffle takes 0.12
     steps = plans(Schedule(1_281_167, 256, 0), Dims(1_281_167), VIEW, start=0, stop=100)  # type: ignore[arg-type]
     next(steps)
     assert best_seconds(lambda: next(steps), 30) < 0.002  # 0.0003 s seen

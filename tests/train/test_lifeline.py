@@ -287,3 +287,22 @@ def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
         assert told["backend"] == name
         assert told["device_id"] == (device if name == "nccl" else None)
+
+
+def test_word_of_another_end_waits_for_the_work_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What interrupts the main thread before that would be told as an interruption by the user."""
+    heard: list[str] = []
+
+    def connect(*_: Any, on_verdict: Any, **__: Any) -> Deaf:
+        threading.Thread(target=on_verdict, daemon=True).start()
+        time.sleep(0.2)
+        heard.append("connected")
+        return Deaf("rank 0 failed: no such layer")
+
+    rank_1_of_2(monkeypatch, Deaf())
+    monkeypatch.setattr(distributed, "connect", connect)
+    monkeypatch.setattr(distributed._thread, "interrupt_main", lambda _signal: heard.append("interrupted"))
+    with distributed.beside_others():
+        heard.append("at work")
+        time.sleep(0.2)
+    assert heard in (["connected", "at work", "interrupted"], ["connected", "interrupted", "at work"])

@@ -103,7 +103,8 @@ def test_resume_where_the_network_lies_otherwise_in_memory(
 ) -> None:
     """As on another kind of device: momenta of one layout added to weights of another would train something else.
 
-    In the three steps that are left, weights part by up to 0.6 % where layouts round apart, and by 97 % then.
+    Momenta arrive unchanged (`test_momenta_are_laid_out_as_their_parameters`). In the three steps that are left weights
+    part by 0.6 % at most where layouts round apart, and by 97 % if momenta were those of other weights.
     """
     with pytest.raises(Stopped):
         recorded_train(config, tmp_path, tmp_path / "record", stopping_at(STEPS - 1))
@@ -112,7 +113,7 @@ def test_resume_where_the_network_lies_otherwise_in_memory(
     monkeypatch.setattr(Network, "memory_format", lambda self, device: formats[before(self, device)])
     recorded_train(config, tmp_path, tmp_path / "record")
     for name, value in weights(tmp_path).items():
-        assert (value.double() - whole[1][name].double()).norm() <= 0.05 * whole[1][name].double().norm() + 1e-6, name
+        assert (value.double() - whole[1][name].double()).norm() <= 0.01 * whole[1][name].double().norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])

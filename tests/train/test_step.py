@@ -19,7 +19,15 @@ from bowstore.errors import TrainingError, UsageError
 from bowstore.train import loop, step
 from bowstore.train.config import TrainConfig
 from bowstore.train.distributed import World
-from bowstore.train.step import PaddedConv2d, build_objective, build_optimizer, pad_stem, train_step, tuned
+from bowstore.train.step import (
+    PaddedConv2d,
+    build_objective,
+    build_optimizer,
+    load_optimizer,
+    pad_stem,
+    train_step,
+    tuned,
+)
 from bowstore.train.tasks.task import Task, build_task
 from bowstore.words.targets.bags import unpacked
 
@@ -119,6 +127,33 @@ def test_the_optimiser_is_stochastic_gradient_descent(make_config: Make) -> None
         theirs.step()
     for parameter, twin in twins.items():
         torch.testing.assert_close(parameter, twin, rtol=1e-6, atol=1e-9)
+
+
+def test_momenta_are_laid_out_as_their_parameters() -> None:
+    """Those that are loaded into a network which lies otherwise in memory keep their values, and so do its steps."""
+    weights = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def made(layout: torch.memory_format, *, fused: bool) -> tuple[torch.nn.Parameter, torch.optim.SGD]:
+        parameter = torch.nn.Parameter(weights.clone(memory_format=layout))
+        return parameter, torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=fused)
+
+    def step_along(parameter: torch.nn.Parameter, optimizer: torch.optim.SGD) -> None:
+        parameter.grad = torch.empty_like(parameter).copy_(weights.square())
+        optimizer.step()
+
+    there, plain = made(torch.contiguous_format, fused=False)
+    step_along(there, plain)
+    here, fused = made(torch.channels_last, fused=True)
+    load_optimizer(fused, copy.deepcopy(plain.state_dict()))
+    momentum = fused.state[here]["momentum_buffer"]
+    assert torch.equal(momentum, plain.state[there]["momentum_buffer"])
+    assert momentum.stride() == here.stride() != there.stride()
+    with torch.no_grad():
+        here.copy_(there)
+    for _ in range(3):
+        step_along(there, plain)
+        step_along(here, fused)
+        torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-7)
 
 
 # --- padded stems
